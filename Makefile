@@ -1,0 +1,44 @@
+# `make demo` and `make test` each work alone on a bare machine (Python >= 3.11 with pip and venv).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench clean
+
+help:
+	@echo "make demo   synthetic slides to single-cell expression, on this machine, into demo/"
+	@echo "make test   lint, then all tests; what .ci/run calls"
+	@echo "make lint   ruff, mypy --strict, codespell"
+	@echo "make bench  throughput end to end, against the same kernels in a bare loop"
+	@echo "make venv   only set up .venv with the pinned versions of constraints.txt"
+	@echo "make clean  remove .venv, caches and the demo"
+
+venv: $(INSTALLED)
+
+# Installed anew when a dependency or a pin changes. The stamp comes last, so that a broken
+# installation is taken up again.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; say make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/scellst-ray demo --out demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+bench: venv
+	$(BIN)/python benchmarks/end_to_end.py
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,11 @@
+"""Synthetic slides end to end, with the truth known, as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/demo.py --out demo
+"""
+
+import sys
+
+from scellst_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["demo", *sys.argv[1:]]))

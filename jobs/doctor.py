@@ -1,0 +1,11 @@
+"""What this cluster offers, and what is missing, as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/doctor.py
+"""
+
+import sys
+
+from scellst_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["doctor", *sys.argv[1:]]))

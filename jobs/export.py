@@ -1,0 +1,11 @@
+"""A finished run to files for other tools, as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/export.py --help
+"""
+
+import sys
+
+from scellst_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,0 +1,11 @@
+"""Cells and spots to an expression head, as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/train.py --config jobs/train.yaml
+"""
+
+import sys
+
+from scellst_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,22 @@
+"""Single-cell gene expression from cohorts of H&E whole-slide images, on Ray.
+
+Importing this package imports neither Ray nor torch; `open_run` is loaded when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scellst_ray.reading import Run, open_run
+
+__version__ = "0.1.0"
+__all__ = ["Run", "__version__", "open_run"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type is that of the attribute asked for
+    """Load the run reader on first use (PEP 562)."""
+    if name in {"Run", "open_run"}:
+        from scellst_ray import reading  # noqa: PLC0415 - that is the point
+
+        return getattr(reading, name)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

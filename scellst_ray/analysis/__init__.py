@@ -1,0 +1,1 @@
+"""What is computed from finished tables: metrics, comparison with truth, maps."""

@@ -1,0 +1,51 @@
+"""Pictures: genes over a slide."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+
+def gene_map(
+    path: Path,
+    panels: list[tuple[str, NDArray[np.floating], NDArray[np.floating]]],
+    size0: tuple[int, int],
+    mpp: float,
+    background: NDArray[np.uint8] | None = None,
+) -> None:
+    """Draw cells coloured by expression, one panel beside the other, as a PNG.
+
+    Args:
+        path: Where to write.
+        panels: (title, xy0 [N, 2] in level-0 px, values [N]) each; every panel has its own scale,
+            from its 1 % to its 99 % quantile.
+        size0: Slide (width, height) in level-0 px.
+        mpp: um per level-0 px; axes are in mm.
+        background: The slide, RGB [H, W, 3], shown as a first panel if given.
+    """
+    num_panels = len(panels) + (background is not None)
+    width_mm, height_mm = (side * mpp / 1000 for side in size0)
+    figure = Figure(figsize=(4.6 * num_panels, 4.2 * height_mm / width_mm + 0.6), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    extent = (0.0, width_mm, height_mm, 0.0)
+    if background is not None:
+        axes[0].imshow(background, extent=extent)
+        axes[0].set_title("slide")
+    for axis, (title, xy0, values) in zip(axes[num_panels - len(panels) :], panels, strict=True):
+        low, high = np.nanpercentile(values, (1, 99)) if len(values) else (0.0, 1.0)
+        xy_mm = np.asarray(xy0) * mpp / 1000
+        # About the size of a nucleus on the page.
+        dots = axis.scatter(
+            *xy_mm.T, c=values, s=3.0, cmap="viridis", vmin=low, vmax=high, linewidths=0
+        )
+        axis.set(xlim=extent[:2], ylim=extent[2:], title=title, facecolor="#f4f4f4")
+        figure.colorbar(dots, ax=axis, fraction=0.046, pad=0.03)
+    for axis in axes:
+        axis.set(aspect="equal", xlabel="mm")
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)

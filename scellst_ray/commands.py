@@ -1,0 +1,96 @@
+"""What each subcommand does with its configuration: run the job, show it, turn it into an exit code."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scellst_ray.demo import DemoConfig, demo
+from scellst_ray.doctor import DoctorConfig, doctor
+from scellst_ray.export.anndata import write_anndata
+from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.expression import PredictConfig, predict
+from scellst_ray.progress import shown_progress
+from scellst_ray.reading import open_run
+from scellst_ray.runs import FINISHED
+from scellst_ray.train import TrainConfig, train
+
+Job = tuple[type, Callable[[Any], int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Cells of a run to one AnnData file that scanpy and squidpy open."""
+
+    run: str
+    """Run folder of `extract` or `predict`."""
+    out: str
+    """File to write: .h5ad or .zarr."""
+    slides: list[str] | None = None
+    """slide_ids; by default all that have cells."""
+    genes: list[str] | None = None
+    """Genes, in the order wanted; by default the whole panel."""
+
+
+def jobs() -> dict[str, Job]:
+    """Return every subcommand's configuration class and function, in the order of the help."""
+    return {
+        "extract": (ExtractConfig, run_extract),
+        "train": (TrainConfig, run_train),
+        "predict": (PredictConfig, run_predict),
+        "export": (ExportConfig, run_export),
+        "demo": (DemoConfig, demo),
+        "doctor": (DoctorConfig, doctor),
+    }
+
+
+def run_extract(config: ExtractConfig) -> int:
+    """Run `extract`; 0 only if every slide is done or empty."""
+    with shown_progress() as report:
+        records = extract(config, report)
+    return summarise(records, config.out)
+
+
+def run_predict(config: PredictConfig) -> int:
+    """Run `predict`; 0 only if every slide is done or empty."""
+    with shown_progress() as report:
+        records = predict(config, report)
+    return summarise(records, config.out)
+
+
+def run_train(config: TrainConfig) -> int:
+    """Run `train`."""
+    console = Console()
+    train(config, lambda text: console.print(text, highlight=False))
+    console.print(f"head: {config.out}/head.safetensors")
+    return 0
+
+
+def run_export(config: ExportConfig) -> int:
+    """Run `export`."""
+    write_anndata(open_run(config.run), config.out, config.slides, config.genes)
+    Console().print(f"wrote {config.out}")
+    return 0
+
+
+def summarise(records: dict[str, dict[str, Any]], out: str) -> int:
+    """Print what became of the slides, those that failed with their reasons; return the exit code."""
+    console = Console(width=None)
+    counts = {status: 0 for status in ("done", "empty", "partial", "failed")}
+    for record in records.values():
+        counts[record["status"]] += 1
+    num_cells = sum(record["num_cells"] for record in records.values())
+    text = ", ".join(f"{count} {status}" for status, count in counts.items())
+    console.print(f"{len(records)} slides: {text}; {num_cells:,} cells in {out}", highlight=False)
+    bad = {k: r for k, r in sorted(records.items()) if r["status"] not in FINISHED}
+    if bad:
+        table = Table("slide", "status", "tiles failed", "stage", "reason", title="not complete")
+        for slide_id, record in bad.items():
+            tiles = f"{record['num_failed_tiles']} of {max(1, record['num_tiles'] or 0)}"
+            reason = f"{record['error_type']}: {record['error']}"
+            table.add_row(slide_id, record["status"], tiles, record["stage"], reason)
+        console.print(table)
+        console.print("Mend the cause and run the same command again: it does only what is missing.")
+    return 1 if bad else 0

@@ -1,0 +1,1 @@
+"""Ray Data pipelines, each named after the table it produces."""

@@ -1,0 +1,81 @@
+"""EXPRESSION: the fused pass, pixels to the head's hidden factor of every cell."""
+
+import hashlib
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from scellst_ray import storage
+from scellst_ray.cohort import read_manifest
+from scellst_ray.models.encoder import encoder_digest
+from scellst_ray.models.mil import head_from_bytes
+from scellst_ray.pipelines.cells import ExtractConfig, Report, run_cells
+from scellst_ray.pipelines.stages import local_weights
+
+HEAD = "head.safetensors"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(ExtractConfig):
+    """Slides to CELLS and EXPRESSION, in one pass; no transcriptomics needed."""
+
+    head: str
+    """The head: what `scellst-ray train` wrote, its folder or its file."""
+    encoder: str = "head"
+    """Weights; by default those the head was trained with, under the name it was given then."""
+    store_embeddings: bool = False
+    """Keep each cell's embedding too (4 kB a cell)."""
+
+
+def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str, dict[str, Any]]:
+    """Run `predict`; return the record of every slide of the manifest.
+
+    Raises:
+        ValueError: manifest, head, encoder or output folder cannot be used, or head and encoder do
+            not belong together.
+    """
+    slides = read_manifest(config.manifest)
+    uri = config.head if config.head.endswith(".safetensors") else storage.join(config.head, HEAD)
+    if not storage.exists(uri):
+        message = f"{uri}: no such head; give the folder or file `scellst-ray train` wrote"
+        raise ValueError(message)
+    with fsspec.open(uri, "rb") as handle:
+        content = bytes(handle.read())
+    _, info = head_from_bytes(content, uri)
+    encoder = info["encoder"] if config.encoder == "head" else config.encoder
+    digest = encoder_digest(local_weights(encoder))
+    if digest != info["encoder_digest"]:
+        message = (
+            f"{uri}: this head was trained on embeddings of {info['encoder_digest']}, and encoder "
+            f"{encoder!r} is {digest}; give the encoder it was trained with"
+        )
+        raise ValueError(message)
+    _warn_of_changes(config, info)
+    identity = {"encoder": digest, "head": hashlib.sha256(content).hexdigest()}
+    # The head is part of the run: what reads the run needs nothing else.
+    kept = storage.join(config.out, HEAD)
+    return run_cells(
+        "predict",
+        replace(config, encoder=encoder),
+        slides,
+        identity,
+        kept,
+        report,
+        prepare=lambda: storage.publish(kept, lambda path: _write(path, content)),
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _warn_of_changes(config: PredictConfig, info: dict[str, Any]) -> None:
+    """Say so when cells are cut out differently from those the head was trained on."""
+    for name in ("segmenter", "read_mpp"):
+        then, now = info.get("cells", {}).get(name), getattr(config, name)
+        if then != now:
+            logger.warning("%s is %s, but the head was trained with %s", name, now, then)

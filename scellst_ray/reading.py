@@ -1,0 +1,333 @@
+"""Reading a run: its slides, cells, embeddings and any genes of any cells.
+
+Needs neither Ray nor torch. What counts is what a slide's record says: files without one, which a
+crash may leave, are never looked at. Expression is computed when read, from the stored factor.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+import fsspec
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors.numpy import load as parse_tensors
+
+from scellst_ray import schemas, storage
+from scellst_ray.expression import expression_from_hidden, parse_head
+from scellst_ray.runs import RunFolder
+
+HEAD = "head.safetensors"
+IDS = ("slide_id", "cell_id")
+# Values computed at a time: 32 MB of float32, whatever the number of genes.
+BLOCK_VALUES = 1 << 23
+
+SLIDES = {
+    "slide_id": pl.String,
+    "status": pl.String,
+    "num_cells": pl.Int64,
+    "num_tiles": pl.Int64,
+    "num_failed_tiles": pl.Int64,
+    "mpp": pl.Float64,
+    "read_mpp": pl.Float64,
+    "width0": pl.Int64,
+    "height0": pl.Int64,
+    **{f"seconds_{stage}": pl.Float64 for stage in schemas.STAGES},
+    "stage": pl.String,
+    "error_type": pl.String,
+    "error": pl.String,
+    "scellst_ray": pl.String,
+    "finished": pl.String,
+}
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The head's last layer: genes in order, weight float32 [G, H], bias float32 [G]."""
+
+    genes: list[str]
+    weight_GH: NDArray[np.float32]
+    bias_G: NDArray[np.float32]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it was when opened; open it again to see slides finished since.
+
+    Attributes:
+        folder: Where everything is.
+        info: run.json: digest, identity (what decides results), format_version, created.
+        records: The record of every slide that has one, by slide_id.
+    """
+
+    folder: RunFolder
+    info: dict[str, Any]
+    records: dict[str, dict[str, Any]]
+
+    @property
+    def uri(self) -> str:
+        """Return the run folder."""
+        return self.folder.uri
+
+    @cached_property
+    def slides(self) -> pl.DataFrame:
+        """Return one row per slide that has a record, sorted by slide_id."""
+        rows = []
+        for slide_id in sorted(self.records):
+            record = self.records[slide_id]
+            seconds = {f"seconds_{k}": v for k, v in record.get("seconds", {}).items()}
+            values = record | seconds
+            rows.append({name: values.get(name) for name in SLIDES})
+        return pl.DataFrame(rows, schema=SLIDES)
+
+    @cached_property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Return slides.json: uri and mpp (None: the file's own) of every slide ever given."""
+        uri = storage.join(self.uri, "slides.json")
+        return dict(storage.read_json(uri)) if storage.exists(uri) else {}
+
+    def failures(self) -> pl.DataFrame:
+        """Return the failed tiles of all slides (tile_id -1: the slide could not be planned)."""
+        tables = [schemas.FAILURES.empty_table()]
+        for slide_id in sorted(self.records):
+            if self.records[slide_id]["num_failed_tiles"]:
+                uri = self.folder.failures_uri(slide_id)
+                table = storage.read_table(uri)
+                schemas.check(table.schema, "FAILURES", uri)
+                tables.append(table.select(schemas.FAILURES.names).cast(schemas.FAILURES))
+        return _frame(pa.concat_tables(tables))
+
+    @cached_property
+    def last_layer(self) -> LastLayer:
+        """Return the last layer of the run's head.
+
+        Raises:
+            ValueError: the run has no head, or the file is no whole head.
+        """
+        uri = storage.join(self.uri, HEAD)
+        try:
+            with fsspec.open(uri, "rb") as handle:
+                data = bytes(handle.read())
+        except FileNotFoundError as error:
+            message = f"{self.uri}: this run has no expression: run predict (scellst-ray predict)"
+            raise ValueError(message) from error
+        tensors, info = parse_head(data, uri, parse_tensors)
+        genes = [str(gene) for gene in info["genes"]]
+        return LastLayer(genes, tensors["last.weight"], tensors["last.bias"], info)
+
+    @property
+    def genes(self) -> list[str]:
+        """Return the gene panel, in the head's order."""
+        return list(self.last_layer.genes)
+
+    @property
+    def has_expression(self) -> bool:
+        """Tell whether this is a run of `predict`."""
+        return storage.exists(storage.join(self.uri, HEAD))
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """Return the length of the stored embeddings; None if the run stores none."""
+        kept = self.info.get("identity", {}).get("store_embeddings", False)
+        return schemas.EMBEDDING_DIM if kept else None
+
+    def cells(self, slide_id: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the CELLS of a slide, by ascending cell_id; no rows if the slide is empty.
+
+        Args:
+            slide_id: The slide.
+            columns: Which columns, in this order; all if None.
+
+        Raises:
+            ValueError: no such slide or column, the slide failed, or the file is another table.
+        """
+        with self._open(slide_id, "CELLS") as file:
+            schema = schemas.cells_schema(self.embedding_dim) if file is None else file.schema_arrow
+            source = f"CELLS of slide {slide_id!r}"
+            names = schema.names if columns is None else known(columns, schema.names, source)
+            if file is None:
+                return schema.empty_table().select(names)
+            return file.read(columns=names).select(names)
+
+    def cells_frame(
+        self, slide_ids: Iterable[str] | None = None, columns: Sequence[str] | None = None
+    ) -> pl.DataFrame:
+        """Return CELLS of several slides in one frame, without embeddings.
+
+        Args:
+            slide_ids: Which slides, in this order; all that have cells or none to have if None.
+            columns: Which columns; all but vectors if None.
+        """
+        names = schemas.cells_schema(None).names if columns is None else list(columns)
+        chosen = self.readable if slide_ids is None else list(slide_ids)
+        frames = [_frame(self.cells(slide_id, names)) for slide_id in chosen]
+        empty = schemas.cells_schema(self.embedding_dim).empty_table()
+        return pl.concat(frames) if frames else _frame(empty.select(names))
+
+    @property
+    def readable(self) -> list[str]:
+        """Return the slides that did not fail, sorted."""
+        return [s for s in sorted(self.records) if self.records[s]["status"] != "failed"]
+
+    def embeddings(self, slide_id: str) -> NDArray[np.float16]:
+        """Return the embeddings of a slide's cells, float16 [N, D], in the order of `cells`."""
+        if self.embedding_dim is None:
+            message = f"{self.uri}: this run stores no embeddings: set store_embeddings: true"
+            raise ValueError(message)
+        return _matrix(self.cells(slide_id, ["embedding"])["embedding"])
+
+    def iter_expression(
+        self,
+        genes: Sequence[str] | None,
+        slide_id: str,
+        cell_ids: Sequence[int] | NDArray[np.integer] | None = None,
+    ) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
+        """Yield expression in blocks of bounded memory, in the stored order of cells.
+
+        Args:
+            genes: Which genes, in this order; the whole panel if None.
+            slide_id: The slide.
+            cell_ids: Which cells; all if None.
+
+        Yields:
+            slide_id and cell_id of N cells, and their expression float32 [N, G].
+
+        Raises:
+            ValueError: unknown slide, genes or cells, a slide that failed, or a run without a head.
+        """
+        layer = self.last_layer
+        index = gene_index(layer.genes, genes, self.uri)
+        weight_GH, bias_G = layer.weight_GH[index], layer.bias_G[index]
+        size = max(1, BLOCK_VALUES // max(1, len(index)))
+        wanted = None if cell_ids is None else np.unique(np.asarray(cell_ids, np.int64))
+        missing = np.zeros(0, np.int64) if wanted is None else wanted
+        with self._open(slide_id, "EXPRESSION") as file:
+            for table in () if file is None else _row_groups(file, wanted):
+                ids = table["cell_id"].to_numpy()
+                missing = np.setdiff1d(missing, ids, assume_unique=True)
+                for start in range(0, len(table), size):
+                    block = table.slice(start, size)
+                    values_NG = expression_from_hidden(_matrix(block["hidden"]), weight_GH, bias_G)
+                    yield block.select(list(IDS)), values_NG
+        if len(missing):
+            message = (
+                f"slide {slide_id!r} of {self.uri} has no cell_id {missing[:5].tolist()} "
+                f"({len(missing)} unknown); take ids from run.cells({slide_id!r})"
+            )
+            raise ValueError(message)
+
+    def expression_numpy(
+        self,
+        genes: Sequence[str] | None,
+        slide_id: str,
+        cell_ids: Sequence[int] | NDArray[np.integer] | None = None,
+    ) -> NDArray[np.float32]:
+        """Return expression float32 [N, G]: genes and cells in the order given.
+
+        Arguments and errors are those of `iter_expression`; a cell may be asked for repeatedly.
+        """
+        return self._expression(genes, slide_id, cell_ids)[1]
+
+    def expression_arrow(
+        self,
+        genes: Sequence[str] | None,
+        slide_id: str,
+        cell_ids: Sequence[int] | NDArray[np.integer] | None = None,
+    ) -> pa.Table:
+        """Return `expression_numpy` as slide_id, cell_id and one float32 column per gene."""
+        ids, values_NG = self._expression(genes, slide_id, cell_ids)
+        names = self.genes if genes is None else _names(genes)
+        columns = {"slide_id": pa.repeat(slide_id, len(ids)), "cell_id": pa.array(ids)}
+        by_gene = {g: pa.array(np.ascontiguousarray(values_NG[:, i])) for i, g in enumerate(names)}
+        return pa.table(columns | by_gene)
+
+    def expression(
+        self,
+        genes: Sequence[str] | None,
+        slide_id: str,
+        cell_ids: Sequence[int] | NDArray[np.integer] | None = None,
+    ) -> pl.DataFrame:
+        """Return `expression_arrow` as a polars frame."""
+        return _frame(self.expression_arrow(genes, slide_id, cell_ids))
+
+    def _expression(
+        self,
+        genes: Sequence[str] | None,
+        slide_id: str,
+        cell_ids: Sequence[int] | NDArray[np.integer] | None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return cell ids [N] and expression [N, G], filled block by block."""
+        num_genes = len(gene_index(self.last_layer.genes, genes, self.uri))
+        if cell_ids is None:
+            with self._open(slide_id, "EXPRESSION") as file:
+                num_cells = 0 if file is None else file.metadata.num_rows
+        else:
+            num_cells = len(np.unique(np.asarray(cell_ids, np.int64)))
+        ids_N = np.zeros(num_cells, np.int64)
+        values_NG = np.zeros((num_cells, num_genes), np.float32)
+        start = 0
+        for table, block in self.iter_expression(genes, slide_id, cell_ids):
+            rows = slice(start, start + len(table))
+            ids_N[rows], values_NG[rows] = table["cell_id"].to_numpy(), block
+            start += len(table)
+        if cell_ids is None or np.array_equal(ids_N, cell_ids):
+            return ids_N, values_NG
+        order = np.searchsorted(ids_N, np.asarray(cell_ids, np.int64))
+        return ids_N[order], values_NG[order]
+
+    @contextmanager
+    def _open(self, slide_id: str, name: str) -> Iterator[pq.ParquetFile | None]:
+        """Open a slide's table; None if the slide has no cells."""
+        record = self.records[known([slide_id], sorted(self.records), f"{self.uri}: slides")[0]]
+        if record["status"] == "failed":
+            message = (
+                f"slide {slide_id!r} failed at {record.get('stage')} with "
+                f"{record.get('error_type')}: {record.get('error')} Mend it and run again."
+            )
+            raise ValueError(message)
+        if name not in record["tables"]:
+            if record["tables"]:
+                message = f"slide {slide_id!r} of {self.uri} has no {name}: run predict"
+                raise ValueError(message)
+            yield None
+            return
+        folder = self.folder
+        uri = (folder.cells_uri if name == "CELLS" else folder.expression_uri)(slide_id)
+        fs, path = storage.resolve(uri)
+        with pq.ParquetFile(path, filesystem=fs, pre_buffer=not storage.is_local(uri)) as file:
+            check_table(file.schema_arrow, name, uri, folder.digest)
+            yield file
+
+
+def open_run(uri: str | os.PathLike[str]) -> Run:
+    """Open the folder that `extract` or `predict` wrote, finished or not.
+
+    Args:
+        uri: Local path or fsspec URI.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: written by a newer release.
+    """
+    folder = os.fspath(uri).rstrip("/")
+    run_uri = storage.join(folder, "run.json")
+    if not storage.exists(run_uri):
+        message = f"{folder}: no run of scellst_ray (it has no run.json); give the --out of a run"
+        raise FileNotFoundError(message)
+    info = dict(storage.read_json(run_uri))
+    if info["format_version"] > schemas.FORMAT_VERSION:
+        message = (
+            f"{folder}: written in format version {info['format_version']}; this release reads up "
+            f"to {schemas.FORMAT_VERSION}. Upgrade scellst_ray."
+        )
+        raise ValueError(message)
+    run = RunFolder(folder, str(info["digest"]))
+    return Run(run, info, run.records())

@@ -1,0 +1,157 @@
+"""One Arrow schema per table that crosses a boundary (FORMAT.md is the prose of it).
+
+`conform` puts a table into its stored form, name, version and run digest in the schema metadata;
+`check` refuses a stored table of another name or of a version this release cannot read.
+"""
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+CROP_UM = 12.0
+CROP_PX = 48
+EMBEDDING_DIM = 2048
+HIDDEN_DIM = 256
+
+_BOX_FIELDS = [
+    pa.field(f"{kind}_{axis}", pa.int32())
+    for kind in ("core", "read")
+    for axis in ("x0", "y0", "w0", "h0")
+]
+
+# A slide that could not be planned, or has no tissue, is one row: tile_id -1 and num_tiles 0.
+TILES = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("tile_id", pa.int64(), nullable=False),
+        pa.field("num_tiles", pa.int32(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("mpp", pa.float64()),
+        pa.field("read_mpp", pa.float64()),
+        pa.field("width0", pa.int32()),
+        pa.field("height0", pa.int32()),
+        *_BOX_FIELDS,
+        pa.field("stage", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+STAGES = ("plan", "read", "segment", "crop", "embed", "write")
+
+RECEIPTS = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("tile_id", pa.int64(), nullable=False),
+        pa.field("num_tiles", pa.int32(), nullable=False),
+        pa.field("mpp", pa.float64()),
+        pa.field("read_mpp", pa.float64()),
+        pa.field("width0", pa.int32()),
+        pa.field("height0", pa.int32()),
+        pa.field("num_cells", pa.int32(), nullable=False),
+        pa.field("shard", pa.string()),
+        pa.field("shard_row", pa.int64()),
+        pa.field("stage", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error", pa.string()),
+        *[pa.field(f"seconds_{stage}", pa.float32()) for stage in STAGES],
+    ]
+)
+
+FAILURES = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("tile_id", pa.int64(), nullable=False),
+        pa.field("stage", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+CELL_FIELDS = [
+    pa.field("slide_id", pa.string(), nullable=False),
+    pa.field("cell_id", pa.int64(), nullable=False),
+    pa.field("x0", pa.float32(), nullable=False),
+    pa.field("y0", pa.float32(), nullable=False),
+    pa.field("area_um2", pa.float32(), nullable=False),
+    pa.field("nucleus_type", pa.string(), nullable=False),
+    pa.field("type_prob", pa.float32()),
+    pa.field("polygon", pa.binary(), nullable=False),
+]
+
+
+def vector(name: str, dim: int) -> pa.Field:
+    """Return a stored vector column: float16 [dim] per cell."""
+    return pa.field(name, pa.list_(pa.field("item", pa.float16()), dim), nullable=False)
+
+
+def cells_schema(embedding_dim: int | None) -> pa.Schema:
+    """Return the CELLS schema; without an embedding column if `embedding_dim` is None."""
+    extra = [] if embedding_dim is None else [vector("embedding", embedding_dim)]
+    return pa.schema([*CELL_FIELDS, *extra])
+
+
+def expression_schema() -> pa.Schema:
+    """Return the EXPRESSION schema: the head's last hidden layer, float16 [256] per cell."""
+    return pa.schema([*CELL_FIELDS[:2], vector("hidden", HIDDEN_DIM)])
+
+
+def bags_schema(embedding_dim: int) -> pa.Schema:
+    """Return the BAGS schema: one row per spot with its cells' embeddings and its target.
+
+    A bag has as many vectors as the spot has cells: offsets, no padding.
+    """
+    embedding = pa.list_(pa.field("item", pa.float16()), embedding_dim)
+    return pa.schema(
+        [
+            pa.field("slide_id", pa.string(), nullable=False),
+            pa.field("spot_id", pa.string(), nullable=False),
+            pa.field("x0", pa.float64(), nullable=False),
+            pa.field("y0", pa.float64(), nullable=False),
+            pa.field("cell_id", pa.list_(pa.int64()), nullable=False),
+            pa.field("embedding", pa.list_(embedding), nullable=False),
+            pa.field("target", pa.list_(pa.float32()), nullable=False),
+        ]
+    )
+
+
+def conform(table: pa.Table, schema: pa.Schema, name: str, run_digest: str = "") -> pa.Table:
+    """Return `table` with exactly the columns and types of `schema`, signed with its name.
+
+    Raises:
+        ValueError: a column is missing or cannot be cast without loss.
+    """
+    return table.select(schema.names).cast(signed(schema, name, run_digest))
+
+
+def signed(
+    schema: pa.Schema, name: str, run_digest: str = "", extra: Mapping[bytes, bytes] | None = None
+) -> pa.Schema:
+    """Return the schema with table name, format version and run digest in its metadata."""
+    metadata = {
+        b"scellst_ray.table": name.encode(),
+        b"scellst_ray.version": str(FORMAT_VERSION).encode(),
+        b"scellst_ray.run_digest": run_digest.encode(),
+    }
+    return schema.with_metadata(metadata | dict(extra or {}))
+
+
+def check(schema: pa.Schema, name: str, source: str) -> None:
+    """Check that a stored schema is table `name` in a version this release reads.
+
+    Raises:
+        ValueError: another table, no signature, or a newer version; the message names `source`.
+    """
+    metadata = schema.metadata or {}
+    found = metadata.get(b"scellst_ray.table", b"").decode()
+    if found != name:
+        message = f"{source}: expected a scellst_ray {name} table, found {found or 'no signature'}"
+        raise ValueError(message)
+    version = int(metadata.get(b"scellst_ray.version", b"0"))
+    if version > FORMAT_VERSION:
+        message = (
+            f"{source}: written in format version {version}; this release reads up to "
+            f"{FORMAT_VERSION}. Upgrade scellst_ray."
+        )
+        raise ValueError(message)

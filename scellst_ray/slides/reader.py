@@ -1,0 +1,266 @@
+"""Opening slides and reading boxes of them at any resolution.
+
+The only place where (x, y) and [H, W, C] meet: boxes and sizes come in as (x, y, width, height) in
+level-0 px, arrays go out as uint8 [H, W, 3] with the frame that leads back to level 0.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import cv2
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+from PIL import Image
+
+from scellst_ray.cohort import check_mpp
+from scellst_ray.geometry import Box, Frame
+
+WHITE = 255
+# A plain image is held decoded in memory; larger ones belong in a pyramidal TIFF.
+MAX_PLAIN_PIXELS = 600_000_000
+STRIP_PIXELS = 16_000_000
+
+
+class _Pixels(Protocol):
+    """What a backend offers: levels and boxes of level pixels."""
+
+    dimensions: tuple[int, int]
+    downsamples: list[float]
+    mpp: float | None
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
+        """Return level px [x, x + w) x [y, y + h) as RGB [h, w, 3], white outside the image."""
+        ...
+
+    def close(self) -> None:
+        """Free what was opened."""
+        ...
+
+
+class Slide:
+    """An open slide.
+
+    Attributes:
+        uri: The name messages use.
+        mpp: um per level-0 px.
+        width0: Width in level-0 px.
+        height0: Height in level-0 px.
+    """
+
+    def __init__(self, path: Path, uri: str = "", mpp: float | None = None) -> None:
+        """Open a slide.
+
+        Args:
+            path: Local file (a folder for formats that are one).
+            uri: The name for messages; the path if empty.
+            mpp: um per level-0 px, overriding the file's own.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: not an image, cut off, or its resolution is unknown or absurd.
+        """
+        self.uri = uri or str(path)
+        if not path.exists():
+            message = f"{self.uri}: no such file"
+            raise FileNotFoundError(message)
+        self._pixels = _open_pixels(path, self.uri)
+        try:
+            self.mpp = check_mpp(self._pixels.mpp if mpp is None else mpp, self.uri)
+        except ValueError:
+            self._pixels.close()
+            raise
+        self.width0, self.height0 = self._pixels.dimensions
+
+    def __enter__(self) -> Self:
+        """Return the open slide."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the slide."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; the slide cannot be read afterwards."""
+        self._pixels.close()
+
+    def read(self, box: Box, mpp: float) -> tuple[NDArray[np.uint8], Frame]:
+        """Read a box at (about) a resolution, from the best level at or above it.
+
+        The box is widened to whole pixels of that level, and the image rounded to whole pixels;
+        the frame carries the true ratio and origin that result, so nothing is lost to rounding.
+
+        Args:
+            box: Level-0 px; may reach beyond the slide, which is white there.
+            mpp: Wanted um per px; finer than the slide means enlarging it.
+
+        Returns:
+            RGB uint8 [H, W, 3] and its frame.
+        """
+        pixels = self._pixels
+        level = self._level_for(mpp / self.mpp)
+        downsample = pixels.downsamples[level]
+        left, top = math.floor(box.x0 / downsample), math.floor(box.y0 / downsample)
+        width = math.ceil((box.x0 + box.w0) / downsample) - left
+        height = math.ceil((box.y0 + box.h0) / downsample) - top
+        image = pixels.region(level, left, top, width, height)
+        shrink = mpp / self.mpp / downsample
+        out_w, out_h = max(1, round(width / shrink)), max(1, round(height / shrink))
+        frame = Frame(
+            left * downsample,
+            top * downsample,
+            width * downsample / out_w,
+            height * downsample / out_h,
+        )
+        return resize(image, out_w, out_h), frame
+
+    def overview(self, mpp: float) -> tuple[NDArray[np.uint8], Frame]:
+        """Read the whole slide at a low power, strip by strip, in bounded memory."""
+        level = self._level_for(mpp / self.mpp)
+        wide = self.width0 / self._pixels.downsamples[level]
+        out_w = max(1, round(self.width0 * self.mpp / mpp))
+        out_h = max(1, round(self.height0 * self.mpp / mpp))
+        ratio_y = self.height0 / out_h
+        rows = max(1, int(STRIP_PIXELS / (wide * ratio_y / self._pixels.downsamples[level])))
+        strips = []
+        for row in range(0, out_h, rows):
+            stop = min(row + rows, out_h)
+            y0, end0 = round(row * ratio_y), round(stop * ratio_y)
+            strip, _ = self.read(Box(0, y0, self.width0, max(1, end0 - y0)), mpp)
+            strips.append(resize(strip, out_w, stop - row))
+        return np.concatenate(strips), Frame(0.0, 0.0, self.width0 / out_w, ratio_y)
+
+    def _level_for(self, downsample: float) -> int:
+        """Return the coarsest level that is still at least as fine as asked for."""
+        fine = [i for i, d in enumerate(self._pixels.downsamples) if d <= downsample * 1.005]
+        return max(fine, default=0)
+
+
+def resize(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """Resample [H, W, 3] to [height, width, 3]: area averages down, linear up; no copy if equal."""
+    if image.shape[:2] == (height, width):
+        return image
+    shrinks = width <= image.shape[1] and height <= image.shape[0]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (width, height), interpolation=method), np.uint8)
+
+
+def _open_pixels(path: Path, uri: str) -> _Pixels:
+    try:
+        if openslide.OpenSlide.detect_format(str(path)) is not None:
+            return _OpenSlidePixels(path)
+    except openslide.OpenSlideError as error:
+        message = f"{uri}: OpenSlide cannot open it ({error}); the file may be cut off or damaged"
+        raise ValueError(message) from error
+    return _PlainPixels(path, uri)
+
+
+class _OpenSlidePixels:
+    """A slide OpenSlide knows."""
+
+    def __init__(self, path: Path) -> None:
+        self._slide = openslide.OpenSlide(str(path))
+        self.dimensions = self._slide.dimensions
+        self.downsamples = [self._exact(level) for level in range(self._slide.level_count)]
+        self.mpp = self._file_mpp()
+
+    def _exact(self, level: int) -> float:
+        """Return the level's downsample, whole where rounding the level's size explains the rest.
+
+        OpenSlide reports the mean of two rounded ratios (4.004 for 2967 -> 741), which would
+        shift the far end of a slide by several pixels.
+        """
+        whole = round(self._slide.level_downsamples[level])
+        sizes = zip(self.dimensions, self._slide.level_dimensions[level], strict=True)
+        if all(abs(size0 / whole - size) < 1 for size0, size in sizes):
+            return float(whole)
+        return float(self._slide.level_downsamples[level])
+
+    def _file_mpp(self) -> float | None:
+        values = [
+            self._slide.properties.get(name)
+            for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+        ]
+        numbers = [float(value) for value in values if value is not None]
+        if not numbers:
+            return None
+        if max(numbers) > 1.02 * min(numbers):
+            message = (
+                f"pixels are not square: mpp {numbers[0]:g} by {numbers[1]:g}; "
+                "resample the image, or give one mpp in the manifest"
+            )
+            warnings.warn(message, stacklevel=2)
+            return None
+        return numbers[0]
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
+        # OpenSlide divides the location by its own downsample: multiply by that one.
+        scale = self._slide.level_downsamples[level]
+        location = (math.ceil(x * scale - 1e-6), math.ceil(y * scale - 1e-6))
+        rgba = np.asarray(self._slide.read_region(location, level, (w, h)))
+        alpha = rgba[..., 3:]
+        if alpha.min() == WHITE:
+            return np.ascontiguousarray(rgba[..., :3])
+        return np.where(alpha == 0, np.uint8(WHITE), rgba[..., :3]).astype(np.uint8)
+
+    def close(self) -> None:
+        self._slide.close()
+
+
+class _PlainPixels:
+    """A PNG, JPEG or plain TIFF, decoded whole; one level and no resolution of its own."""
+
+    mpp: float | None = None
+    downsamples: list[float] = [1.0]  # noqa: RUF012 - never changed
+
+    def __init__(self, path: Path, uri: str) -> None:
+        try:
+            with _large_images_allowed(), Image.open(path) as image:
+                self.dimensions = image.size
+                if image.size[0] * image.size[1] > MAX_PLAIN_PIXELS:
+                    message = (
+                        f"{uri}: {image.size[0]} x {image.size[1]} px is too large for a plain "
+                        "image; convert it to a pyramidal TIFF (for example `vips tiffsave "
+                        "--tile --pyramid`)"
+                    )
+                    raise ValueError(message)
+                self._image = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            message = (
+                f"{uri}: neither OpenSlide nor Pillow can read it as an image ({error}); "
+                "it may be cut off, damaged or of another kind"
+            )
+            raise ValueError(message) from error
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
+        assert level == 0
+        width, height = self.dimensions
+        out = np.full((h, w, 3), WHITE, np.uint8)
+        left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+        if left < right and top < bottom:
+            out[top - y : bottom - y, left - x : right - x] = self._image[top:bottom, left:right]
+        return out
+
+    def close(self) -> None:
+        self._image = np.empty((0, 0, 3), np.uint8)
+
+
+@contextmanager
+def _large_images_allowed() -> Iterator[None]:
+    """Lift Pillow's own size limit; ours is checked before decoding."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

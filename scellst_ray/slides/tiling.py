@@ -1,0 +1,83 @@
+"""Planning tiles: boxes only, no pixels.
+
+Cores partition the slide into half-open boxes, so a nucleus whose centroid is in a core belongs to
+exactly one tile; a tile reads its core and a halo around it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scellst_ray.geometry import Box, Frame
+
+FINEST_MPP, COARSEST_MPP = 0.25, 0.5
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile; `tile_id` counts cores row by row over the whole slide, tissue or not."""
+
+    tile_id: int
+    core: Box
+    read: Box
+
+
+def default_read_mpp(mpp: float) -> float:
+    """Return the resolution to read a slide at: its own where that lies in 0.25-0.5 um/px.
+
+    Finer slides are shrunk to 0.25 (the resolution of the crops), coarser ones enlarged to 0.5
+    (below which nuclei touch): no needless resampling in between.
+    """
+    return min(max(mpp, FINEST_MPP), COARSEST_MPP)
+
+
+def plan_tiles(
+    size0: tuple[int, int],
+    ratio: float,
+    mask: NDArray[np.bool_],
+    mask_frame: Frame,
+    core_px: int = 960,
+    halo_px: int = 32,
+) -> list[Tile]:
+    """Plan the tiles of one slide whose cores touch tissue, in row-major order.
+
+    Args:
+        size0: (width, height) in level-0 px.
+        ratio: Level-0 px per px read (read mpp / slide mpp).
+        mask: Tissue, bool [H, W].
+        mask_frame: Where the mask's pixels lie on the slide.
+        core_px: Core size in px read.
+        halo_px: Halo on each side in px read.
+    """
+    edges_x, edges_y = (_edges(size, core_px * ratio) for size in size0)
+    halo0 = math.ceil(halo_px * ratio)
+    sums = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    tiles = []
+    num_columns = len(edges_x) - 1
+    for row in range(len(edges_y) - 1):
+        for column in range(num_columns):
+            x0, y0 = edges_x[column], edges_y[row]
+            core = Box(x0, y0, edges_x[column + 1] - x0, edges_y[row + 1] - y0)
+            if _count(sums, core, mask_frame) > 0:
+                tiles.append(Tile(row * num_columns + column, core, core.grown(halo0)))
+    return tiles
+
+
+def _edges(size0: int, step0: float) -> list[int]:
+    """Return the level-0 edges of cores along one axis: rounded multiples of the true step."""
+    count = max(1, math.ceil(size0 / step0))
+    edges = [round(i * step0) for i in range(count)] + [size0]
+    # Rounding may leave an empty last core.
+    return [edge for i, edge in enumerate(edges) if i == 0 or edge > edges[i - 1]]
+
+
+def _count(sums: NDArray[np.int64], box: Box, frame: Frame) -> int:
+    """Count mask pixels that a box touches, from the mask's summed-area table [H + 1, W + 1]."""
+    corners = np.array([[box.x0, box.y0], [box.x0 + box.w0, box.y0 + box.h0]], np.float64)
+    (left, top), (right, bottom) = frame.from_level0(corners)
+    height, width = sums.shape[0] - 1, sums.shape[1] - 1
+    c0, c1 = max(0, math.floor(left)), min(width, math.ceil(right))
+    r0, r1 = max(0, math.floor(top)), min(height, math.ceil(bottom))
+    return int(sums[r1, c1] - sums[r0, c1] - sums[r1, c0] + sums[r0, c0])

@@ -1,0 +1,69 @@
+"""Reads the spots that a row of the manifest names."""
+
+from collections.abc import Mapping
+
+from scellst_ray.spots.space_ranger import read_space_ranger
+from scellst_ray.spots.st_array import read_st_array
+from scellst_ray.spots.table import Spots
+
+COUNTS_TABLE_ENDINGS = (".tsv", ".tsv.gz", ".txt", ".txt.gz")
+
+
+def read_spots(row: Mapping[str, object], mpp: float | None = None) -> Spots:
+    """Read the spots of one slide.
+
+    Args:
+        row: A manifest row. `spots` is a Space Ranger `outs` folder, or the counts TSV of an ST
+            array, whose positions TSV is then `spot_positions`. `spot_diameter_um` is optional
+            (55 um for Space Ranger, 100 um for ST arrays).
+        mpp: um per level-0 px as the slide was opened; without it, the row's `mpp`.
+
+    Raises:
+        ValueError: Where a column that is needed is absent or empty, or a file is not sound.
+    """
+    slide_id = row.get("slide_id", "?")
+    spots_uri = _text(row, "spots")
+    if spots_uri is None:
+        message = (
+            f"slide {slide_id}: the manifest's `spots` is empty. Give a Space Ranger `outs` folder "
+            "or the counts TSV of an ST array, or leave the slide out of training."
+        )
+        raise ValueError(message)
+    mpp = _number(row, "mpp") if mpp is None else mpp
+    if mpp is None:
+        message = (
+            f"slide {slide_id}: reading spots needs um per level-0 px, and neither the slide nor "
+            "the manifest's `mpp` gives it. Add `mpp` to the manifest."
+        )
+        raise ValueError(message)
+    diameter_um = _number(row, "spot_diameter_um")
+    if not spots_uri.endswith(COUNTS_TABLE_ENDINGS):
+        return read_space_ranger(spots_uri, mpp, 55.0 if diameter_um is None else diameter_um)
+    positions_uri = _text(row, "spot_positions")
+    if positions_uri is None:
+        message = (
+            f"slide {slide_id}: `spots` is a counts table ({spots_uri}), which holds no positions. "
+            "Name the TSV with x, y, pixel_x, pixel_y in the manifest's `spot_positions`."
+        )
+        raise ValueError(message)
+    return read_st_array(
+        spots_uri, positions_uri, mpp, 100.0 if diameter_um is None else diameter_um
+    )
+
+
+def _text(row: Mapping[str, object], name: str) -> str | None:
+    """Return a non-empty string cell, None for an empty one (None, "" or pandas' NaN)."""
+    value = row.get(name)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _number(row: Mapping[str, object], name: str) -> float | None:
+    """Return a cell as a number, None for an empty one."""
+    value = row.get(name)
+    if value is None or value == "" or value != value:  # noqa: PLR0124 -- NaN is not itself
+        return None
+    try:
+        return float(str(value))
+    except ValueError as error:
+        message = f"slide {row.get('slide_id', '?')}: `{name}` is {value!r}, expected a number."
+        raise ValueError(message) from error

@@ -1,0 +1,217 @@
+"""Spots of one slide: where they lie and what was counted in them."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy import sparse
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Spots:
+    """S spots of one slide with the counts of G genes.
+
+    Attributes:
+        spot_id: str [S], unique within the slide (a barcode, or "AxB" on ST arrays).
+        xy0: float64 [S, 2], spot centres (x, y) in level-0 px.
+        radius0: Spot radius in level-0 px, the same for every spot.
+        counts: scipy CSR float32 [S, G], raw counts, never negative. (float32 holds whole
+            numbers exactly up to 16,777,216.)
+        genes: G unique gene names, in the order of the columns of counts.
+    """
+
+    spot_id: NDArray[np.str_]
+    xy0: NDArray[np.float64]
+    radius0: float
+    counts: sparse.csr_matrix
+    genes: list[str]
+
+    def __len__(self) -> int:
+        """Return the number of spots."""
+        return len(self.spot_id)
+
+    def select(self, mask: NDArray[np.bool_] | NDArray[np.integer]) -> "Spots":
+        """Return the spots at `mask` (bool [S]) or at those indices, in that order."""
+        rows = np.flatnonzero(mask) if np.asarray(mask).dtype == bool else np.asarray(mask)
+        return replace(
+            self, spot_id=self.spot_id[rows], xy0=self.xy0[rows], counts=self.counts[rows]
+        )
+
+
+def unique_gene_names(names: Sequence[str]) -> list[str]:
+    """Make repeated gene names unique, as AnnData and scanpy do: TBCE, TBCE-1, TBCE-2.
+
+    Several Ensembl ids may share a symbol. The field keeps them as separate genes and lets the
+    first own the plain symbol; summing them would change the library size of no spot but would
+    mix loci that alignment had kept apart.
+    """
+    taken = set(names)
+    repeats: dict[str, int] = {}
+    unique: list[str] = []
+    for name in names:
+        if name not in repeats:
+            repeats[name] = 0
+            unique.append(name)
+            continue
+        candidate = name
+        while candidate in taken:
+            repeats[name] += 1
+            candidate = f"{name}-{repeats[name]}"
+        taken.add(candidate)
+        unique.append(candidate)
+    return unique
+
+
+def join_spots(
+    counts: sparse.csr_matrix,
+    count_ids: Sequence[str],
+    genes: Sequence[str],
+    positions: pl.DataFrame,
+    radius0: float,
+    source: str,
+) -> Spots:
+    """Put counts and positions together by spot id, in the order of the counts.
+
+    A position without counts and counts without a position are dropped and logged: ST arrays
+    list spots that never passed sequencing, and raw matrices list spots off the tissue.
+
+    Args:
+        counts: Raw counts [B, G].
+        count_ids: B spot ids, in the order of the rows of counts.
+        genes: G gene names; repeated ones get a suffix (see unique_gene_names).
+        positions: Columns spot_id (str), x0 and y0 (float, level-0 px).
+        radius0: Spot radius in level-0 px.
+        source: The file or folder to name in errors.
+
+    Raises:
+        ValueError: Where no spot has both, or the result is not sound (see check_spots).
+    """
+    position_ids = positions["spot_id"].to_list()
+    count_rows, position_rows = _match(list(count_ids), position_ids, source)
+    spots = Spots(
+        spot_id=np.array([count_ids[row] for row in count_rows], dtype=np.str_),
+        xy0=positions.select("x0", "y0").to_numpy().astype(np.float64)[position_rows],
+        radius0=radius0,
+        counts=sparse.csr_matrix(counts, dtype=np.float32)[count_rows],
+        genes=unique_gene_names(genes),
+    )
+    check_spots(spots, source)
+    return spots
+
+
+def _match(
+    count_ids: list[str], position_ids: list[str], source: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows of counts and of positions that name the same spots, in counts' order."""
+    _check_unique(count_ids, "counts", source)
+    _check_unique(position_ids, "positions", source)
+    row_of = {spot_id: row for row, spot_id in enumerate(position_ids)}
+    kept = [(row, row_of[spot]) for row, spot in enumerate(count_ids) if spot in row_of]
+    if not kept:
+        message = (
+            f"{source}: no spot id occurs in both the counts ({len(count_ids)} ids, such as "
+            f"{count_ids[:3]}) and the positions ({len(position_ids)} ids, such as "
+            f"{position_ids[:3]}). Give counts and positions of the same section."
+        )
+        raise ValueError(message)
+    num_dropped = len(count_ids) - len(kept), len(position_ids) - len(kept)
+    if any(num_dropped):
+        text = (
+            "%s: %d spots kept; dropped %d counts without a position, %d positions without counts"
+        )
+        logger.info(text, source, len(kept), *num_dropped)
+    count_rows, position_rows = np.array(kept, np.int64).T
+    return count_rows, position_rows
+
+
+def check_spots(spots: Spots, source: str) -> None:
+    """Refuse spots that cannot supervise anything.
+
+    Args:
+        spots: What was read.
+        source: The file or folder to name in errors.
+
+    Raises:
+        ValueError: Naming the source, the offending value and the remedy: no spots or genes, no
+            counts at all, negative or non-finite counts, repeated spot ids or genes, positions
+            that are not finite, a radius that is not positive, parts of unequal length.
+    """
+    num_spots, num_genes = spots.counts.shape
+    if (num_spots, num_genes) != (len(spots.spot_id), len(spots.genes)) or (
+        spots.xy0.shape != (num_spots, 2)
+    ):
+        message = (
+            f"{source}: counts are {num_spots} spots x {num_genes} genes, but there are "
+            f"{len(spots.spot_id)} spot ids, {len(spots.genes)} genes and positions of shape "
+            f"{spots.xy0.shape}. Every part must describe the same spots and genes."
+        )
+        raise ValueError(message)
+    _check_unique(spots.spot_id.tolist(), "spots", source)
+    _check_unique(spots.genes, "genes", source)
+    _check_values(spots, source)
+    if not np.isfinite(spots.xy0).all():
+        row = int(np.flatnonzero(~np.isfinite(spots.xy0).all(axis=1))[0])
+        message = (
+            f"{source}: spot {spots.spot_id[row]} lies at {spots.xy0[row].tolist()}, which is not "
+            "a place. Positions are level-0 px; remove the spot or give its position."
+        )
+        raise ValueError(message)
+    if not (np.isfinite(spots.radius0) and spots.radius0 > 0):
+        message = (
+            f"{source}: spot radius {spots.radius0} level-0 px, expected a positive number. "
+            "Check mpp and spot_diameter_um."
+        )
+        raise ValueError(message)
+
+
+def radius_px(spot_diameter_um: float, mpp: float, source: str) -> float:
+    """Return the spot radius in level-0 px from its diameter in um and the slide's um per px."""
+    if not (np.isfinite(mpp) and mpp > 0 and np.isfinite(spot_diameter_um)) or (
+        spot_diameter_um <= 0
+    ):
+        message = (
+            f"{source}: spot diameter {spot_diameter_um} um at {mpp} um/px gives no radius: both "
+            "must be positive numbers. Set mpp and spot_diameter_um in the manifest."
+        )
+        raise ValueError(message)
+    return spot_diameter_um / 2.0 / mpp
+
+
+def _check_values(spots: Spots, source: str) -> None:
+    """Refuse negative, non-finite or absent counts."""
+    values = spots.counts.data
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if len(bad):
+        row = int(np.searchsorted(spots.counts.indptr, bad[0], side="right")) - 1
+        gene = spots.genes[int(spots.counts.indices[bad[0]])]
+        message = (
+            f"{source}: {len(bad)} counts are negative or not finite, the first "
+            f"{values[bad[0]]} for gene {gene} in spot {spots.spot_id[row]}. Give raw counts, "
+            "not scaled or log-transformed values."
+        )
+        raise ValueError(message)
+    if not values.any():
+        message = (
+            f"{source}: no counts at all in {spots.counts.shape[0]} spots x "
+            f"{spots.counts.shape[1]} genes. Expected raw counts with at least one above 0; check "
+            "that this is the count matrix of the section."
+        )
+        raise ValueError(message)
+
+
+def _check_unique(names: Sequence[str], what: str, source: str) -> None:
+    """Refuse a name that occurs twice."""
+    if len(set(names)) == len(names):
+        return
+    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
+    message = (
+        f"{source}: {len(repeated)} names occur more than once among the {what}, such as "
+        f"{repeated[:3]}. Each must occur once: remove the repeats (two sections in one file?)."
+    )
+    raise ValueError(message)

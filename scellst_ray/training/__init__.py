@@ -1,0 +1,1 @@
+"""Ray Train: fitting networks on one or many workers."""

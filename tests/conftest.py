@@ -1,0 +1,74 @@
+"""Shared fixtures: one small synthetic slide, and pyramids with dots at known places."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+
+BACKGROUND = (40, 60, 80)
+DOT_SIGMA = 7.0
+
+
+def draw_dots(width, height, points_x0y0):
+    """Return RGB [height, width, 3] with a bright Gaussian dot centred on each (x, y)."""
+    image = np.empty((height, width, 3), np.float64)
+    image[:] = BACKGROUND
+    for x, y in points_x0y0:
+        left, top = max(0, int(x) - 40), max(0, int(y) - 40)
+        rows = np.arange(top, min(height, top + 80)) + 0.5
+        columns = np.arange(left, min(width, left + 80)) + 0.5
+        weight = np.exp(
+            -((columns[None] - x) ** 2 + (rows[:, None] - y) ** 2) / (2 * DOT_SIGMA**2)
+        )
+        image[top : top + len(rows), left : left + len(columns)] += 170 * weight[..., None]
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def shrink(image, factor):
+    """Average squares of `factor` px; a remainder at the far edges is dropped."""
+    height, width = (side // factor for side in image.shape[:2])
+    whole = image[: height * factor, : width * factor].astype(np.float64)
+    means = whole.reshape(height, factor, width, factor, 3).mean(axis=(1, 3))
+    return np.rint(means).astype(np.uint8)
+
+
+def write_pyramid(path, levels, mpp, mpp_y=None, **options):
+    """Write [H, W, 3] arrays, largest first, as a tiled TIFF; `mpp` None leaves it untold."""
+    with tifffile.TiffWriter(path) as tiff:
+        for number, level in enumerate(levels):
+            scale = levels[0].shape[1] / level.shape[1]
+            told = {}
+            if mpp is not None:
+                told = {
+                    "resolution": (1e4 / (mpp * scale), 1e4 / ((mpp_y or mpp) * scale)),
+                    "resolutionunit": "CENTIMETER",
+                }
+            tiff.write(
+                level,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="adobe_deflate",
+                subfiletype=int(number > 0),
+                metadata=None,
+                **(told | options),
+            )
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def synthetic_slide(tmp_path_factory):
+    """Return the paths of a small synthetic slide: 880 x 620 px at 0.5 um/px."""
+    config = SyntheticConfig(seed=3, width_um=440.0, height_um=310.0, mpp=0.5, num_genes=4)
+    return write_synthetic_slide(tmp_path_factory.mktemp("synthetic"), config)
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """Return the folder of real slides beside the repository; skip where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real data not found at {folder}")
+    return folder

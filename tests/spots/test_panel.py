@@ -1,0 +1,192 @@
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import scanpy
+from scipy import sparse
+from sklearn.preprocessing import RobustScaler
+
+from scellst_ray.spots.panel import (
+    CountFilter,
+    filter_counts,
+    gene_columns,
+    log_normalise,
+    panel_targets,
+    read_panel,
+    robust_scale,
+    variable_genes,
+)
+from scellst_ray.spots.st_array import read_st_array
+from scellst_ray.spots.table import Spots
+
+HER2ST = Path(__file__).parents[3] / "shared/data/st_her2st"
+
+
+def random_spots(num_spots=57, num_genes=40, seed=0) -> Spots:
+    rng = np.random.default_rng(seed)
+    gene_rates = np.random.default_rng(99).gamma(0.5, 8.0, num_genes)  # the same on every slide
+    rates = gene_rates * rng.gamma(2.0, 0.5, (num_spots, 1))
+    counts = rng.poisson(rates)
+    counts[3] = 0
+    counts[4] = 0
+    counts[4, 5] = 19
+    genes = [f"G{i:02d}" for i in range(num_genes)]
+    genes[int(counts.sum(axis=0).argmax())] = "MT-CO1"
+    return Spots(
+        np.array([f"s{i}" for i in range(num_spots)]),
+        rng.uniform(0, 1000, (num_spots, 2)),
+        30.0,
+        sparse.csr_matrix(counts.astype(np.float32)),
+        genes,
+    )
+
+
+def scanpy_filtered(spots: Spots) -> anndata.AnnData:
+    """The published order of filters, by scanpy."""
+    adata = anndata.AnnData(spots.counts.copy())
+    adata.obs_names, adata.var_names = spots.spot_id, spots.genes
+    num_spots = adata.n_obs
+    scanpy.pp.filter_genes(adata, min_counts=200)
+    scanpy.pp.filter_genes(adata, min_cells=num_spots // 10)
+    scanpy.pp.filter_cells(adata, min_counts=20)
+    return adata[:, ~adata.var_names.str.startswith("MT-")].copy()
+
+
+def test_filters_equal_scanpy_in_the_published_order():
+    spots = random_spots()
+    expected, found = scanpy_filtered(spots), filter_counts(spots, "here")
+    assert found.genes == expected.var_names.tolist()
+    assert found.spot_id.tolist() == expected.obs_names.tolist()
+    assert 0 < len(found.genes) < len(spots.genes)
+    assert 0 < len(found) < len(spots)
+    assert "MT-CO1" not in found.genes
+    np.testing.assert_array_equal(found.counts.toarray(), expected.X.toarray())
+
+
+def test_filter_that_leaves_nothing_names_the_slide():
+    with pytest.raises(ValueError, match=r"slide A: 0 of 40 genes.*min_gene_counts=100000"):
+        filter_counts(random_spots(), "slide A", CountFilter(min_gene_counts=100_000))
+
+
+def test_mouse_mitochondrial_genes_go_too():
+    spots = random_spots()
+    spots.genes[spots.genes.index("MT-CO1")] = "mt-Co1"
+    assert "mt-Co1" not in filter_counts(spots, "here").genes
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+@pytest.mark.filterwarnings("ignore:Some cells have zero counts")
+def test_log_normalise_equals_scanpy(is_sparse):
+    counts = random_spots().counts
+    adata = anndata.AnnData(counts.copy())
+    scanpy.pp.normalize_total(adata, target_sum=1e4)
+    scanpy.pp.log1p(adata)
+    found = log_normalise(counts if is_sparse else counts.toarray())
+    assert found.dtype == np.float32
+    assert not found[3].any()  # a spot without counts stays zero
+    np.testing.assert_allclose(found, adata.X.toarray(), rtol=2e-6, atol=1e-7)
+
+
+def test_variable_genes_by_a_slow_loop():
+    slides = [filter_counts(random_spots(seed=seed), "x") for seed in (1, 2, 3)]
+    logs = [log_normalise(spots.counts) for spots in slides]
+    common = set(slides[0].genes) & set(slides[1].genes) & set(slides[2].genes)
+    scores = {}
+    for gene in common:
+        per_slide = []
+        for spots, values in zip(slides, logs, strict=True):
+            column = values[:, spots.genes.index(gene)].astype(float)
+            per_slide.append(sum((v - column.mean()) ** 2 for v in column) / len(column))
+        scores[gene] = sum(per_slide) / 3
+    expected = sorted(common, key=lambda gene: (-scores[gene], gene))[:7]
+    genes = [spots.genes for spots in slides]
+    assert variable_genes(logs, genes, 7) == expected
+    assert variable_genes(logs[::-1], genes[::-1], 7) == expected
+
+
+def test_variable_genes_ties_go_by_name_and_gene_order_does_not_matter():
+    values = np.array([[0.0, 1, 0], [1, 0, 0]])
+    assert variable_genes([values], [["B", "A", "C"]], 3) == ["A", "B", "C"]
+    assert variable_genes([values[:, ::-1]], [["C", "A", "B"]], 3) == ["A", "B", "C"]
+
+
+def test_too_many_variable_genes_asked_for():
+    with pytest.raises(ValueError, match="3 variable genes asked for, but 2 genes pass"):
+        variable_genes([np.ones((2, 2))], [["A", "B"]], 3)
+
+
+def test_panel_from_a_list_or_a_file(tmp_path):
+    path = tmp_path / "panel.txt"
+    path.write_text("# markers\nEPCAM\n\n  CD3E \n")
+    assert read_panel(str(path)) == read_panel(["EPCAM", "CD3E"]) == ["EPCAM", "CD3E"]
+    path.write_text("# nothing\n")
+    with pytest.raises(ValueError, match=r"panel\.txt: no gene named"):
+        read_panel(str(path))
+    with pytest.raises(ValueError, match=r"\['A'\] occur more than once"):
+        read_panel(["A", "B", "A"])
+    with pytest.raises(ValueError, match="no such file"):
+        read_panel(str(tmp_path / "none.txt"))
+
+
+def test_absent_panel_genes_are_named_with_close_matches():
+    genes = ["EPCAM", "KRT18", "CD3E", "ERBB2"]
+    assert gene_columns(genes, ["ERBB2", "EPCAM"], "x").tolist() == [3, 0]
+    panel = ["ERBB2", "Epcam", "KRT8", "X1", "X2", "X3", "X4"]
+    with pytest.raises(ValueError, match="slide A: 6 of 7 panel genes") as caught:
+        gene_columns(genes, panel, "slide A")
+    text = str(caught.value)
+    assert "Epcam (close: EPCAM)" in text
+    assert "KRT8 (close: KRT18)" in text
+    assert "X1 (close: none)" in text
+    assert "X4" not in text  # five are named
+
+
+def test_panel_targets_use_the_library_of_surviving_genes():
+    spots = random_spots()
+    adata = scanpy_filtered(spots)
+    panel = [adata.var_names[4], adata.var_names[1]]
+    scanpy.pp.normalize_total(adata, target_sum=1e4)
+    scanpy.pp.log1p(adata)
+    kept, values = panel_targets(spots, panel, "here")
+    assert spots.spot_id[kept].tolist() == adata.obs_names.tolist()
+    np.testing.assert_allclose(values, adata[:, panel].X.toarray(), rtol=2e-6)
+    # A gene too rare to pass is still read, and does not change the others.
+    rare = next(gene for gene in spots.genes if gene not in adata.var_names)
+    kept_too, with_rare = panel_targets(spots, [*panel, rare], "here")
+    assert kept_too.tolist() == kept.tolist()
+    np.testing.assert_array_equal(with_rare[:, :2], values)
+
+
+def test_robust_scale_equals_scikit_learn():
+    rng = np.random.default_rng(0)
+    values = rng.gamma(2.0, 1.0, (61, 6)).astype(np.float32)
+    values[:, 2] = 3.0  # no range
+    values[:, 3] = 0.0
+    values[:2, 3] = 5.0  # range only above the 95 % quantile
+    scaled, scale = robust_scale(values)
+    scaler = RobustScaler(with_centering=False, quantile_range=(0, 95))
+    np.testing.assert_allclose(scaled, scaler.fit_transform(values), rtol=1e-6)
+    np.testing.assert_allclose(scale, scaler.scale_, rtol=1e-6)
+    assert scale[2] == scale[3] == 1.0
+    np.testing.assert_allclose(scaled * scale, values, rtol=1e-6)
+
+
+def test_her2st_panel_and_targets():
+    if not HER2ST.exists():
+        pytest.skip("real ST arrays ../shared/data/st_her2st are absent")
+    slides = [
+        read_st_array(str(HER2ST / f"{s}.tsv.gz"), str(HER2ST / f"{s}_selection.tsv"), 0.687)
+        for s in ("C2", "C3")
+    ]
+    kept = [filter_counts(spots, "x") for spots in slides]
+    expected = scanpy_filtered(slides[0])
+    assert kept[0].genes == expected.var_names.tolist()
+    assert kept[0].spot_id.tolist() == expected.obs_names.tolist()
+    panel = variable_genes([log_normalise(k.counts) for k in kept], [k.genes for k in kept], 250)
+    assert len(set(panel)) == 250
+    rows, values = panel_targets(slides[0], panel, "C2")
+    assert values.shape == (len(rows), 250) == (186, 250)  # one spot of C2 has a single count
+    scanpy.pp.normalize_total(expected, target_sum=1e4)
+    scanpy.pp.log1p(expected)
+    np.testing.assert_allclose(values, expected[:, panel].X.toarray(), rtol=2e-5, atol=1e-6)

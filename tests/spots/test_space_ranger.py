@@ -1,0 +1,195 @@
+import gzip
+from pathlib import Path
+
+import fsspec
+import h5py
+import numpy as np
+import pytest
+from scipy import io as scipy_io
+from scipy import sparse
+
+from scellst_ray.spots.space_ranger import read_space_ranger
+
+REAL = Path(__file__).parents[3] / "shared/data/visium_squidpy/spaceranger_layout_section1/outs"
+BARCODES = ["AAAC-1", "AAAG-1", "AAAT-1"]
+GENES = ["EPCAM", "TBCE", "TBCE", "CD3"]
+KINDS = ["Gene Expression"] * 3 + ["Antibody Capture"]
+COUNTS_BG = np.array([[1, 0, 2, 9], [0, 5, 0, 9], [7, 0, 0, 9]])
+# barcode, in_tissue, array_row, array_col, y, x: the section is wide (x to 900) and low (y to 50).
+POSITIONS = [
+    ("AAAT-1", 1, 0, 2, 30, 900),
+    ("AAAC-1", 1, 0, 0, 10, 100),
+    ("AAAG-1", 0, 0, 1, 50, 500),
+]
+HEADER = "barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres\n"
+
+
+def write_text(path: Path, text: str, *, zipped: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if zipped:
+        Path(f"{path}.gz").write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+
+
+def write_positions(outs: Path, *, header: bool) -> None:
+    lines = "".join(",".join(map(str, row)) + "\n" for row in POSITIONS)
+    name = "tissue_positions.csv" if header else "tissue_positions_list.csv"
+    write_text(outs / "spatial" / name, HEADER * header + lines, zipped=False)
+
+
+def write_mex(outs: Path, *, zipped: bool, old: bool = False, kind: str = "filtered") -> None:
+    folder = outs / f"{kind}_feature_bc_matrix"
+    folder.mkdir(parents=True, exist_ok=True)
+    scipy_io.mmwrite(folder / "matrix.mtx", sparse.coo_matrix(COUNTS_BG.T))
+    text = (folder / "matrix.mtx").read_text()
+    (folder / "matrix.mtx").unlink()
+    write_text(folder / "matrix.mtx", text, zipped=zipped)
+    write_text(folder / "barcodes.tsv", "\n".join(BARCODES) + "\n", zipped=zipped)
+    rows = [f"ENSG{i}\t{gene}" + ("" if old else f"\t{KINDS[i]}") for i, gene in enumerate(GENES)]
+    write_text(folder / ("genes.tsv" if old else "features.tsv"), "\n".join(rows), zipped=zipped)
+
+
+def write_h5(outs: Path, kind: str = "filtered") -> None:
+    matrix = sparse.csc_matrix(COUNTS_BG.T.astype(np.int32))
+    outs.mkdir(parents=True, exist_ok=True)
+    with h5py.File(outs / f"{kind}_feature_bc_matrix.h5", "w") as file:
+        group = file.create_group("matrix")
+        group["data"], group["indices"], group["indptr"] = (
+            matrix.data,
+            matrix.indices.astype(np.int64),
+            matrix.indptr.astype(np.int64),
+        )
+        group["shape"] = np.array(matrix.shape, np.int32)
+        group["barcodes"] = np.array(BARCODES, "S")
+        group["features/name"] = np.array(GENES, "S")
+        group["features/id"] = np.array([f"ENSG{i}" for i in range(4)], "S")
+        group["features/feature_type"] = np.array(KINDS, "S")
+
+
+def check_expected(spots) -> None:
+    assert spots.spot_id.tolist() == ["AAAC-1", "AAAT-1"]  # the third is off the tissue
+    assert spots.xy0.tolist() == [[100, 10], [900, 30]]  # x from the column, y from the row
+    assert spots.counts.toarray().tolist() == [[1, 0, 2], [7, 0, 0]]  # antibodies are no genes
+    assert spots.genes == ["EPCAM", "TBCE", "TBCE-1"]
+    assert spots.radius0 == 27.5 / 0.5
+
+
+@pytest.mark.parametrize("header", [True, False], ids=["header", "list"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["gz", "plain"])
+def test_mex_in_every_layout(tmp_path, header, zipped):
+    write_positions(tmp_path, header=header)
+    write_mex(tmp_path, zipped=zipped)
+    check_expected(read_space_ranger(str(tmp_path), 0.5))
+
+
+@pytest.mark.parametrize("header", [True, False], ids=["header", "list"])
+def test_h5(tmp_path, header):
+    write_positions(tmp_path, header=header)
+    write_h5(tmp_path)
+    check_expected(read_space_ranger(f"{tmp_path}/", 0.5))
+
+
+def test_header_columns_are_read_by_name_whatever_their_order(tmp_path):
+    names = HEADER.strip().split(",")
+    order = [3, 5, 0, 4, 2, 1]
+    lines = [names, *[list(map(str, row)) for row in POSITIONS]]
+    text = "\n".join(",".join(line[i] for i in order) for line in lines)
+    write_text(tmp_path / "spatial/tissue_positions.csv", text, zipped=False)
+    write_h5(tmp_path)
+    check_expected(read_space_ranger(str(tmp_path), 0.5))
+
+
+def test_genes_tsv_without_feature_types_keeps_every_feature(tmp_path):
+    write_positions(tmp_path, header=True)
+    write_mex(tmp_path, zipped=False, old=True, kind="raw")
+    spots = read_space_ranger(str(tmp_path), 0.5)
+    assert spots.genes == ["EPCAM", "TBCE", "TBCE-1", "CD3"]
+    assert spots.counts.toarray().tolist() == [[1, 0, 2, 9], [7, 0, 0, 9]]
+
+
+def test_any_fsspec_address(tmp_path):
+    write_positions(tmp_path, header=True)
+    write_mex(tmp_path, zipped=True)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path), "/visium/outs", recursive=True)
+    try:
+        check_expected(read_space_ranger("memory://visium/outs", 0.5))
+    finally:
+        memory.rm("/visium", recursive=True)
+
+
+def test_missing_parts_list_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match="no such folder exists"):
+        read_space_ranger(str(tmp_path / "absent"), 0.5)
+    write_positions(tmp_path, header=True)
+    with pytest.raises(ValueError, match=r"filtered_feature_bc_matrix\.h5.*it holds \['spatial'\]"):
+        read_space_ranger(str(tmp_path), 0.5)
+    write_mex(tmp_path, zipped=True)
+    (tmp_path / "spatial/tissue_positions.csv").unlink()
+    with pytest.raises(ValueError, match=r"tissue_positions_list\.csv"):
+        read_space_ranger(str(tmp_path), 0.5)
+    (tmp_path / "filtered_feature_bc_matrix/features.tsv.gz").unlink()
+    write_positions(tmp_path, header=True)
+    with pytest.raises(ValueError, match=r"features\.tsv\.gz.*barcodes\.tsv\.gz"):
+        read_space_ranger(str(tmp_path), 0.5)
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut h5", "not spaceranger h5", "cut mtx", "cut gz", "other barcodes"]
+)
+def test_damaged_matrices_are_refused(tmp_path, damage):
+    write_positions(tmp_path, header=True)
+    folder = tmp_path / "filtered_feature_bc_matrix"
+    path = tmp_path / "filtered_feature_bc_matrix.h5"
+    if damage == "cut h5":
+        write_h5(tmp_path)
+        path.write_bytes(path.read_bytes()[:900])
+    elif damage == "not spaceranger h5":
+        with h5py.File(path, "w") as file:
+            file["X"] = np.zeros(3)
+    elif damage == "cut mtx":
+        write_mex(tmp_path, zipped=False)
+        text = (folder / "matrix.mtx").read_text().splitlines()
+        (folder / "matrix.mtx").write_text("\n".join(text[:-2]))
+    elif damage == "cut gz":
+        write_mex(tmp_path, zipped=True)
+        path = folder / "matrix.mtx.gz"
+        path.write_bytes(path.read_bytes()[:-12])
+    else:
+        write_mex(tmp_path, zipped=False)
+        (folder / "barcodes.tsv").write_text("AAAC-1\n")
+    with pytest.raises(ValueError, match=r"feature_bc_matrix.*(Copy it again|expected|must come)"):
+        read_space_ranger(str(tmp_path), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("AAAC-1,1,0,0,10\n", "expected|missing"),
+        ("AAAC-1,1,0,0,ten,100\n", "not a number"),
+        ("", "not a table"),
+        ("AAAC-1,0,0,0,10,100\n", "none of 1 spots has in_tissue"),
+    ],
+)
+def test_unusable_positions_are_refused(tmp_path, text, words):
+    write_h5(tmp_path)
+    write_text(tmp_path / "spatial/tissue_positions_list.csv", text, zipped=False)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_space_ranger(str(tmp_path), 0.5)
+    assert "tissue_positions_list.csv" in str(caught.value)
+
+
+def test_real_folder():
+    if not REAL.exists():
+        pytest.skip("real Space Ranger folder ../shared/data/visium_squidpy is absent")
+    spots = read_space_ranger(str(REAL), 0.73)
+    lines = [
+        line.split(",")
+        for line in (REAL / "spatial/tissue_positions_list.csv").read_text().splitlines()
+    ]
+    place = {line[0]: (float(line[5]), float(line[4])) for line in lines if line[1] == "1"}
+    barcodes = (REAL / "raw_feature_bc_matrix/barcodes.tsv").read_text().split()
+    assert spots.spot_id.tolist() == [name for name in barcodes if name in place]
+    assert [tuple(xy) for xy in spots.xy0.tolist()] == [place[name] for name in spots.spot_id]
+    assert spots.counts.shape[1] == 50
