@@ -1,6 +1,6 @@
 """Synthetic slides end to end, with the truth known, as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/demo.py --out demo
+ray job submit --working-dir . -- python jobs/demo.py --out demo
 """
 
 import sys

@@ -1,6 +1,6 @@
 """What this cluster offers, and what is missing, as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/doctor.py
+ray job submit --working-dir . -- python jobs/doctor.py
 """
 
 import sys

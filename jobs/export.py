@@ -1,6 +1,6 @@
 """A finished run to files for other tools, as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/export.py --help
+ray job submit --working-dir . -- python jobs/export.py --help
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Slides to cells, as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/extract.py --config jobs/extract.yaml
+ray job submit --working-dir . -- python jobs/extract.py --config jobs/extract.yaml
 """
 
 import sys

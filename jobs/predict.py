@@ -1,6 +1,6 @@
 """Slides to the expression of every cell, as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/predict.py --config jobs/predict.yaml
+ray job submit --working-dir . -- python jobs/predict.py --config jobs/predict.yaml
 """
 
 import sys

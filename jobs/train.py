@@ -1,6 +1,6 @@
 """Cells and spots to an expression head, as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/train.py --config jobs/train.yaml
+ray job submit --working-dir . -- python jobs/train.py --config jobs/train.yaml
 """
 
 import sys

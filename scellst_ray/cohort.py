@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 import polars as pl
+from fsspec.implementations.local import LocalFileSystem
 
 MIN_MPP, MAX_MPP = 0.1, 1.2
 ALIASES = {"path": "uri", "wsi": "uri", "wsi_mpp": "mpp"}
@@ -71,7 +72,9 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
             uri is empty, or there is no row at all; all problems are listed at once.
     """
     frame = _read_frame(uri)
-    frame = frame.rename({old: new for old, new in ALIASES.items() if _renames(frame, old, new)})
+    for old, new in ALIASES.items():
+        if old in frame.columns and new not in frame.columns:
+            frame = frame.rename({old: new})
     missing = [name for name in ("slide_id", "uri", *required) if name not in frame.columns]
     if missing:
         hints = [get_close_matches(name, frame.columns, n=1) for name in missing]
@@ -84,7 +87,9 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
     if frame.is_empty():
         message = f"{uri}: the manifest has no rows; list at least one slide"
         raise ValueError(message)
-    base = uri.rsplit("/", 1)[0] if "/" in uri else "."
+    # Absolute, so that it means the same in every process and however the manifest was named.
+    fs, path = fsspec.core.url_to_fs(uri)
+    base = (str(path) if isinstance(fs, LocalFileSystem) else uri).rsplit("/", 1)[0]
     rows = [_slide_row(values, base) for values in frame.iter_rows(named=True)]
     problems = _problems(rows)
     if problems:
@@ -94,18 +99,22 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
 
 
 def _read_frame(uri: str) -> pl.DataFrame:
-    if not fsspec.core.url_to_fs(uri)[0].exists(fsspec.core.url_to_fs(uri)[1]):
+    fs, path = fsspec.core.url_to_fs(uri)
+    if not fs.isfile(path):
         message = f"{uri}: no such manifest"
         raise FileNotFoundError(message)
-    with fsspec.open(uri, "rb") as handle:
-        if uri.endswith((".parquet", ".pq")):
-            return pl.read_parquet(handle)
-        # Strings first: a slide_id of "007" must stay one.
-        return pl.read_csv(handle.read(), infer_schema=False)
-
-
-def _renames(frame: pl.DataFrame, old: str, new: str) -> bool:
-    return old in frame.columns and new not in frame.columns
+    try:
+        with fs.open(path, "rb") as handle:
+            if uri.endswith((".parquet", ".pq")):
+                return pl.read_parquet(handle)
+            # Strings first: a slide_id of "007" must stay one.
+            frame = pl.read_csv(handle.read(), infer_schema=False)
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).partition("\n")[0]
+        message = f"{uri}: cannot be read as a manifest ({reason}); expected CSV or Parquet"
+        raise ValueError(message) from error
+    # Spreadsheets leave empty lines.
+    return frame.filter(~pl.all_horizontal(pl.all().is_null()))
 
 
 def _slide_row(values: dict[str, Any], base: str) -> SlideRow:

@@ -55,6 +55,20 @@ def finish_slide(run: RunFolder, slide_id: str, receipts: pa.Table) -> dict[str,
     return record
 
 
+def unfinished_record(slide_id: str, error: BaseException) -> dict[str, Any]:
+    """Return the record, not published, of a slide whose tables could not be written."""
+    return {
+        "slide_id": slide_id,
+        "status": "failed",
+        "num_tiles": 0,
+        "num_failed_tiles": 0,
+        "num_cells": 0,
+        "stage": "finish",
+        "error_type": type(error).__name__,
+        "error": str(error),
+    }
+
+
 def _status(receipts: pa.Table, failed: pa.Table) -> str:
     """Return done, empty (no tissue or no cell), partial or failed."""
     if len(failed):
@@ -126,7 +140,7 @@ def _write(uri: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
                     joined = pa.concat_tables(waiting)
                     writer.write_table(joined.slice(0, ROW_GROUP))
                     waiting = [joined.slice(ROW_GROUP)]
-            if waiting:
+            if sum(len(part) for part in waiting):
                 writer.write_table(pa.concat_tables(waiting))
 
     storage.publish(uri, write)

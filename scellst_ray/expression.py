@@ -4,18 +4,58 @@ Shape letters: N cells, H hidden (256), G genes. Who only reads results needs no
 """
 
 import json
-from collections.abc import Callable, Mapping, Sized
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from safetensors.numpy import load as parse_arrays
 
 HEAD_FORMAT = "scellst_ray.mil_head"
 HEAD_VERSION = 1
 # What a stored head must say about itself; more is kept.
 INFO_KEYS = ("genes", "scaling", "embedding_dim", "encoder_digest", "training_slides", "metrics")
 Array = TypeVar("Array", bound=Sized)
+# Values computed at a time: 32 MB of float32, whatever the number of genes.
+BLOCK_VALUES = 1 << 23
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The last layer of a head: all that expression needs beside the stored factor.
+
+    Attributes:
+        genes: The panel, G names in order.
+        weight_GH: float32 [G, H].
+        bias_G: float32 [G].
+        info: What the head says about itself (see INFO_KEYS).
+    """
+
+    genes: list[str]
+    weight_GH: NDArray[np.float32]
+    bias_G: NDArray[np.float32]
+    info: dict[str, Any]
+
+
+def read_last_layer(uri: str) -> LastLayer:
+    """Read the last layer of a head from a path or any fsspec address.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: see parse_head.
+    """
+    with fsspec.open(uri, "rb") as handle:
+        data = bytes(handle.read())
+    tensors, info = parse_head(data, uri, parse_arrays)
+    genes = [str(gene) for gene in info["genes"]]
+    return LastLayer(genes, tensors["last.weight"], tensors["last.bias"], info)
 
 
 def expression_from_hidden(
@@ -37,6 +77,64 @@ def expression_from_hidden(
     z_NG += bias_G.astype(np.float32)
     # log(1 + exp(z)) without overflow for large z and without cancellation for small.
     return np.asarray(np.maximum(z_NG, 0) + np.log1p(np.exp(-np.abs(z_NG))))
+
+
+def known(names: Sequence[str], there: Sequence[str], where: str) -> list[str]:
+    """Return `names` as a list if all of them are `there`, none twice.
+
+    Raises:
+        ValueError: Naming up to 5 that are not, and what comes close to them.
+    """
+    wanted, present = [names] if isinstance(names, str) else list(names), set(there)
+    unknown = [name for name in wanted if name not in present]
+    if unknown:
+        hints = [match for name in unknown[:5] for match in get_close_matches(name, there, n=1)]
+        near = f"; did you mean {', '.join(map(repr, hints))}?" if hints else ""
+        some = ", ".join(map(repr, there[:5])) + (", ..." if len(there) > 5 else "")
+        message = (
+            f"{where}: {len(unknown)} of {len(wanted)} not found, such as "
+            f"{', '.join(map(repr, unknown[:5]))}{near} (there are {len(there)}: {some or 'none'})"
+        )
+        raise ValueError(message)
+    repeated = [name for name, times in Counter(wanted).items() if times > 1]
+    if repeated:
+        message = f"{where}: {repeated[:5]} asked for more than once; ask for each once"
+        raise ValueError(message)
+    return wanted
+
+
+def expression_blocks(
+    table: pa.Table, weight_GH: NDArray[np.float32], bias_G: NDArray[np.float32]
+) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
+    """Yield EXPRESSION rows in blocks of bounded memory, each with its expression [N, G]."""
+    size = max(1, BLOCK_VALUES // max(1, len(bias_G)))
+    for start in range(0, len(table), size):
+        block = table.slice(start, size)
+        yield block, expression_from_hidden(vector_matrix(block["hidden"]), weight_GH, bias_G)
+
+
+def row_groups(file: pq.ParquetFile, wanted: NDArray[np.int64] | None) -> Iterator[pa.Table]:
+    """Yield a table's row groups, or only the rows whose cell_id is in `wanted` (ascending).
+
+    Row groups whose range of cell ids holds none of `wanted` are not read.
+    """
+    column = file.schema_arrow.names.index("cell_id")
+    for group in range(file.num_row_groups):
+        if wanted is None:
+            yield file.read_row_group(group)
+            continue
+        limits = file.metadata.row_group(group).column(column).statistics
+        first = int(np.searchsorted(wanted, limits.min))
+        if first < len(wanted) and wanted[first] <= limits.max:
+            table = file.read_row_group(group)
+            yield table.filter(pa.array(np.isin(table["cell_id"].to_numpy(), wanted)))
+
+
+def vector_matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
+    """Return a vector column as float16 [N, D]."""
+    flat = [np.asarray(chunk.flatten()) for chunk in column.chunks]
+    values = flat[0] if len(flat) == 1 else np.concatenate([*flat, np.zeros(0, np.float16)])
+    return values.reshape(len(column), column.type.list_size)
 
 
 def parse_head(

@@ -54,12 +54,14 @@ class Frame:
     def to_level0(self, points_px: NDArray[np.floating]) -> NDArray[np.float64]:
         """Map points [N, 2] (x, y) from px in hand to level-0 px."""
         scale = np.array([self.ratio_x, self.ratio_y])
-        return np.asarray(points_px, np.float64) * scale + (self.origin_x0, self.origin_y0)
+        origin = np.array([self.origin_x0, self.origin_y0])
+        return np.asarray(np.asarray(points_px, np.float64) * scale + origin)
 
     def from_level0(self, points_x0y0: NDArray[np.floating]) -> NDArray[np.float64]:
         """Map points [N, 2] (x, y) from level-0 px to px in hand."""
         origin = np.array([self.origin_x0, self.origin_y0])
-        return (np.asarray(points_x0y0, np.float64) - origin) / (self.ratio_x, self.ratio_y)
+        scale = np.array([self.ratio_x, self.ratio_y])
+        return np.asarray((np.asarray(points_x0y0, np.float64) - origin) / scale)
 
     @property
     def area_ratio(self) -> float:

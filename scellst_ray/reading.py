@@ -8,26 +8,31 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
-import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from safetensors.numpy import load as parse_tensors
 
 from scellst_ray import schemas, storage
-from scellst_ray.expression import expression_from_hidden, parse_head
+from scellst_ray.expression import (
+    LastLayer,
+    expression_blocks,
+    known,
+    read_last_layer,
+    row_groups,
+    vector_matrix,
+)
 from scellst_ray.runs import RunFolder
 
 HEAD = "head.safetensors"
 IDS = ("slide_id", "cell_id")
-# Values computed at a time: 32 MB of float32, whatever the number of genes.
-BLOCK_VALUES = 1 << 23
+# None: the whole panel; all cells of the slide.
+Genes = Sequence[str] | None
+CellIds = Sequence[int] | NDArray[np.integer] | None
 
 SLIDES = {
     "slide_id": pl.String,
@@ -46,16 +51,6 @@ SLIDES = {
     "scellst_ray": pl.String,
     "finished": pl.String,
 }
-
-
-@dataclass(frozen=True)
-class LastLayer:
-    """The head's last layer: genes in order, weight float32 [G, H], bias float32 [G]."""
-
-    genes: list[str]
-    weight_GH: NDArray[np.float32]
-    bias_G: NDArray[np.float32]
-    info: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,16 +107,10 @@ class Run:
         Raises:
             ValueError: the run has no head, or the file is no whole head.
         """
-        uri = storage.join(self.uri, HEAD)
-        try:
-            with fsspec.open(uri, "rb") as handle:
-                data = bytes(handle.read())
-        except FileNotFoundError as error:
+        if not self.has_expression:
             message = f"{self.uri}: this run has no expression: run predict (scellst-ray predict)"
-            raise ValueError(message) from error
-        tensors, info = parse_head(data, uri, parse_tensors)
-        genes = [str(gene) for gene in info["genes"]]
-        return LastLayer(genes, tensors["last.weight"], tensors["last.bias"], info)
+            raise ValueError(message)
+        return read_last_layer(storage.join(self.uri, HEAD))
 
     @property
     def genes(self) -> list[str]:
@@ -167,28 +156,41 @@ class Run:
             columns: Which columns; all but vectors if None.
         """
         names = schemas.cells_schema(None).names if columns is None else list(columns)
-        chosen = self.readable if slide_ids is None else list(slide_ids)
-        frames = [_frame(self.cells(slide_id, names)) for slide_id in chosen]
+        frames = [_frame(self.cells(slide_id, names)) for slide_id in self.choose(slide_ids)]
         empty = schemas.cells_schema(self.embedding_dim).empty_table()
         return pl.concat(frames) if frames else _frame(empty.select(names))
 
-    @property
-    def readable(self) -> list[str]:
-        """Return the slides that did not fail, sorted."""
-        return [s for s in sorted(self.records) if self.records[s]["status"] != "failed"]
+    def choose(self, slide_ids: Iterable[str] | None = None) -> list[str]:
+        """Return these slides, or if None all that did not fail, sorted.
+
+        Raises:
+            ValueError: a slide has no record or failed, or is there twice.
+        """
+        if slide_ids is None:
+            return [s for s in sorted(self.records) if self.records[s]["status"] != "failed"]
+        chosen = known(list(slide_ids), sorted(self.records), f"{self.uri}: slides with a record")
+        for slide_id in chosen:
+            self._record(slide_id)
+        return chosen
+
+    def choose_genes(self, genes: Genes = None) -> list[str]:
+        """Return these genes, or if None the whole panel.
+
+        Raises:
+            ValueError: a gene is not in the panel or is there twice, or the run has no head.
+        """
+        panel = self.last_layer.genes
+        return list(panel) if genes is None else known(genes, panel, f"{self.uri}: genes")
 
     def embeddings(self, slide_id: str) -> NDArray[np.float16]:
         """Return the embeddings of a slide's cells, float16 [N, D], in the order of `cells`."""
         if self.embedding_dim is None:
             message = f"{self.uri}: this run stores no embeddings: set store_embeddings: true"
             raise ValueError(message)
-        return _matrix(self.cells(slide_id, ["embedding"])["embedding"])
+        return vector_matrix(self.cells(slide_id, ["embedding"])["embedding"])
 
     def iter_expression(
-        self,
-        genes: Sequence[str] | None,
-        slide_id: str,
-        cell_ids: Sequence[int] | NDArray[np.integer] | None = None,
+        self, genes: Genes, slide_id: str, cell_ids: CellIds = None
     ) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
         """Yield expression in blocks of bounded memory, in the stored order of cells.
 
@@ -203,19 +205,14 @@ class Run:
         Raises:
             ValueError: unknown slide, genes or cells, a slide that failed, or a run without a head.
         """
-        layer = self.last_layer
-        index = gene_index(layer.genes, genes, self.uri)
+        layer, index = self.last_layer, self._gene_index(genes)
         weight_GH, bias_G = layer.weight_GH[index], layer.bias_G[index]
-        size = max(1, BLOCK_VALUES // max(1, len(index)))
         wanted = None if cell_ids is None else np.unique(np.asarray(cell_ids, np.int64))
         missing = np.zeros(0, np.int64) if wanted is None else wanted
         with self._open(slide_id, "EXPRESSION") as file:
-            for table in () if file is None else _row_groups(file, wanted):
-                ids = table["cell_id"].to_numpy()
-                missing = np.setdiff1d(missing, ids, assume_unique=True)
-                for start in range(0, len(table), size):
-                    block = table.slice(start, size)
-                    values_NG = expression_from_hidden(_matrix(block["hidden"]), weight_GH, bias_G)
+            for table in () if file is None else row_groups(file, wanted):
+                missing = np.setdiff1d(missing, table["cell_id"].to_numpy(), assume_unique=True)
+                for block, values_NG in expression_blocks(table, weight_GH, bias_G):
                     yield block.select(list(IDS)), values_NG
         if len(missing):
             message = (
@@ -225,10 +222,7 @@ class Run:
             raise ValueError(message)
 
     def expression_numpy(
-        self,
-        genes: Sequence[str] | None,
-        slide_id: str,
-        cell_ids: Sequence[int] | NDArray[np.integer] | None = None,
+        self, genes: Genes, slide_id: str, cell_ids: CellIds = None
     ) -> NDArray[np.float32]:
         """Return expression float32 [N, G]: genes and cells in the order given.
 
@@ -236,36 +230,28 @@ class Run:
         """
         return self._expression(genes, slide_id, cell_ids)[1]
 
-    def expression_arrow(
-        self,
-        genes: Sequence[str] | None,
-        slide_id: str,
-        cell_ids: Sequence[int] | NDArray[np.integer] | None = None,
-    ) -> pa.Table:
+    def expression_arrow(self, genes: Genes, slide_id: str, cell_ids: CellIds = None) -> pa.Table:
         """Return `expression_numpy` as slide_id, cell_id and one float32 column per gene."""
         ids, values_NG = self._expression(genes, slide_id, cell_ids)
-        names = self.genes if genes is None else _names(genes)
+        names = self.choose_genes(genes)
         columns = {"slide_id": pa.repeat(slide_id, len(ids)), "cell_id": pa.array(ids)}
         by_gene = {g: pa.array(np.ascontiguousarray(values_NG[:, i])) for i, g in enumerate(names)}
         return pa.table(columns | by_gene)
 
-    def expression(
-        self,
-        genes: Sequence[str] | None,
-        slide_id: str,
-        cell_ids: Sequence[int] | NDArray[np.integer] | None = None,
-    ) -> pl.DataFrame:
+    def expression(self, genes: Genes, slide_id: str, cell_ids: CellIds = None) -> pl.DataFrame:
         """Return `expression_arrow` as a polars frame."""
         return _frame(self.expression_arrow(genes, slide_id, cell_ids))
 
+    def _gene_index(self, genes: Genes) -> NDArray[np.int64]:
+        """Return where in the panel the genes are."""
+        place = {gene: i for i, gene in enumerate(self.last_layer.genes)}
+        return np.array([place[name] for name in self.choose_genes(genes)], np.int64)
+
     def _expression(
-        self,
-        genes: Sequence[str] | None,
-        slide_id: str,
-        cell_ids: Sequence[int] | NDArray[np.integer] | None,
+        self, genes: Genes, slide_id: str, cell_ids: CellIds
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return cell ids [N] and expression [N, G], filled block by block."""
-        num_genes = len(gene_index(self.last_layer.genes, genes, self.uri))
+        num_genes = len(self.choose_genes(genes))
         if cell_ids is None:
             with self._open(slide_id, "EXPRESSION") as file:
                 num_cells = 0 if file is None else file.metadata.num_rows
@@ -283,16 +269,23 @@ class Run:
         order = np.searchsorted(ids_N, np.asarray(cell_ids, np.int64))
         return ids_N[order], values_NG[order]
 
-    @contextmanager
-    def _open(self, slide_id: str, name: str) -> Iterator[pq.ParquetFile | None]:
-        """Open a slide's table; None if the slide has no cells."""
-        record = self.records[known([slide_id], sorted(self.records), f"{self.uri}: slides")[0]]
+    def _record(self, slide_id: str) -> dict[str, Any]:
+        """Return the record of a slide that did not fail."""
+        if slide_id not in self.records:
+            known([slide_id], sorted(self.records), f"{self.uri}: slides with a record")
+        record = self.records[slide_id]
         if record["status"] == "failed":
             message = (
                 f"slide {slide_id!r} failed at {record.get('stage')} with "
-                f"{record.get('error_type')}: {record.get('error')} Mend it and run again."
+                f"{record.get('error_type')}: {record.get('error')}. Mend it and run again."
             )
             raise ValueError(message)
+        return record
+
+    @contextmanager
+    def _open(self, slide_id: str, name: str) -> Iterator[pq.ParquetFile | None]:
+        """Open a slide's table; None if the slide has no cells."""
+        record = self._record(slide_id)
         if name not in record["tables"]:
             if record["tables"]:
                 message = f"slide {slide_id!r} of {self.uri} has no {name}: run predict"
@@ -303,7 +296,7 @@ class Run:
         uri = (folder.cells_uri if name == "CELLS" else folder.expression_uri)(slide_id)
         fs, path = storage.resolve(uri)
         with pq.ParquetFile(path, filesystem=fs, pre_buffer=not storage.is_local(uri)) as file:
-            check_table(file.schema_arrow, name, uri, folder.digest)
+            _check_table(file.schema_arrow, name, uri, folder.digest)
             yield file
 
 
@@ -331,3 +324,18 @@ def open_run(uri: str | os.PathLike[str]) -> Run:
         raise ValueError(message)
     run = RunFolder(folder, str(info["digest"]))
     return Run(run, info, run.records())
+
+
+def _check_table(schema: pa.Schema, name: str, uri: str, digest: str) -> None:
+    """Refuse a table of another kind, version or run."""
+    schemas.check(schema, name, uri)
+    found = schema.metadata[b"scellst_ray.run_digest"].decode()
+    if found != digest:
+        message = f"{uri}: belongs to run {found}, not to this one ({digest}); files were mixed up"
+        raise ValueError(message)
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame

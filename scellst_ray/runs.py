@@ -94,6 +94,8 @@ def open_run(
     Raises:
         ValueError: the folder holds another run (the message says what differs) or other files.
     """
+    # Absolute, so that it means the same in every process.
+    uri = storage.resolve(uri)[1] if storage.is_local(uri) else uri.rstrip("/")
     identity = {"job": job, "scellst_ray": __version__, **identity}
     text = json.dumps(identity, sort_keys=True, default=str)
     identity = json.loads(text)
@@ -112,7 +114,7 @@ def open_run(
         storage.publish_json(run_uri, run | {"format_version": schemas.FORMAT_VERSION})
     settings = yaml.safe_dump(dict(config), sort_keys=False)
     storage.publish_text(storage.join(uri, "config.yaml"), settings)
-    return RunFolder(uri.rstrip("/"), digest)
+    return RunFolder(uri, digest)
 
 
 def _other_run(uri: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -135,9 +137,9 @@ def check_manifest_unchanged(run: RunFolder, slides: Mapping[str, Mapping[str, A
     uri = storage.join(run.uri, "slides.json")
     known: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {}
     changed = [s for s, row in slides.items() if s in known and known[s] != dict(row)]
-    # A slide that never gave a cell may be mended in the manifest.
+    # A slide that failed may be mended in the manifest: it is done anew.
     records = run.records() if changed else {}
-    changed = [s for s in changed if records.get(s, {}).get("num_cells", 1) > 0]
+    changed = [s for s in changed if records.get(s, {}).get("status") != "failed"]
     if changed:
         slide_id = changed[0]
         message = (

@@ -122,6 +122,10 @@ def conform(table: pa.Table, schema: pa.Schema, name: str, run_digest: str = "")
     Raises:
         ValueError: a column is missing or cannot be cast without loss.
     """
+    missing = [column for column in schema.names if column not in table.column_names]
+    if missing:
+        message = f"{name}: column(s) {', '.join(missing)} missing; it has {table.column_names}"
+        raise ValueError(message)
     return table.select(schema.names).cast(signed(schema, name, run_digest))
 
 

@@ -1,11 +1,12 @@
 """Shared fixtures: one small synthetic slide, and pyramids with dots at known places."""
 
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tifffile
+
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 
 BACKGROUND = (40, 60, 80)
@@ -56,6 +57,14 @@ def write_pyramid(path, levels, mpp, mpp_y=None, **options):
                 **(told | options),
             )
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def helpers():
+    """Return the drawing and writing functions above."""
+    return SimpleNamespace(
+        BACKGROUND=BACKGROUND, draw_dots=draw_dots, shrink=shrink, write_pyramid=write_pyramid
+    )
 
 
 @pytest.fixture(scope="session")

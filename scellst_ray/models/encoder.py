@@ -5,6 +5,7 @@ Shape letters: N crops, D embedding.
 
 import hashlib
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,28 +78,30 @@ def load_encoder(weights: str) -> Encoder:
     if weights == "imagenet":
         network = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2)
         return _ready(network, IMAGENET_MEAN, IMAGENET_STD, digest)
-    path = Path(weights)
     try:
-        state, mean, std = _read_weights(path)
+        state, mean, std = _read_weights(Path(weights))
     except (
         SafetensorError,
         OSError,
         RuntimeError,
         EOFError,
         KeyError,
+        pickle.UnpicklingError,
         json.JSONDecodeError,
     ) as error:
         message = f"encoder {weights}: cannot be read as weights ({error}); is the file cut off?"
         raise ValueError(message) from error
     network = resnet50()
-    found = network.load_state_dict(state, strict=False)
-    missing = [key for key in found.missing_keys if not key.startswith("fc.")]
-    if missing:
+    network.fc = nn.Identity()
+    wanted = network.state_dict()
+    wrong = [k for k, v in wanted.items() if k not in state or state[k].shape != v.shape]
+    if wrong:
         message = (
-            f"encoder {weights}: not a ResNet-50 as torchvision names it; {len(missing)} tensors "
-            f"are missing, {missing[0]} among them"
+            f"encoder {weights}: not a ResNet-50 as torchvision names it; {len(wrong)} tensors "
+            f"are missing or of another shape, {wrong[0]} among them"
         )
         raise ValueError(message)
+    network.load_state_dict({key: state[key] for key in wanted})
     return _ready(network, mean, std, digest)
 
 
@@ -122,7 +125,11 @@ def _read_weights(
         std = tuple(json.loads(header["std"])) if "std" in header else IMAGENET_STD
         return load_file(path), mean, std
     loaded = torch.load(path, map_location="cpu", weights_only=True)
-    state = loaded.get("state_dict", loaded)
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict):
+        message = f"it holds a {type(state).__name__}, expected a state dict"
+        raise RuntimeError(message)
+    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
     for prefix in PREFIXES:
         nested = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
         if "conv1.weight" in nested:
@@ -138,7 +145,7 @@ def _random_resnet50(seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = resnet50()
+        network: nn.Module = resnet50()
     for name, parameter in network.named_parameters():
         if name.endswith("bn3.weight"):
             nn.init.constant_(parameter, 0.2)
@@ -188,11 +195,13 @@ def embed_crops(
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         for start in range(0, len(crops), batch_size):
-            batch = torch.from_numpy(crops[start : start + batch_size]).to(device)
+            # Copied: crops that came out of Arrow are read-only.
+            batch = torch.tensor(crops[start : start + batch_size], device=device)
             # [N, H, W, 3] permuted is channels-last, which convolutions are fastest on.
             x_NCHW = (batch.permute(0, 3, 1, 2).to(torch.float32) - shift) / scale
             y_ND = encoder.network(x_NCHW.contiguous(memory_format=torch.channels_last))
-            out_ND[start : start + batch_size] = y_ND.float().cpu().numpy()
+            with np.errstate(over="ignore"):  # found below
+                out_ND[start : start + batch_size] = y_ND.float().cpu().numpy()
     if not np.isfinite(out_ND).all():
         message = "embedding is not finite in float16; the encoder's outputs are too large"
         raise ValueError(message)

@@ -49,11 +49,9 @@ def segment(
         mpp: um per px of the image, 0.1 to 1.2.
         stain_threshold: Hematoxylin OD that separates nuclei from the rest, best from
             `hematoxylin_threshold` of a larger piece of the slide; from this image when None.
-            Limited to 0.1 to log10(2).
 
     Returns:
-        The nuclei in px of the image, of type "nucleus"; those found below 0.5 um/px have
-        outlines as smooth as 0.5 um/px allows.
+        The nuclei in px of the image, of type "nucleus", with the detail of 0.5 um/px at most.
 
     Raises:
         ValueError: If the image is not uint8 [H, W, 3] or mpp lies outside 0.1 to 1.2.
@@ -103,8 +101,9 @@ def _labels(
     image_HWC: NDArray[np.uint8], mpp: float, stain_threshold: float | None
 ) -> NDArray[np.int32]:
     """Return the label map of an image at its working resolution."""
-    if image_HWC.size == 0:
-        return np.zeros(image_HWC.shape[:2], np.int32)
+    none_HW = np.zeros(image_HWC.shape[:2], np.int32)
+    if none_HW.size == 0:
+        return none_HW
     density_HWC = _DENSITY[image_HWC]
     stain_HW = _hematoxylin(density_HWC)
     smooth_HW = _blur(stain_HW, _SIGMA_UM / mpp)
@@ -112,7 +111,7 @@ def _labels(
         stain_threshold = _threshold(smooth_HW, density_HWC)
     threshold = float(np.clip(stain_threshold, _MIN_STAIN, _SURE_STAIN))
     if smooth_HW.max() <= threshold:
-        return np.zeros(image_HWC.shape[:2], np.int32)
+        return none_HW
     chains = _candidates(stain_HW, smooth_HW, threshold, mpp)
     chains, score_K = _scored(chains, smooth_HW, density_HWC, threshold, mpp)
     return _best_disjoint(chains, score_K, smooth_HW.shape)
@@ -126,10 +125,7 @@ def _hematoxylin(density_HWC: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _threshold(stain_HW: NDArray[np.float32], density_HWC: NDArray[np.float32]) -> float:
-    """Return Otsu's threshold of the stain over tissue; infinity where there is none.
-
-    Glass is left out, since its share of a tile says nothing about the nuclei in it.
-    """
+    """Return Otsu's threshold of the stain over tissue, glass left out; infinity without any."""
     tissue_HW = density_HWC.max(axis=2) > _MIN_STAIN
     if not tissue_HW.any():
         return float("inf")
@@ -156,22 +152,19 @@ def _candidates(
 ) -> list[NDArray[np.int32]]:
     """Return the outer boundaries of all regions worth scoring, pixel chains [B, 2].
 
-    Three stacks of level sets: the finely smoothed stain, cut at the necks of merged shapes; the
-    smooth stain, cut between dark cores (nuclei whose shapes merge but whose stain dips between
-    them) and cut at necks at a lower and a higher threshold (pale and dark clumps).
+    Three stacks of level sets: the finely smoothed stain, cut at necks; the smooth stain, cut
+    between dark cores; and cut at necks at a lower and a higher threshold (pale, dark clumps).
     """
     fine_HW = _blur(stain_HW, _FINE_SIGMA_UM / mpp)
     core_HW = _blur(stain_HW, 1.5 / mpp)
     by_core_HW = _ridge_cut(core_HW, smooth_HW > threshold / 2, np.ones((3, 3), np.uint8))
     by_shape_HW = _shape_cut(smooth_HW, threshold, mpp)
-    # A quarter to either side, as the threshold is uncertain where the classes overlap.
     by_range_HW = _shape_cut(smooth_HW, 0.8 * threshold, mpp)
     by_range_HW &= _shape_cut(smooth_HW, 1.25 * threshold, mpp)
     fine_disc, disc = _disc(0.7 / mpp), _disc(1.0 / mpp)
     chains = _level_sets(fine_HW, by_shape_HW, fine_disc, mpp)
     chains += _level_sets(smooth_HW, by_core_HW, disc, mpp)
-    chains += _level_sets(smooth_HW, by_range_HW, disc, mpp)
-    return chains
+    return chains + _level_sets(smooth_HW, by_range_HW, disc, mpp)
 
 
 def _level_sets(
@@ -227,7 +220,7 @@ def _shape_cut(smooth_HW: NDArray[np.float32], threshold: float, mpp: float) -> 
 
 @dataclass(frozen=True)
 class _Shapes:
-    """What closed pixel chains enclose, by Green's theorem over all of them at once.
+    """What closed pixel chains enclose.
 
     Attributes:
         offsets: int64 [K], where each chain begins.
@@ -299,11 +292,14 @@ def _scored(
         return [], np.zeros(0)
     shapes = _shapes(chains, smooth_HW)
     lengths = np.array([len(chain) for chain in chains])
-    x, y = shapes.pixels.T
     gradient_HW = cv2.magnitude(
         cv2.Sobel(smooth_HW, cv2.CV_32F, 1, 0), cv2.Sobel(smooth_HW, cv2.CV_32F, 0, 1)
     )
-    gradient = np.add.reduceat(gradient_HW[y, x], shapes.offsets) / lengths / (8 * mpp)
+    gradient = (
+        np.add.reduceat(gradient_HW[shapes.pixels[:, 1], shapes.pixels[:, 0]], shapes.offsets)
+        / lengths
+        / (8 * mpp)
+    )
     area_um2 = shapes.area_px * mpp**2
     likely = (area_um2 >= np.pi / 4 * _MIN_DIAMETER_UM**2) & (area_um2 <= _MAX_AREA_UM2)
     likely &= shapes.width_px * mpp >= _MIN_WIDTH_UM
@@ -320,16 +316,16 @@ def _scored(
 
 
 def _is_ink(centre: NDArray[np.float64], density_HWC: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Tell which points, float [K, 2] (x, y), lie in green or black ink, or soot.
+    """Tell which points, float [K, 2] (x, y), lie in green, black or blue ink.
 
     Hematoxylin absorbs red and green about alike (at most 1.4 to 1 in frozen sections) and blue
-    half as much; green ink absorbs red most, black ink all colours alike.
+    0.4 to 0.7 as much. Green ink absorbs red most, black all colours alike, blue hardly blue.
     """
     height, width = density_HWC.shape[:2]
-    x = np.clip(np.rint(centre[:, 0]).astype(np.int64), 0, width - 1)
-    y = np.clip(np.rint(centre[:, 1]).astype(np.int64), 0, height - 1)
+    x, y = np.clip(np.rint(centre).astype(np.int64), 0, (width - 1, height - 1)).T
     red, green, blue = density_HWC[y, x].T
-    return np.asarray((red > 1.6 * green) | (blue > 0.95 * np.maximum(red, green)))
+    most = np.maximum(red, green)
+    return np.asarray((red > 1.6 * green) | (blue > 0.95 * most) | (blue < 0.25 * most))
 
 
 def _best_disjoint(

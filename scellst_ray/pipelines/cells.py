@@ -7,7 +7,9 @@ the middle one has actors of its own. The driver logs receipts, and finishes a s
 tiles are all in.
 """
 
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -16,11 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from scellst_ray import schemas
+from scellst_ray import schemas, storage
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
-from scellst_ray.compaction import finish_slide
+from scellst_ray.compaction import finish_slide, unfinished_record
 from scellst_ray.models.encoder import best_precision, encoder_digest
 from scellst_ray.pipelines.packing import pack, unpack
 from scellst_ray.pipelines.stages import (
@@ -38,6 +41,7 @@ from scellst_ray.session import Cluster, ray_session
 TILE_ROW_BYTES = 250
 LOG_EVERY_S = 5.0
 Report = Callable[["Progress"], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +191,8 @@ def receipts_dataset(
     context.execution_options.preserve_order = False
     # One tile of a dense slide can take minutes on a slow CPU; time limits are per tile, not here.
     context.execution_no_progress_timeout_s = -1
+    # Said of every slide smaller than the pool.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     slides = ray.data.from_arrow([_slide_table(row) for row in rows])
     # Planning takes no CPU slot: the workers hold them all, and waiting for one would be for ever.
     tiles = slides.map_batches(
@@ -270,7 +276,7 @@ class _SegmentBatch:
 
 class _EmbedAndWrite:
     def __init__(self, spec: CellsSpec, run: RunFolder) -> None:
-        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.embed, self.write = Embed(spec, device), WriteShards(run)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -289,7 +295,7 @@ class Driver:
         self.receipts: dict[str, list[pa.Table]] = {}
         self.unlogged: list[pa.Table] = []
         self.logged_at = time.monotonic()
-        self.finishing: list[Any] = []
+        self.finishing: dict[Any, str] = {}
 
     def resume(self, pending: list[SlideRow]) -> list[dict[str, Any]]:
         """Take up the receipts of an earlier driver; return the slides that still need work."""
@@ -298,6 +304,11 @@ class Driver:
         rows = []
         for slide in pending:
             done = log.filter(pc.equal(log["slide_id"], slide.slide_id))
+            # A receipt whose shard is gone is worth nothing.
+            uris = storage.list_files(self.run.shards_uri(slide.slide_id)) if len(done) else []
+            names = pa.array([uri.rsplit("/", 1)[-1] for uri in uris], pa.string())
+            there = pc.is_in(done["shard"], value_set=names)
+            done = done.filter(pc.or_(there, pc.equal(done["num_cells"], 0)))
             if len(done):
                 self._add(slide.slide_id, done)
                 self.progress.num_cells_before = self.progress.num_cells
@@ -350,16 +361,23 @@ class Driver:
             # The tables are named in the log before they are used up.
             self._log()
             whole = pa.concat_tables(self.receipts.pop(slide_id))
-            self.finishing.append(_finish_slide.remote(self.run, slide_id, whole))
+            self.finishing[_finish_slide.remote(self.run, slide_id, whole)] = slide_id
         self.report(self.progress)
 
     def _collect(self, timeout: float) -> None:
-        ready, self.finishing = (
-            ray.wait(self.finishing, num_returns=len(self.finishing), timeout=timeout)
-            if self.finishing
-            else ([], [])
-        )
-        for record in ray.get(ready):
-            self.progress.records[record["slide_id"]] = record
+        """Take the records of slides that have been finished meanwhile."""
+        if not self.finishing:
+            return
+        refs = list(self.finishing)
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
+        for ref in ready:
+            slide_id = self.finishing.pop(ref)
+            try:
+                record = ray.get(ref)
+            except ray.exceptions.RayTaskError as error:
+                # Its shards and receipts stay: the next run finishes it.
+                record = unfinished_record(slide_id, error.cause)
+                logger.error("slide %s could not be finished: %s", slide_id, error.cause)
+            self.progress.records[slide_id] = record
         if ready:
             self.report(self.progress)

@@ -9,19 +9,16 @@ from scellst_ray.pipelines.stages import Row
 
 def pack(rows: list[Row]) -> pa.Table:
     """Put rows between two stages into a table, one row per tile, cells as a nested column."""
-    plain = [f for f in schemas.TILES if f.name in rows[0]]
     timing = [pa.field(f"seconds_{stage}", pa.float32()) for stage in schemas.STAGES]
-    columns = {
-        f.name: pa.array([row.get(f.name) for row in rows], f.type) for f in [*plain, *timing]
-    }
+    fields = [*schemas.TILES, *timing]
+    columns = {f.name: pa.array([row.get(f.name) for row in rows], f.type) for f in fields}
     tables = [row.get("cells") for row in rows]
-    shape = next((table.schema for table in tables if table is not None), None)
-    if shape is None:
-        return pa.table(columns)
     sizes = [0 if table is None else len(table) for table in tables]
-    joined = pa.concat_tables([t for t in tables if t is not None]).combine_chunks()
+    # Every block has the same columns, whether or not any of its tiles came this far.
+    there = [table for table in tables if table is not None]
+    joined = pa.concat_tables(there or [pa.schema(schemas.CELL_FIELDS).empty_table()])
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
-    structs = joined.to_struct_array()
+    structs = joined.combine_chunks().to_struct_array()
     values = structs.chunk(0) if structs.num_chunks else pa.array([], structs.type)
     missing = pa.array([table is None for table in tables])
     columns["cells"] = pa.ListArray.from_arrays(offsets, values, mask=missing)

@@ -264,7 +264,9 @@ class WriteShards:
         outcome["seconds_write"] /= len(rows)
         start = 0
         for row in rows:
-            row.update(outcome, shard=name, shard_row=start)
+            row.update(outcome)
+            if row.get("error") is None:
+                row.update(shard=name, shard_row=start)
             start += len(row["cells"])
 
 

@@ -5,8 +5,7 @@ level-0 px, arrays go out as uint8 [H, W, 3] with the frame that leads back to l
 """
 
 import math
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +32,7 @@ class _Pixels(Protocol):
     dimensions: tuple[int, int]
     downsamples: list[float]
     mpp: float | None
+    mpp_error: str | None
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
         """Return level px [x, x + w) x [y, y + h) as RGB [h, w, 3], white outside the image."""
@@ -71,6 +71,9 @@ class Slide:
             raise FileNotFoundError(message)
         self._pixels = _open_pixels(path, self.uri)
         try:
+            if mpp is None and self._pixels.mpp_error:
+                message = f"{self.uri}: {self._pixels.mpp_error}"
+                raise ValueError(message)
             self.mpp = check_mpp(self._pixels.mpp if mpp is None else mpp, self.uri)
         except ValueError:
             self._pixels.close()
@@ -158,7 +161,7 @@ def resize(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint
 def _open_pixels(path: Path, uri: str) -> _Pixels:
     try:
         if openslide.OpenSlide.detect_format(str(path)) is not None:
-            return _OpenSlidePixels(path)
+            return _OpenSlidePixels(path, uri)
     except openslide.OpenSlideError as error:
         message = f"{uri}: OpenSlide cannot open it ({error}); the file may be cut off or damaged"
         raise ValueError(message) from error
@@ -168,11 +171,12 @@ def _open_pixels(path: Path, uri: str) -> _Pixels:
 class _OpenSlidePixels:
     """A slide OpenSlide knows."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, uri: str) -> None:
+        self._uri = uri
         self._slide = openslide.OpenSlide(str(path))
         self.dimensions = self._slide.dimensions
         self.downsamples = [self._exact(level) for level in range(self._slide.level_count)]
-        self.mpp = self._file_mpp()
+        self.mpp, self.mpp_error = self._file_mpp()
 
     def _exact(self, level: int) -> float:
         """Return the level's downsample, whole where rounding the level's size explains the rest.
@@ -186,32 +190,44 @@ class _OpenSlidePixels:
             return float(whole)
         return float(self._slide.level_downsamples[level])
 
-    def _file_mpp(self) -> float | None:
+    def _file_mpp(self) -> tuple[float | None, str | None]:
+        """Return the file's own um per px, or None and, where there is one, the reason."""
         values = [
             self._slide.properties.get(name)
             for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
         ]
         numbers = [float(value) for value in values if value is not None]
         if not numbers:
-            return None
+            return None, None
         if max(numbers) > 1.02 * min(numbers):
-            message = (
-                f"pixels are not square: mpp {numbers[0]:g} by {numbers[1]:g}; "
-                "resample the image, or give one mpp in the manifest"
+            return None, (
+                f"pixels are not square: mpp {numbers[0]:g} by {numbers[1]:g}; resample the "
+                "image, or give one mpp (um per level-0 px) in the manifest's mpp column"
             )
-            warnings.warn(message, stacklevel=2)
-            return None
-        return numbers[0]
+        return numbers[0], None
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
-        # OpenSlide divides the location by its own downsample: multiply by that one.
+        # OpenSlide rounds a negative location by up to a level px, so it is only asked for what
+        # lies in the level. It divides the location by its own downsample: multiply by that one.
+        # Where that is not whole, rounding costs at most half a level-0 px.
         scale = self._slide.level_downsamples[level]
-        location = (math.ceil(x * scale - 1e-6), math.ceil(y * scale - 1e-6))
-        rgba = np.asarray(self._slide.read_region(location, level, (w, h)))
-        alpha = rgba[..., 3:]
-        if alpha.min() == WHITE:
-            return np.ascontiguousarray(rgba[..., :3])
-        return np.where(alpha == 0, np.uint8(WHITE), rgba[..., :3]).astype(np.uint8)
+
+        def inside(left: int, top: int, width: int, height: int) -> NDArray[np.uint8]:
+            location = (round(left * scale), round(top * scale))
+            rgba = np.asarray(self._slide.read_region(location, level, (width, height)))
+            alpha = rgba[..., 3:]
+            if alpha.min() == WHITE:
+                return rgba[..., :3]
+            return np.where(alpha == 0, np.uint8(WHITE), rgba[..., :3]).astype(np.uint8)
+
+        try:
+            return _on_white(self._slide.level_dimensions[level], (x, y, w, h), inside)
+        except openslide.OpenSlideError as error:
+            message = (
+                f"{self._uri}: OpenSlide cannot read {w} x {h} px at ({x}, {y}) of level {level} "
+                f"({error}); the file may be cut off or damaged: copy it anew"
+            )
+            raise ValueError(message) from error
 
     def close(self) -> None:
         self._slide.close()
@@ -221,6 +237,7 @@ class _PlainPixels:
     """A PNG, JPEG or plain TIFF, decoded whole; one level and no resolution of its own."""
 
     mpp: float | None = None
+    mpp_error: str | None = None
     downsamples: list[float] = [1.0]  # noqa: RUF012 - never changed
 
     def __init__(self, path: Path, uri: str) -> None:
@@ -234,6 +251,12 @@ class _PlainPixels:
                         "--tile --pyramid`)"
                     )
                     raise ValueError(message)
+                if image.mode.startswith(("I", "F")):
+                    message = (
+                        f"{uri}: pixels of type {image.mode!r}; expected 8 bits a channel: "
+                        "convert it to 8-bit RGB"
+                    )
+                    raise ValueError(message)
                 self._image = np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError) as error:
             message = (
@@ -244,15 +267,35 @@ class _PlainPixels:
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
         assert level == 0
-        width, height = self.dimensions
-        out = np.full((h, w, 3), WHITE, np.uint8)
-        left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-        if left < right and top < bottom:
-            out[top - y : bottom - y, left - x : right - x] = self._image[top:bottom, left:right]
-        return out
+        return _on_white(
+            self.dimensions,
+            (x, y, w, h),
+            lambda left, top, w, h: self._image[top : top + h, left : left + w],
+        )
 
     def close(self) -> None:
         self._image = np.empty((0, 0, 3), np.uint8)
+
+
+def _on_white(
+    size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    inside: Callable[[int, int, int, int], NDArray[np.uint8]],
+) -> NDArray[np.uint8]:
+    """Return a box of an image, white where it reaches beyond it.
+
+    Args:
+        size: (width, height) of the image.
+        box: (x, y, width, height) wanted, px of the image.
+        inside: Called with the part of the box (x, y, width, height) that lies in the image.
+    """
+    x, y, w, h = box
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
+    out = np.full((h, w, 3), WHITE, np.uint8)
+    if left < right and top < bottom:
+        part = inside(left, top, right - left, bottom - top)
+        out[top - y : bottom - y, left - x : right - x] = part
+    return out
 
 
 @contextmanager

@@ -25,12 +25,13 @@ def tissue_mask(image: NDArray[np.uint8], mpp: float) -> NDArray[np.bool_]:
     """
     smooth = cv2.GaussianBlur(image, (0, 0), 1.0)
     saturation = cv2.cvtColor(smooth, cv2.COLOR_RGB2HSV)[..., 1] / 255.0
-    spread = np.ptp(saturation) > 0
-    threshold = threshold_otsu(saturation) if spread else MAX_SATURATION
+    threshold = MAX_SATURATION
+    if np.ptp(saturation) > 0:
+        threshold = threshold_otsu(saturation)  # type: ignore[no-untyped-call]
     mask = saturation > np.clip(threshold, MIN_SATURATION, MAX_SATURATION)
     # A small image can be all tissue and still smaller than the least object of a whole slide.
     least = min(MIN_TISSUE_UM2, 0.01 * image.shape[0] * image.shape[1] * mpp**2) / mpp**2
-    labels = label(mask, connectivity=2)
+    labels = label(mask, connectivity=2)  # type: ignore[no-untyped-call]
     areas = np.bincount(labels.ravel())
     areas[0] = 0
     return np.asarray((areas >= least)[labels])

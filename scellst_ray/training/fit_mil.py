@@ -1,6 +1,7 @@
 """Fitting the expression head with Ray Train: the plain fit, shared out over workers."""
 
 import copy
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import ray.train
 import torch
-from ray.train import Checkpoint, RunConfig, ScalingConfig
+from ray.train import Checkpoint, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +31,7 @@ from scellst_ray.models.mil_fit import (
     validation_loss,
 )
 
-WEIGHTS = "head.safetensors"
+WEIGHTS, HISTORY = "head.safetensors", "history.json"
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,19 @@ def fit(
         run_config=RunConfig(
             name="fit_mil",
             storage_path=path,
+            logging_config=LoggingConfig(log_level="WARNING"),
             storage_filesystem=None if local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)),
         ),
     )
     result = trainer.fit()
     with result.checkpoint.as_directory() as folder:
         tensors = load_file(Path(folder) / WEIGHTS)
+        found = json.loads((Path(folder) / HISTORY).read_text())
     weight = tensors["last.weight"]
     head = MilHead(len(tensors["mean_D"]), weight.shape[0], weight.shape[1])
     head.load_state_dict(tensors)
-    metrics: dict[str, Any] = result.metrics
-    history = list(zip(metrics["train_losses"], metrics["val_losses"], strict=True))
-    return head.eval(), FitResult(metrics["best_epoch"], metrics["best_loss"], history)
+    history = [(train_loss, val_loss) for train_loss, val_loss in found["history"]]
+    return head.eval(), FitResult(found["best_epoch"], found["best_loss"], history)
 
 
 def _train_loop(loop: dict[str, Any]) -> None:
@@ -122,25 +124,25 @@ def _train_loop(loop: dict[str, Any]) -> None:
     share["all_reduce"] = _all_reduce if world_size > 1 else None
     optimiser = new_optimiser(model, config)
     stopping = EarlyStopping(config.patience)
-    losses: tuple[list[float], list[float]] = ([], [])
+    history: list[tuple[float, float]] = []
     best_epoch, best = 0, copy.deepcopy(head.state_dict())
     for epoch in range(config.max_epochs):
         batches = epoch_batches(len(train), config.batch_spots, config.seed, epoch)
-        losses[0].append(train_epoch(model, optimiser, train, batches, **share))
-        losses[1].append(validation_loss(head, val, config.batch_spots, **share))
-        if stopping.update(losses[1][-1]):
+        train_loss = train_epoch(model, optimiser, train, batches, **share)
+        history.append((train_loss, validation_loss(head, val, config.batch_spots, **share)))
+        if stopping.update(history[-1][1]):
             best_epoch, best = epoch, copy.deepcopy(head.state_dict())
         if stopping.should_stop:
             break
-    metrics = {"best_epoch": best_epoch, "best_loss": stopping.best}
-    metrics |= {"train_losses": losses[0], "val_losses": losses[1]}
+    found = {"best_epoch": best_epoch, "best_loss": stopping.best}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if rank == 0:
             state = {name: value.cpu().contiguous() for name, value in best.items()}
             save_file(state, Path(folder) / WEIGHTS)
+            (Path(folder) / HISTORY).write_text(json.dumps(found | {"history": history}))
             checkpoint = Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
+        ray.train.report(found, checkpoint=checkpoint)
 
 
 def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:

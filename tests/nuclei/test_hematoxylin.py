@@ -1,0 +1,171 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from scipy.spatial import cKDTree
+from skimage.color import rgb2hed
+
+from scellst_ray.analysis.segmentation_metrics import score_labels
+from scellst_ray.nuclei import hematoxylin
+from scellst_ray.nuclei.hematoxylin import hematoxylin_threshold, segment, segment_labels
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+EOSIN_RGB = (232, 180, 205)
+
+
+def _tissue(seed, size_um=200.0, mpp=0.5, pitch_um=20.0):
+    """Round dark, large pale and elongated nuclei on eosin; return image and label map."""
+    rng = np.random.default_rng(seed)
+    side = round(size_um / mpp)
+    fine = 4  # drawn at four times the resolution, then averaged like an optical system does
+    canvas_HWC = np.full((side * fine, side * fine, 3), EOSIN_RGB, np.uint8)
+    labels_HW = np.zeros((side, side), np.int32)
+    kinds = [((6.5, 6.5), (70, 50, 120)), ((13, 10), (150, 110, 175)), ((14, 4.5), (95, 65, 140))]
+    centres_um = np.arange(pitch_um / 2, size_um, pitch_um)
+    centres_um = np.stack(np.meshgrid(centres_um, centres_um), axis=-1).reshape(-1, 2)
+    for label, centre_um in enumerate(centres_um + rng.uniform(-2, 2, centres_um.shape), start=1):
+        axes_um, colour = kinds[rng.integers(3)]
+        angle = rng.uniform(0, 180)
+        for canvas, scale, value in (
+            (canvas_HWC, fine / mpp, colour),
+            (labels_HW, 1 / mpp, label),
+        ):
+            middle, axes = centre_um * scale - 0.5, np.array(axes_um) * scale
+            cv2.ellipse(canvas, (tuple(middle), tuple(axes), angle), value, -1)
+    image_HWC = cv2.resize(canvas_HWC, (side, side), interpolation=cv2.INTER_AREA)
+    blurred_HWC = cv2.GaussianBlur(image_HWC, (0, 0), 0.4 / mpp).astype(np.float64)
+    noisy_HWC = blurred_HWC + rng.normal(0, 4, image_HWC.shape)
+    return np.clip(noisy_HWC, 0, 255).astype(np.uint8), labels_HW
+
+
+@pytest.mark.parametrize("mpp", [0.2, 0.25, 0.5, 0.687, 1.0])
+def test_clean_tissue_is_found_at_any_resolution(mpp):
+    image_HWC, true_HW = _tissue(seed=1, mpp=mpp)
+    scores = score_labels(true_HW, segment_labels(image_HWC, mpp))
+    assert scores.precision >= 0.95
+    assert scores.recall >= 0.95
+
+
+def test_outlines_centroids_and_areas_are_in_px_of_the_image_given():
+    image_HWC, true_HW = _tissue(seed=2, mpp=0.25)
+    nuclei = segment(image_HWC, 0.25)
+    labels_HW = segment_labels(image_HWC, 0.25)
+    assert len(nuclei) == len(np.unique(labels_HW)) - 1
+    assert set(nuclei.nucleus_type) == {"nucleus"}
+    assert np.isnan(nuclei.type_prob).all()
+    assert nuclei.area_px.sum() == pytest.approx(np.count_nonzero(labels_HW), rel=0.02)
+    labels = np.unique(true_HW)[1:]
+    truth = np.array([np.argwhere(true_HW == k).mean(axis=0)[::-1] + 0.5 for k in labels])
+    distance_px, _ = cKDTree(nuclei.centroid_px).query(truth)
+    assert np.median(distance_px) * 0.25 < 0.25  # um
+    assert nuclei.contour_points_px.min() >= 0
+    assert nuclei.contour_points_px.max() <= image_HWC.shape[0]
+
+
+def test_touching_nuclei_are_split():
+    image_HWC = np.full((80, 80, 3), EOSIN_RGB, np.uint8)
+    for x in (32, 47):  # discs of 8 um, centres 7.5 um apart: less than two radii
+        cv2.circle(image_HWC, (x, 40), 8, (70, 50, 120), -1)
+    nuclei = segment(cv2.GaussianBlur(image_HWC, (0, 0), 0.8), 0.5)
+    np.testing.assert_allclose(nuclei.centroid_px, [[32.5, 40.5], [47.5, 40.5]], atol=1.0)
+
+
+@pytest.mark.parametrize("mpp", [0.1, 0.25, 0.5, 1.2])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 3), (7, 40), (200, 200)])
+@pytest.mark.parametrize("colour", [(255,) * 3, (0,) * 3, (128,) * 3, EOSIN_RGB, (70, 50, 120)])
+def test_uniform_images_hold_no_nuclei(shape, colour, mpp):
+    image_HWC = np.full((*shape, 3), colour, np.uint8)
+    assert len(segment(image_HWC, mpp)) == 0
+    assert segment_labels(image_HWC, mpp).shape == shape
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("colour", [(245, 244, 246), EOSIN_RGB])
+def test_noise_holds_no_nuclei(seed, colour):
+    noise = np.random.default_rng(seed).normal(0, 5, (256, 256, 3))
+    image_HWC = np.clip(noise + colour, 0, 255).astype(np.uint8)
+    assert len(segment(image_HWC, 0.5)) == 0
+
+
+@pytest.mark.parametrize("ink", [(15, 15, 15), (20, 130, 60), (30, 50, 190), (200, 30, 40)])
+def test_pen_marks_hold_no_nuclei(ink):
+    image_HWC = np.full((300, 300, 3), 245, np.uint8)
+    cv2.line(image_HWC, (-10, 30), (310, 260), ink, 60)
+    image_HWC = cv2.GaussianBlur(image_HWC, (0, 0), 2)
+    assert len(segment(image_HWC, 0.5)) == 0
+
+
+def test_random_pixels_do_not_crash_and_are_deterministic():
+    image_HWC = np.random.default_rng(0).integers(0, 256, (64, 70, 3)).astype(np.uint8)
+    first, second = segment(image_HWC, 0.4), segment(image_HWC.copy(), 0.4)
+    np.testing.assert_array_equal(first.contour_points_px, second.contour_points_px)
+
+
+def test_neighbouring_tiles_agree_on_nuclei_near_their_seam():
+    image_HWC, _ = _tissue(seed=3, size_um=360)
+    halo, seam = 32, 360  # px; a tile sees its core and 16 um more
+    left = segment(np.ascontiguousarray(image_HWC[:, : seam + halo]), 0.5).centroid_px
+    right = segment(np.ascontiguousarray(image_HWC[:, seam - halo :]), 0.5).centroid_px
+    right += np.array([seam - halo, 0])
+    owned = np.concatenate([left[left[:, 0] < seam], right[right[:, 0] >= seam]])
+    whole = segment(image_HWC, 0.5).centroid_px
+    distance_px, index = cKDTree(owned).query(whole)
+    assert len(owned) == len(whole)
+    assert distance_px.max() < 2
+    assert len(set(index)) == len(whole)
+
+
+def test_hematoxylin_is_the_colour_deconvolution_of_scikit_image():
+    image_HWC, _ = _tissue(seed=4, size_um=50)
+    ours_HW = hematoxylin._hematoxylin(hematoxylin._DENSITY[image_HWC])
+    # Theirs works with natural logarithms over -log(1e-6), and clips; ours adds 1 to each value.
+    theirs_HW = rgb2hed(image_HWC)[..., 0]
+    assert np.corrcoef(ours_HW.ravel(), theirs_HW.ravel())[0, 1] > 0.99
+
+
+def test_threshold_separates_nuclei_from_eosin():
+    image_HWC, true_HW = _tissue(seed=5)
+    threshold = hematoxylin_threshold(image_HWC, 0.5)
+    stain_HW = hematoxylin._hematoxylin(hematoxylin._DENSITY[image_HWC])
+    assert np.median(stain_HW[true_HW == 0]) < threshold < np.median(stain_HW[true_HW > 0])
+    assert hematoxylin_threshold(np.full((9, 9, 3), 255, np.uint8), 0.5) == np.inf
+
+
+def test_shapes_of_a_disc_have_their_closed_forms():
+    mask_HW = np.zeros((60, 60), np.uint8)
+    cv2.circle(mask_HW, (25, 30), 12, 1, -1)
+    (chain,), _ = cv2.findContours(mask_HW, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    ramp_HW = np.tile(np.arange(60, dtype=np.float32), (60, 1))
+    shapes = hematoxylin._shapes([chain[:, 0]], ramp_HW)
+    assert shapes.area_px[0] == mask_HW.sum()
+    np.testing.assert_allclose(shapes.centre, [[25, 30]], atol=1e-9)
+    assert shapes.width_px[0] == pytest.approx(2 * np.sqrt(mask_HW.sum() / np.pi), rel=0.02)
+    assert shapes.inner_mean[0] == pytest.approx(25)  # a ramp's mean is its value at the centre
+
+
+@pytest.mark.parametrize(
+    ("image_HWC", "mpp", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), 0.5, "expected uint8"),
+        (np.zeros((4, 4, 4), np.uint8), 0.5, "expected uint8"),
+        (np.zeros((4, 4, 3), np.float32), 0.5, "float32"),
+        (np.zeros((4, 4, 3), np.uint8), 2.0, "mpp is 2.0"),
+        (np.zeros((4, 4, 3), np.uint8), float("nan"), "mpp is nan"),
+    ],
+)
+def test_wrong_input_is_refused(image_HWC, mpp, message):
+    with pytest.raises(ValueError, match=message):
+        segment(image_HWC, mpp)
+
+
+def test_real_tissue_with_annotations():
+    folder = DATA / "seg_monuseg"
+    if not folder.is_dir():
+        pytest.skip(f"needs the annotated images in {folder}")
+    name = "TCGA-G9-6356-01Z-00-DX1.png"
+    image_HWC = cv2.imread(str(folder / "images" / name))[..., ::-1]
+    true_HW = cv2.imread(str(folder / "labels" / name), cv2.IMREAD_UNCHANGED)
+    scores = score_labels(true_HW, segment_labels(np.ascontiguousarray(image_HWC), 0.25))
+    assert scores.f1 >= 0.75
+    assert scores.pq >= 0.55

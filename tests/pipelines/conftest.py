@@ -1,0 +1,34 @@
+"""A local Ray of two CPUs for the tests of this folder, and a small cohort."""
+
+import pytest
+import ray
+from scellst_ray.session import ray_session
+from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """Start Ray with two CPUs (and a GPU in name only) and stop it."""
+    ray.init(
+        num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False
+    )
+    try:
+        with ray_session() as cluster:
+            yield cluster
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small_cohort(tmp_path_factory):
+    """Return two slides of a dozen tiles and their manifest."""
+    folder = tmp_path_factory.mktemp("cohort")
+    lines = ["slide_id,uri"]
+    for number in range(2):
+        config = SyntheticConfig(
+            seed=number, width_um=200.0, height_um=160.0, cells_per_mm2=2500, num_genes=4
+        )
+        write_synthetic_slide(folder / f"s{number}", config)
+        lines.append(f"s{number},s{number}/slide.tiff")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.csv"

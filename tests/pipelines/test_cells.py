@@ -1,0 +1,160 @@
+"""The distributed pass equals a plain loop over its functions, resumes, and survives bad slides."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from scellst_ray import storage
+from scellst_ray.cohort import read_manifest
+from scellst_ray.compaction import finish_slide
+from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.stages import CellsSpec, Embed, Segment, WriteShards, plan_slide
+from scellst_ray.runs import RunFolder
+
+pytestmark = pytest.mark.ray
+TILES = {"core_px": 96, "halo_px": 32, "encoder": "random:0", "memory_gb": 0.5}
+
+
+def spec_of(config):
+    return CellsSpec(
+        config.segmenter, None, config.core_px, config.halo_px, config.encoder, "float32", None,
+        store_embeddings=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(small_cohort, tmp_path_factory):
+    """Return the CELLS of each slide from a plain loop over tiles, one at a time."""
+    config = ExtractConfig(manifest=str(small_cohort), out="unused", **TILES)
+    spec, run = spec_of(config), RunFolder(str(tmp_path_factory.mktemp("plain")), "plain")
+    segment, embed, write = Segment(spec), Embed(spec, "cpu"), WriteShards(run)
+    for slide in read_manifest(str(small_cohort)):
+        row = {"slide_id": slide.slide_id, "uri": slide.uri, "mpp": None, "mpp_error": None}
+        tiles = plan_slide(row | {"done_tiles": []}, spec)
+        receipts = [write(embed(segment([tile]))) for tile in tiles]
+        finish_slide(run, slide.slide_id, pa.concat_tables(receipts))
+    return {name: pq.read_table(run.cells_uri(name)) for name in ("s0", "s1")}
+
+
+def cells_of(out, slide_id):
+    return pq.read_table(RunFolder(str(out), "").cells_uri(slide_id))
+
+
+def assert_same(found, expected):
+    assert found.schema.equals(expected.schema)
+    assert found.equals(expected)
+    assert len(found) > 20
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [
+        pytest.param({"tiles_per_task": 1000, "workers": 1}, id="one block"),
+        pytest.param({"tiles_per_task": 1, "workers": 2}, id="a block per tile"),
+        pytest.param({"tiles_per_task": 3, "gpus": True}, id="split over cpu and gpu actors"),
+    ],
+)
+def test_pipeline_equals_plain_loop(local_ray, small_cohort, plain, tmp_path, resources):
+    settings = TILES | {"precision": "float32"}
+    if "gpus" not in resources:
+        resources = resources | {"gpus": False}
+    config = ExtractConfig(manifest=str(small_cohort), out=str(tmp_path), **settings, **resources)
+    records = extract(config)
+    assert {record["status"] for record in records.values()} == {"done"}
+    for slide_id, expected in plain.items():
+        assert_same(cells_of(tmp_path, slide_id), expected)
+        assert records[slide_id]["num_cells"] == len(expected)
+    assert storage.list_files(str(tmp_path / "shards")) == []
+
+
+def test_rerun_does_nothing_and_resume_does_only_what_is_missing(
+    local_ray, small_cohort, plain, tmp_path
+):
+    config = ExtractConfig(
+        manifest=str(small_cohort), out=str(tmp_path), gpus=False, tiles_per_task=2, **TILES
+    )
+    extract(config)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    extract(config)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    assert before == after
+    # As if the driver had died before s1 was finished and its last receipts were logged.
+    run = RunFolder(str(tmp_path), "")
+    kept = replay_receipts(run, "s1", share=0.5, spec=spec_of(config), manifest=small_cohort)
+    extract(config)
+    for slide_id, expected in plain.items():
+        assert_same(cells_of(tmp_path, slide_id), expected)
+    tiles = run.receipts().to_pylist()
+    assert len({tile["tile_id"] for tile in tiles if tile["slide_id"] == "s1"}) > len(kept)
+    still_named = {tile["shard"] for tile in tiles if tile["tile_id"] in kept}
+    assert kept and any(name and name.startswith("kept-") for name in still_named)
+
+
+def replay_receipts(run, slide_id, share, spec, manifest):
+    """Undo the finishing of a slide: keep the shards and receipts of some of its tiles."""
+    storage.remove_tree(run.record_uri(slide_id))
+    storage.remove_tree(run.cells_uri(slide_id))
+    storage.remove_tree(storage.join(run.uri, "receipts"))
+    slide = next(s for s in read_manifest(str(manifest)) if s.slide_id == slide_id)
+    row = {"slide_id": slide_id, "uri": slide.uri, "mpp": None, "mpp_error": None}
+    tiles = plan_slide(row | {"done_tiles": []}, spec)
+    tiles = tiles[: int(len(tiles) * share)]
+    receipts = WriteShards(run)(Embed(spec, "cpu")(Segment(spec)(tiles)))
+    names = {name: f"kept-{name}" for name in receipts["shard"].unique().to_pylist() if name}
+    for old, new in names.items():
+        folder = run.shards_uri(slide_id)
+        shutil.move(storage.join(folder, old), storage.join(folder, new))
+    shards = pa.array([names.get(name) for name in receipts["shard"].to_pylist()], pa.string())
+    index = receipts.schema.get_field_index("shard")
+    run.log_receipts(receipts.set_column(index, receipts.schema.field("shard"), shards))
+    return set(receipts["tile_id"].to_pylist())
+
+
+def test_cohort_of_five(local_ray, small_cohort, plain, tmp_path):
+    good = small_cohort.parent / "s0" / "slide.tiff"
+    content = good.read_bytes()
+    (tmp_path / "cut.tiff").write_bytes(content[: len(content) // 3])
+    Image.fromarray(np.full((300, 200, 3), 90, np.uint8)).save(tmp_path / "no_mpp.png")
+    Image.fromarray(np.full((300, 400, 3), 244, np.uint8)).save(tmp_path / "blank.png")
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(
+        f"slide_id,uri,mpp\ngood0,{good},\ncut,cut.tiff,\nno_mpp,no_mpp.png,\n"
+        f"blank,blank.png,0.5\ngood1,{good.parents[1]}/s1/slide.tiff,\n"
+    )
+    config = ExtractConfig(manifest=str(manifest), out=str(tmp_path / "run"), gpus=False, **TILES)
+    records = extract(config)
+    statuses = {name: record["status"] for name, record in records.items()}
+    assert statuses == {
+        "good0": "done", "cut": "failed", "no_mpp": "failed", "blank": "empty", "good1": "done",
+    }
+    for number in range(2):
+        found = cells_of(tmp_path / "run", f"good{number}").drop_columns("slide_id")
+        assert found.equals(plain[f"s{number}"].drop_columns("slide_id"))
+    assert "resolution (mpp) is unknown" in records["no_mpp"]["error"]
+    assert "cut.tiff" in records["cut"]["error"]
+    failures = pq.read_table(tmp_path / "run" / "failures" / "no_mpp.parquet").to_pylist()
+    assert failures[0]["stage"] == "plan"
+    # Mended, the failed slide is done by the same command, and nothing else is touched.
+    manifest.write_text(manifest.read_text().replace("no_mpp.png,", "no_mpp.png,0.5"))
+    stamp = (tmp_path / "run" / "cells" / "good0.parquet").stat().st_mtime_ns
+    assert extract(config)["no_mpp"]["status"] in {"done", "empty"}
+    assert (tmp_path / "run" / "cells" / "good0.parquet").stat().st_mtime_ns == stamp
+
+
+def test_another_run_in_the_folder_is_refused(small_cohort, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"digest": "other", "identity": {"job": "x"}}))
+    config = ExtractConfig(manifest=str(small_cohort), out=str(tmp_path), **TILES)
+    with pytest.raises(ValueError, match="holds another run"):
+        extract(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("core_px", 10), ("tiles_per_task", 0), ("read_mpp", 0.0)]
+)
+def test_config_refuses_what_cannot_work(field, value):
+    with pytest.raises(ValueError, match=field):
+        ExtractConfig(manifest="m.csv", out="o", **{field: value})
