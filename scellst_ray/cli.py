@@ -39,7 +39,8 @@ def _actions(parser: ArgumentParser) -> list[Any]:
     found: list[Any] = []
     for action in parser._actions:  # noqa: SLF001 - argparse has no public way to list them
         found.append(action)
-        for child in (action.choices or {}).values() if hasattr(action, "_name_parser_map") else ():
+        children: Any = action.choices if hasattr(action, "_name_parser_map") else None
+        for child in dict(children or {}).values():
             found += _actions(child)
     return found
 

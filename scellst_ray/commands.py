@@ -1,4 +1,4 @@
-"""What each subcommand does with its configuration: run the job, show it, turn it into an exit code."""
+"""What each subcommand does: run the job, show it, turn the outcome into an exit code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,9 +76,9 @@ def run_export(config: ExportConfig) -> int:
 
 
 def summarise(records: dict[str, dict[str, Any]], out: str) -> int:
-    """Print what became of the slides, those that failed with their reasons; return the exit code."""
+    """Print what became of the slides, with the reasons of failures; return the exit code."""
     console = Console(width=None)
-    counts = {status: 0 for status in ("done", "empty", "partial", "failed")}
+    counts = dict.fromkeys(("done", "empty", "partial", "failed"), 0)
     for record in records.values():
         counts[record["status"]] += 1
     num_cells = sum(record["num_cells"] for record in records.values())
@@ -92,5 +92,7 @@ def summarise(records: dict[str, dict[str, Any]], out: str) -> int:
             reason = f"{record['error_type']}: {record['error']}"
             table.add_row(slide_id, record["status"], tiles, record["stage"], reason)
         console.print(table)
-        console.print("Mend the cause and run the same command again: it does only what is missing.")
+        console.print(
+            "Mend the cause and run the same command again: it does only what is missing."
+        )
     return 1 if bad else 0

@@ -132,7 +132,9 @@ def _write(uri: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
     """Publish tables as one Parquet file in row groups of a fixed number of rows."""
 
     def write(path: Path) -> None:
-        with pq.ParquetWriter(path, schema, compression=storage.COMPRESSION) as writer:
+        names = [name for name in storage.DICTIONARY if name in schema.names]
+        options = {"compression": storage.COMPRESSION, "use_dictionary": names}
+        with pq.ParquetWriter(path, schema, **options) as writer:
             waiting: list[pa.Table] = []
             for table in tables:
                 waiting.append(table.select(schema.names).cast(schema))

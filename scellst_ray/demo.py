@@ -163,7 +163,9 @@ def _report(
 
 def _show(console: Console, found: dict[str, Any], out: Path) -> None:
     table = Table("measure", "value", title=f"{UNSEEN}: found against the truth")
-    table.add_row("nuclei found / true", f"{found['num_found_nuclei']} / {found['num_true_nuclei']}")
+    table.add_row(
+        "nuclei found / true", f"{found['num_found_nuclei']} / {found['num_true_nuclei']}"
+    )
     table.add_row("precision, recall", f"{found['precision']:.3f}, {found['recall']:.3f}")
     table.add_row("cell-level Pearson r, mean over genes", f"{found['cell_pearson']:.3f}")
     table.add_row("the same, truth shuffled over cells", f"{found['cell_pearson_shuffled']:.3f}")
@@ -172,4 +174,6 @@ def _show(console: Console, found: dict[str, Any], out: Path) -> None:
     console.print(table)
     for name in ("genes.png", "report.json", "extract/cells", "head", "predict/expression"):
         console.print(f"  {out / name}", highlight=False)
-    console.print(f'  python -c "import scellst_ray; print(scellst_ray.open_run({json.dumps(str(out / "predict"))}).slides)"', highlight=False, soft_wrap=True)
+    folder = json.dumps(str(out / "predict"))
+    command = f"import scellst_ray; print(scellst_ray.open_run({folder}).slides)"
+    console.print(f"  python -c '{command}'", highlight=False, soft_wrap=True)

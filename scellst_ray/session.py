@@ -41,7 +41,7 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
             logging_level=logging.WARNING,
         )
     try:
-        resources = ray.cluster_resources()
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Cluster(int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
     finally:
         if not joined:

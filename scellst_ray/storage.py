@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 COMPRESSION = "zstd"
+# Dictionaries pay for names only; on float16 vectors they cost twice the reading time.
+DICTIONARY = ["slide_id", "nucleus_type", "spot_id"]
 
 
 def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -112,7 +114,10 @@ def _write_text(path: Path, text: str) -> None:
 
 def publish_table(uri: str, table: pa.Table) -> None:
     """Publish an Arrow table as one Parquet file."""
-    publish(uri, lambda path: pq.write_table(table, path, compression=COMPRESSION))
+    names = [name for name in DICTIONARY if name in table.column_names]
+    publish(
+        uri, lambda path: pq.write_table(table, path, compression=COMPRESSION, use_dictionary=names)
+    )
 
 
 def read_json(uri: str) -> Any:  # noqa: ANN401 - whatever the document holds

@@ -21,9 +21,7 @@ def draw_dots(width, height, points_x0y0):
         left, top = max(0, int(x) - 40), max(0, int(y) - 40)
         rows = np.arange(top, min(height, top + 80)) + 0.5
         columns = np.arange(left, min(width, left + 80)) + 0.5
-        weight = np.exp(
-            -((columns[None] - x) ** 2 + (rows[:, None] - y) ** 2) / (2 * DOT_SIGMA**2)
-        )
+        weight = np.exp(-((columns[None] - x) ** 2 + (rows[:, None] - y) ** 2) / (2 * DOT_SIGMA**2))
         image[top : top + len(rows), left : left + len(columns)] += 170 * weight[..., None]
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
@@ -63,14 +61,18 @@ def write_pyramid(path, levels, mpp, mpp_y=None, **options):
 def helpers():
     """Return the drawing and writing functions above."""
     return SimpleNamespace(
-        BACKGROUND=BACKGROUND, draw_dots=draw_dots, shrink=shrink, write_pyramid=write_pyramid
+        BACKGROUND=BACKGROUND,
+        draw_dots=draw_dots,
+        shrink=shrink,
+        slide_row=slide_row,
+        write_pyramid=write_pyramid,
     )
 
 
 @pytest.fixture(scope="session")
 def synthetic_slide(tmp_path_factory):
-    """Return the paths of a small synthetic slide: 880 x 620 px at 0.5 um/px."""
-    config = SyntheticConfig(seed=3, width_um=440.0, height_um=310.0, mpp=0.5, num_genes=4)
+    """Return the paths of a small synthetic slide: 720 x 520 px at 0.5 um/px."""
+    config = SyntheticConfig(seed=3, width_um=360.0, height_um=260.0, mpp=0.5, num_genes=4)
     return write_synthetic_slide(tmp_path_factory.mktemp("synthetic"), config)
 
 
@@ -81,3 +83,53 @@ def data_dir():
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cells_spec():
+    """Return what to compute in tests: small tiles, a random encoder."""
+    from scellst_ray.pipelines.tiles import CellsSpec
+
+    return CellsSpec(
+        segmenter="hematoxylin",
+        read_mpp=None,
+        core_px=250,
+        halo_px=32,
+        encoder="random:0",
+        precision="float32",
+        head_uri=None,
+        store_embeddings=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def embed_stage(cells_spec):
+    """Return the embedding stage, made once."""
+    from scellst_ray.pipelines.stages import Embed
+
+    return Embed(cells_spec, "cpu")
+
+
+@pytest.fixture(scope="session")
+def segmented_rows(synthetic_slide, cells_spec):
+    """Return a function that gives fresh rows of the synthetic slide, segmented once."""
+    from scellst_ray.pipelines.stages import Segment
+    from scellst_ray.pipelines.tiles import plan_slide
+
+    rows = Segment(cells_spec)(plan_slide(slide_row(synthetic_slide.slide), cells_spec))
+    return lambda: [dict(row) for row in rows]
+
+
+@pytest.fixture(scope="session")
+def few_rows(segmented_rows):
+    """Return the same rows with at most six nuclei each: what is not about numbers is quick."""
+    return lambda: [
+        row | {"cells": row["cells"].slice(0, 6), "crops": row["crops"][:6]}
+        for row in segmented_rows()
+    ]
+
+
+def slide_row(path, **changes):
+    """Return one slide as `plan_slide` takes it."""
+    row = {"slide_id": "s", "uri": str(path), "mpp": None, "mpp_error": None, "done_tiles": []}
+    return row | changes

@@ -17,7 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from scellst_ray import __version__, commands
+from scellst_ray import __version__, cli, commands
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ("extract", "train", "predict", "export", "demo", "doctor")
@@ -139,15 +139,29 @@ def test_rayjob_cleans_up_and_retries(rayjob):
     assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_entrypoint_is_a_job_with_its_flags(rayjob):
+@pytest.fixture
+def parse(monkeypatch):
+    """Return a function: command line of a job in, the configuration it would run with out."""
+
+    def run(words):
+        seen = []
+        jobs = {name: (kind, lambda c: seen.append(c) or 0) for name, (kind, _) in known.items()}
+        monkeypatch.setattr(commands, "jobs", lambda: jobs)
+        assert cli.main(words) == 0
+        return seen[0]
+
+    known = commands.jobs()
+    return run
+
+
+def test_entrypoint_is_a_job_with_its_flags(rayjob, parse):
     python, script, *words = shlex.split(rayjob["spec"]["entrypoint"])
     assert python == "python"
     workdir = next(path for name, path in read_dockerfile() if name == "WORKDIR")
     assert (ROOT / Path(script).relative_to(workdir)).is_file()
-    flags, values = words[::2], words[1::2]
-    assert all(value.startswith("s3://") for value in values)
-    config_class, _ = commands.jobs()[Path(script).stem]
-    config_class(**{f.removeprefix("--"): v for f, v in zip(flags, values, strict=True)})
+    assert all(value.startswith("s3://") for value in words[1::2])
+    config = parse([Path(script).stem, *words])
+    assert {config.manifest, config.out, config.head, config.encoder} == set(words[1::2])
 
 
 def test_dockerfile_runs_as_a_numbered_user_from_a_pinned_base():
@@ -226,14 +240,15 @@ def test_job_script_runs_its_command(job, monkeypatch):
 
 
 @pytest.mark.parametrize("job", EXAMPLES)
-def test_example_configuration_is_accepted_and_complete(job):
-    text = (ROOT / "jobs" / f"{job}.example.yaml").read_text()
-    config_class, _ = commands.jobs()[job]
-    config_class(**yaml.safe_load(text))
+def test_example_configuration_is_accepted_and_complete(job, parse, tmp_path):
+    example = ROOT / "jobs" / f"{job}.example.yaml"
+    config = parse([job, "--config", str(example)])
     # A commented line is a key with its default: with all of them switched on nothing changes.
-    full = yaml.safe_load(re.sub(r"^# (?=[a-z_]+: )", "", text, flags=re.MULTILINE))
-    assert set(full) == {field.name for field in dataclasses.fields(config_class)}
-    assert config_class(**full) == config_class(**yaml.safe_load(text))
+    text = re.sub(r"^# (?=[a-z_]+: )", "", example.read_text(), flags=re.MULTILINE)
+    assert set(yaml.safe_load(text)) == {field.name for field in dataclasses.fields(config)}
+    full = tmp_path / "full.yaml"
+    full.write_text(text)
+    assert parse([job, "--config", str(full)]) == config
 
 
 def test_makefile_has_the_targets():

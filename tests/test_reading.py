@@ -159,19 +159,19 @@ def test_only_the_row_groups_needed_are_read(predicted, monkeypatch):
 
 
 def test_memory_is_bounded_by_a_block(tmp_path, head, monkeypatch):
-    monkeypatch.setattr(compaction, "ROW_GROUP", 1000)
-    monkeypatch.setattr(expression, "BLOCK_VALUES", 1000 * len(GENES))
+    monkeypatch.setattr(compaction, "ROW_GROUP", 500)
+    monkeypatch.setattr(expression, "BLOCK_VALUES", 500 * len(GENES))
     folder = make_run(str(tmp_path / "run"), head)
-    add_slide(folder, "a", num_tiles=20, cells_per_tile=2000, embedding=False, hidden=True)
+    add_slide(folder, "a", num_tiles=20, cells_per_tile=800, embedding=False, hidden=True)
     run = open_run(folder.uri)
-    whole = 40_000 * 256 * 2
+    whole = 16_000 * 256 * 2
     next(run.iter_expression(None, "a"))  # imports and caches
     start = pa.total_allocated_bytes()
     tracemalloc.start()
     peak = 0
     for _, values in run.iter_expression(None, "a"):
         peak = max(peak, pa.total_allocated_bytes() - start)
-        assert values.shape == (1000, len(GENES))
+        assert values.shape == (500, len(GENES))
     _, numpy_peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak + numpy_peak < whole / 4

@@ -4,7 +4,13 @@ import pytest
 
 from scellst_ray import schemas
 
-FAILURE = {"slide_id": ["a"], "tile_id": [3], "stage": ["read"], "error_type": ["E"], "error": ["x"]}
+FAILURE = {
+    "slide_id": ["a"],
+    "tile_id": [3],
+    "stage": ["read"],
+    "error_type": ["E"],
+    "error": ["x"],
+}
 
 
 def test_conform_orders_casts_drops_and_signs():

@@ -91,17 +91,20 @@ def load_encoder(weights: str) -> Encoder:
     ) as error:
         message = f"encoder {weights}: cannot be read as weights ({error}); is the file cut off?"
         raise ValueError(message) from error
-    network = resnet50()
-    network.fc = nn.Identity()
-    wanted = network.state_dict()
-    wrong = [k for k, v in wanted.items() if k not in state or state[k].shape != v.shape]
+    with torch.device("meta"):  # shapes only: no time spent on weights that are replaced
+        network = resnet50()
+        network.fc = nn.Identity()
+    # Counters of training steps; old checkpoints lack them.
+    counter = "num_batches_tracked"
+    shapes = {k: v.shape for k, v in network.state_dict().items() if not k.endswith(counter)}
+    wrong = [k for k, shape in shapes.items() if k not in state or state[k].shape != shape]
     if wrong:
         message = (
             f"encoder {weights}: not a ResNet-50 as torchvision names it; {len(wrong)} tensors "
             f"are missing or of another shape, {wrong[0]} among them"
         )
         raise ValueError(message)
-    network.load_state_dict({key: state[key] for key in wanted})
+    network.load_state_dict({key: state[key].float() for key in shapes}, strict=False, assign=True)
     return _ready(network, mean, std, digest)
 
 

@@ -167,16 +167,15 @@ def _bag_list(offsets: np.ndarray, values: pa.Array, index: np.ndarray) -> pa.Li
 
 
 class _Bags:
-    def __init__(self, panel: Sequence[str], run: RunFolder, out: str) -> None:
-        self.panel, self.run, self.out = panel, run, out
-        self.slides: dict[str, TrainingSlide] = {}
+    def __init__(
+        self, slides: dict[str, TrainingSlide], panel: Sequence[str], run: RunFolder, out: str
+    ) -> None:
+        self.slides, self.panel, self.run, self.out = slides, panel, run, out
 
-    def __call__(
-        self, batch: pa.Table, slides: dict[str, TrainingSlide]
-    ) -> Iterable[pa.Table]:
+    def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
         for slide_id in batch["slide_id"].to_pylist():
             try:
-                result = make_bags(slides[slide_id], self.panel, self.run, self.out)
+                result = make_bags(self.slides[slide_id], self.panel, self.run, self.out)
             except (ValueError, OSError) as error:
                 result = {"slide_id": slide_id, "error": str(error)}
             yield pa.Table.from_pylist([result], schema=RESULT)
@@ -191,11 +190,11 @@ def build_bags(
         ValueError: some slide's spots cannot be used; all such slides are listed at once.
     """
     DataContext.get_current().enable_progress_bars = False
+    by_id = {slide.row.slide_id: slide for slide in slides}
     names = [pa.table({"slide_id": [slide.row.slide_id]}) for slide in slides]
     results = ray.data.from_arrow(names).map_batches(
         _Bags,
-        fn_constructor_kwargs={"panel": list(panel), "run": run, "out": out},
-        fn_kwargs={"slides": {slide.row.slide_id: slide for slide in slides}},
+        fn_constructor_kwargs={"slides": by_id, "panel": list(panel), "run": run, "out": out},
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,

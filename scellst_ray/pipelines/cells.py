@@ -1,47 +1,17 @@
-"""CELLS: the streaming pass from slides to cells (and, with a head, to EXPRESSION).
+"""CELLS: the `extract` job, and the run that `extract` and `predict` share."""
 
-    pending slides -> plan -> [read, segment, crop] -> [embed, head] -> [write] -> receipts
-
-On CPUs the bracketed stages are fused in one actor, so pixels never cross a process; with GPUs
-the middle one has actors of its own. The driver logs receipts, and finishes a slide when its
-tiles are all in.
-"""
-
-import logging
-import time
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import ray
-import ray.data
-import torch
-from ray.data import ActorPoolStrategy, DataContext
-
-from scellst_ray import schemas, storage
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
-from scellst_ray.compaction import finish_slide, unfinished_record
 from scellst_ray.models.encoder import best_precision, encoder_digest
-from scellst_ray.pipelines.packing import pack, unpack
-from scellst_ray.pipelines.stages import (
-    SEGMENTER_VERSIONS,
-    CellsSpec,
-    Embed,
-    Segment,
-    WriteShards,
-    local_weights,
-    plan_slide,
-)
-from scellst_ray.runs import FINISHED, RunFolder, check_manifest_unchanged, open_run
-from scellst_ray.session import Cluster, ray_session
-
-TILE_ROW_BYTES = 250
-LOG_EVERY_S = 5.0
-Report = Callable[["Progress"], None]
-logger = logging.getLogger(__name__)
+from scellst_ray.pipelines.driver import Driver, Progress, Report
+from scellst_ray.pipelines.receipts import Resources, receipts_dataset
+from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS, local_weights
+from scellst_ray.pipelines.tiles import CellsSpec
+from scellst_ray.runs import FINISHED, check_manifest_unchanged, open_run
+from scellst_ray.session import ray_session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +56,6 @@ class ExtractConfig:
         if self.read_mpp is not None and not MIN_MPP <= self.read_mpp <= MAX_MPP:
             message = f"read_mpp is {self.read_mpp}; it must lie in {MIN_MPP}-{MAX_MPP} um/px"
             raise ValueError(message)
-
-
-@dataclass
-class Progress:
-    """Where a run stands, for whoever shows it."""
-
-    num_slides: int
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    num_tiles: int = 0
-    num_tiles_known: int = 0
-    num_cells: int = 0
-    num_cells_before: int = 0
-    started: float = field(default_factory=time.monotonic)
 
 
 def extract(config: ExtractConfig, report: Report = lambda _: None) -> dict[str, dict[str, Any]]:
@@ -163,221 +120,9 @@ def run_cells(
             driver = Driver(run, progress, report)
             rows = driver.resume(pending)
             if rows:
-                driver.consume(receipts_dataset(rows, spec, run, config, cluster))
+                resources = Resources(
+                    config.workers, config.gpus, config.memory_gb, config.tiles_per_task
+                )
+                driver.consume(receipts_dataset(rows, spec, run, resources, cluster))
             driver.finish()
     return progress.records
-
-
-def receipts_dataset(
-    rows: list[dict[str, Any]],
-    spec: CellsSpec,
-    run: RunFolder,
-    config: ExtractConfig,
-    cluster: Cluster,
-) -> ray.data.Dataset:
-    """Build the lazy pipeline from slides still to do to RECEIPTS.
-
-    Args:
-        rows: One dict per slide, as `plan_slide` takes it.
-        spec: What to compute.
-        run: Where to write.
-        config: Resources.
-        cluster: What there is.
-    """
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    # A slide's tiles must leave the planner in small blocks, or one worker would get them all.
-    context.target_max_block_size = TILE_ROW_BYTES * config.tiles_per_task
-    context.execution_options.preserve_order = False
-    # One tile of a dense slide can take minutes on a slow CPU; time limits are per tile, not here.
-    context.execution_no_progress_timeout_s = -1
-    # Said of every slide smaller than the pool.
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-    slides = ray.data.from_arrow([_slide_table(row) for row in rows])
-    # Planning takes no CPU slot: the workers hold them all, and waiting for one would be for ever.
-    tiles = slides.map_batches(
-        _Plan,
-        fn_constructor_kwargs={"spec": spec},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=1),
-        num_cpus=0,
-    )
-    shared = {"batch_format": "pyarrow", "batch_size": config.tiles_per_task}
-    memory = int(config.memory_gb * 2**30)
-    gpus = cluster.num_gpus > 0 if config.gpus is None else config.gpus
-    if not gpus:
-        return tiles.map_batches(
-            _AllStages,
-            fn_constructor_kwargs={"spec": spec, "run": run},
-            num_cpus=1,
-            memory=memory,
-            compute=ActorPoolStrategy(size=config.workers or cluster.num_cpus),
-            **shared,
-        )
-    num_gpus = config.workers or cluster.num_gpus
-    cpu_workers = max(1, cluster.num_cpus - num_gpus)
-    nuclei = tiles.map_batches(
-        _SegmentBatch,
-        fn_constructor_kwargs={"spec": spec},
-        num_cpus=1,
-        memory=memory,
-        compute=ActorPoolStrategy(min_size=1, max_size=cpu_workers),
-        **shared,
-    )
-    return nuclei.map_batches(
-        _EmbedAndWrite,
-        fn_constructor_kwargs={"spec": spec, "run": run},
-        num_gpus=1,
-        num_cpus=1,
-        memory=memory,
-        compute=ActorPoolStrategy(size=num_gpus),
-        **shared,
-    )
-
-
-def _slide_table(row: dict[str, Any]) -> pa.Table:
-    done = pa.array([row["done_tiles"]], pa.list_(pa.int64()))
-    mpp = pa.array([row["mpp"]], pa.float64())
-    texts = {n: pa.array([row[n]], pa.string()) for n in ("slide_id", "uri", "mpp_error")}
-    return pa.table(texts | {"mpp": mpp, "done_tiles": done})
-
-
-class _Plan:
-    def __init__(self, spec: CellsSpec) -> None:
-        self.spec = spec
-
-    def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
-        for row in batch.to_pylist():
-            yield pa.Table.from_pylist(plan_slide(row, self.spec), schema=PLANNED)
-
-
-PLANNED = schemas.TILES.append(pa.field("seconds_plan", pa.float32()))
-
-
-class _AllStages:
-    """The three stages in one actor: what a CPU worker does with a batch of tiles."""
-
-    def __init__(self, spec: CellsSpec, run: RunFolder) -> None:
-        self.stages = Segment(spec), Embed(spec, "cpu"), WriteShards(run)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        segment, embed, write = self.stages
-        return write(embed(segment(batch.to_pylist())))
-
-
-class _SegmentBatch:
-    def __init__(self, spec: CellsSpec) -> None:
-        self.segment = Segment(spec)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return pack(self.segment(batch.to_pylist()))
-
-
-class _EmbedAndWrite:
-    def __init__(self, spec: CellsSpec, run: RunFolder) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.embed, self.write = Embed(spec, device), WriteShards(run)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.write(self.embed(unpack(batch)))
-
-
-_finish_slide = ray.remote(num_cpus=0, max_retries=3)(finish_slide)
-
-
-class Driver:
-    """What the driver keeps while receipts come in."""
-
-    def __init__(self, run: RunFolder, progress: Progress, report: Report) -> None:
-        """Start with nothing received."""
-        self.run, self.progress, self.report = run, progress, report
-        self.receipts: dict[str, list[pa.Table]] = {}
-        self.unlogged: list[pa.Table] = []
-        self.logged_at = time.monotonic()
-        self.finishing: dict[Any, str] = {}
-
-    def resume(self, pending: list[SlideRow]) -> list[dict[str, Any]]:
-        """Take up the receipts of an earlier driver; return the slides that still need work."""
-        log = self.run.receipts()
-        log = log.filter(pc.and_(pc.is_null(log["error"]), pc.greater_equal(log["tile_id"], 0)))
-        rows = []
-        for slide in pending:
-            done = log.filter(pc.equal(log["slide_id"], slide.slide_id))
-            # A receipt whose shard is gone is worth nothing.
-            uris = storage.list_files(self.run.shards_uri(slide.slide_id)) if len(done) else []
-            names = pa.array([uri.rsplit("/", 1)[-1] for uri in uris], pa.string())
-            there = pc.is_in(done["shard"], value_set=names)
-            done = done.filter(pc.or_(there, pc.equal(done["num_cells"], 0)))
-            if len(done):
-                self._add(slide.slide_id, done)
-                self.progress.num_cells_before = self.progress.num_cells
-            if slide.slide_id in self.receipts or not len(done):
-                rows.append(
-                    {
-                        "slide_id": slide.slide_id,
-                        "uri": slide.uri,
-                        "mpp": slide.mpp,
-                        "mpp_error": slide.mpp_error,
-                        "done_tiles": done["tile_id"].to_pylist(),
-                    }
-                )
-        return rows
-
-    def consume(self, dataset: ray.data.Dataset) -> None:
-        """Run the pipeline to its end."""
-        batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        try:
-            for batch in batches:
-                receipts = batch.select(schemas.RECEIPTS.names).cast(schemas.RECEIPTS)
-                self.unlogged.append(receipts)
-                if time.monotonic() - self.logged_at > LOG_EVERY_S:
-                    self._log()
-                for slide_id in pc.unique(receipts["slide_id"]).to_pylist():
-                    self._add(slide_id, receipts.filter(pc.equal(receipts["slide_id"], slide_id)))
-                self._collect(timeout=0)
-        finally:
-            self._log()
-
-    def finish(self) -> None:
-        """Wait for the slides being finished."""
-        while self.finishing:
-            self._collect(timeout=1)
-
-    def _log(self) -> None:
-        if self.unlogged:
-            self.run.log_receipts(pa.concat_tables(self.unlogged))
-        self.unlogged, self.logged_at = [], time.monotonic()
-
-    def _add(self, slide_id: str, receipts: pa.Table) -> None:
-        """Take receipts of one slide; start finishing it when they are all there."""
-        parts = self.receipts.setdefault(slide_id, [])
-        num_tiles = receipts["num_tiles"][0].as_py()
-        self.progress.num_tiles_known += 0 if parts else num_tiles
-        parts.append(receipts)
-        self.progress.num_tiles += len(receipts) if num_tiles else 0
-        self.progress.num_cells += pc.sum(receipts["num_cells"]).as_py()
-        if sum(len(part) for part in parts) >= max(1, num_tiles):
-            # The tables are named in the log before they are used up.
-            self._log()
-            whole = pa.concat_tables(self.receipts.pop(slide_id))
-            self.finishing[_finish_slide.remote(self.run, slide_id, whole)] = slide_id
-        self.report(self.progress)
-
-    def _collect(self, timeout: float) -> None:
-        """Take the records of slides that have been finished meanwhile."""
-        if not self.finishing:
-            return
-        refs = list(self.finishing)
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
-        for ref in ready:
-            slide_id = self.finishing.pop(ref)
-            try:
-                record = ray.get(ref)
-            except ray.exceptions.RayTaskError as error:
-                # Its shards and receipts stay: the next run finishes it.
-                record = unfinished_record(slide_id, error.cause)
-                logger.error("slide %s could not be finished: %s", slide_id, error.cause)
-            self.progress.records[slide_id] = record
-        if ready:
-            self.report(self.progress)

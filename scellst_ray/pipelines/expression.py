@@ -12,7 +12,8 @@ from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.models.encoder import encoder_digest
 from scellst_ray.models.mil import head_from_bytes
-from scellst_ray.pipelines.cells import ExtractConfig, Report, run_cells
+from scellst_ray.pipelines.cells import ExtractConfig, run_cells
+from scellst_ray.pipelines.driver import Report
 from scellst_ray.pipelines.stages import local_weights
 
 HEAD = "head.safetensors"

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from scellst_ray import schemas
-from scellst_ray.pipelines.stages import Row
+from scellst_ray.pipelines.tiles import Row
 
 
 def pack(rows: list[Row]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""The stages of the pass over the pixels, on rows: one dict per tile, from plan to receipt.
+"""The stages of the pass over the pixels, on rows: one dict per tile, from tile to receipt.
 
 Plain functions and callables without a cluster: pipelines/cells.py strings them together, fused in
 one CPU actor or spread over CPU and GPU stages, and a plain loop over them gives the same tables.
@@ -6,12 +6,7 @@ A row that carries an error passes through untouched: an error is a value, never
 stops the cohort.
 """
 
-import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -24,99 +19,14 @@ from scellst_ray.models.encoder import Encoder, embed_crops, load_encoder
 from scellst_ray.models.mil import MilHead, load_head, stored_hidden
 from scellst_ray.nuclei import hematoxylin
 from scellst_ray.nuclei.crops import crop_nuclei
+from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.reader import Slide
-from scellst_ray.slides.tiling import default_read_mpp, plan_tiles
-from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
 
-Row = dict[str, Any]
 MAX_CELLS_PER_TILE = 1 << 20
 SEGMENTERS = {"hematoxylin": hematoxylin.segment}
 # Raised whenever a segmenter's results change: part of every run's digest.
 SEGMENTER_VERSIONS = {"hematoxylin": 1}
-
-
-@dataclass(frozen=True)
-class CellsSpec:
-    """All that decides what the stages compute; sent to every worker.
-
-    Attributes:
-        segmenter: Name of the nucleus segmenter.
-        read_mpp: um per px to read slides at; None: see `default_read_mpp`.
-        core_px: Tile core in px read.
-        halo_px: Halo in px read.
-        encoder: Weights as `load_encoder` takes them, or a URI of a weights file.
-        precision: 'float32' or 'bfloat16'.
-        head_uri: The expression head, or None.
-        store_embeddings: Whether CELLS get an embedding column.
-        num_threads: CPU threads of torch and OpenCV in a worker.
-    """
-
-    segmenter: str
-    read_mpp: float | None
-    core_px: int
-    halo_px: int
-    encoder: str
-    precision: str
-    head_uri: str | None
-    store_embeddings: bool
-    num_threads: int = 1
-
-
-@contextmanager
-def guarded(row: Row, stage: str) -> Iterator[None]:
-    """Time a stage of one tile, and turn what it raises into values of its row."""
-    started = time.perf_counter()
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - the one place where a tile's failure is caught
-        notes = " ".join(getattr(error, "__notes__", ()))
-        row |= {
-            "stage": stage,
-            "error_type": type(error).__name__,
-            "error": f"{error} {notes}".strip() or type(error).__name__,
-        }
-    finally:
-        row[f"seconds_{stage}"] = time.perf_counter() - started
-
-
-def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
-    """Plan a slide's tiles.
-
-    Args:
-        row: slide_id, uri, mpp and mpp_error of the manifest, and done_tiles (ids not to redo).
-        spec: What to compute.
-
-    Returns:
-        One row per tile still to do; a single row with tile_id -1 and num_tiles 0 if the slide
-        cannot be opened or shows no tissue.
-    """
-    nothing: Row = {"slide_id": row["slide_id"], "tile_id": -1, "num_tiles": 0, "uri": row["uri"]}
-    rows: list[Row] = []
-    with guarded(nothing, "plan"):
-        if row["mpp_error"]:
-            raise ValueError(row["mpp_error"])
-        with Slide(storage.local_copy(row["uri"]), row["uri"], row["mpp"]) as slide:
-            read_mpp = spec.read_mpp or default_read_mpp(slide.mpp)
-            image, frame = slide.overview(max(TISSUE_MPP, slide.mpp))
-            mask = tissue_mask(image, max(TISSUE_MPP, slide.mpp))
-            size0 = (slide.width0, slide.height0)
-            about = {"mpp": slide.mpp, "width0": size0[0], "height0": size0[1]}
-        nothing |= about | {"read_mpp": read_mpp}
-        ratio = read_mpp / about["mpp"]
-        tiles = plan_tiles(size0, ratio, mask, frame, spec.core_px, spec.halo_px)
-        done = set(row["done_tiles"])
-        for tile in tiles:
-            if tile.tile_id not in done:
-                boxes = {
-                    f"{kind}_{name}": value
-                    for kind, box in (("core", tile.core), ("read", tile.read))
-                    for name, value in box._asdict().items()
-                }
-                rows.append(nothing | {"tile_id": tile.tile_id, "num_tiles": len(tiles)} | boxes)
-    rows = rows or [nothing]
-    rows[-1]["seconds_plan"] = nothing["seconds_plan"]
-    return rows
 
 
 class OpenSlides:

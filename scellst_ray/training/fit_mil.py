@@ -91,7 +91,7 @@ def fit(
             resources_per_worker={"CPU": workers.cpus_per_worker}
             | ({"GPU": 1} if workers.use_gpu else {}),
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name="fit_mil",
             storage_path=path,
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -99,6 +99,7 @@ def fit(
         ),
     )
     result = trainer.fit()
+    assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         tensors = load_file(Path(folder) / WEIGHTS)
         found = json.loads((Path(folder) / HISTORY).read_text())

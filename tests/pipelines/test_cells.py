@@ -12,7 +12,8 @@ from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.compaction import finish_slide
 from scellst_ray.pipelines.cells import ExtractConfig, extract
-from scellst_ray.pipelines.stages import CellsSpec, Embed, Segment, WriteShards, plan_slide
+from scellst_ray.pipelines.stages import Embed, Segment, WriteShards
+from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
 from scellst_ray.runs import RunFolder
 
 pytestmark = pytest.mark.ray
@@ -21,7 +22,13 @@ TILES = {"core_px": 96, "halo_px": 32, "encoder": "random:0", "memory_gb": 0.5}
 
 def spec_of(config):
     return CellsSpec(
-        config.segmenter, None, config.core_px, config.halo_px, config.encoder, "float32", None,
+        config.segmenter,
+        None,
+        config.core_px,
+        config.halo_px,
+        config.encoder,
+        "float32",
+        None,
         store_embeddings=True,
     )
 
@@ -129,7 +136,11 @@ def test_cohort_of_five(local_ray, small_cohort, plain, tmp_path):
     records = extract(config)
     statuses = {name: record["status"] for name, record in records.items()}
     assert statuses == {
-        "good0": "done", "cut": "failed", "no_mpp": "failed", "blank": "empty", "good1": "done",
+        "good0": "done",
+        "cut": "failed",
+        "no_mpp": "failed",
+        "blank": "empty",
+        "good1": "done",
     }
     for number in range(2):
         found = cells_of(tmp_path / "run", f"good{number}").drop_columns("slide_id")

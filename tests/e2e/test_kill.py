@@ -1,0 +1,78 @@
+"""A driver killed in the middle of a run: the same command finishes it, doing only the rest."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from scellst_ray.runs import RunFolder
+from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+
+pytestmark = [pytest.mark.ray, pytest.mark.e2e]
+
+
+def extract_command(manifest, out):
+    return [
+        sys.executable, "-m", "scellst_ray.cli", "extract", f"--manifest={manifest}", f"--out={out}",
+        "--encoder=random:0", "--core-px=128", "--tiles-per-task=2", "--memory-gb=0.5",
+    ]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Return a manifest of two slides of 20 tiles each."""
+    folder = tmp_path_factory.mktemp("cohort")
+    lines = ["slide_id,uri"]
+    for number in range(2):
+        config = SyntheticConfig(seed=number, width_um=330.0, height_um=260.0, num_genes=4)
+        write_synthetic_slide(folder / f"s{number}", config)
+        lines.append(f"s{number},s{number}/slide.tiff")
+    path = folder / "manifest.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_sigkill_and_resume(manifest, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(extract_command(manifest, whole), check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen(
+        extract_command(manifest, killed),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    # Killed as soon as some receipts are logged and before all are.
+    run = RunFolder(str(killed), "")
+    deadline = time.monotonic() + 240
+    while not list(Path(killed, "receipts").glob("*.parquet")):
+        assert time.monotonic() < deadline, "no receipt within four minutes"
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = run.receipts()
+    names = {row["shard"] for row in before.to_pylist() if row["shard"]}
+    done = {(row["slide_id"], row["tile_id"]) for row in before.to_pylist()}
+    total = len(RunFolder(str(whole), "").receipts())
+    assert 0 < len(done) < total
+    again = subprocess.run(
+        extract_command(manifest, killed), capture_output=True, timeout=300, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    after = run.receipts().to_pylist()
+    assert len(after) == total
+    # Tiles with a receipt were not done again: theirs still name the first run's shards.
+    kept = {(r["slide_id"], r["tile_id"]): r["shard"] for r in after}
+    assert all(kept[key] in names or kept[key] is None for key in done)
+    assert sum(shard in names for shard in kept.values() if shard) <= len(done)
+    for slide_id in ("s0", "s1"):
+        found = pq.read_table(run.cells_uri(slide_id))
+        expected = pq.read_table(RunFolder(str(whole), "").cells_uri(slide_id))
+        assert found.equals(expected)
+        assert len(found) > 50
+    assert not [p for p in Path(killed).rglob(".*") if p.is_file() and p.parent.name != "shards"]
+    assert os.listdir(killed / "shards") == []

@@ -1,0 +1,222 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import shapely
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scellst_ray import compaction, schemas, storage
+from scellst_ray.runs import RunFolder
+
+HIDDEN = schemas.HIDDEN_DIM
+
+
+def vectors(values, dim):
+    flat = pa.array(np.asarray(values, np.float16).reshape(-1), pa.float16())
+    return pa.FixedSizeListArray.from_arrays(flat, type=schemas.vector("v", dim).type)
+
+
+def tile_cells(tile_id, count, *, hidden=True, embedding=False):
+    """Return the cells of one tile: a pure function of the tile, as in a run."""
+    rng = np.random.default_rng(tile_id)
+    x, y = rng.uniform(0, 1000, (2, count)).astype(np.float32)
+    table = pa.table(
+        {
+            "slide_id": ["s"] * count,
+            "cell_id": pa.array(tile_id * 2**20 + np.arange(count), pa.int64()),
+            "x0": x,
+            "y0": y,
+            "area_um2": rng.uniform(10, 90, count).astype(np.float32),
+            "nucleus_type": ["nucleus"] * count,
+            "type_prob": pa.array([None] * count, pa.float32()),
+            "polygon": pa.array(list(shapely.to_wkb(shapely.buffer(shapely.points(x, y), 4)))),
+        },
+        schema=pa.schema(schemas.CELL_FIELDS),
+    )
+    for name, dim, wanted in (("embedding", 2048, embedding), ("hidden", HIDDEN, hidden)):
+        if wanted:
+            values = vectors(rng.random((count, dim)), dim)
+            table = table.append_column(schemas.vector(name, dim), values)
+    return table
+
+
+def receipt(tile_id, num_tiles, count, shard=None, row=None, error=None):
+    return {
+        "slide_id": "s",
+        "tile_id": tile_id,
+        "num_tiles": num_tiles,
+        "mpp": 0.5,
+        "read_mpp": 0.5,
+        "width0": 1000,
+        "height0": 900,
+        "num_cells": count,
+        "shard": shard,
+        "shard_row": row,
+        "stage": error and "read",
+        "error_type": error and "ValueError",
+        "error": error,
+        "seconds_read": 0.5,
+    }
+
+
+def write_run(folder, counts, groups, failed=(), **columns):
+    """Write shards, one per group of tiles, and return the run and its receipts, shuffled."""
+    run = RunFolder(str(folder), "d1g")
+    rows = [receipt(tile, len(counts), 0, error="lost") for tile in failed]
+    for number, group in enumerate(groups):
+        tables, start = [], 0
+        for tile in (tile for tile in group if tile not in failed):
+            name = f"{number}.parquet" if counts[tile] else None
+            rows.append(receipt(tile, len(counts), counts[tile], name, start if name else None))
+            tables.append(tile_cells(tile, counts[tile], **columns))
+            start += counts[tile]
+        if start:
+            uri = storage.join(run.shards_uri("s"), f"{number}.parquet")
+            storage.publish_table(uri, pa.concat_tables(tables))
+    order = np.random.default_rng(len(groups)).permutation(len(rows))
+    table = pa.Table.from_pylist([rows[i] for i in order], schema=schemas.RECEIPTS)
+    return run, table
+
+
+def row_groups(uri):
+    metadata = pq.ParquetFile(uri).metadata
+    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.lists(st.integers(0, 25), min_size=1, max_size=9).filter(any),
+    st.randoms(use_true_random=False),
+)
+def test_tables_do_not_depend_on_how_tiles_were_shared_out(
+    tmp_path_factory, monkeypatch, counts, random
+):
+    monkeypatch.setattr(compaction, "ROW_GROUP", 10)
+    tiles = list(range(len(counts)))
+    shuffled = random.sample(tiles, len(tiles))
+    cut = random.randint(0, len(tiles))
+    shared_out = [[tiles], [[t] for t in tiles], [shuffled[:cut], shuffled[cut:]]]
+    expected = pa.concat_tables([tile_cells(t, n) for t, n in enumerate(counts)])
+    found = []
+    for groups in shared_out:
+        run, receipts = write_run(tmp_path_factory.mktemp("run"), counts, groups)
+        record = compaction.finish_slide(run, "s", receipts)
+        assert record["tables"] == ["CELLS", "EXPRESSION"]
+        cells, hidden = run.cells_uri("s"), run.expression_uri("s")
+        assert storage.read_table(cells).equals(expected.drop_columns("hidden"))
+        assert storage.read_table(hidden).equals(expected.select(["slide_id", "cell_id", "hidden"]))
+        total = sum(counts)
+        assert row_groups(cells) == row_groups(hidden)
+        assert row_groups(cells) == [10] * (total // 10) + ([total % 10] if total % 10 else [])
+        found.append((storage.resolve(cells)[0].cat(cells), storage.resolve(hidden)[0].cat(hidden)))
+    assert found[0] == found[1] == found[2]  # byte for byte
+
+
+def test_a_done_slide(tmp_path):
+    run, receipts = write_run(tmp_path, [3, 0, 2], [[0, 1], [2]], hidden=False, embedding=True)
+    record = compaction.finish_slide(run, "s", receipts)
+    assert run.records() == {"s": record}
+    assert record["status"] == "done"
+    assert record["tables"] == ["CELLS"]
+    assert (record["num_cells"], record["num_tiles"], record["num_failed_tiles"]) == (5, 3, 0)
+    assert (record["mpp"], record["width0"], record["height0"]) == (0.5, 1000, 900)
+    assert record["seconds"]["read"] == 1.5
+    assert not storage.exists(run.shards_uri("s"))
+    assert not storage.exists(run.failures_uri("s"))
+    assert not storage.exists(run.expression_uri("s"))
+    cells = storage.read_table(run.cells_uri("s"))
+    assert cells.schema.field("embedding").type.list_size == 2048
+    schemas.check(cells.schema, "CELLS", "cells")
+
+
+def test_a_partial_slide_keeps_its_shards_and_can_be_completed(tmp_path):
+    counts, groups = [3, 4, 2], [[0], [1], [2]]
+    run, receipts = write_run(tmp_path, counts, groups, failed=[1])
+    record = compaction.finish_slide(run, "s", receipts)
+    assert record["status"] == "partial"
+    assert (record["num_cells"], record["num_failed_tiles"]) == (5, 1)
+    assert (record["stage"], record["error_type"], record["error"]) == (
+        "read",
+        "ValueError",
+        "lost",
+    )
+    assert len(storage.list_files(run.shards_uri("s"))) == 2
+    failures = storage.read_table(run.failures_uri("s"))
+    schemas.check(failures.schema, "FAILURES", "failures")
+    assert failures.to_pylist() == [
+        {
+            "slide_id": "s",
+            "tile_id": 1,
+            "stage": "read",
+            "error_type": "ValueError",
+            "error": "lost",
+        }
+    ]
+    run, receipts = write_run(tmp_path, counts, groups)
+    record = compaction.finish_slide(run, "s", receipts)
+    assert record["status"] == "done"
+    assert "error" not in record
+    assert not storage.exists(run.failures_uri("s"))
+    assert not storage.exists(run.shards_uri("s"))
+    expected = pa.concat_tables([tile_cells(t, n) for t, n in enumerate(counts)])
+    assert storage.read_table(run.cells_uri("s")).equals(expected.drop_columns("hidden"))
+
+
+def test_a_slide_whose_tiles_all_failed(tmp_path):
+    run, receipts = write_run(tmp_path, [3, 4], [[0], [1]], failed=[0, 1])
+    record = compaction.finish_slide(run, "s", receipts)
+    assert (record["status"], record["num_cells"], record["num_failed_tiles"]) == ("failed", 0, 2)
+    assert "tables" not in record
+    assert not storage.exists(run.cells_uri("s"))
+    assert len(storage.read_table(run.failures_uri("s"))) == 2
+
+
+@pytest.mark.parametrize("error", [None, "no such file"])
+def test_a_slide_without_tiles(tmp_path, error):
+    run = RunFolder(str(tmp_path), "d1g")
+    row = {"slide_id": "s", "tile_id": -1, "num_tiles": 0, "num_cells": 0}
+    row |= {"stage": error and "plan", "error": error}
+    receipts = pa.Table.from_pylist([row], schema=schemas.RECEIPTS)
+    record = compaction.finish_slide(run, "s", receipts)
+    assert record["status"] == ("failed" if error else "empty")
+    assert record["num_cells"] == record["num_tiles"] == 0
+    assert record.get("error") == error
+    assert not storage.exists(run.cells_uri("s"))
+
+
+def test_tissue_without_cells_is_empty(tmp_path):
+    run, receipts = write_run(tmp_path, [0, 0], [[0, 1]])
+    record = compaction.finish_slide(run, "s", receipts)
+    assert (record["status"], record["tables"]) == ("empty", [])
+    # A partial slide whose good tiles hold no cells has no tables either.
+    run, receipts = write_run(tmp_path, [0, 0], [[0, 1]], failed=[1])
+    record = compaction.finish_slide(run, "s", receipts)
+    assert (record["status"], record["tables"]) == ("partial", [])
+
+
+def test_what_no_receipt_names_is_never_read(tmp_path):
+    run, receipts = write_run(tmp_path, [3, 4], [[0, 1]])
+    orphan = storage.join(run.shards_uri("s"), "0-1-orphan.parquet")
+    storage.publish_table(orphan, tile_cells(7, 5))
+    assert compaction.finish_slide(run, "s", receipts)["num_cells"] == 7
+    assert len(storage.read_table(run.cells_uri("s"))) == 7
+
+
+def test_geoparquet_opens_in_geopandas_without_a_crs(tmp_path):
+    geopandas = pytest.importorskip("geopandas")
+    run, receipts = write_run(tmp_path, [3, 2], [[0, 1]])
+    compaction.finish_slide(run, "s", receipts)
+    frame = geopandas.read_parquet(run.cells_uri("s"))
+    assert frame.crs is None
+    assert frame.geometry.name == "polygon"
+    assert frame.geometry.is_valid.all()
+    centre = frame.geometry.centroid
+    np.testing.assert_allclose(centre.x, frame["x0"], atol=1e-3)
+    np.testing.assert_allclose(centre.y, frame["y0"], atol=1e-3)
+    geo = storage.read_schema(run.cells_uri("s")).metadata[b"geo"]
+    assert b'"crs": null' in geo
