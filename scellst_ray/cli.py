@@ -3,6 +3,7 @@
 Every job can also be set by a YAML file (`--config`) of the same keys; flags win over the file.
 """
 
+import json
 import logging
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
+from rich.markup import escape
 
 from scellst_ray import __version__
 
@@ -29,8 +31,9 @@ class _Parser(ArgumentParser):
         near = get_close_matches(wrong.group(1).replace("-", "_"), known, n=1) if wrong else []
         if wrong and wrong.group(1).replace("-", "_") in known:
             near = []
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        print(f"{self.prog}: error: {message.strip()}{hint}", file=sys.stderr)  # noqa: T201
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        line = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split())).rstrip(".")
+        print(f"{self.prog}: error: {line}{hint}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
 
 
@@ -53,9 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("scellst_ray").setLevel(logging.INFO)
-    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words == ["--version"]:  # before the jobs, and with them torch and Ray, are imported
+        print(f"scellst-ray {__version__}")  # noqa: T201
+        return 0
     parser, jobs = _parser()
-    parsed = parser.parse_args(words)
+    config_class = jobs[words[0]][0] if words and words[0] in jobs else None
+    parsed = parser.parse_args(words[:1] + _spelled(words[1:], config_class))
     config_class, run = jobs[parsed.command]
     given = parsed[parsed.command].as_dict()
     try:
@@ -63,16 +70,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(config)
     except (ValueError, OSError) as error:
         # What users can mend: bad input, in one line. Anything else is ours, with its traceback.
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        text = f"[red]error:[/] {escape(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         return 1
 
 
-def _underscored(word: str) -> str:
-    """Take --read-mpp for --read_mpp."""
-    name, equals, value = word.partition("=")
-    return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + (
-        equals + value
-    )
+def _spelled(words: Sequence[str], config_class: type | None) -> list[str]:
+    """Spell a subcommand's words the way jsonargparse takes them.
+
+    --read-mpp is --read_mpp, `--seed -1e3` is --seed=-1e3, --slides a,b is a list of strings, and
+    --config comes first, since of two that set a key the later wins.
+    """
+    known = {f.name: f.type for f in fields(config_class)} if config_class else {}
+    lists = {name for name, kind in known.items() if kind == (list[str] | None)}
+    configs, spelled, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        key = name[2:].replace("-", "_")
+        if not name.startswith("--") or not key:
+            spelled.append(word)
+            continue
+        if not equals and (key in known or key == "config") and rest and _is_value(rest[0]):
+            equals, value = "=", rest.pop(0)
+        if key in lists and equals and value[:1] not in {"[", ""} and value != "null":
+            value = json.dumps([part.strip() for part in value.split(",")])
+        (configs if key == "config" else spelled).append(f"--{key}{equals}{value}")
+    return configs + spelled
+
+
+def _is_value(word: str) -> bool:
+    """Tell a flag's value from the next flag: a minus may begin a number."""
+    return not word.startswith("-") or re.fullmatch(r"-[.\d][\w.+-]*", word) is not None
 
 
 def _parser() -> tuple[ArgumentParser, dict[str, tuple[type, Callable[[Any], int]]]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from scellst_ray.demo import DemoConfig, demo
@@ -29,9 +30,9 @@ class ExportConfig:
     out: str
     """File to write: .h5ad or .zarr."""
     slides: list[str] | None = None
-    """slide_ids; by default all that have cells."""
+    """slide_ids (a,b); by default all that have cells."""
     genes: list[str] | None = None
-    """Genes, in the order wanted; by default the whole panel."""
+    """Genes (a,b), in the order wanted; by default the whole panel."""
 
 
 def jobs() -> dict[str, Job]:
@@ -63,34 +64,36 @@ def run_predict(config: PredictConfig) -> int:
 def run_train(config: TrainConfig) -> int:
     """Run `train`."""
     console = Console()
-    train(config, lambda text: console.print(text, highlight=False))
-    console.print(f"head: {config.out}/head.safetensors")
+    train(config, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+    console.print(f"head: {config.out}/head.safetensors", markup=False, soft_wrap=True)
     return 0
 
 
 def run_export(config: ExportConfig) -> int:
     """Run `export`."""
     write_anndata(open_run(config.run), config.out, config.slides, config.genes)
-    Console().print(f"wrote {config.out}")
+    Console().print(f"wrote {config.out}", markup=False, soft_wrap=True)
     return 0
 
 
 def summarise(records: dict[str, dict[str, Any]], out: str) -> int:
     """Print what became of the slides, with the reasons of failures; return the exit code."""
-    console = Console(width=None)
+    console = Console()
     counts = dict.fromkeys(("done", "empty", "partial", "failed"), 0)
     for record in records.values():
         counts[record["status"]] += 1
     num_cells = sum(record["num_cells"] for record in records.values())
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
-    console.print(f"{len(records)} slides: {text}; {num_cells:,} cells in {out}", highlight=False)
+    line = f"{len(records)} slides: {text}; {num_cells:,} cells in {out}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     bad = {k: r for k, r in sorted(records.items()) if r["status"] not in FINISHED}
     if bad:
-        table = Table("slide", "status", "tiles failed", "stage", "reason", title="not complete")
+        table = Table("slide", "status", "tiles failed", "stage", title="not complete")
+        table.add_column("reason", overflow="fold", min_width=24)
         for slide_id, record in bad.items():
             tiles = f"{record['num_failed_tiles']} of {max(1, record['num_tiles'] or 0)}"
             reason = f"{record['error_type']}: {record['error']}"
-            table.add_row(slide_id, record["status"], tiles, record["stage"], reason)
+            table.add_row(slide_id, record["status"], tiles, record["stage"], escape(reason))
         console.print(table)
         console.print(
             "Mend the cause and run the same command again: it does only what is missing."

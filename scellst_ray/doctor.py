@@ -10,11 +10,13 @@ from functools import partial
 import openslide
 import torch
 from rich.console import Console
+from rich.markup import escape
 
-from scellst_ray import storage
+from scellst_ray import __version__, storage
 from scellst_ray.cohort import SlideRow, read_manifest
 from scellst_ray.models.encoder import best_precision, encoder_digest
 from scellst_ray.models.mil import load_head
+from scellst_ray.pipelines.expression import head_file
 from scellst_ray.pipelines.stages import local_weights
 from scellst_ray.session import ray_session
 from scellst_ray.slides.reader import Slide
@@ -31,7 +33,7 @@ class DoctorConfig:
     encoder: str | None = None
     """Encoder weights that must be there."""
     head: str | None = None
-    """Head file that must be readable."""
+    """Head that must be readable, its folder or its file."""
     ray: bool = True
     """Connect to Ray (or start it) and count its CPUs and GPUs."""
 
@@ -47,15 +49,16 @@ def doctor(config: DoctorConfig) -> int:
         encoder = config.encoder
         checks.append(("encoder", lambda: encoder_digest(local_weights(encoder))))
     if config.head:
-        head = config.head
+        head = head_file(config.head)
         checks.append(("head", lambda: f"{len(load_head(head)[1]['genes'])} genes"))
     if config.out:
         out = config.out
         checks.append(("output", lambda: _writable(out)))
     if config.ray:
         checks.append(("ray", _ray))
-    problems = sum(_check(console, name, check) for name, check in checks)
-    if config.manifest and not problems:
+    bad = [name for name, check in checks if _check(console, name, check)]
+    problems = len(bad)
+    if config.manifest and "manifest" not in bad:
         problems += _slides(console, config.manifest)
     console.print(f"{problems} problem(s)" if problems else "all well", highlight=False)
     return 1 if problems else 0
@@ -66,17 +69,18 @@ def _check(console: Console, name: str, check: Callable[[], str]) -> int:
     try:
         found = check()
     except (ValueError, OSError, RuntimeError) as error:
-        console.print(f"[red]bad[/] {name}: {error}", highlight=False, soft_wrap=True)
+        text = f"[red]bad[/] {name}: {escape(str(error))}"
+        console.print(text, highlight=False, soft_wrap=True)
         return 1
-    console.print(f"[green]ok[/]  {name}: {found}", highlight=False, soft_wrap=True)
+    console.print(f"[green]ok[/]  {name}: {escape(found)}", highlight=False, soft_wrap=True)
     return 0
 
 
 def _versions() -> str:
-    names = ("scellst-ray", "ray", "torch", "torchvision", "pyarrow", "anndata")
+    names = ("ray", "torch", "torchvision", "pyarrow", "anndata")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
-    library = f"openslide {openslide.__library_version__}"
-    return ", ".join([f"python {platform.python_version()}", *versions, library])
+    ours = f"scellst-ray {__version__}, python {platform.python_version()}"
+    return ", ".join([ours, *versions, f"openslide {openslide.__library_version__}"])
 
 
 def _device() -> str:

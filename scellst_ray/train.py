@@ -34,7 +34,7 @@ class TrainConfig:
     out: str
     """Folder for the head, its bags and its report."""
     slides: list[str] | None = None
-    """slide_ids to train on; by default every row with spots."""
+    """slide_ids to train on (a,b); by default every row with spots."""
     genes: str = "variable:250"
     """Panel: variable:N (chosen on the training slides), a comma-separated list, or a file."""
     learning_rate: float = 1e-4
@@ -84,31 +84,33 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     Raises:
         ValueError: slides, spots, panel or the output folder cannot be used.
     """
-    run_uri = storage.join(config.cells, "run.json")
+    # Absolute, so that they mean the same in every process.
+    cells, out = _absolute(config.cells), _absolute(config.out)
+    run_uri = storage.join(cells, "run.json")
     if not storage.exists(run_uri):
-        message = f"{config.cells}: no run of scellst_ray there; run `scellst-ray extract` first"
+        message = f"{cells}: no run of scellst_ray there; run `scellst-ray extract` first"
         raise ValueError(message)
     run_json = storage.read_json(run_uri)
     if not run_json["identity"].get("store_embeddings"):
-        message = f"{config.cells}: its cells have no embeddings; extract with store_embeddings"
+        message = f"{cells}: its cells have no embeddings; extract with store_embeddings"
         raise ValueError(message)
-    head_uri = storage.join(config.out, HEAD)
+    head_uri = storage.join(out, HEAD)
     if storage.exists(head_uri):
         message = f"{head_uri}: there is a head already; give another --out"
         raise ValueError(message)
-    run = RunFolder(config.cells.rstrip("/"), run_json["digest"])
+    run = RunFolder(cells, run_json["digest"])
     slides = training_slides(read_manifest(config.manifest, ("spots",)), run, config.slides)
     panel = choose_panel(slides, config.genes)
     say(f"panel of {len(panel)} genes: {', '.join(panel[:6])}{' ...' if len(panel) > 6 else ''}")
     with ray_session(dashboard=True) as cluster:
-        bags = build_bags(slides, panel, run, config.out, cluster.num_cpus)
+        bags = build_bags(slides, panel, run, out, cluster.num_cpus)
         for slide_id, row in bags.items():
             say(
                 f"{slide_id}: {row['num_spots']} spots with {row['num_links']} cells "
                 f"({row['share_spots_with_cells']:.0%} of its spots have cells)"
             )
-        names = [storage.join(config.out, "bags", f"{s.row.slide_id}.parquet") for s in slides]
-        head, result = fit(names, config.fit_config(), _workers(config, cluster), config.out)
+        names = [storage.join(out, "bags", f"{s.row.slide_id}.parquet") for s in slides]
+        head, result = fit(names, config.fit_config(), _workers(config, cluster), out)
     settings = yaml.safe_load(_run_config(run))
     info = {
         "genes": panel,
@@ -124,9 +126,13 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
         "scellst_ray": __version__,
     }
     save_head(head_uri, head, info)
-    storage.publish_json(storage.join(config.out, "head.json"), info)
+    storage.publish_json(storage.join(out, "head.json"), info)
     say(f"head after epoch {result.best_epoch + 1}: validation loss {result.best_loss:.4f}")
     return info
+
+
+def _absolute(uri: str) -> str:
+    return storage.resolve(uri)[1] if storage.is_local(uri) else uri.rstrip("/")
 
 
 def _run_config(run: RunFolder) -> str:

@@ -38,14 +38,27 @@ class Matching:
 
 
 def match_nuclei(found_wkb: list[bytes], true_wkb: list[bytes]) -> Matching:
-    """Match outlines (WKB, one frame): above an IoU of 0.5 a partner is the only one possible."""
+    """Match outlines (WKB, one frame) with an IoU above 0.5, the best pairs first.
+
+    Among outlines that do not overlap each other a partner is the only one possible; a nucleus
+    that was found twice still counts once.
+    """
     found, true = shapely.from_wkb(found_wkb), shapely.from_wkb(true_wkb)
     tree = shapely.STRtree(true)
     left, right = tree.query(found, predicate="intersects")
     both = shapely.area(shapely.intersection(found[left], true[right]))
     either = shapely.area(found[left]) + shapely.area(true[right]) - both
     good = both > 0.5 * either
-    return Matching(left[good], right[good], len(found), len(true))
+    order = np.argsort(-both[good] / either[good], kind="stable")
+    left, right = left[good][order], right[good][order]
+    taken_found, taken_true, pairs = set(), set(), []
+    for pair in zip(left.tolist(), right.tolist(), strict=True):
+        if pair[0] not in taken_found and pair[1] not in taken_true:
+            taken_found.add(pair[0])
+            taken_true.add(pair[1])
+            pairs.append(pair)
+    matched = np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    return Matching(matched[:, 0], matched[:, 1], len(found), len(true))
 
 
 def cell_correlation(

@@ -165,7 +165,9 @@ def _ready(
 def best_precision(device: str) -> str:
     """Return 'bfloat16' where the device computes in it natively, else 'float32'."""
     if device == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        # A driver without a GPU speaks for workers that have one: all since Ampere do bfloat16.
+        seen = torch.cuda.is_available()
+        return "bfloat16" if not seen or torch.cuda.is_bf16_supported() else "float32"
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bfloat16" if native else "float32"

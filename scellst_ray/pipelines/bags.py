@@ -66,7 +66,7 @@ def training_slides(
     by_id = {row.slide_id: row for row in rows}
     chosen = wanted or [row.slide_id for row in rows if row.columns.get("spots")]
     records = run.records()
-    problems = []
+    problems = [f"{slide_id} is asked for twice" for slide_id in _repeated(chosen)]
     for slide_id in chosen:
         status = records.get(slide_id, {}).get("status")
         if slide_id not in by_id:
@@ -83,6 +83,10 @@ def training_slides(
         )
         raise ValueError(message)
     return [TrainingSlide(by_id[s], float(records[s]["mpp"])) for s in chosen]
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if list(names).count(name) > 1})
 
 
 def choose_panel(slides: Sequence[TrainingSlide], genes: str) -> list[str]:
@@ -117,7 +121,8 @@ def make_bags(
     """
     source = f"slide {slide.row.slide_id}"
     spots = read_spots(slide.spots_row(), slide.mpp)
-    cells = storage.read_table(run.cells_uri(slide.row.slide_id))
+    columns = ["cell_id", "x0", "y0", "embedding"]
+    cells = storage.read_table(run.cells_uri(slide.row.slide_id), columns)
     schemas.check(cells.schema, "CELLS", run.cells_uri(slide.row.slide_id))
     links = link_cells(np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()]), spots)
     report = alignment_report(links, len(cells))

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
+
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
 from scellst_ray.models.encoder import best_precision, encoder_digest
 from scellst_ray.pipelines.driver import Driver, Progress, Report
@@ -33,7 +35,7 @@ class ExtractConfig:
     encoder: str = "imagenet"
     """Weights: a file, 'imagenet' (downloaded by torchvision) or 'random:SEED'."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the encoder; auto takes bfloat16 where the device has it."""
+    """Of the encoder; auto takes bfloat16 where the driver's device has it, or gpus is true."""
     store_embeddings: bool = True
     """Keep each cell's embedding (4 kB a cell); training needs it."""
     workers: int | None = None
@@ -89,8 +91,9 @@ def run_cells(
         report: Called with the progress after every change.
         prepare: Called once the folder is known to be this run's.
     """
-    # Where precision is chosen it must be the same for a whole run, so the driver decides.
-    auto = best_precision("cuda" if config.gpus else "cpu")
+    # Precision must be the same for a whole run, so the driver decides, once.
+    gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
+    auto = best_precision("cuda" if gpus else "cpu")
     precision = auto if config.precision == "auto" else config.precision
     settings = ("segmenter", "read_mpp", "core_px", "halo_px", "store_embeddings")
     identity = identity | {name: getattr(config, name) for name in settings}

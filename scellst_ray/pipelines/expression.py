@@ -40,7 +40,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
             not belong together.
     """
     slides = read_manifest(config.manifest)
-    uri = config.head if config.head.endswith(".safetensors") else storage.join(config.head, HEAD)
+    uri = head_file(config.head)
     if not storage.exists(uri):
         message = f"{uri}: no such head; give the folder or file `scellst-ray train` wrote"
         raise ValueError(message)
@@ -58,7 +58,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
     _warn_of_changes(config, info)
     identity = {"encoder": digest, "head": hashlib.sha256(content).hexdigest()}
     # The head is part of the run: what reads the run needs nothing else.
-    kept = storage.join(config.out, HEAD)
+    kept = storage.join(_absolute(config.out), HEAD)
     return run_cells(
         "predict",
         replace(config, encoder=encoder),
@@ -70,8 +70,18 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
     )
 
 
+def head_file(head: str) -> str:
+    """Return the head's file, given its folder or the file itself."""
+    return head if head.endswith(".safetensors") else storage.join(head, HEAD)
+
+
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
+
+
+def _absolute(uri: str) -> str:
+    """Return a local path as it is named from everywhere: workers may run in another folder."""
+    return storage.resolve(uri)[1] if storage.is_local(uri) else uri.rstrip("/")
 
 
 def _warn_of_changes(config: PredictConfig, info: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,13 +71,16 @@ def fit(
         uris: BAGS files, readable from every worker; their order matters to the result's digits.
         config: How to fit.
         workers: How many processes; the result does not depend on it.
-        storage_path: Where Ray Train keeps its checkpoint: local on one node, else shared.
+        storage_path: Where Ray Train keeps its checkpoint meanwhile: local on one node, else
+            shared.
 
     Returns:
         The head with the weights of the best validation epoch, and what happened.
     """
     fs, path = storage.resolve(storage_path)
     local = storage.is_local(storage_path)
+    # A name of its own: Ray Train takes up the checkpoints of an earlier run of the same name.
+    name = f".fit-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={
@@ -92,17 +96,20 @@ def fit(
             | ({"GPU": 1} if workers.use_gpu else {}),
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
-            name="fit_mil",
+            name=name,
             storage_path=path,
             logging_config=LoggingConfig(log_level="WARNING"),
             storage_filesystem=None if local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)),
         ),
     )
-    result = trainer.fit()
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as folder:
-        tensors = load_file(Path(folder) / WEIGHTS)
-        found = json.loads((Path(folder) / HISTORY).read_text())
+    try:
+        result = trainer.fit()
+        assert result.checkpoint is not None
+        with result.checkpoint.as_directory() as folder:
+            tensors = load_file(Path(folder) / WEIGHTS)
+            found = json.loads((Path(folder) / HISTORY).read_text())
+    finally:
+        storage.remove_tree(storage.join(storage_path, name))
     weight = tensors["last.weight"]
     head = MilHead(len(tensors["mean_D"]), weight.shape[0], weight.shape[1])
     head.load_state_dict(tensors)

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import scellst_ray
 import torch
+
+import scellst_ray
 from scellst_ray.models.mil import MilHead, save_head
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 
@@ -34,9 +35,16 @@ def ray_head(tmp_path_factory):
     # Blocking, so that the head and all its children are this process's to end.
     process = subprocess.Popen(
         [
-            ray, "start", "--head", "--block", "--num-cpus=2", f"--port={PORT}",
-            "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={DASHBOARD}", "--disable-usage-stats",
+            ray,
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=2",
+            f"--port={PORT}",
+            "--node-ip-address=127.0.0.1",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={DASHBOARD}",
+            "--disable-usage-stats",
         ],
         env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"},
         stdout=subprocess.DEVNULL,
@@ -57,22 +65,42 @@ def test_predict_as_a_job(ray_head, tmp_path):
     torch.manual_seed(0)
     genes = ["ERBB2", "CD3E", "COL1A1"]
     info = {
-        "genes": genes, "scaling": {}, "embedding_dim": 2048, "encoder_digest": "random:0",
-        "encoder": "random:0", "training_slides": [], "metrics": {}, "cells": {},
+        "genes": genes,
+        "scaling": {},
+        "embedding_dim": 2048,
+        "encoder_digest": "random:0",
+        "encoder": "random:0",
+        "training_slides": [],
+        "metrics": {},
+        "cells": {},
     }
     save_head(str(tmp_path / "head.safetensors"), MilHead(2048, len(genes)), info)
     settings = {
-        "manifest": str(tmp_path / "manifest.csv"), "out": str(tmp_path / "run"),
-        "head": str(tmp_path / "head.safetensors"), "memory_gb": 0.5, "tiles_per_task": 2,
+        "manifest": str(tmp_path / "manifest.csv"),
+        "out": str(tmp_path / "run"),
+        "head": str(tmp_path / "head.safetensors"),
+        "memory_gb": 0.5,
+        "tiles_per_task": 2,
     }
     (tmp_path / "predict.yaml").write_text(json.dumps(settings))
     wait_until_up(ray, environment)
     submitted = subprocess.run(
         [
-            ray, "job", "submit", "--", sys.executable, str(ROOT / "jobs" / "predict.py"),
-            "--config", str(tmp_path / "predict.yaml"),
+            ray,
+            "job",
+            "submit",
+            "--",
+            sys.executable,
+            str(ROOT / "jobs" / "predict.py"),
+            "--config",
+            str(tmp_path / "predict.yaml"),
         ],
-        env=environment, capture_output=True, text=True, timeout=400, check=False, cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        cwd=tmp_path,
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "succeeded" in submitted.stdout

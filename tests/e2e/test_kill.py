@@ -1,6 +1,5 @@
 """A driver killed in the middle of a run: the same command finishes it, doing only the rest."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 
@@ -17,8 +17,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 
 def extract_command(manifest, out):
     return [
-        sys.executable, "-m", "scellst_ray.cli", "extract", f"--manifest={manifest}", f"--out={out}",
-        "--encoder=random:0", "--core-px=128", "--tiles-per-task=2", "--memory-gb=0.5",
+        sys.executable,
+        "-m",
+        "scellst_ray.cli",
+        "extract",
+        f"--manifest={manifest}",
+        f"--out={out}",
+        "--encoder=random:0",
+        "--core-px=128",
+        "--tiles-per-task=2",
+        "--memory-gb=0.5",
     ]
 
 
@@ -75,4 +83,4 @@ def test_sigkill_and_resume(manifest, tmp_path):
         assert found.equals(expected)
         assert len(found) > 50
     assert not [p for p in Path(killed).rglob(".*") if p.is_file() and p.parent.name != "shards"]
-    assert os.listdir(killed / "shards") == []
+    assert list((killed / "shards").iterdir()) == []

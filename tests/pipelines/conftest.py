@@ -2,6 +2,7 @@
 
 import pytest
 import ray
+
 from scellst_ray.session import ray_session
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 

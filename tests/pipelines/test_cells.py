@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
 from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.compaction import finish_slide

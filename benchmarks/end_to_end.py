@@ -1,0 +1,232 @@
+"""Throughput of the whole pipeline beside the same kernels in a bare loop on the same cores.
+
+    python benchmarks/end_to_end.py [--size-um 2400] [--json results/end_to_end.json]
+
+Makes one synthetic slide, extracts it once through Ray Data with one worker a core, and once with
+as many plain processes, each looping over its share of the tiles: the same functions, no Ray. Both
+are timed in the steady state, from the first receipts of warmed-up workers on, since starting Ray
+and loading weights is paid once per run and not per slide; the start is reported beside it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+
+from scellst_ray import __version__, schemas
+from scellst_ray.pipelines.receipts import Resources, receipts_dataset
+from scellst_ray.pipelines.stages import Embed, Segment, WriteShards
+from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
+from scellst_ray.runs import RunFolder
+from scellst_ray.session import ray_session
+from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+
+
+def main() -> None:
+    """Run the benchmark and write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--size-um", type=float, default=2400.0, help="side of the slide")
+    parser.add_argument("--core-px", type=int, default=480, help="core of a tile")
+    parser.add_argument("--tiles-per-task", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeat", type=int, default=2, help="times both are run, in turn")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/end_to_end.json"))
+    options = parser.parse_args()
+    spec = CellsSpec(
+        segmenter="hematoxylin",
+        read_mpp=None,
+        core_px=options.core_px,
+        halo_px=32,
+        encoder="random:0",
+        precision="float32",
+        head_uri=None,
+        store_embeddings=True,
+    )
+    runs: dict[str, list[dict[str, Any]]] = {"bare_loop": [], "pipeline": []}
+    with tempfile.TemporaryDirectory() as folder:
+        config = SyntheticConfig(seed=0, width_um=options.size_um, height_um=options.size_um)
+        slide = write_synthetic_slide(Path(folder) / "slide", config).slide
+        row: dict[str, Any] = {
+            "slide_id": "s",
+            "uri": str(slide),
+            "mpp": None,
+            "mpp_error": None,
+            "done_tiles": [],
+        }
+        for number in range(options.repeat):
+            out = RunFolder(str(Path(folder) / f"bare{number}"), "bench")
+            runs["bare_loop"].append(bare_loop(row, spec, out, options.workers))
+            out = RunFolder(str(Path(folder) / f"pipeline{number}"), "bench")
+            resources = Resources(
+                options.workers, gpus=False, memory_gb=1.0, tiles_per_task=options.tiles_per_task
+            )
+            runs["pipeline"].append(pipeline(row, spec, out, resources))
+    result = summary(runs) | {"options": vars(options) | {"json": str(options.json)}}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=2))
+
+
+def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Put the best of each side together, and the ratio of each pair."""
+    ratios = [
+        ray_run["cells_per_s"] / bare["cells_per_s"]
+        for bare, ray_run in zip(runs["bare_loop"], runs["pipeline"], strict=True)
+    ]
+    return {
+        "ratio_by_pair": [round(ratio, 3) for ratio in ratios],
+        "pipeline": max(runs["pipeline"], key=lambda run: float(run["cells_per_s"])),
+        "bare_loop": max(runs["bare_loop"], key=lambda run: float(run["cells_per_s"])),
+        "runs": runs,
+        "versions": {"scellst_ray": __version__, "ray": ray.__version__, "arrow": pa.__version__},
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
+    }
+
+
+def bare_loop(row: dict[str, Any], spec: CellsSpec, run: RunFolder, workers: int) -> dict[str, Any]:
+    """Loop over the tiles in plain processes, tile by tile from one shared counter."""
+    tiles = plan_slide(row, spec)
+    context = multiprocessing.get_context("spawn")
+    ready, queue = context.Barrier(workers + 1), context.Queue()
+    counter = context.Value("i", workers)
+    arguments = (tiles, spec, run, ready, counter, queue)
+    processes = [
+        context.Process(target=_loop, args=(number, *arguments)) for number in range(workers)
+    ]
+    started = time.monotonic()
+    for process in processes:
+        process.start()
+    with peak_memory([p.pid for p in processes if p.pid]) as peak:
+        ready.wait()
+        steady = time.monotonic()
+        parts = [pa.Table.from_pylist(queue.get(), schema=schemas.RECEIPTS) for _ in processes]
+        seconds = time.monotonic() - steady
+    for process in processes:
+        process.join()
+    receipts = pa.concat_tables(parts)
+    # Each process warms up on a tile of its own, which is not counted.
+    return measured(receipts, seconds, steady - started, peak())
+
+
+def _loop(
+    number: int,
+    tiles: list[dict[str, Any]],
+    spec: CellsSpec,
+    run: RunFolder,
+    ready: Any,  # noqa: ANN401 - multiprocessing's own types differ by context
+    counter: Any,  # noqa: ANN401
+    queue: Any,  # noqa: ANN401
+) -> None:
+    segment, embed, write = Segment(spec), Embed(spec, "cpu"), WriteShards(run)
+    write(embed(segment([tiles[number]])))
+    ready.wait()
+    receipts = []
+    while True:
+        with counter.get_lock():
+            index, counter.value = counter.value, counter.value + 1
+        if index >= len(tiles):
+            break
+        receipts += write(embed(segment([tiles[index]]))).to_pylist()
+    queue.put(receipts)
+
+
+def pipeline(
+    row: dict[str, Any], spec: CellsSpec, run: RunFolder, resources: Resources
+) -> dict[str, Any]:
+    """Run the Ray Data pipeline; the steady state starts with the first block of receipts."""
+    started = time.monotonic()
+    with ray_session(num_cpus=resources.workers) as cluster:
+        dataset = receipts_dataset([row], spec, run, resources, cluster)
+        me = psutil.Process()
+        with peak_memory([p.pid for p in me.children(recursive=True)]) as peak:
+            batches = dataset.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            )
+            arrivals = [(time.monotonic(), table) for table in map(_receipts, batches)]
+    # Every worker's first block is its warm-up; what arrives later is counted from then on.
+    warm = resources.workers or 1
+    steady = arrivals[warm - 1][0]
+    receipts = pa.concat_tables([table for _, table in arrivals[warm:]])
+    return measured(receipts, arrivals[-1][0] - steady, steady - started, peak())
+
+
+def _receipts(batch: Any) -> pa.Table:  # noqa: ANN401 - Ray's batch type is a union
+    return batch.select(schemas.RECEIPTS.names)
+
+
+def measured(
+    receipts: pa.Table, seconds: float, start_seconds: float, peak_bytes: int
+) -> dict[str, Any]:
+    """Turn receipts and a time into rates."""
+    assert pc.sum(pc.is_valid(receipts["error"])).as_py() in {0, None}
+    num_cells = pc.sum(receipts["num_cells"]).as_py()
+    stages = {s: pc.sum(receipts[f"seconds_{s}"]).as_py() or 0.0 for s in schemas.STAGES}
+    return {
+        "tiles": len(receipts),
+        "cells": num_cells,
+        "seconds": round(seconds, 2),
+        "start_seconds": round(start_seconds, 2),
+        "tiles_per_s": round(len(receipts) / seconds, 3),
+        "cells_per_s": round(num_cells / seconds, 2),
+        "worker_seconds_by_stage": {name: round(value, 2) for name, value in stages.items()},
+        "peak_memory_mib": round(peak_bytes / 2**20),
+        "driver_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+class peak_memory:  # noqa: N801 - used as a function
+    """Sample the summed proportional memory of this process, its children and theirs."""
+
+    def __init__(self, pids: list[int]) -> None:
+        """Watch these processes and whatever they start."""
+        self.roots, self.peak, self.stop = [os.getpid(), *pids], 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Callable[[], int]:
+        """Start sampling; the value is a function that returns the peak so far, in bytes."""
+        self.thread.start()
+        return lambda: self.peak
+
+    def __exit__(self, *_: object) -> None:
+        """Stop sampling."""
+        self.stop.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.stop.wait(1.0):
+            total = 0
+            for process in _family(self.roots):
+                try:
+                    total += process.memory_full_info().pss
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue
+            self.peak = max(self.peak, total)
+
+
+def _family(roots: list[int]) -> set[psutil.Process]:
+    found: set[psutil.Process] = set()
+    for pid in roots:
+        try:
+            process = psutil.Process(pid)
+            found |= {process, *process.children(recursive=True)}
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    main()
