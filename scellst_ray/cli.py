@@ -83,7 +83,9 @@ def _spelled(words: Sequence[str], config_class: type | None) -> list[str]:
     """
     known = {f.name: f.type for f in fields(config_class)} if config_class else {}
     lists = {name for name, kind in known.items() if kind == (list[str] | None)}
-    configs, spelled, rest = [], [], list(words)
+    configs: list[str] = []
+    spelled: list[str] = []
+    rest = list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")

@@ -11,18 +11,19 @@ import ray
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the connected cluster offers: numbers of CPUs and GPUs."""
+    """What the connected cluster offers: CPUs, GPUs, and bytes of memory for workers."""
 
     num_cpus: int
     num_gpus: int
+    memory: int
 
 
 @contextmanager
 def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterator[Cluster]:
     """Use Ray inside a `with`.
 
-    Joins the running cluster if this process belongs to one (`ray job submit` and KubeRay set
-    RAY_ADDRESS) or is already connected; otherwise starts a local one and stops it at the end.
+    Joins the cluster that RAY_ADDRESS names (`ray job submit` and KubeRay set it) or this process
+    is connected to already; otherwise starts a local one, its own, and stops it at the end.
 
     Args:
         num_cpus: CPUs of a local cluster; all cores if None. Ignored when joining.
@@ -34,7 +35,9 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
     if not joined and os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", logging_level=logging.WARNING)
     elif not joined:
+        # "local": whatever else runs or ran on this machine is none of ours.
         ray.init(
+            address="local",
             num_cpus=num_cpus,
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
@@ -42,7 +45,11 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
         )
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield Cluster(int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
+        yield Cluster(
+            int(resources.get("CPU", 1)),
+            int(resources.get("GPU", 0)),
+            int(resources.get("memory", 0)),
+        )
     finally:
         if not joined:
             ray.shutdown()

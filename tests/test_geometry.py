@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,9 +35,7 @@ def test_a_frame_keeps_x_and_y_apart():
 )
 def test_boxes_between_edges_own_every_point_once(xs, ys, data):
     boxes = [
-        Box(x, y, x_end - x, y_end - y)
-        for x, x_end in zip(xs, xs[1:], strict=False)
-        for y, y_end in zip(ys, ys[1:], strict=False)
+        Box(x, y, x_end - x, y_end - y) for x, x_end in pairwise(xs) for y, y_end in pairwise(ys)
     ]
     coordinate = st.integers(-110, 110).map(lambda v: v / 2)  # edges and what lies between
     point = np.array([[data.draw(coordinate), data.draw(coordinate)]])

@@ -112,7 +112,7 @@ def test_records(run):
     assert list(run.records()) == ["a", "b.c"]
 
 
-def test_paths(tmp_path):
+def test_paths():
     run = RunFolder("s3://b/run", "d")
     assert run.cells_uri("a") == "s3://b/run/cells/a.parquet"
     assert run.expression_uri("a") == "s3://b/run/expression/a.parquet"

@@ -113,6 +113,6 @@ def test_local_copy_downloads_once_and_follows_changes(tmp_path):
     with fsspec.open(uri, "wb") as handle:
         handle.write(b"other content")
     assert storage.local_copy(uri, cache).read_bytes() == b"other content"
-    assert not [p for p in (tmp_path / "cache").rglob(".part*")]
+    assert not list((tmp_path / "cache").rglob(".part*"))
     with pytest.raises(FileNotFoundError, match="no such file"):
         storage.local_copy(f"memory://{tmp_path.name}/gone.tif", cache)

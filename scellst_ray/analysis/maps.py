@@ -42,7 +42,8 @@ def gene_map(
             *xy_mm.T, c=values, s=3.0, cmap="viridis", vmin=low, vmax=high, linewidths=0
         )
         axis.set(xlim=extent[:2], ylim=extent[2:], title=title, facecolor="#f4f4f4")
-        figure.colorbar(dots, ax=axis, fraction=0.046, pad=0.03)
+        # Beside the panel and as high, taking no room from it: all panels stay the same size.
+        figure.colorbar(dots, cax=axis.inset_axes((1.02, 0.0, 0.04, 1.0)))
     for axis in axes:
         axis.set(aspect="equal", xlabel="mm")
     figure.tight_layout()

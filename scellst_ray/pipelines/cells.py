@@ -39,7 +39,7 @@ class ExtractConfig:
     store_embeddings: bool = True
     """Keep each cell's embedding (4 kB a cell); training needs it."""
     workers: int | None = None
-    """Worker actors; by default one per CPU, or per GPU for embedding."""
+    """Worker actors; by default as CPUs and memory allow, or one per GPU for embedding."""
     gpus: bool | None = None
     """Embed on GPUs; by default if the cluster has any."""
     memory_gb: float = 2.0

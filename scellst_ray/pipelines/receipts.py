@@ -73,11 +73,13 @@ def receipts_dataset(
         fn_constructor_kwargs={"spec": spec},
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=1),
+        compute=ActorPoolStrategy(min_size=1, max_size=max(1, cluster.num_cpus // 8)),
         num_cpus=0,
     )
     batch_size = config.tiles_per_task
     memory = int(config.memory_gb * 2**30)
+    # More workers than memory holds would wait for ever.
+    fitting = max(1, min(cluster.num_cpus, cluster.memory // memory))
     gpus = cluster.num_gpus > 0 if config.gpus is None else config.gpus
     if not gpus:
         return tiles.map_batches(
@@ -85,12 +87,12 @@ def receipts_dataset(
             fn_constructor_kwargs={"spec": spec, "run": run},
             num_cpus=1,
             memory=memory,
-            compute=ActorPoolStrategy(size=config.workers or cluster.num_cpus),
+            compute=ActorPoolStrategy(size=config.workers or fitting),
             batch_size=batch_size,
             batch_format="pyarrow",
         )
-    num_gpus = config.workers or cluster.num_gpus
-    cpu_workers = max(1, cluster.num_cpus - num_gpus)
+    num_gpus = config.workers or max(1, cluster.num_gpus)
+    cpu_workers = max(1, fitting - num_gpus)
     nuclei = tiles.map_batches(
         _SegmentBatch,
         fn_constructor_kwargs={"spec": spec},

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def ray_head(tmp_path_factory):
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ADDRESS": f"http://127.0.0.1:{DASHBOARD}",
+        # Its own, and short: sockets lie in it. A head notes its address there for others to find.
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray"),
     }
     environment.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
     ray = shutil.which("ray", path=str(Path(sys.executable).parent))
@@ -54,6 +57,7 @@ def ray_head(tmp_path_factory):
     yield ray, environment
     process.terminate()
     process.wait(timeout=60)
+    shutil.rmtree(environment["RAY_TMPDIR"])
 
 
 def test_predict_as_a_job(ray_head, tmp_path):

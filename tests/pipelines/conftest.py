@@ -11,7 +11,12 @@ from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 def local_ray():
     """Start Ray with two CPUs (and a GPU in name only) and stop it."""
     ray.init(
-        num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False
+        address="local",
+        num_cpus=2,
+        num_gpus=1,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
     )
     try:
         with ray_session() as cluster:

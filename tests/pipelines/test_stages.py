@@ -233,23 +233,23 @@ def test_write_makes_one_shard_per_slide(tmp_path, few_rows, embed_stage):
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "match"),
+    ("changes", "reason"),
     [
-        ({"mpp_error": "slide 's' in the manifest: mpp 9"}, "ValueError", "mpp 9"),
-        ({"mpp": 7.0}, "ValueError", "mpp 7 is outside"),
-        ({"uri": "/no/such.tif"}, "FileNotFoundError", "/no/such.tif: no such file"),
+        ({"mpp_error": "slide 's' in the manifest: mpp 9"}, ("ValueError", "mpp 9")),
+        ({"mpp": 7.0}, ("ValueError", "mpp 7 is outside")),
+        ({"uri": "/no/such.tif"}, ("FileNotFoundError", "/no/such.tif: no such file")),
     ],
 )
 def test_a_slide_that_cannot_be_planned_is_one_row(
-    tmp_path, synthetic_slide, cells_spec, embed_stage, helpers, changes, kind, match
+    tmp_path, synthetic_slide, cells_spec, embed_stage, helpers, changes, reason
 ):
     rows = plan_slide(helpers.slide_row(synthetic_slide.slide, **changes), cells_spec)
     run = RunFolder(str(tmp_path), "d1g")
     receipts = WriteShards(run)(embed_stage(Segment(cells_spec)(rows)))
     (receipt,) = receipts.to_pylist()
     assert (receipt["tile_id"], receipt["num_tiles"], receipt["num_cells"]) == (-1, 0, 0)
-    assert (receipt["stage"], receipt["error_type"]) == ("plan", kind)
-    assert match in receipt["error"]
+    assert (receipt["stage"], receipt["error_type"]) == ("plan", reason[0])
+    assert reason[1] in receipt["error"]
     assert receipt["seconds_plan"] >= 0
     record = finish_slide(run, "s", receipts)
     assert (record["status"], record["error"]) == ("failed", receipt["error"])

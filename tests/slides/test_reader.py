@@ -239,7 +239,7 @@ def test_a_truncated_file_names_itself(tmp_path, helpers, kind, share):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns before it gives up
-def test_damaged_bytes_never_raise_anything_else(tmp_path, helpers):
+def test_damaged_bytes_never_raise_anything_else(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 3)).astype(np.uint8)
     rng = np.random.default_rng(1)
     for kind in ("tif", "png", "jpg"):

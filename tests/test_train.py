@@ -1,0 +1,116 @@
+"""The `train` job: cells and spots in, a head out; or a refusal before Ray starts."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from small_run import DIM, IDENTITY, write_small_run
+
+from scellst_ray.models.mil import load_head
+from scellst_ray.session import ray_session
+from scellst_ray.train import TrainConfig, train
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory):
+    """Start Ray in another folder than the tests': a relative path means nothing to its workers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        with ray_session(num_cpus=2) as cluster:
+            yield cluster
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    def refuse(**_):
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr("scellst_ray.train.ray_session", refuse)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_small_run(tmp_path_factory.mktemp("small"))
+
+
+def config_of(small, out, **changes):
+    settings = {"manifest": str(small.manifest), "cells": small.run.uri, "out": str(out)}
+    return TrainConfig(**settings | {"genes": "variable:3"} | changes)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_cells_and_spots_to_a_head(small, monkeypatch):
+    monkeypatch.chdir(small.manifest.parent)
+    said = []
+    config = TrainConfig(
+        manifest="manifest.csv",
+        cells="run/",
+        out="head",
+        genes="variable:5",
+        max_epochs=3,
+        batch_spots=8,
+        cpus_per_worker=1,
+        gpus=False,
+    )
+    info = train(config, said.append)
+    out = small.manifest.parent / "head"
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert names == ["bags/s0.parquet", "bags/s1.parquet", "head.json", "head.safetensors"]
+    head, stored = load_head(str(out / "head.safetensors"))
+    assert stored == info == json.loads((out / "head.json").read_text())
+    assert (len(head.mean_D), len(info["genes"])) == (DIM, 5)
+    assert (info["embedding_dim"], info["encoder"], info["encoder_digest"]) == (
+        DIM,
+        "random:0",
+        "random:0",
+    )
+    assert info["training_slides"] == ["s0", "s1"]
+    assert info["cells"] == IDENTITY
+    assert info["config"] == dataclasses.asdict(config)
+    assert {slide: len(scale) for slide, scale in info["scaling"].items()} == {"s0": 5, "s1": 5}
+    assert info["num_spots"] > 20
+    losses = info["metrics"]["validation_losses"]
+    assert len(losses) == len(info["metrics"]["train_losses"]) == 3
+    assert info["metrics"]["validation_loss"] == min(losses)
+    assert losses[info["metrics"]["best_epoch"]] == min(losses)
+    assert (head(torch.randn(4, DIM)) > 0).all()
+    text = "\n".join(said)
+    assert "panel of 5 genes" in text
+    assert "s0: " in text
+    assert "validation loss" in text
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_an_existing_head_is_kept(small, tmp_path):
+    (tmp_path / "head.safetensors").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"there is a head already; give another --out"):
+        train(config_of(small, tmp_path))
+    assert (tmp_path / "head.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_what_cannot_train_is_refused_before_ray_starts(small, tmp_path):
+    bare = write_small_run(tmp_path / "bare", IDENTITY | {"store_embeddings": False})
+    with pytest.raises(ValueError, match="no embeddings; extract with store_embeddings"):
+        train(config_of(bare, tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"no run of scellst_ray there; run `scellst-ray extract`"):
+        train(config_of(small, tmp_path / "out", cells=str(tmp_path)))
+    plain = tmp_path / "plain.csv"
+    plain.write_text("slide_id,uri,spotz\ns0,s0.tiff,outs\n")
+    with pytest.raises(
+        ValueError, match=r"needed column\(s\) spots not found.*did you mean 'spotz'"
+    ):
+        train(config_of(small, tmp_path / "out", manifest=str(plain)))
+    with pytest.raises(ValueError, match="s7 is not in the manifest"):
+        train(config_of(small, tmp_path / "out", slides=["s0", "s7"]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("workers", 0), ("patience", 0), ("val_share", 1.0), ("batch_spots", 0)]
+)
+def test_config_refuses_what_cannot_work(small, field, value):
+    with pytest.raises(ValueError, match=field):
+        config_of(small, "out", **{field: value})
