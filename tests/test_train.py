@@ -48,7 +48,7 @@ def test_cells_and_spots_to_a_head(small, monkeypatch):
         manifest="manifest.csv",
         cells="run/",
         out="head",
-        genes="variable:5",
+        genes="variable:4",
         max_epochs=3,
         batch_spots=8,
         cpus_per_worker=1,
@@ -60,7 +60,7 @@ def test_cells_and_spots_to_a_head(small, monkeypatch):
     assert names == ["bags/s0.parquet", "bags/s1.parquet", "head.json", "head.safetensors"]
     head, stored = load_head(str(out / "head.safetensors"))
     assert stored == info == json.loads((out / "head.json").read_text())
-    assert (len(head.mean_D), len(info["genes"])) == (DIM, 5)
+    assert (len(head.mean_D), len(info["genes"])) == (DIM, 4)
     assert (info["embedding_dim"], info["encoder"], info["encoder_digest"]) == (
         DIM,
         "random:0",
@@ -69,7 +69,7 @@ def test_cells_and_spots_to_a_head(small, monkeypatch):
     assert info["training_slides"] == ["s0", "s1"]
     assert info["cells"] == IDENTITY
     assert info["config"] == dataclasses.asdict(config)
-    assert {slide: len(scale) for slide, scale in info["scaling"].items()} == {"s0": 5, "s1": 5}
+    assert {slide: len(scale) for slide, scale in info["scaling"].items()} == {"s0": 4, "s1": 4}
     assert info["num_spots"] > 20
     losses = info["metrics"]["validation_losses"]
     assert len(losses) == len(info["metrics"]["train_losses"]) == 3
@@ -77,7 +77,7 @@ def test_cells_and_spots_to_a_head(small, monkeypatch):
     assert losses[info["metrics"]["best_epoch"]] == min(losses)
     assert (head(torch.randn(4, DIM)) > 0).all()
     text = "\n".join(said)
-    assert "panel of 5 genes" in text
+    assert "panel of 4 genes" in text
     assert "s0: " in text
     assert "validation loss" in text
 

@@ -11,7 +11,6 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from scellst_ray import schemas, storage
 from scellst_ray.cohort import SlideRow
-from scellst_ray.pipelines.stages import vectors
 from scellst_ray.runs import RunFolder
 from scellst_ray.spots.links import alignment_report, link_cells
 from scellst_ray.spots.panel import (
@@ -93,7 +92,8 @@ def choose_panel(slides: Sequence[TrainingSlide], genes: str) -> list[str]:
     """Return the gene panel: `variable:N` (from these slides only), a comma list, or a file.
 
     Raises:
-        ValueError: spots that cannot be read, or a panel that cannot be made.
+        ValueError: spots that cannot be read (all such slides are listed at once), or a panel that
+            cannot be made.
     """
     kind, _, number = genes.partition(":")
     if kind != "variable":
@@ -101,11 +101,18 @@ def choose_panel(slides: Sequence[TrainingSlide], genes: str) -> list[str]:
     if not number.isdigit():
         message = f"genes is {genes!r}; give variable:N, a comma-separated list or a file"
         raise ValueError(message)
-    log_counts, names = [], []
+    log_counts, names, problems = [], [], []
     for slide in slides:
-        kept = filter_counts(read_spots(slide.spots_row(), slide.mpp), slide.row.slide_id)
+        try:
+            kept = filter_counts(read_spots(slide.spots_row(), slide.mpp), slide.row.slide_id)
+        except (ValueError, OSError) as error:
+            problems.append(f"{slide.row.slide_id}: {error}")
+            continue
         log_counts.append(log_normalise(kept.counts))
         names.append(kept.genes)
+    if problems:
+        message = "cannot train: " + "; ".join(problems)
+        raise ValueError(message)
     return variable_genes(log_counts, names, int(number))
 
 
@@ -139,7 +146,6 @@ def make_bags(
     targets_SG, scale_G = robust_scale(values_SG)
     bags = links.select(kept)
     embedding = cells["embedding"].combine_chunks().take(pa.array(bags.cell_index))
-    flat = np.asarray(embedding.values).reshape(len(embedding), -1)
     table = pa.table(
         {
             "slide_id": pa.repeat(slide.row.slide_id, len(kept)),
@@ -147,13 +153,11 @@ def make_bags(
             "x0": spots.xy0[kept, 0],
             "y0": spots.xy0[kept, 1],
             "cell_id": _bag_list(bags.offsets, cells["cell_id"].combine_chunks(), bags.cell_index),
-            "embedding": pa.ListArray.from_arrays(
-                pa.array(bags.offsets, pa.int32()), vectors(flat)
-            ),
+            "embedding": pa.ListArray.from_arrays(pa.array(bags.offsets, pa.int32()), embedding),
             "target": pa.array(list(targets_SG), pa.list_(pa.float32())),
         }
     )
-    schema = schemas.bags_schema(flat.shape[1])
+    schema = schemas.bags_schema(embedding.type.list_size)
     uri = storage.join(out, "bags", f"{slide.row.slide_id}.parquet")
     storage.publish_table(uri, schemas.conform(table, schema, "BAGS", run.digest))
     shares = {k: report[k] for k in ("share_spots_with_cells", "mean_cells_per_spot")}
@@ -181,8 +185,10 @@ class _Bags:
         for slide_id in batch["slide_id"].to_pylist():
             try:
                 result = make_bags(self.slides[slide_id], self.panel, self.run, self.out)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 result = {"slide_id": slide_id, "error": str(error)}
+            except OSError as error:  # some say no more than the path
+                result = {"slide_id": slide_id, "error": f"{type(error).__name__}: {error}"}
             yield pa.Table.from_pylist([result], schema=RESULT)
 
 

@@ -87,6 +87,7 @@ def _absolute(uri: str) -> str:
 def _warn_of_changes(config: PredictConfig, info: dict[str, Any]) -> None:
     """Say so when cells are cut out differently from those the head was trained on."""
     for name in ("segmenter", "read_mpp"):
-        then, now = info.get("cells", {}).get(name), getattr(config, name)
+        cells, now = info.get("cells", {}), getattr(config, name)
+        then = cells.get(name, now)
         if then != now:
             logger.warning("%s is %s, but the head was trained with %s", name, now, then)

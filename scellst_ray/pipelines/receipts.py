@@ -29,7 +29,7 @@ class Resources:
     """What the workers may use; nothing here changes results.
 
     Attributes:
-        workers: Actors per stage; None: one per CPU, or one per GPU for embedding.
+        workers: Actors per stage; None: as many as CPUs and memory allow, or one per GPU.
         gpus: Whether to embed on GPUs; None: if there are any.
         memory_gb: Memory each worker declares.
         tiles_per_task: Tiles a worker takes at a time.
@@ -45,7 +45,7 @@ def receipts_dataset(
     rows: list[dict[str, Any]],
     spec: CellsSpec,
     run: RunFolder,
-    config: Resources,
+    resources: Resources,
     cluster: Cluster,
 ) -> ray.data.Dataset:
     """Build the lazy pipeline from slides still to do to RECEIPTS.
@@ -54,64 +54,66 @@ def receipts_dataset(
         rows: One dict per slide, as `plan_slide` takes it.
         spec: What to compute.
         run: Where to write.
-        config: Resources.
+        resources: What the workers may use.
         cluster: What there is.
     """
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    # A slide's tiles must leave the planner in small blocks, or one worker would get them all.
-    context.target_max_block_size = TILE_ROW_BYTES * config.tiles_per_task
-    context.execution_options.preserve_order = False
-    # One tile of a dense slide can take minutes on a slow CPU; time limits are per tile, not here.
-    context.execution_no_progress_timeout_s = -1
-    # Said of every slide smaller than the pool.
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-    slides = ray.data.from_arrow([_slide_table(row) for row in rows])
-    # Planning takes no CPU slot: the workers hold them all, and waiting for one would be for ever.
-    tiles = slides.map_batches(
+    _set_context(resources.tiles_per_task)
+    tiles = ray.data.from_arrow([_slide_table(row) for row in rows]).map_batches(
         PlanTiles,
         fn_constructor_kwargs={"spec": spec},
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=max(1, cluster.num_cpus // 8)),
+        # No CPU slot: the workers hold them all, and planning would wait for one for ever.
         num_cpus=0,
     )
-    batch_size = config.tiles_per_task
-    memory = int(config.memory_gb * 2**30)
-    # More workers than memory holds would wait for ever.
+    memory = int(resources.memory_gb * 2**30)
+    # More workers than memory holds would wait for ever, too.
     fitting = max(1, min(cluster.num_cpus, cluster.memory // memory))
-    gpus = cluster.num_gpus > 0 if config.gpus is None else config.gpus
+    gpus = cluster.num_gpus > 0 if resources.gpus is None else resources.gpus
     if not gpus:
         return tiles.map_batches(
             _AllStages,
             fn_constructor_kwargs={"spec": spec, "run": run},
+            compute=ActorPoolStrategy(size=resources.workers or fitting),
             num_cpus=1,
             memory=memory,
-            compute=ActorPoolStrategy(size=config.workers or fitting),
-            batch_size=batch_size,
+            batch_size=resources.tiles_per_task,
             batch_format="pyarrow",
         )
-    num_gpus = config.workers or max(1, cluster.num_gpus)
-    cpu_workers = max(1, fitting - num_gpus)
+    num_gpus = resources.workers or max(1, cluster.num_gpus)
     nuclei = tiles.map_batches(
         _SegmentBatch,
         fn_constructor_kwargs={"spec": spec},
+        compute=ActorPoolStrategy(min_size=1, max_size=max(1, fitting - num_gpus)),
         num_cpus=1,
         memory=memory,
-        compute=ActorPoolStrategy(min_size=1, max_size=cpu_workers),
-        batch_size=batch_size,
+        batch_size=resources.tiles_per_task,
         batch_format="pyarrow",
     )
     return nuclei.map_batches(
         _EmbedAndWrite,
         fn_constructor_kwargs={"spec": spec, "run": run},
-        num_gpus=1,
-        num_cpus=1,
-        memory=memory,
         compute=ActorPoolStrategy(size=num_gpus),
-        batch_size=batch_size,
+        num_cpus=1,
+        num_gpus=1,
+        memory=memory,
+        batch_size=resources.tiles_per_task,
         batch_format="pyarrow",
     )
+
+
+def _set_context(tiles_per_task: int) -> None:
+    """Set what Ray Data takes from its context and not from arguments."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # A slide's tiles must leave the planner in small blocks, or one worker would get them all.
+    context.target_max_block_size = TILE_ROW_BYTES * tiles_per_task
+    context.execution_options.preserve_order = False
+    # A block of dense tiles can take half an hour on a slow CPU: silence is not a fault.
+    context.execution_no_progress_timeout_s = -1
+    # Said of every slide smaller than the pool.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
 
 
 def _slide_table(row: dict[str, Any]) -> pa.Table:

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-import cv2
 import numpy as np
 import openslide
 from numpy.typing import NDArray
@@ -24,6 +23,8 @@ WHITE = 255
 # A plain image is held decoded in memory; larger ones belong in a pyramidal TIFF.
 MAX_PLAIN_PIXELS = 600_000_000
 STRIP_PIXELS = 16_000_000
+# Boxes start at multiples of this many px read, so that halving them keeps their grid too.
+GRID_PX = 4
 
 
 class _Pixels(Protocol):
@@ -98,10 +99,11 @@ class Slide:
         self._pixels.close()
 
     def read(self, box: Box, mpp: float) -> tuple[NDArray[np.uint8], Frame]:
-        """Read a box at (about) a resolution, from the best level at or above it.
+        """Read a box at a resolution, from the best level at or above it.
 
-        The box is widened to whole pixels of that level, and the image rounded to whole pixels;
-        the frame carries the true ratio and origin that result, so nothing is lost to rounding.
+        Pixels lie on one grid for the whole slide, pixel j of an axis covering [j, j + 1) * ratio,
+        and the box is widened to it: two boxes that overlap share their pixels, and what is found
+        in one tile is found in its neighbour. The ratio is exact, whatever the resolution.
 
         Args:
             box: Level-0 px; may reach beyond the slide, which is white there.
@@ -110,38 +112,48 @@ class Slide:
         Returns:
             RGB uint8 [H, W, 3] and its frame.
         """
-        pixels = self._pixels
-        level = self._level_for(mpp / self.mpp)
-        downsample = pixels.downsamples[level]
-        left, top = math.floor(box.x0 / downsample), math.floor(box.y0 / downsample)
-        width = math.ceil((box.x0 + box.w0) / downsample) - left
-        height = math.ceil((box.y0 + box.h0) / downsample) - top
-        image = pixels.region(level, left, top, width, height)
-        shrink = mpp / self.mpp / downsample
-        out_w, out_h = max(1, round(width / shrink)), max(1, round(height / shrink))
-        frame = Frame(
-            left * downsample,
-            top * downsample,
-            width * downsample / out_w,
-            height * downsample / out_h,
-        )
-        return resize(image, out_w, out_h), frame
+        ratio = mpp / self.mpp
+        left, width = _on_grid(box.x0, box.w0, ratio)
+        top, height = _on_grid(box.y0, box.h0, ratio)
+        frame = Frame(left * ratio, top * ratio, ratio, ratio)
+        return self._resampled(left, top, width, height, ratio), frame
 
     def overview(self, mpp: float) -> tuple[NDArray[np.uint8], Frame]:
         """Read the whole slide at a low power, strip by strip, in bounded memory."""
-        level = self._level_for(mpp / self.mpp)
-        wide = self.width0 / self._pixels.downsamples[level]
-        out_w = max(1, round(self.width0 * self.mpp / mpp))
-        out_h = max(1, round(self.height0 * self.mpp / mpp))
-        ratio_y = self.height0 / out_h
-        rows = max(1, int(STRIP_PIXELS / (wide * ratio_y / self._pixels.downsamples[level])))
-        strips = []
-        for row in range(0, out_h, rows):
-            stop = min(row + rows, out_h)
-            y0, end0 = round(row * ratio_y), round(stop * ratio_y)
-            strip, _ = self.read(Box(0, y0, self.width0, max(1, end0 - y0)), mpp)
-            strips.append(resize(strip, out_w, stop - row))
-        return np.concatenate(strips), Frame(0.0, 0.0, self.width0 / out_w, ratio_y)
+        ratio = mpp / self.mpp
+        step = ratio / self._pixels.downsamples[self._level_for(ratio)]
+        width, height = math.ceil(self.width0 / ratio), math.ceil(self.height0 / ratio)
+        rows = max(1, int(STRIP_PIXELS / (width * step * step)))
+        strips = [
+            self._resampled(0, row, width, min(rows, height - row), ratio)
+            for row in range(0, height, rows)
+        ]
+        return np.concatenate(strips), Frame(0.0, 0.0, ratio, ratio)
+
+    def _resampled(
+        self, left: int, top: int, width: int, height: int, ratio: float
+    ) -> NDArray[np.uint8]:
+        """Return px [left, left + width) x [top, top + height) of the grid of a ratio."""
+        level = self._level_for(ratio)
+        step = ratio / self._pixels.downsamples[level]
+        if abs(step - 1) < 1e-9:
+            return self._pixels.region(level, left, top, width, height)
+        # The antialiasing triangle reaches one output pixel far, or one input pixel if enlarging.
+        margin = math.ceil(max(step, 1.0)) + 1
+        x, y = math.floor(left * step) - margin, math.floor(top * step) - margin
+        x_end = math.ceil((left + width) * step) + margin
+        y_end = math.ceil((top + height) * step) + margin
+        region = self._pixels.region(level, x, y, x_end - x, y_end - y)
+        within = (left * step - x, top * step - y)
+        box = (*within, within[0] + width * step, within[1] + height * step)
+        # In float: 8-bit arithmetic rounds differently in boxes that start elsewhere.
+        channels = [
+            Image.fromarray(np.ascontiguousarray(region[..., channel], np.float32)).resize(
+                (width, height), Image.Resampling.BILINEAR, box=box
+            )
+            for channel in range(3)
+        ]
+        return np.rint(np.stack([np.asarray(c) for c in channels], axis=-1)).astype(np.uint8)
 
     def _level_for(self, downsample: float) -> int:
         """Return the coarsest level that is still at least as fine as asked for."""
@@ -149,13 +161,11 @@ class Slide:
         return max(fine, default=0)
 
 
-def resize(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """Resample [H, W, 3] to [height, width, 3]: area averages down, linear up; no copy if equal."""
-    if image.shape[:2] == (height, width):
-        return image
-    shrinks = width <= image.shape[1] and height <= image.shape[0]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image, (width, height), interpolation=method), np.uint8)
+def _on_grid(start0: int, size0: int, ratio: float) -> tuple[int, int]:
+    """Return the first pixel and the number of pixels of a grid that cover level-0 px."""
+    first = math.floor(start0 / ratio / GRID_PX) * GRID_PX
+    end = math.ceil((start0 + size0) / ratio / GRID_PX) * GRID_PX
+    return first, end - first
 
 
 def _open_pixels(path: Path, uri: str) -> _Pixels:

@@ -157,6 +157,17 @@ def test_choose_panel(slides, tmp_path):
             choose_panel(slides, wrong)
 
 
+def without_spots(slides):
+    return [
+        replace(s, row=replace(s.row, columns={"spots": f"gone_{s.row.slide_id}"})) for s in slides
+    ]
+
+
+def test_choose_panel_names_every_slide_it_cannot_read(slides):
+    with pytest.raises(ValueError, match=r"cannot train: s0: .*gone_s0.*; s1: .*gone_s1"):
+        choose_panel(without_spots(slides), "variable:2")
+
+
 @pytest.mark.ray
 def test_ray_equals_make_bags_and_names_every_bad_slide(local_ray, small, slides, tmp_path):
     panel = choose_panel(slides, "variable:4")
@@ -167,9 +178,6 @@ def test_ray_equals_make_bags_and_names_every_bad_slide(local_ray, small, slides
         assert results[slide_id] == plain
         files = [tmp_path / name / "bags" / f"{slide_id}.parquet" for name in ("ray", "plain")]
         assert pq.read_table(files[0]).equals(pq.read_table(files[1]), check_metadata=True)
-    bad = [
-        replace(s, row=replace(s.row, columns={"spots": str(tmp_path / f"gone_{s.row.slide_id}")}))
-        for s in slides
-    ]
-    with pytest.raises(ValueError, match=r"gone_s0.*gone_s1"):
-        build_bags(bad, panel, small.run, str(tmp_path / "bad"), 2)
+    bad = without_spots(slides)
+    with pytest.raises(ValueError, match=r"cannot train: s0: .*gone_s0.*; s1: .*gone_s1"):
+        build_bags(bad, panel, small.run, str(tmp_path / "bad"), 1)

@@ -93,3 +93,13 @@ def test_cells_cut_out_otherwise_than_in_training_are_warned_of(tmp_path, head, 
         predict(config_of(tmp_path, head, read_mpp=0.5))
     assert caplog.messages == ["read_mpp is 0.5, but the head was trained with 0.25"]
     assert len(started) == 1
+
+
+def test_a_head_that_does_not_say_how_cells_were_cut_out_is_not_warned_of(tmp_path, head, started):
+    file = str(head / "head.safetensors")
+    network, info = load_head(file)
+    save_head(file, network, info | {"cells": {}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expression.logger, "warning", pytest.fail)
+        predict(config_of(tmp_path, head))
+    assert len(started) == 1

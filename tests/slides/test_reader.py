@@ -5,7 +5,7 @@ import tifffile
 from PIL import Image
 
 from scellst_ray.geometry import Box
-from scellst_ray.slides.reader import Slide, resize
+from scellst_ray.slides.reader import GRID_PX, Slide
 
 WIDTH, HEIGHT, MPP = 2967, 2219, 0.25  # odd, and not square
 CENTRES = np.array(
@@ -43,16 +43,26 @@ def pyramids(tmp_path_factory, helpers):
     }
 
 
-def centroid(image, frame, background):
-    """Return the level-0 centre of brightness of what stands out within the slide."""
+def exactly(image, frame, box):
+    """Return the part of an image read at the slide's own resolution that the box asked for."""
+    x, y = box.x0 - int(frame.origin_x0), box.y0 - int(frame.origin_y0)
+    return image[y : y + box.h0, x : x + box.w0]
+
+
+def centroid(image, frame, background, box):
+    """Return the level-0 centre of brightness of what stands out within the box and the slide."""
     y, x = np.mgrid[: image.shape[0], : image.shape[1]] + 0.5
     at = frame.to_level0(np.stack([x.ravel(), y.ravel()], axis=1))
     weight = image.astype(float).sum(axis=2).ravel() - sum(background)
-    weight[(weight < 25) | ((at < 15) | (at > (WIDTH - 15, HEIGHT - 15))).any(axis=1)] = 0
+    weight[~box.contains(at)] = 0
+    # The white beyond the slide reaches this far in.
+    rim = 15 + 2 * frame.ratio_x
+    weight[(weight < 25) | ((at < rim) | (at > (WIDTH - rim, HEIGHT - rim))).any(axis=1)] = 0
     return (weight[:, None] * at).sum(axis=0) / weight.sum()
 
 
-@pytest.mark.parametrize("read_mpp", [0.25, 0.31, 0.5, 0.687, 1.0, 2.0, 4.0])
+# Coarser than 2 um/px a dot is smaller than a pixel and tells no place.
+@pytest.mark.parametrize("read_mpp", [0.25, 0.31, 0.5, 0.687, 1.0, 2.0])
 @pytest.mark.parametrize("name", ["fours", "twos", "fours rounded up", "odd", "one level"])
 def test_dots_land_where_they_are_drawn(pyramids, helpers, name, read_mpp):
     with Slide(pyramids[name]) as slide:
@@ -64,9 +74,9 @@ def test_dots_land_where_they_are_drawn(pyramids, helpers, name, read_mpp):
             for x, y in CENTRES:
                 box = Box(int(x) - 52 + dx, int(y) - 44 + dy, 103, 91)
                 image, frame = slide.read(box, read_mpp)
-                error = np.abs(centroid(image, frame, helpers.BACKGROUND) - (x, y)).max()
+                error = np.abs(centroid(image, frame, helpers.BACKGROUND, box) - (x, y)).max()
                 # A dot seen in px of 2 um and more is itself measured less well.
-                exact = 0.1 if read_mpp < 2 else 0.75
+                exact = 0.2 if read_mpp < 2 else 0.75
                 assert error < (exact if downsample == 1 else 0.5 * downsample)
                 assert error < 0.75 or downsample > 4 or read_mpp > 2 or name == "odd"
 
@@ -78,12 +88,31 @@ def test_the_frame_covers_the_box_and_little_more(pyramids, read_mpp):
         image, frame = slide.read(box, read_mpp)
     size = np.array(image.shape[1::-1])
     (left, top), (right, bottom) = frame.to_level0(np.array([[0, 0], size]))
-    assert left <= 101 < left + 4
-    assert top <= 33 < top + 4
-    assert right - 4 < 712 <= right
-    assert bottom - 4 < 290 <= bottom
-    assert frame.ratio_x * MPP == pytest.approx(read_mpp, rel=0.01)
-    assert frame.ratio_y * MPP == pytest.approx(read_mpp, rel=0.01)
+    reach = GRID_PX * frame.ratio_x
+    assert left <= 101 < left + reach
+    assert top <= 33 < top + reach
+    assert right - reach < 712 <= right
+    assert bottom - reach < 290 <= bottom
+    assert frame.ratio_x == frame.ratio_y
+    assert frame.ratio_x * MPP == pytest.approx(read_mpp, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fours", "odd"])
+@pytest.mark.parametrize("read_mpp", [0.25, 0.31, 0.499, 0.687, 1.0, 2.0])
+def test_overlapping_boxes_share_their_pixels(pyramids, read_mpp, name):
+    """A nucleus at a seam must look the same from both tiles."""
+    with Slide(pyramids[name]) as slide:
+        whole, whole_frame = slide.read(Box(600, 500, 900, 700), read_mpp)
+        for box in (Box(733, 611, 300, 200), Box(901, 777, 411, 333)):
+            part, frame = slide.read(box, read_mpp)
+            corner = np.array([[frame.origin_x0, frame.origin_y0]])
+            offset = whole_frame.from_level0(corner)[0]
+            x, y = np.rint(offset).astype(int)
+            assert np.abs(offset - (x, y)).max() < 1e-6
+            same = whole[y : y + part.shape[0], x : x + part.shape[1]]
+            # OpenSlide moves coarse levels by a fraction of a px that depends on the region.
+            off = np.abs(part.astype(int) - same).max()
+            assert off <= (3 if slide._level_for(frame.ratio_x) else 0)
 
 
 def test_level_0_pixels_are_those_of_the_array_on_white(pyramids, helpers):
@@ -98,10 +127,11 @@ def test_level_0_pixels_are_those_of_the_array_on_white(pyramids, helpers):
     padded = np.pad(full, ((600, 600), (600, 600), (0, 0)), constant_values=255)
     with Slide(pyramids["fours"]) as slide:
         for box in boxes:
-            image, frame = slide.read(box, MPP)
-            x, y = box.x0 + 600, box.y0 + 600
-            np.testing.assert_array_equal(image, padded[y : y + box.h0, x : x + box.w0])
-            assert (frame.origin_x0, frame.origin_y0) == (box.x0, box.y0)
+            image, frame = slide.read(box, slide.mpp)
+            x, y = int(frame.origin_x0) + 600, int(frame.origin_y0) + 600
+            height, width = image.shape[:2]
+            np.testing.assert_array_equal(image, padded[y : y + height, x : x + width])
+            assert (frame.ratio_x, frame.ratio_y) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["fours", "odd"])
@@ -123,10 +153,11 @@ def test_overview_is_the_whole_slide_however_it_is_cut(pyramids, helpers, monkey
         whole, frame = slide.overview(4.0)
         monkeypatch.setattr("scellst_ray.slides.reader.STRIP_PIXELS", 5000)
         strips, same = slide.overview(4.0)
-    assert whole.shape == strips.shape == (139, 185, 3)
+    assert whole.shape == strips.shape
+    assert np.abs(whole.astype(int) - strips).max() <= 3
     assert frame == same
-    assert frame.ratio_x * 185 == pytest.approx(WIDTH)
-    assert frame.ratio_y * 139 == pytest.approx(HEIGHT)
+    assert WIDTH <= frame.ratio_x * whole.shape[1] < WIDTH + frame.ratio_x
+    assert HEIGHT <= frame.ratio_y * whole.shape[0] < HEIGHT + frame.ratio_y
     for image in (whole, strips):
         at = frame.from_level0(CENTRES).astype(int)
         for x, y in at:
@@ -146,9 +177,9 @@ def test_plain_images_give_the_pixels_of_the_array(tmp_path, helpers, name):
     full = np.asarray(Image.open(tmp_path / name).convert("RGB"))
     with Slide(tmp_path / name, mpp=0.687) as slide:
         assert (slide.width0, slide.height0, slide.mpp) == (210, 140, 0.687)
-        image, _ = slide.read(Box(20, 10, 60, 45), 0.687)
+        image = exactly(*slide.read(box := Box(20, 10, 60, 45), 0.687), box)
         np.testing.assert_array_equal(image, full[10:55, 20:80])
-        beyond, _ = slide.read(Box(-3, 120, 60, 45), 0.687)
+        beyond = exactly(*slide.read(box := Box(-3, 120, 60, 45), 0.687), box)
         np.testing.assert_array_equal(beyond[:20, 3:], full[120:, :57])
         assert (beyond[20:] == 255).all()
         assert (beyond[:, :3] == 255).all()
@@ -159,7 +190,7 @@ def test_plain_images_of_other_modes_become_rgb(tmp_path, mode):
     suffix = "tif" if mode == "CMYK" else "png"
     Image.new("RGB", (30, 20), (10, 10, 10)).convert(mode).save(tmp_path / f"i.{suffix}")
     with Slide(tmp_path / f"i.{suffix}", mpp=0.5) as slide:
-        image, _ = slide.read(Box(0, 0, 30, 20), 0.5)
+        image = exactly(*slide.read(box := Box(0, 0, 30, 20), 0.5), box)
     assert image.shape == (20, 30, 3)
     assert image.dtype == np.uint8
 
@@ -255,15 +286,6 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path):
                 _open_and_read_all(path)
             except ValueError as error:
                 assert "the/slide.tif" in str(error)  # noqa: PT017
-
-
-def test_resize_keeps_equal_sizes_averages_down_and_centres_up():
-    image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    assert resize(image, 6, 4) is image
-    means = image.reshape(2, 2, 3, 2, 3).mean(axis=(1, 3))
-    assert np.abs(resize(image, 3, 2) - means).max() <= 0.5
-    up = resize(np.array([[[0] * 3, [200] * 3]], np.uint8), 4, 1)[0, :, 0]
-    np.testing.assert_array_equal(up, [0, 50, 150, 200])
 
 
 def test_a_real_slide(data_dir):
