@@ -153,7 +153,8 @@ class Slide:
             )
             for channel in range(3)
         ]
-        return np.rint(np.stack([np.asarray(c) for c in channels], axis=-1)).astype(np.uint8)
+        image: NDArray[np.uint8] = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+        return image
 
     def _level_for(self, downsample: float) -> int:
         """Return the coarsest level that is still at least as fine as asked for."""

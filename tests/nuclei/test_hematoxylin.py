@@ -132,16 +132,70 @@ def test_threshold_separates_nuclei_from_eosin():
     assert hematoxylin_threshold(np.full((9, 9, 3), 255, np.uint8), 0.5) == np.inf
 
 
-def test_shapes_of_a_disc_have_their_closed_forms():
-    mask_HW = np.zeros((60, 60), np.uint8)
-    cv2.circle(mask_HW, (25, 30), 12, 1, -1)
-    (chain,), _ = cv2.findContours(mask_HW, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    ramp_HW = np.tile(np.arange(60, dtype=np.float32), (60, 1))
-    shapes = hematoxylin._shapes([chain[:, 0]], ramp_HW)
-    assert shapes.area_px[0] == mask_HW.sum()
-    np.testing.assert_allclose(shapes.centre, [[25, 30]], atol=1e-9)
-    assert shapes.width_px[0] == pytest.approx(2 * np.sqrt(mask_HW.sum() / np.pi), rel=0.02)
-    assert shapes.inner_mean[0] == pytest.approx(25)  # a ramp's mean is its value at the centre
+def _climb(height_HW, y, x, radius):
+    """Follow the steepest ascent from one pixel to its end, a step at a time."""
+    near = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    reach = range(-int(radius), int(radius) + 1)
+    wide = [(dy, dx) for dy in reach for dx in reach if dy * dy + dx * dx <= radius * radius]
+    while True:
+        for steps in (near, wide):
+            places = [(y + dy, x + dx) for dy, dx in steps]
+            places = [
+                p for p in places if 0 <= p[0] < len(height_HW) and 0 <= p[1] < len(height_HW)
+            ]
+            best = max(places, key=lambda p: height_HW[p])  # the first among equals
+            if best != (y, x):
+                break
+        if best == (y, x):
+            return best
+        y, x = best
+
+
+def test_cut_leads_every_pixel_up_to_its_peak():
+    noise_HW = np.random.default_rng(6).normal(size=(48, 48)).astype(np.float32)
+    mask_HW = (cv2.GaussianBlur(noise_HW, (0, 0), 3) > 0).astype(np.uint8)
+    labels_HW = hematoxylin._cut(mask_HW, 0.5)
+    depth_HW = cv2.GaussianBlur(
+        cv2.distanceTransform(mask_HW, cv2.DIST_L2, 5), (0, 0), 1, borderType=cv2.BORDER_REFLECT
+    )
+    depth_HW[mask_HW == 0] = -1
+    ends = {(y, x): _climb(depth_HW, y, x, 4) for y, x in zip(*np.nonzero(mask_HW), strict=True)}
+    np.testing.assert_array_equal(labels_HW > 0, mask_HW > 0)
+    order = {end: k for k, end in enumerate(sorted(set(ends.values())), start=1)}
+    assert {place: int(labels_HW[place]) for place in ends} == {
+        p: order[e] for p, e in ends.items()
+    }
+
+
+@pytest.mark.parametrize(("apart", "parts"), [(8, 1), (24, 2)])
+def test_rejoining_undoes_cuts_through_convex_shapes_only(apart, parts):
+    labels_HW = np.zeros((50, 80), np.int32)
+    for x in (28, 28 + apart):  # discs of radius 14: solidity 0.98 and 0.89
+        cv2.circle(labels_HW, (x, 25), 14, 1, -1)
+    labels_HW[:, 28 + apart // 2 :] *= 2
+    assert len(np.unique(hematoxylin._rejoined(labels_HW))) == parts + 1
+
+
+def test_refining_ends_half_way_between_inside_and_surroundings():
+    y, x = np.mgrid[:60, :60]
+    edge_px = np.hypot(x - 30, y - 30) - 12  # a disc of radius 12 with an edge of 4 px
+    stain_HW = (0.1 + 0.6 * np.clip(0.5 - edge_px / 4, 0, 1)).astype(np.float32)
+    labels_HW = 7 * (edge_px < 3).astype(np.int32)
+    for _ in range(2):
+        labels_HW, contrast_N = hematoxylin._refined(labels_HW, stain_HW, 0.5)
+    assert np.count_nonzero(labels_HW) == pytest.approx(np.pi * 12**2, rel=0.08)
+    assert set(np.unique(labels_HW)) == {0, 7}
+    assert 0.4 < contrast_N[7] < 0.6
+
+
+def test_a_lumen_ringed_by_nuclei_stays_empty():
+    image_HWC = np.full((160, 160, 3), 245, np.uint8)
+    for angle in np.arange(0, 2 * np.pi, np.pi / 12):  # discs of 8 um around 44 um
+        centre = np.rint(80 + 52 * np.array([np.cos(angle), np.sin(angle)])).astype(int)
+        cv2.circle(image_HWC, centre.tolist(), 8, (70, 50, 120), -1)
+    nuclei = segment(cv2.GaussianBlur(image_HWC, (0, 0), 0.8), 0.5)
+    assert len(nuclei) == 24
+    assert np.abs(np.hypot(*(nuclei.centroid_px - 80).T) - 52).max() < 2
 
 
 @pytest.mark.parametrize(
