@@ -95,7 +95,7 @@ def open_run(
         ValueError: the folder holds another run (the message says what differs) or other files.
     """
     # Absolute, so that it means the same in every process.
-    uri = storage.resolve(uri)[1] if storage.is_local(uri) else uri.rstrip("/")
+    uri = storage.absolute(uri)
     identity = {"job": job, "scellst_ray": __version__, **identity}
     text = json.dumps(identity, sort_keys=True, default=str)
     identity = json.loads(text)

@@ -11,11 +11,12 @@ import ray
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the connected cluster offers: CPUs, GPUs, and bytes of memory for workers."""
+    """What the connected cluster offers, `memory` in bytes."""
 
     num_cpus: int
     num_gpus: int
     memory: int
+    num_cpus_of_largest_node: int
 
 
 @contextmanager
@@ -30,9 +31,17 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
         dashboard: Whether a local cluster has a dashboard, on loopback (Ray Train logs errors
             without one).
     """
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Below errors Ray Data tells of its progress bars and operators; ours is shown instead.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     joined = ray.is_initialized()
-    if not joined and os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not joined and address.startswith("http"):
+        message = (
+            f"RAY_ADDRESS is {address}, a job server: submit the command with `ray job submit`, or "
+            "unset RAY_ADDRESS to run it here"
+        )
+        raise ValueError(message)
+    if not joined and address:
         ray.init(address="auto", logging_level=logging.WARNING)
     elif not joined:
         # "local": whatever else runs or ran on this machine is none of ours.
@@ -45,10 +54,12 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
         )
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
         yield Cluster(
             int(resources.get("CPU", 1)),
             int(resources.get("GPU", 0)),
             int(resources.get("memory", 0)),
+            max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]),
         )
     finally:
         if not joined:

@@ -34,6 +34,20 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def absolute(uri: str) -> str:
+    """Return a URI, or a local path made absolute: the same in every process and folder."""
+    return resolve(uri)[1] if is_local(uri) else uri.rstrip("/")
+
+
+def content_size(uri: str) -> int | None:
+    """Return the bytes of a local file, to notice another file under the same name.
+
+    None where there is no file, and for object storage, where asking takes a request per slide.
+    """
+    path = Path(resolve(uri)[1])
+    return path.stat().st_size if is_local(uri) and path.is_file() else None
+
+
 def is_local(uri: str) -> bool:
     """Tell whether a URI names the local filesystem."""
     return isinstance(resolve(uri)[0], LocalFileSystem)

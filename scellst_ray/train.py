@@ -85,7 +85,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
         ValueError: slides, spots, panel or the output folder cannot be used.
     """
     # Absolute, so that they mean the same in every process.
-    cells, out = _absolute(config.cells), _absolute(config.out)
+    cells, out = storage.absolute(config.cells), storage.absolute(config.out)
     run_uri = storage.join(cells, "run.json")
     if not storage.exists(run_uri):
         message = f"{cells}: no run of scellst_ray there; run `scellst-ray extract` first"
@@ -131,10 +131,6 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     return info
 
 
-def _absolute(uri: str) -> str:
-    return storage.resolve(uri)[1] if storage.is_local(uri) else uri.rstrip("/")
-
-
 def _run_config(run: RunFolder) -> str:
     with fsspec.open(storage.join(run.uri, "config.yaml"), "r", encoding="utf-8") as handle:
         return str(handle.read())
@@ -142,7 +138,8 @@ def _run_config(run: RunFolder) -> str:
 
 def _workers(config: TrainConfig, cluster: Cluster) -> Workers:
     gpus = cluster.num_gpus >= config.workers if config.gpus is None else config.gpus
-    share = max(1, cluster.num_cpus // config.workers)
+    # A worker's CPUs must all be on one node.
+    share = max(1, min(cluster.num_cpus // config.workers, cluster.num_cpus_of_largest_node))
     return Workers(config.workers, config.cpus_per_worker or min(4, share), gpus)
 
 

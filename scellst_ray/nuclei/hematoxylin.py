@@ -25,7 +25,7 @@ _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 # Optical density of each 8-bit value; + 1 keeps black finite.
 _DENSITY = -np.log10((np.arange(256) + 1) / 256).astype(np.float32)
 
-_FINEST_MPP = 0.5  # a 20x scan: four pixels across the thinnest nucleus
+_WORK_MPP = 0.5  # a 20x scan: four pixels across the thinnest nucleus
 _COARSEST_MPP = 0.75  # still five pixels across the smallest round one
 _SIGMA_UM = 0.5  # chromatin texture
 _LOCAL_SIGMA_UM = 5.0  # the surroundings of a pixel: a nucleus and as much again; 5 to 10 tried
@@ -37,6 +37,7 @@ _PALE = 0.85  # of the stain threshold, if darker than the surroundings; 0.7 to 
 _MIN_CONTRAST = 1 / 3  # of the stain threshold, inside against surroundings; 0 to 1/2 tried
 _MIN_DIAMETER_UM = 4.0  # small pyknotic or glancingly cut nuclei; lymphocytes have 6 to 8
 _MAX_AREA_UM2 = 400.0  # a disc of 22.6 um: large tumour nuclei
+_MAX_HOLE_UM2 = 50.0  # a disc of 8 um: the pale inside of a vesicular nucleus
 _CONVEX = 0.9  # solidity; two equal discs that merely touch have 0.88
 
 
@@ -52,7 +53,7 @@ def segment(
             `hematoxylin_threshold` of a larger piece of the slide; from this image when None.
 
     Returns:
-        The nuclei in px of the image, of type "nucleus", with the detail of 0.5 um/px at most.
+        The nuclei in px of the image, of type "nucleus", in the detail of about 0.5 um/px at most.
 
     Raises:
         ValueError: If the image is not uint8 [H, W, 3] or mpp lies outside 0.1 to 1.2.
@@ -84,7 +85,10 @@ def hematoxylin_threshold(image_HWC: NDArray[np.uint8], mpp: float) -> float:
 
 
 def _work_image(image_HWC: NDArray[np.uint8], mpp: float) -> tuple[NDArray[np.uint8], float]:
-    """Check the image, shrink a fine one and double a coarse one; return it and its um/px."""
+    """Check the image and bring it near 0.5 um/px; return it and its um/px.
+
+    By whole factors, so that all tiles of a slide are sampled alike.
+    """
     if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or image_HWC.dtype != np.uint8:
         message = f"image_HWC is {image_HWC.dtype} {image_HWC.shape}; expected uint8 [H, W, 3], RGB"
         raise ValueError(message)
@@ -92,14 +96,14 @@ def _work_image(image_HWC: NDArray[np.uint8], mpp: float) -> tuple[NDArray[np.ui
         message = f"mpp is {mpp}; expected 0.1 to 1.2 um/px: read another level of the slide"
         raise ValueError(message)
     height, width = image_HWC.shape[:2]
-    if min(height, width) == 0 or _FINEST_MPP <= mpp <= _COARSEST_MPP:
+    shrink = round(_WORK_MPP / mpp)
+    if min(height, width) == 0 or (shrink == 1 and mpp <= _COARSEST_MPP):
         return image_HWC, mpp
-    if mpp > _COARSEST_MPP:  # exactly twice, so that all tiles are sampled alike
+    if mpp > _COARSEST_MPP:
         doubled_HWC = cv2.resize(image_HWC, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR)
         return np.asarray(doubled_HWC), mpp / 2
-    size = tuple(max(round(side * mpp / _FINEST_MPP), 1) for side in (width, height))
-    shrunk_HWC = cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA)
-    return np.asarray(shrunk_HWC), _FINEST_MPP
+    size = (-(-width // shrink), -(-height // shrink))
+    return np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA)), mpp * shrink
 
 
 def _labels(
@@ -129,7 +133,7 @@ def _stained(
 ) -> NDArray[np.uint8]:
     """Return 1 where the stain exceeds the mean of the tissue around it, and in holes; else 0.
 
-    Holes larger than any nucleus stay: they are lumens, or stroma between nuclei.
+    Large holes stay: they are lumens, or stroma between nuclei.
     """
     weight_HW = tissue_HW.astype(np.float32)
     sigma_px = _LOCAL_SIGMA_UM / mpp
@@ -140,7 +144,7 @@ def _stained(
     holes = [
         outline
         for k, outline in enumerate(outlines)
-        if tree[0, k, 3] >= 0 and cv2.contourArea(outline) * mpp**2 <= _MAX_AREA_UM2
+        if tree[0, k, 3] >= 0 and cv2.contourArea(outline) * mpp**2 <= _MAX_HOLE_UM2
     ]
     return np.asarray(cv2.drawContours(above_HW, holes, -1, 1, cv2.FILLED))
 

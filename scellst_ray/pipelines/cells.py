@@ -1,11 +1,12 @@
 """CELLS: the `extract` job, and the run that `extract` and `predict` share."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from scellst_ray import storage
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
 from scellst_ray.models.encoder import best_precision, encoder_digest
 from scellst_ray.pipelines.driver import Driver, Progress, Report
@@ -71,6 +72,16 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> dict[str,
     return run_cells("extract", config, slides, {"encoder": digest}, None, report)
 
 
+def _source(slide: SlideRow) -> dict[str, Any]:
+    """Return what says which image a slide_id stands for."""
+    return {"uri": slide.uri, "mpp": slide.mpp, "bytes": storage.content_size(slide.uri)}
+
+
+def _everywhere(weights: str) -> str:
+    """Return weights under a name that means the same in every process."""
+    return storage.absolute(weights) if storage.exists(weights) else weights
+
+
 def run_cells(
     job: str,
     config: ExtractConfig,
@@ -91,6 +102,7 @@ def run_cells(
         report: Called with the progress after every change.
         prepare: Called once the folder is known to be this run's.
     """
+    config = replace(config, encoder=_everywhere(config.encoder))
     # Precision must be the same for a whole run, so the driver decides, once.
     gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
     auto = best_precision("cuda" if gpus else "cpu")
@@ -100,7 +112,7 @@ def run_cells(
     identity |= {"precision": precision, "segmenter_version": SEGMENTER_VERSIONS[config.segmenter]}
     run = open_run(config.out, job, identity, asdict(config))
     prepare()
-    check_manifest_unchanged(run, {s.slide_id: {"uri": s.uri, "mpp": s.mpp} for s in slides})
+    check_manifest_unchanged(run, {slide.slide_id: _source(slide) for slide in slides})
     spec = CellsSpec(
         config.segmenter,
         config.read_mpp,

@@ -58,7 +58,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
     _warn_of_changes(config, info)
     identity = {"encoder": digest, "head": hashlib.sha256(content).hexdigest()}
     # The head is part of the run: what reads the run needs nothing else.
-    kept = storage.join(_absolute(config.out), HEAD)
+    kept = storage.join(storage.absolute(config.out), HEAD)
     return run_cells(
         "predict",
         replace(config, encoder=encoder),
@@ -77,11 +77,6 @@ def head_file(head: str) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def _absolute(uri: str) -> str:
-    """Return a local path as it is named from everywhere: workers may run in another folder."""
-    return storage.resolve(uri)[1] if storage.is_local(uri) else uri.rstrip("/")
 
 
 def _warn_of_changes(config: PredictConfig, info: dict[str, Any]) -> None:

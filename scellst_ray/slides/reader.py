@@ -147,13 +147,11 @@ class Slide:
         within = (left * step - x, top * step - y)
         box = (*within, within[0] + width * step, within[1] + height * step)
         # In float: 8-bit arithmetic rounds differently in boxes that start elsewhere.
-        channels = [
-            Image.fromarray(np.ascontiguousarray(region[..., channel], np.float32)).resize(
-                (width, height), Image.Resampling.BILINEAR, box=box
-            )
-            for channel in range(3)
-        ]
-        image: NDArray[np.uint8] = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+        image = np.empty((height, width, 3), np.uint8)
+        for channel in range(3):
+            plane = Image.fromarray(np.ascontiguousarray(region[..., channel], np.float32))
+            plane = plane.resize((width, height), Image.Resampling.BILINEAR, box=box)
+            image[..., channel] = np.rint(np.asarray(plane))
         return image
 
     def _level_for(self, downsample: float) -> int:
