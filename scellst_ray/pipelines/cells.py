@@ -45,7 +45,7 @@ class ExtractConfig:
     """Embed on GPUs; by default if the cluster has any."""
     memory_gb: float = 2.0
     """Memory a worker declares to Ray."""
-    tiles_per_task: int = 8
+    tiles_per_task: int = 2
     """Tiles a worker takes at a time: the work lost when it dies."""
 
     def __post_init__(self) -> None:

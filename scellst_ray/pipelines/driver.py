@@ -127,10 +127,11 @@ class Driver:
             slide_id = self.finishing.pop(ref)
             try:
                 record = ray.get(ref)
-            except ray.exceptions.RayTaskError as error:
+            except ray.exceptions.RayError as error:
                 # Its shards and receipts stay: the next run finishes it.
-                record = unfinished_record(slide_id, error.cause)
-                logger.error("slide %s could not be finished: %s", slide_id, error.cause)
+                cause = getattr(error, "cause", error)
+                record = unfinished_record(slide_id, cause)
+                logger.error("slide %s could not be finished: %s", slide_id, cause)
             self.progress.records[slide_id] = record
         if ready:
             self.report(self.progress)
