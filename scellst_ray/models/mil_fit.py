@@ -9,19 +9,28 @@ Shape letters: L instances of all bags (a cell under two spots counts twice), S 
 
 import copy
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from scellst_ray.models.mil import MilHead, bag_mean, check_offsets, mil_loss
+from scellst_ray.models.bags import BagSet, epoch_batches
+from scellst_ray.models.mil import MilHead, bag_mean, mil_loss
 
 # Sums a tensor over all workers, in place or not, and returns it.
 AllReduce = Callable[[Tensor], Tensor]
+
+
+class Among(TypedDict, total=False):
+    """Which worker this is, among how many: keywords of what workers run together."""
+
+    rank: int
+    world_size: int
+    all_reduce: AllReduce | None
 
 
 @dataclass(frozen=True)
@@ -68,96 +77,6 @@ class FitConfig:
             if not is_allowed:
                 message = f"{name} is {getattr(self, name)}, expected {expected}."
                 raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class BagSet:
-    """S bags of instances with a target each.
-
-    Attributes:
-        embeddings_LD: Instances of bag 0, then of bag 1, ... (any float type; kept as it is).
-        offsets: int64 [S + 1], on the CPU; bag s is embeddings_LD[offsets[s]:offsets[s + 1]].
-        targets_SG: float32 [S, G], scaled expression.
-    """
-
-    embeddings_LD: Tensor
-    offsets: Tensor
-    targets_SG: Tensor
-
-    def __post_init__(self) -> None:
-        """Refuse empty bags and parts that do not fit together.
-
-        Raises:
-            ValueError: See check_offsets; also where targets do not fit or are not finite.
-        """
-        check_offsets(self.offsets, len(self.embeddings_LD))
-        if self.targets_SG.ndim != 2 or len(self.targets_SG) != len(self):
-            message = (
-                f"targets of shape {tuple(self.targets_SG.shape)} for {len(self)} bags, expected "
-                "one row per bag and one column per gene."
-            )
-            raise ValueError(message)
-        if not torch.isfinite(self.targets_SG).all():
-            message = "targets hold NaN or infinity: check counts and scaling of the slides."
-            raise ValueError(message)
-
-    def __len__(self) -> int:
-        """Return the number of bags."""
-        return len(self.offsets) - 1
-
-    def take(self, spots: NDArray[np.int64]) -> "BagSet":
-        """Return the bags at these indices, in that order (possibly none)."""
-        index = torch.as_tensor(spots, dtype=torch.int64)
-        sizes = self.offsets.diff()[index]
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        shift = (self.offsets[:-1][index] - offsets[:-1]).repeat_interleave(sizes)
-        rows = (torch.arange(int(offsets[-1])) + shift).to(self.embeddings_LD.device)
-        targets_SG = self.targets_SG[index.to(self.targets_SG.device)]
-        return BagSet(self.embeddings_LD[rows], offsets, targets_SG)
-
-
-def split_spots(
-    slide_ids: Sequence[str], val_share: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split spots into training and validation, within every slide.
-
-    The split of a slide depends on its name and the seed alone, not on what else is trained on.
-    Validation spots lie between training spots (as published), so their loss may stop training
-    but says nothing about unseen slides.
-
-    Args:
-        slide_ids: Slide of each spot [S].
-        val_share: Share of each slide's spots to hold out, rounded, at least one spot of a slide
-            with two or more; a slide with one spot trains.
-        seed: Fixes the choice.
-
-    Returns:
-        (training, validation): ascending indices that together are all spots.
-
-    Raises:
-        ValueError: Where no slide has two spots.
-    """
-    slides = np.asarray(slide_ids, dtype=np.str_)
-    is_val = np.zeros(len(slides), bool)
-    for slide_id in np.unique(slides):
-        spots = np.flatnonzero(slides == slide_id)
-        if len(spots) > 1:
-            num_val = min(max(round(val_share * len(spots)), 1), len(spots) - 1)
-            generator = np.random.default_rng([seed, zlib.crc32(str(slide_id).encode())])
-            is_val[generator.permutation(spots)[:num_val]] = True
-    if not is_val.any():
-        message = f"{len(slides)} spots on {len(set(slides))} slides: too few to hold any out."
-        raise ValueError(message)
-    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
-
-
-def epoch_batches(num_spots: int, batch: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Return the global batches of one epoch: a permutation fixed by (seed, epoch), cut up.
-
-    Every spot occurs once; the last batch may be smaller.
-    """
-    order = np.random.default_rng([seed, epoch]).permutation(num_spots).astype(np.int64)
-    return [order[start : start + batch] for start in range(0, num_spots, batch)]
 
 
 def backward_batch(
@@ -322,21 +241,35 @@ def new_optimiser(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
 
-def fit_plain(head: MilHead, train: BagSet, val: BagSet, config: FitConfig) -> FitResult:
-    """Fit a head in this process; it ends with the weights of the best validation epoch.
+def fit_head(
+    head: MilHead,
+    train: BagSet,
+    val: BagSet,
+    config: FitConfig,
+    model: nn.Module | None = None,
+    **among: Unpack[Among],
+) -> FitResult:
+    """Fit a head; it ends with the weights of the best validation epoch.
 
-    The twin of the Ray Train loop, which calls the same functions with a rank.
+    Args:
+        head: From new_head, the same on every worker.
+        train: All training bags (each worker holds the same).
+        val: All validation bags.
+        config: How.
+        model: The head wrapped for world_size > 1; the head itself when None.
+        **among: rank, world_size and all_reduce as train_epoch takes them; without them this is
+            the plain fit in this process.
     """
-    optimiser = new_optimiser(head, config)
+    model = head if model is None else model
+    optimiser = new_optimiser(model, config)
     stopping = EarlyStopping(config.patience)
     history: list[tuple[float, float]] = []
     best_epoch, best_state = 0, copy.deepcopy(head.state_dict())
     for epoch in range(config.max_epochs):
         batches = epoch_batches(len(train), config.batch_spots, config.seed, epoch)
-        train_loss = train_epoch(head, optimiser, train, batches)
-        val_loss = validation_loss(head, val, config.batch_spots)
-        history.append((train_loss, val_loss))
-        if stopping.update(val_loss):
+        train_loss = train_epoch(model, optimiser, train, batches, **among)
+        history.append((train_loss, validation_loss(head, val, config.batch_spots, **among)))
+        if stopping.update(history[-1][1]):
             best_epoch, best_state = epoch, copy.deepcopy(head.state_dict())
         if stopping.should_stop:
             break

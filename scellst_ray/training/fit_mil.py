@@ -1,6 +1,5 @@
 """Fitting the expression head with Ray Train: the plain fit, shared out over workers."""
 
-import copy
 import json
 import tempfile
 import uuid
@@ -18,18 +17,13 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from safetensors.torch import load_file, save_file
 
 from scellst_ray import storage
+from scellst_ray.models.bags import BagSet, split_spots
 from scellst_ray.models.mil import MilHead
 from scellst_ray.models.mil_fit import (
-    BagSet,
-    EarlyStopping,
     FitConfig,
     FitResult,
-    epoch_batches,
+    fit_head,
     new_head,
-    new_optimiser,
-    split_spots,
-    train_epoch,
-    validation_loss,
 )
 
 WEIGHTS, HISTORY = "head.safetensors", "history.json"
@@ -118,7 +112,7 @@ def fit(
 
 
 def _train_loop(loop: dict[str, Any]) -> None:
-    """What each worker runs: `fit_plain` with a rank."""
+    """What each worker runs: `fit_head` with a rank."""
     config = FitConfig(**loop["config"])
     torch.set_num_threads(loop["num_threads"])
     context = ray.train.get_context()
@@ -128,27 +122,24 @@ def _train_loop(loop: dict[str, Any]) -> None:
     train, val = bags.take(train_spots), bags.take(val_spots)
     head = new_head(train, config.seed).to(get_device())
     model = prepare_model(head, move_to_device=False) if world_size > 1 else head
-    share: dict[str, Any] = {"rank": rank, "world_size": world_size}
-    share["all_reduce"] = _all_reduce if world_size > 1 else None
-    optimiser = new_optimiser(model, config)
-    stopping = EarlyStopping(config.patience)
-    history: list[tuple[float, float]] = []
-    best_epoch, best = 0, copy.deepcopy(head.state_dict())
-    for epoch in range(config.max_epochs):
-        batches = epoch_batches(len(train), config.batch_spots, config.seed, epoch)
-        train_loss = train_epoch(model, optimiser, train, batches, **share)
-        history.append((train_loss, validation_loss(head, val, config.batch_spots, **share)))
-        if stopping.update(history[-1][1]):
-            best_epoch, best = epoch, copy.deepcopy(head.state_dict())
-        if stopping.should_stop:
-            break
-    found = {"best_epoch": best_epoch, "best_loss": stopping.best}
+    all_reduce = _all_reduce if world_size > 1 else None
+    result = fit_head(
+        head,
+        train,
+        val,
+        config,
+        model=model,
+        rank=rank,
+        world_size=world_size,
+        all_reduce=all_reduce,
+    )
+    found = {"best_epoch": result.best_epoch, "best_loss": result.best_loss}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if rank == 0:
-            state = {name: value.cpu().contiguous() for name, value in best.items()}
+            state = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
             save_file(state, Path(folder) / WEIGHTS)
-            (Path(folder) / HISTORY).write_text(json.dumps(found | {"history": history}))
+            (Path(folder) / HISTORY).write_text(json.dumps(found | {"history": result.history}))
             checkpoint = Checkpoint.from_directory(folder)
         ray.train.report(found, checkpoint=checkpoint)
 

@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from scellst_ray.models.bags import BagSet, epoch_batches, split_spots
 from scellst_ray.models.mil import MilHead, bag_mean
 from scellst_ray.models.mil_fit import (
-    BagSet,
     EarlyStopping,
     FitConfig,
     backward_batch,
-    epoch_batches,
-    fit_plain,
+    fit_head,
     new_head,
     new_optimiser,
-    split_spots,
     train_epoch,
     validation_loss,
 )
@@ -228,7 +226,7 @@ def test_fit_recovers_single_instances_from_bag_means():
     head = new_head(train, seed=0)
     start = validation_loss(head, val)
     config = FitConfig(lr=2e-3, batch_spots=64, max_epochs=40, patience=8)
-    result = fit_plain(head, train, val, config)
+    result = fit_head(head, train, val, config)
     assert validation_loss(head, val) == pytest.approx(result.best_loss, rel=1e-6)
     assert result.best_loss == min(loss for _, loss in result.history) < 0.2 * start
     with torch.no_grad():
@@ -248,6 +246,6 @@ def test_fit_is_repeatable_and_stops_early():
     results = []
     for _ in range(2):
         head = new_head(parts[0], seed=0)
-        results.append(fit_plain(head, *parts, FitConfig(lr=3e-3, max_epochs=60, patience=3)))
+        results.append(fit_head(head, *parts, FitConfig(lr=3e-3, max_epochs=60, patience=3)))
     assert results[0] == results[1]
     assert len(results[0].history) == results[0].best_epoch + 1 + 3 < 60

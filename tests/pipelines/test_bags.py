@@ -150,7 +150,7 @@ def test_choose_panel(slides, tmp_path):
         ("variable:many", "variable:N, a comma-separated list or a file"),
         ("variable:", "variable:N"),
         ("variable:9999", "9999 variable genes asked for"),
-        ("variabel:20", "no such file"),
+        ("highest:20", "no such file"),
         (f"{genes[0]},{genes[0]}", "more than once"),
     ):
         with pytest.raises(ValueError, match=reason):

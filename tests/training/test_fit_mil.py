@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scellst_ray import schemas, storage
-from scellst_ray.models.mil_fit import FitConfig, fit_plain, new_head, split_spots
+from scellst_ray.models.bags import split_spots
+from scellst_ray.models.mil_fit import FitConfig, fit_head, new_head
 from scellst_ray.pipelines.stages import vectors
 from scellst_ray.session import ray_session
 from scellst_ray.training.fit_mil import Workers, fit, load_bags
@@ -76,7 +77,7 @@ def test_workers_reach_the_head_of_one_process(bags, tmp_path, num_workers):
     )
     expected = new_head(train, CONFIG.seed)
     start = expected.last.weight.detach().clone()
-    plain = fit_plain(expected, train, val, CONFIG)
+    plain = fit_head(expected, train, val, CONFIG)
     workers = Workers(num_workers, cpus_per_worker=1, use_gpu=False)
     head, result = fit(bags[0], CONFIG, workers, str(tmp_path))
     assert not head.training
