@@ -41,6 +41,11 @@ class Encoder:
     digest: str
 
 
+def is_named(weights: str) -> bool:
+    """Tell whether weights are a name ('imagenet', 'random:SEED') and not a file."""
+    return weights == "imagenet" or weights.startswith("random:")
+
+
 def encoder_digest(weights: str) -> str:
     """Return what identifies an encoder's weights, without building it.
 

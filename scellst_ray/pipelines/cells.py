@@ -8,7 +8,7 @@ import torch
 
 from scellst_ray import storage
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
-from scellst_ray.models.encoder import best_precision, encoder_digest
+from scellst_ray.models.encoder import best_precision, encoder_digest, is_named
 from scellst_ray.pipelines.driver import Driver, Progress, Report
 from scellst_ray.pipelines.receipts import Resources, receipts_dataset
 from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS, local_weights
@@ -77,11 +77,6 @@ def _source(slide: SlideRow) -> dict[str, Any]:
     return {"uri": slide.uri, "mpp": slide.mpp, "bytes": storage.content_size(slide.uri)}
 
 
-def _everywhere(weights: str) -> str:
-    """Return weights under a name that means the same in every process."""
-    return storage.absolute(weights) if storage.exists(weights) else weights
-
-
 def run_cells(
     job: str,
     config: ExtractConfig,
@@ -102,7 +97,9 @@ def run_cells(
         report: Called with the progress after every change.
         prepare: Called once the folder is known to be this run's.
     """
-    config = replace(config, encoder=_everywhere(config.encoder))
+    if not is_named(config.encoder):
+        # The same file for every process, whatever folder it runs in.
+        config = replace(config, encoder=storage.absolute(config.encoder))
     # Precision must be the same for a whole run, so the driver decides, once.
     gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
     auto = best_precision("cuda" if gpus else "cpu")

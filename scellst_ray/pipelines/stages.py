@@ -15,7 +15,7 @@ import torch
 
 from scellst_ray import schemas, storage
 from scellst_ray.geometry import Box
-from scellst_ray.models.encoder import Encoder, embed_crops, load_encoder
+from scellst_ray.models.encoder import Encoder, embed_crops, is_named, load_encoder
 from scellst_ray.models.mil import MilHead, load_head, stored_hidden
 from scellst_ray.nuclei import hematoxylin
 from scellst_ray.nuclei.crops import crop_nuclei
@@ -189,5 +189,4 @@ def vectors(values: np.ndarray) -> pa.FixedSizeListArray:
 
 def local_weights(weights: str) -> str:
     """Return weights as `load_encoder` takes them: a file of any storage as a local path."""
-    named = weights == "imagenet" or weights.startswith("random:")
-    return weights if named else str(storage.local_copy(weights))
+    return weights if is_named(weights) else str(storage.local_copy(weights))
