@@ -8,6 +8,7 @@ import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -167,7 +168,7 @@ def _ready(
     return Encoder(network.eval().requires_grad_(requires_grad=False), mean, std, digest)
 
 
-def best_precision(device: str) -> str:
+def best_precision(device: str) -> Literal["float32", "bfloat16"]:
     """Return 'bfloat16' where the device computes in it natively, else 'float32'."""
     if device == "cuda":
         # A driver without a GPU speaks for workers that have one: all since Ampere do bfloat16.

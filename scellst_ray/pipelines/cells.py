@@ -77,6 +77,19 @@ def _source(slide: SlideRow) -> dict[str, Any]:
     return {"uri": slide.uri, "mpp": slide.mpp, "bytes": storage.content_size(slide.uri)}
 
 
+def _settled(config: ExtractConfig) -> ExtractConfig:
+    """Return the configuration with what must be the same in every process decided, once.
+
+    An encoder file gets its absolute name, and `auto` precision becomes that of the driver.
+    """
+    if not is_named(config.encoder):
+        config = replace(config, encoder=storage.absolute(config.encoder))
+    if config.precision != "auto":
+        return config
+    gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
+    return replace(config, precision=best_precision("cuda" if gpus else "cpu"))
+
+
 def run_cells(
     job: str,
     config: ExtractConfig,
@@ -97,16 +110,10 @@ def run_cells(
         report: Called with the progress after every change.
         prepare: Called once the folder is known to be this run's.
     """
-    if not is_named(config.encoder):
-        # The same file for every process, whatever folder it runs in.
-        config = replace(config, encoder=storage.absolute(config.encoder))
-    # Precision must be the same for a whole run, so the driver decides, once.
-    gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
-    auto = best_precision("cuda" if gpus else "cpu")
-    precision = auto if config.precision == "auto" else config.precision
-    settings = ("segmenter", "read_mpp", "core_px", "halo_px", "store_embeddings")
+    config = _settled(config)
+    settings = ("segmenter", "read_mpp", "core_px", "halo_px", "store_embeddings", "precision")
     identity = identity | {name: getattr(config, name) for name in settings}
-    identity |= {"precision": precision, "segmenter_version": SEGMENTER_VERSIONS[config.segmenter]}
+    identity["segmenter_version"] = SEGMENTER_VERSIONS[config.segmenter]
     run = open_run(config.out, job, identity, asdict(config))
     prepare()
     check_manifest_unchanged(run, {slide.slide_id: _source(slide) for slide in slides})
@@ -116,7 +123,7 @@ def run_cells(
         config.core_px,
         config.halo_px,
         config.encoder,
-        precision,
+        config.precision,
         head_uri,
         config.store_embeddings,
     )
