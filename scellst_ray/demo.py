@@ -16,6 +16,7 @@ from scellst_ray import storage
 from scellst_ray.analysis.maps import gene_map
 from scellst_ray.analysis.metrics import pearson_by_column
 from scellst_ray.analysis.truth import Matching, cell_correlation, match_nuclei
+from scellst_ray.expression import HEAD_FILE
 from scellst_ray.pipelines.cells import ExtractConfig, extract
 from scellst_ray.pipelines.expression import PredictConfig, predict
 from scellst_ray.progress import shown_progress
@@ -78,7 +79,7 @@ def demo(config: DemoConfig) -> int:
             extract(cells, report)
         console.rule(f"3. train on its spots ({TRAINED})")
         head = out / "head"
-        if not (head / "head.safetensors").exists():
+        if not (head / HEAD_FILE).exists():
             train(
                 TrainConfig(
                     manifest=cells.manifest, cells=cells.out, out=str(head), genes="variable:24"

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_arrays
 
+# How a head file is named in the folder of `train` and in the run of `predict`.
+HEAD_FILE = "head.safetensors"
 HEAD_FORMAT = "scellst_ray.mil_head"
 HEAD_VERSION = 1
 # What a stored head must say about itself; more is kept.

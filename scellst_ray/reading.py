@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from scellst_ray import schemas, storage
 from scellst_ray.expression import (
+    HEAD_FILE,
     LastLayer,
     expression_blocks,
     known,
@@ -28,7 +29,6 @@ from scellst_ray.expression import (
 )
 from scellst_ray.runs import RunFolder
 
-HEAD = "head.safetensors"
 IDS = ("slide_id", "cell_id")
 # None: the whole panel; all cells of the slide.
 Genes = Sequence[str] | None
@@ -110,7 +110,7 @@ class Run:
         if not self.has_expression:
             message = f"{self.uri}: this run has no expression: run predict (scellst-ray predict)"
             raise ValueError(message)
-        return read_last_layer(storage.join(self.uri, HEAD))
+        return read_last_layer(storage.join(self.uri, HEAD_FILE))
 
     @property
     def genes(self) -> list[str]:
@@ -120,7 +120,7 @@ class Run:
     @property
     def has_expression(self) -> bool:
         """Tell whether this is a run of `predict`."""
-        return storage.exists(storage.join(self.uri, HEAD))
+        return storage.exists(storage.join(self.uri, HEAD_FILE))
 
     @property
     def embedding_dim(self) -> int | None:

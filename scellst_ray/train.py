@@ -12,14 +12,13 @@ import yaml
 
 from scellst_ray import __version__, storage
 from scellst_ray.cohort import read_manifest
+from scellst_ray.expression import HEAD_FILE
 from scellst_ray.models.mil import save_head
 from scellst_ray.models.mil_fit import FitConfig, FitResult
 from scellst_ray.pipelines.bags import build_bags, choose_panel, training_slides
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import Cluster, ray_session
 from scellst_ray.training.fit_mil import Workers, fit
-
-HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     if not run_json["identity"].get("store_embeddings"):
         message = f"{cells}: its cells have no embeddings; extract with store_embeddings"
         raise ValueError(message)
-    head_uri = storage.join(out, HEAD)
+    head_uri = storage.join(out, HEAD_FILE)
     if storage.exists(head_uri):
         message = f"{head_uri}: there is a head already; give another --out"
         raise ValueError(message)

@@ -10,13 +10,13 @@ import fsspec
 
 from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
+from scellst_ray.expression import HEAD_FILE
 from scellst_ray.models.encoder import encoder_digest
 from scellst_ray.models.mil import head_from_bytes
 from scellst_ray.pipelines.cells import ExtractConfig, run_cells
 from scellst_ray.pipelines.driver import Report
 from scellst_ray.pipelines.stages import local_weights
 
-HEAD = "head.safetensors"
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +58,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
     _warn_of_changes(config, info)
     identity = {"encoder": digest, "head": hashlib.sha256(content).hexdigest()}
     # The head is part of the run: what reads the run needs nothing else.
-    kept = storage.join(storage.absolute(config.out), HEAD)
+    kept = storage.join(storage.absolute(config.out), HEAD_FILE)
     return run_cells(
         "predict",
         replace(config, encoder=encoder),
@@ -72,7 +72,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
 
 def head_file(head: str) -> str:
     """Return the head's file, given its folder or the file itself."""
-    return head if head.endswith(".safetensors") else storage.join(head, HEAD)
+    return head if head.endswith(".safetensors") else storage.join(head, HEAD_FILE)
 
 
 def _write(path: Path, content: bytes) -> None:
