@@ -119,19 +119,18 @@ def test_no_module_of_a_layer_imports_the_package_itself_in_a_circle(folder):
         below = {name: needs - free for name, needs in below.items() if name not in free}
 
 
+def printed_by(code):
+    """Return what a fresh interpreter prints."""
+    command = [sys.executable, "-c", code]
+    return subprocess.check_output(command, text=True, cwd=PACKAGE.parent).strip()
+
+
 def test_importing_the_package_is_light():
     code = (
         "import sys, scellst_ray; heavy = {'ray', 'torch', 'numpy', 'pyarrow', 'openslide'};"
         "print(scellst_ray.__version__, sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=PACKAGE.parent,
-    )
-    version, _, loaded = done.stdout.strip().partition(" ")
+    version, _, loaded = printed_by(code).partition(" ")
     assert version.count(".") == 2
     assert loaded == "[]"
 
@@ -141,14 +140,7 @@ def test_reading_pixels_starts_neither_ray_nor_torch():
         "import sys, scellst_ray.compaction, scellst_ray.slides.reader, scellst_ray.nuclei.crops;"
         "print(sorted({'ray', 'torch'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=PACKAGE.parent,
-    )
-    assert done.stdout.strip() == "[]"
+    assert printed_by(code) == "[]"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
