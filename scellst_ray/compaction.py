@@ -1,21 +1,27 @@
 """From a slide's receipts to its tables and its record.
 
-Streams: memory is one row group and one shard, whatever the size of the slide. Rows come in the
-order of cell ids and row groups are cut by number of rows alone, so the tables are the same
-however the tiles were shared out, retried or resumed.
+Streams: memory is one row group, one shard and a few numbers for each nucleus near a seam between
+tiles, whatever the size of the slide. Rows come in the order of cell ids, what is the same nucleus
+at a seam depends on the nuclei alone, and row groups are cut by number of rows alone, so the tables
+are the same however the tiles were shared out, retried or resumed.
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from scellst_ray import __version__, schemas, storage
+from scellst_ray.nuclei import seams
+from scellst_ray.nuclei.imported_table import import_report
 from scellst_ray.runs import RunFolder
 
 ROW_GROUP = 16_384
@@ -25,6 +31,16 @@ GEO = {
     # crs must be null: absent would mean longitude and latitude.
     "columns": {"polygon": {"encoding": "WKB", "crs": None, "geometry_types": ["Polygon"]}},
 }
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a slide's tables hold; as it stands, that of a slide without cells."""
+
+    tables: tuple[str, ...] = ()
+    num_cells: int = 0
+    num_doubled: int = 0
+    num_adopted: int = 0
 
 
 def finish_slide(run: RunFolder, slide_id: str, receipts: pa.Table) -> dict[str, Any]:
@@ -37,22 +53,28 @@ def finish_slide(run: RunFolder, slide_id: str, receipts: pa.Table) -> dict[str,
     """
     receipts = receipts.sort_by("tile_id")
     failed = receipts.filter(pc.is_valid(receipts["error"]))
-    status = _status(receipts, failed)
-    record = _record(slide_id, receipts, status, num_failed=len(failed))
     if len(failed):
         failures = schemas.conform(failed, schemas.FAILURES, "FAILURES", run.digest)
         storage.publish_table(run.failures_uri(slide_id), failures)
-        first = failed.slice(0, 1).to_pylist()[0]
-        record |= {key: first[key] for key in ("stage", "error_type", "error")}
     elif storage.exists(run.failures_uri(slide_id)):
         storage.remove_tree(run.failures_uri(slide_id))
-    if status != "failed":
-        record["tables"] = _write_tables(run, slide_id, receipts)
+    written = _write_tables(run, slide_id, receipts)
+    record = _record(slide_id, receipts, failed, written) | _imported(run, slide_id)
     storage.publish_json(run.record_uri(slide_id), record)
     if not len(failed):
         # A partial slide keeps its shards: a later run adds only the tiles that failed.
         storage.remove_tree(run.shards_uri(slide_id))
     return record
+
+
+def _imported(run: RunFolder, slide_id: str) -> dict[str, Any]:
+    """Return what became of the nuclei that came from a file; nothing if the slide has none."""
+    uris = storage.list_files(run.shards_uri(slide_id))
+    files = [uri for uri in uris if uri.rsplit("/", 1)[-1].startswith("imported-")]
+    if not files:
+        return {}
+    report = import_report(storage.read_schema(files[-1]).empty_table())
+    return {"imported": report}
 
 
 def unfinished_record(slide_id: str, error: BaseException) -> dict[str, Any]:
@@ -69,51 +91,80 @@ def unfinished_record(slide_id: str, error: BaseException) -> dict[str, Any]:
     }
 
 
-def _status(receipts: pa.Table, failed: pa.Table) -> str:
-    """Return done, empty (no tissue or no cell), partial or failed."""
+def _record(
+    slide_id: str, receipts: pa.Table, failed: pa.Table, written: Written
+) -> dict[str, Any]:
+    """Return the record; status done, empty (no tissue or no cell), partial or failed."""
+    status = "done" if written.num_cells else "empty"
     if len(failed):
-        return "failed" if len(failed) == len(receipts) else "partial"
-    return "done" if pc.sum(receipts["num_cells"]).as_py() else "empty"
-
-
-def _record(slide_id: str, receipts: pa.Table, status: str, num_failed: int) -> dict[str, Any]:
-    first = receipts.slice(len(receipts) - 1, 1).to_pylist()[0]
+        status = "failed" if len(failed) == len(receipts) else "partial"
+    last = receipts.slice(len(receipts) - 1, 1).to_pylist()[0]
     seconds = {s: pc.sum(receipts[f"seconds_{s}"]).as_py() or 0.0 for s in schemas.STAGES}
-    return {
+    record = {
         "slide_id": slide_id,
         "status": status,
-        "mpp": first["mpp"],
-        "read_mpp": first["read_mpp"],
-        "width0": first["width0"],
-        "height0": first["height0"],
-        "num_tiles": first["num_tiles"],
-        "num_failed_tiles": num_failed,
-        "num_cells": pc.sum(receipts["num_cells"]).as_py(),
+        "mpp": last["mpp"],
+        "read_mpp": last["read_mpp"],
+        "width0": last["width0"],
+        "height0": last["height0"],
+        "num_tiles": last["num_tiles"],
+        "num_failed_tiles": len(failed),
+        "num_cells": written.num_cells,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "scellst_ray": __version__,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if len(failed):
+        first = failed.slice(0, 1).to_pylist()[0]
+        record |= {key: first[key] for key in ("stage", "error_type", "error")}
+    if status != "failed":
+        record["tables"] = list(written.tables)
+        record["seams"] = {"doubled": written.num_doubled, "adopted": written.num_adopted}
+    return record
 
 
-def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table) -> list[str]:
-    """Write CELLS, and EXPRESSION if the shards hold hidden vectors; return the tables' names."""
+def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table) -> Written:
+    """Write CELLS, and EXPRESSION if the shards hold hidden vectors, each nucleus once."""
     shards = [name for name in receipts["shard"].to_pylist() if name]
     if not shards:
-        return []
-    names = storage.read_schema(storage.join(run.shards_uri(slide_id), shards[0])).names
-    dim = schemas.EMBEDDING_DIM if "embedding" in names else None
+        return Written()
+
+    def tiles(columns: list[str]) -> Iterator[pa.Table]:
+        return _tiles_in_order(run, slide_id, receipts, columns)
+
+    found = seams.resolve(lambda: _seam_cells(tiles(["cell_id", "seam", "polygon"])))
+    shard = storage.read_schema(storage.join(run.shards_uri(slide_id), shards[0]))
+    dim = shard.field("embedding").type.list_size if "embedding" in shard.names else None
     geo = {b"geo": json.dumps(GEO).encode()}
-    cells = schemas.signed(schemas.cells_schema(dim), "CELLS", run.digest, geo)
-    _write(run.cells_uri(slide_id), cells, _cells_in_order(run, slide_id, receipts, cells.names))
-    if "hidden" not in names:
-        return ["CELLS"]
-    hidden = schemas.signed(schemas.expression_schema(), "EXPRESSION", run.digest)
-    rows = _cells_in_order(run, slide_id, receipts, hidden.names)
-    _write(run.expression_uri(slide_id), hidden, rows)
-    return ["CELLS", "EXPRESSION"]
+    schema = schemas.signed(schemas.cells_schema(dim), "CELLS", run.digest, geo)
+    _write(run.cells_uri(slide_id), schema, _without(found.dropped, tiles(schema.names)))
+    tables = ["CELLS"]
+    if "hidden" in shard.names:
+        schema = schemas.signed(schemas.expression_schema(), "EXPRESSION", run.digest)
+        _write(run.expression_uri(slide_id), schema, _without(found.dropped, tiles(schema.names)))
+        tables.append("EXPRESSION")
+    num_cells = pc.sum(receipts["num_cells"]).as_py() - len(found.dropped)
+    return Written(tuple(tables), num_cells, found.num_doubled, found.num_adopted)
 
 
-def _cells_in_order(
+def _seam_cells(tiles: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:
+    """Yield what is needed of the nuclei of each tile that other tiles may also have found."""
+    for tile in tiles:
+        near = tile.filter(pc.greater(tile["seam"], 0))
+        if len(near):
+            cell_id, seam, polygon = (near[n].to_numpy() for n in ("cell_id", "seam", "polygon"))
+            yield seams.SeamCells(cell_id, seam, polygon)
+
+
+def _without(dropped: NDArray[np.int64], tiles: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the cells of each tile whose ids are not among those dropped (ascending)."""
+    for tile in tiles:
+        cell_id = tile["cell_id"].to_numpy()
+        start, end = np.searchsorted(dropped, [cell_id[0], cell_id[-1] + 1])
+        yield tile.filter(pa.array(~np.isin(cell_id, dropped[start:end]))) if end > start else tile
+
+
+def _tiles_in_order(
     run: RunFolder, slide_id: str, receipts: pa.Table, columns: list[str]
 ) -> Iterator[pa.Table]:
     """Yield the cells of each tile, in tile order, holding one shard at a time."""
@@ -135,14 +186,15 @@ def _write(uri: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
         names = [name for name in storage.DICTIONARY if name in schema.names]
         options = {"compression": storage.COMPRESSION, "use_dictionary": names}
         with pq.ParquetWriter(path, schema, **options) as writer:
-            waiting: list[pa.Table] = []
+            waiting, num_rows = [schema.empty_table()], 0
             for table in tables:
                 waiting.append(table.select(schema.names).cast(schema))
-                while sum(len(part) for part in waiting) >= ROW_GROUP:
+                num_rows += len(table)
+                while num_rows >= ROW_GROUP:
                     joined = pa.concat_tables(waiting)
                     writer.write_table(joined.slice(0, ROW_GROUP))
-                    waiting = [joined.slice(ROW_GROUP)]
-            if sum(len(part) for part in waiting):
+                    waiting, num_rows = [joined.slice(ROW_GROUP)], num_rows - ROW_GROUP
+            if num_rows:
                 writer.write_table(pa.concat_tables(waiting))
 
     storage.publish(uri, write)

@@ -14,6 +14,12 @@ CROP_PX = 48
 EMBEDDING_DIM = 2048
 HIDDEN_DIM = 256
 
+# A segmentation network's maps as they leave its device, one uint32 a pixel: bits 0-24 the edge
+# energy in steps of 2^-24 (0 to MAP_LEVEL), bit 25 set in nuclei, bits 26-31 the nucleus type.
+MAP_LEVEL = 1 << 24
+MAP_NUCLEUS = 1 << 25
+MAP_TYPE_SHIFT = 26
+
 _BOX_FIELDS = [
     pa.field(f"{kind}_{axis}", pa.int32())
     for kind in ("core", "read")
@@ -32,13 +38,14 @@ TILES = pa.schema(
         pa.field("width0", pa.int32()),
         pa.field("height0", pa.int32()),
         *_BOX_FIELDS,
+        pa.field("imported", pa.string()),
         pa.field("stage", pa.string()),
         pa.field("error_type", pa.string()),
         pa.field("error", pa.string()),
     ]
 )
 
-STAGES = ("plan", "read", "segment", "crop", "embed", "write")
+STAGES = ("plan", "read", "network", "segment", "crop", "embed", "write")
 
 RECEIPTS = pa.schema(
     [
@@ -79,6 +86,8 @@ CELL_FIELDS = [
     pa.field("type_prob", pa.float32()),
     pa.field("polygon", pa.binary(), nullable=False),
 ]
+# What a tile hands over: nuclei near its border carry bits that say how (see nuclei/seams.py).
+SHARD_FIELDS = [*CELL_FIELDS, pa.field("seam", pa.uint8(), nullable=False)]
 
 
 def vector(name: str, dim: int) -> pa.Field:

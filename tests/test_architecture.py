@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "expression": GROUND,
     "models": GROUND | {"expression", "spots"},
     "runs": GROUND,
-    "compaction": GROUND | {"runs"},
+    "compaction": GROUND | {"runs", "nuclei"},
     "reading": GROUND | {"runs", "expression"},
     "session": set(),
     "analysis": KNOWLEDGE | RECORDS,

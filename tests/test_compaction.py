@@ -17,10 +17,13 @@ def vectors(values, dim):
     return pa.FixedSizeListArray.from_arrays(flat, type=schemas.vector("v", dim).type)
 
 
-def tile_cells(tile_id, count, *, hidden=True, embedding=False):
-    """Return the cells of one tile: a pure function of the tile, as in a run."""
+def tile_cells(tile_id, count, *, hidden=True, dim=None):
+    """Return the cells of one tile: a pure function of the tile, as in a run.
+
+    They lie on few places, at most one per place: two tiles often have the same nucleus.
+    """
     rng = np.random.default_rng(tile_id)
-    x, y = rng.uniform(0, 1000, (2, count)).astype(np.float32)
+    x, y = (np.divmod(rng.permutation(60)[:count], 8) * np.array([[20.0]])).astype(np.float32)
     table = pa.table(
         {
             "slide_id": ["s"] * count,
@@ -31,14 +34,31 @@ def tile_cells(tile_id, count, *, hidden=True, embedding=False):
             "nucleus_type": ["nucleus"] * count,
             "type_prob": pa.array([None] * count, pa.float32()),
             "polygon": pa.array(list(shapely.to_wkb(shapely.buffer(shapely.points(x, y), 4)))),
+            "seam": rng.choice(np.array([0, 1, 2, 5], np.uint8), count),
         },
-        schema=pa.schema(schemas.CELL_FIELDS),
+        schema=pa.schema(schemas.SHARD_FIELDS),
     )
-    for name, dim, wanted in (("embedding", 2048, embedding), ("hidden", HIDDEN, hidden)):
+    for name, size, wanted in (("embedding", dim, dim is not None), ("hidden", HIDDEN, hidden)):
         if wanted:
-            values = vectors(rng.random((count, dim)), dim)
-            table = table.append_column(schemas.vector(name, dim), values)
+            values = vectors(rng.random((count, size)), size)
+            table = table.append_column(schemas.vector(name, size), values)
     return table
+
+
+def expected_cells(counts, failed=(), **columns):
+    """Return what a slide's tables hold: of the nuclei at one place the owned, whole, first one."""
+    tiles = [t for t in range(len(counts)) if t not in failed]
+    table = pa.concat_tables([tile_cells(t, counts[t], **columns) for t in tiles])
+    best = {}
+    for row in table.select(["cell_id", "x0", "y0", "seam"]).to_pylist():
+        if row["seam"]:
+            place = (row["x0"], row["y0"])
+            mine = (row["seam"] in (2, 5), row["cell_id"])
+            best[place] = min(best.get(place, mine), mine)
+    kept = {cell_id for _, cell_id in best.values()}
+    rows = table.select(["seam", "cell_id"]).to_pylist()
+    stays = [row["seam"] == 0 or row["cell_id"] in kept for row in rows]
+    return table.filter(pa.array(stays, pa.bool_())).drop_columns("seam")
 
 
 def receipt(tile_id, num_tiles, count, shard=None, row=None, error=None):
@@ -101,7 +121,7 @@ def test_tables_do_not_depend_on_how_tiles_were_shared_out(
     shuffled = random.sample(tiles, len(tiles))
     cut = random.randint(0, len(tiles))
     shared_out = [[tiles], [[t] for t in tiles], [shuffled[:cut], shuffled[cut:]]]
-    expected = pa.concat_tables([tile_cells(t, n) for t, n in enumerate(counts)])
+    expected = expected_cells(counts)
     found = []
     for groups in shared_out:
         run, receipts = write_run(tmp_path_factory.mktemp("run"), counts, groups)
@@ -110,28 +130,65 @@ def test_tables_do_not_depend_on_how_tiles_were_shared_out(
         cells, hidden = run.cells_uri("s"), run.expression_uri("s")
         assert storage.read_table(cells).equals(expected.drop_columns("hidden"))
         assert storage.read_table(hidden).equals(expected.select(["slide_id", "cell_id", "hidden"]))
-        total = sum(counts)
+        total = record["num_cells"]
+        assert total == len(expected)
         assert row_groups(cells) == row_groups(hidden)
         assert row_groups(cells) == [10] * (total // 10) + ([total % 10] if total % 10 else [])
         found.append((storage.resolve(cells)[0].cat(cells), storage.resolve(hidden)[0].cat(hidden)))
     assert found[0] == found[1] == found[2]  # byte for byte
 
 
-def test_a_done_slide(tmp_path):
-    run, receipts = write_run(tmp_path, [3, 0, 2], [[0, 1], [2]], hidden=False, embedding=True)
+@pytest.mark.parametrize("dim", [None, 384, 2048])
+def test_a_done_slide(tmp_path, dim):
+    run, receipts = write_run(tmp_path, [3, 0, 2], [[0, 1], [2]], hidden=False, dim=dim)
     record = compaction.finish_slide(run, "s", receipts)
     assert run.records() == {"s": record}
     assert record["status"] == "done"
     assert record["tables"] == ["CELLS"]
-    assert (record["num_cells"], record["num_tiles"], record["num_failed_tiles"]) == (5, 3, 0)
+    expected = expected_cells([3, 0, 2], hidden=False, dim=dim)
+    assert (record["num_cells"], record["num_tiles"], record["num_failed_tiles"]) == (
+        len(expected),
+        3,
+        0,
+    )
     assert (record["mpp"], record["width0"], record["height0"]) == (0.5, 1000, 900)
     assert record["seconds"]["read"] == 1.5
     assert not storage.exists(run.shards_uri("s"))
     assert not storage.exists(run.failures_uri("s"))
     assert not storage.exists(run.expression_uri("s"))
     cells = storage.read_table(run.cells_uri("s"))
-    assert cells.schema.field("embedding").type.list_size == 2048
+    assert cells.equals(expected)
+    assert cells.schema.equals(schemas.cells_schema(dim))
     schemas.check(cells.schema, "CELLS", "cells")
+
+
+def test_each_nucleus_is_written_once(tmp_path):
+    """Both tables leave out the same cells; the record says what ownership alone had given."""
+    counts = [50, 50, 50]
+    run, receipts = write_run(tmp_path, counts, [[2], [0, 1]])
+    record = compaction.finish_slide(run, "s", receipts)
+    cells, hidden = (storage.read_table(u) for u in (run.cells_uri("s"), run.expression_uri("s")))
+    assert cells["cell_id"].equals(hidden["cell_id"])
+    assert record["num_cells"] == len(cells) == len(expected_cells(counts)) < sum(counts)
+    offered = pa.concat_tables([tile_cells(t, n) for t, n in enumerate(counts)])
+    places = {}
+    for row in offered.select(["cell_id", "x0", "y0", "seam"]).to_pylist():
+        if row["seam"]:
+            places.setdefault((row["x0"], row["y0"]), []).append(row["seam"])
+    num_owned = [sum(seam != 2 for seam in seams) for seams in places.values()]
+    assert record["seams"] == {
+        "doubled": sum(n - 1 for n in num_owned if n),
+        "adopted": num_owned.count(0),
+    }
+    assert min(record["seams"].values()) > 0
+
+
+def test_a_candidate_of_a_tile_without_neighbours_is_a_cell(tmp_path):
+    run, receipts = write_run(tmp_path, [20], [[0]], hidden=False)
+    record = compaction.finish_slide(run, "s", receipts)
+    assert record["num_cells"] == 20
+    num_candidates = sum(seam == 2 for seam in tile_cells(0, 20)["seam"].to_pylist())
+    assert record["seams"] == {"doubled": 0, "adopted": num_candidates}
 
 
 def test_a_partial_slide_keeps_its_shards_and_can_be_completed(tmp_path):
@@ -139,7 +196,8 @@ def test_a_partial_slide_keeps_its_shards_and_can_be_completed(tmp_path):
     run, receipts = write_run(tmp_path, counts, groups, failed=[1])
     record = compaction.finish_slide(run, "s", receipts)
     assert record["status"] == "partial"
-    assert (record["num_cells"], record["num_failed_tiles"]) == (5, 1)
+    expected = expected_cells(counts, failed=[1])
+    assert (record["num_cells"], record["num_failed_tiles"]) == (len(expected), 1)
     assert (record["stage"], record["error_type"], record["error"]) == (
         "read",
         "ValueError",
@@ -163,15 +221,15 @@ def test_a_partial_slide_keeps_its_shards_and_can_be_completed(tmp_path):
     assert "error" not in record
     assert not storage.exists(run.failures_uri("s"))
     assert not storage.exists(run.shards_uri("s"))
-    expected = pa.concat_tables([tile_cells(t, n) for t, n in enumerate(counts)])
-    assert storage.read_table(run.cells_uri("s")).equals(expected.drop_columns("hidden"))
+    expected = expected_cells(counts).drop_columns("hidden")
+    assert storage.read_table(run.cells_uri("s")).equals(expected)
 
 
 def test_a_slide_whose_tiles_all_failed(tmp_path):
     run, receipts = write_run(tmp_path, [3, 4], [[0], [1]], failed=[0, 1])
     record = compaction.finish_slide(run, "s", receipts)
     assert (record["status"], record["num_cells"], record["num_failed_tiles"]) == ("failed", 0, 2)
-    assert "tables" not in record
+    assert not {"tables", "seams"} & set(record)
     assert not storage.exists(run.cells_uri("s"))
     assert len(storage.read_table(run.failures_uri("s"))) == 2
 
@@ -203,8 +261,8 @@ def test_what_no_receipt_names_is_never_read(tmp_path):
     run, receipts = write_run(tmp_path, [3, 4], [[0, 1]])
     orphan = storage.join(run.shards_uri("s"), "0-1-orphan.parquet")
     storage.publish_table(orphan, tile_cells(7, 5))
-    assert compaction.finish_slide(run, "s", receipts)["num_cells"] == 7
-    assert len(storage.read_table(run.cells_uri("s"))) == 7
+    assert compaction.finish_slide(run, "s", receipts)["num_cells"] == len(expected_cells([3, 4]))
+    assert len(storage.read_table(run.cells_uri("s"))) == len(expected_cells([3, 4]))
 
 
 def test_geoparquet_opens_in_geopandas_without_a_crs(tmp_path):

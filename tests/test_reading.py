@@ -40,6 +40,7 @@ def shard_table(slide_id, tile_ids, cells_per_tile, rng, *, embedding, hidden):
         "nucleus_type": rng.choice(["epithelial", "immune"], len(ids)).tolist(),
         "type_prob": pa.nulls(len(ids), pa.float32()),
         "polygon": shapely.to_wkb(shapely.box(*xy.T, *(xy.T + 5))).tolist(),
+        "seam": np.zeros(len(ids), np.uint8),
     }
     if embedding:
         columns["embedding"] = vectors(rng.normal(size=(len(ids), 2048)).astype(np.float16))

@@ -62,6 +62,11 @@ def test_check_refuses_a_newer_version():
         schemas.check(newer, "FAILURES", "f")
 
 
+def test_shards_hold_what_tables_do_not():
+    assert [f.name for f in schemas.SHARD_FIELDS if f not in schemas.CELL_FIELDS] == ["seam"]
+    assert "seam" not in schemas.cells_schema(384).names
+
+
 def test_vectors_are_plain_arrow_float16():
     assert "embedding" not in schemas.cells_schema(None).names
     embedding = schemas.cells_schema(2048).field("embedding")

@@ -37,6 +37,7 @@ def add_slide(folder, slide_id, count, *, embedding, hidden, missing_tiles=0):
         "nucleus_type": rng.choice(["Neoplastic", "immune", "stroma"], count).tolist(),
         "type_prob": pa.nulls(count, pa.float32()),
         "polygon": shapely.to_wkb(shapely.box(*xy.T, *(xy.T + 5))).tolist(),
+        "seam": np.zeros(count, np.uint8),
     }
     if embedding:
         columns["embedding"] = vectors(rng.normal(size=(count, 2048)).astype(np.float16))
