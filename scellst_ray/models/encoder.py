@@ -168,12 +168,12 @@ def _ready(
     return Encoder(network.eval().requires_grad_(requires_grad=False), mean, std, digest)
 
 
-def best_precision(device: str) -> Literal["float32", "bfloat16"]:
-    """Return 'bfloat16' where the device computes in it natively, else 'float32'."""
+def best_precision(device: str) -> Literal["float32", "bfloat16", "float16"]:
+    """Return 'bfloat16' where the device computes in it natively, else what it does quickly."""
     if device == "cuda":
         # A driver without a GPU speaks for workers that have one: all since Ampere do bfloat16.
-        seen = torch.cuda.is_available()
-        return "bfloat16" if not seen or torch.cuda.is_bf16_supported() else "float32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native or not torch.cuda.is_available() else "float16"
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bfloat16" if native else "float32"
@@ -191,7 +191,7 @@ def embed_crops(
         encoder: From `load_encoder`, already on `device`.
         crops: uint8 [N, H, W, 3].
         device: 'cpu' or 'cuda'.
-        precision: 'float32' or 'bfloat16'.
+        precision: 'float32', 'bfloat16' or 'float16'.
         batch_size: Crops per forward pass.
 
     Returns:
@@ -203,7 +203,7 @@ def embed_crops(
     out_ND = np.empty((len(crops), EMBEDDING_DIM), np.float16)
     scale = torch.tensor(encoder.std, device=device).mul(255).view(1, 3, 1, 1)
     shift = torch.tensor(encoder.mean, device=device).mul(255).view(1, 3, 1, 1)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = getattr(torch, precision)
     with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         for start in range(0, len(crops), batch_size):
             # Copied: crops that came out of Arrow are read-only.
