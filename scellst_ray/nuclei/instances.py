@@ -2,17 +2,13 @@
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from scellst_ray.geometry import Frame
-
-# The eight neighbours of a pixel, (dx, dy), turning from +x towards +y. Even: across an edge.
-_STEPS = np.array([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)])
-_STEP_CODE = np.array([[5, 6, 7], [4, -1, 0], [3, 2, 1]])  # [dy + 1, dx + 1] -> row of _STEPS
+from scellst_ray.nuclei.outlines import edge_middles, pixel_chains, pixel_contour, run_offsets
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Nuclei:
         """Return the nuclei at `index`, int [M], in that order."""
         index = np.asarray(index, np.int64)
         lengths = np.diff(self.contour_offsets)[index]
-        offsets = _offsets(lengths)
+        offsets = run_offsets(lengths)
         shift = self.contour_offsets[index] - offsets[:-1]
         return Nuclei(
             centroid_px=self.centroid_px[index],
@@ -68,6 +64,15 @@ class Nuclei:
             nucleus_type=self.nucleus_type,
             type_prob=self.type_prob,
         )
+
+    def boxes_px(self) -> NDArray[np.int64]:
+        """Return the pixels each outline spans: int64 [N, 4], x0, y0, x1, y1, ends exclusive."""
+        if len(self) == 0:
+            return np.zeros((0, 4), np.int64)
+        start = self.contour_offsets[:-1]
+        low = np.floor(np.minimum.reduceat(self.contour_points_px, start))
+        high = np.ceil(np.maximum.reduceat(self.contour_points_px, start))
+        return np.concatenate([low, high], axis=1).astype(np.int64)
 
     def polygon_wkb(self, frame: Frame) -> NDArray[np.object_]:
         """Return the outlines as closed WKB polygons, bytes [N], in level-0 px.
@@ -93,7 +98,13 @@ def empty_nuclei() -> Nuclei:
     )
 
 
-def nuclei_from_labels(labels_HW: NDArray[np.integer], nucleus_type: str = "nucleus") -> Nuclei:
+def nuclei_from_labels(
+    labels_HW: NDArray[np.integer],
+    nucleus_type: str | NDArray[np.str_] = "nucleus",
+    type_prob: NDArray[np.float32] | None = None,
+    *,
+    drop_lines: bool = False,
+) -> Nuclei:
     """Turn a label map into nuclei, sorted by centroid (y, then x).
 
     The outline of a nucleus is that of its largest 8-connected part, holes filled; it encloses
@@ -101,7 +112,59 @@ def nuclei_from_labels(labels_HW: NDArray[np.integer], nucleus_type: str = "nucl
 
     Args:
         labels_HW: Integer [H, W], 0 = background; labels need not be consecutive.
-        nucleus_type: The name given to every nucleus.
+        nucleus_type: The name given to every nucleus, or one per label, ascending, [N].
+        type_prob: One per label, ascending, [N]; NaN if None.
+        drop_lines: Leave out labels whose `pixel_contours` has fewer than three points.
+
+    Raises:
+        ValueError: If the map is not an integer array [H, W], or holds labels below 0.
+    """
+    compact_HW, area = _compact(labels_HW)
+    num = len(area)
+    if num == 0:
+        return empty_nuclei()
+    boxes = ndimage.find_objects(compact_HW)
+    centroid = _centroids(compact_HW, boxes, area)
+    order = np.lexsort((centroid[:, 0], centroid[:, 1]))
+    chains, is_broken = pixel_chains(compact_HW, boxes, order)
+    points, lengths = edge_middles(np.concatenate(chains), np.array([len(c) for c in chains]))
+    names = np.full(num, nucleus_type) if isinstance(nucleus_type, str) else nucleus_type
+    shares = np.full(num, np.nan, np.float32) if type_prob is None else type_prob
+    nuclei = Nuclei(
+        centroid_px=centroid[order],
+        area_px=area[order],
+        contour_points_px=points,
+        contour_offsets=run_offsets(lengths),
+        nucleus_type=names[order],
+        type_prob=shares[order],
+    )
+    if not drop_lines:
+        return nuclei
+    is_line = _are_lines(compact_HW, boxes, area, is_broken)[order]
+    return nuclei.take(np.flatnonzero(~is_line)) if is_line.any() else nuclei
+
+
+def _are_lines(
+    compact_HW: NDArray[np.int32],
+    boxes: list[tuple[slice, slice]],
+    area: NDArray[np.float64],
+    is_broken: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """Return which labels, bool [N], have pixel contours of fewer than three points.
+
+    Looks at those of several parts, and at those that may be a line: as many pixels as its length.
+    """
+    length = np.array([max(axis.stop - axis.start for axis in box) for box in boxes])
+    is_line = np.zeros(len(boxes), np.bool_)
+    for index in np.flatnonzero(is_broken | (area <= length)):
+        is_line[index] = len(pixel_contour(compact_HW, int(index), boxes[index])) < 3
+    return is_line
+
+
+def _compact(
+    labels_HW: NDArray[np.integer],
+) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """Number the labels from 1 in their order; return the new map and their areas, float64 [N].
 
     Raises:
         ValueError: If the map is not an integer array [H, W], or holds labels below 0.
@@ -112,104 +175,33 @@ def nuclei_from_labels(labels_HW: NDArray[np.integer], nucleus_type: str = "nucl
             "[H, W] with 0 for background"
         )
         raise ValueError(message)
-    y, x = np.nonzero(labels_HW)
-    if len(y) == 0:
-        return empty_nuclei()
-    names, flat = np.unique(labels_HW[y, x], return_inverse=True)
-    if names[0] < 0:
-        message = f"labels_HW holds the label {names[0]}; expected 0 for background, then 1, 2, .."
+    lowest, highest = int(labels_HW.min(initial=0)), int(labels_HW.max(initial=0))
+    if lowest < 0:
+        message = f"labels_HW holds the label {lowest}; expected 0 for background, then 1, 2, .."
         raise ValueError(message)
-    compact_HW = np.zeros(labels_HW.shape, np.int32)
-    compact_HW[y, x] = flat + 1
-    area = np.bincount(flat).astype(np.float64)
-    centroid = np.stack([np.bincount(flat, x), np.bincount(flat, y)], axis=1) / area[:, None] + 0.5
-    order = np.lexsort((centroid[:, 0], centroid[:, 1]))
-    chains = _pixel_chains(compact_HW, order)
-    points, lengths = _edge_middles(np.concatenate(chains), np.array([len(c) for c in chains]))
-    return Nuclei(
-        centroid_px=centroid[order],
-        area_px=area[order],
-        contour_points_px=points,
-        contour_offsets=_offsets(lengths),
-        nucleus_type=np.full(len(area), nucleus_type),
-        type_prob=np.full(len(area), np.nan, np.float32),
-    )
+    if highest > labels_HW.size:  # far apart: a table of all numbers would be large
+        with_zero = np.append(np.zeros(1, labels_HW.dtype), labels_HW)
+        _, flat = np.unique(with_zero, return_inverse=True)
+        return _compact(flat[1:].reshape(labels_HW.shape))
+    compact_HW = labels_HW.astype(np.int32, copy=False)
+    area = np.bincount(compact_HW.ravel(), minlength=1)[1:]
+    used = area > 0
+    if not used.all():
+        compact_HW = np.append(0, np.cumsum(used) * used).astype(np.int32)[compact_HW]
+    return compact_HW, area[used].astype(np.float64)
 
 
-def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return where each of consecutive runs of these lengths begins, and the end of the last."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+def _centroids(
+    compact_HW: NDArray[np.int32], boxes: list[tuple[slice, slice]], area: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the mean of the pixels, float64 [N, 2], of labels 1 to N.
 
-
-def _pixel_chains(
-    compact_HW: NDArray[np.int32], order: NDArray[np.integer]
-) -> list[NDArray[np.int32]]:
-    """Return each label's outer boundary pixels, (x, y) indices, in the order given.
-
-    Looks only at the label's bounding box, so the cost is that of the nuclei, not of the map
-    times their number.
+    Sums run over whole numbers, counted from the label's box, and so are exact.
     """
-    boxes = ndimage.find_objects(compact_HW)
-    chains = []
-    for index in order:
-        rows, columns = boxes[index]
-        mask = (compact_HW[rows, columns] == index + 1).view(np.uint8)
-        found, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        # By pixels enclosed (Pick's theorem), so that a line of pixels outranks a single one.
-        part = max(found, key=lambda c: cv2.contourArea(c) + len(c) / 2) if found[1:] else found[0]
-        chains.append(part[:, 0] + np.array([columns.start, rows.start], np.int32))
-    return chains
-
-
-def _edge_middles(
-    pixels: NDArray[np.int32], lengths: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Turn chains of boundary pixels into outlines through the middles of their outer edges.
-
-    At every pixel the neighbours passed over when turning from the previous pixel of the chain
-    to the next lie outside; each of them across an edge gives a point. The outline is the one
-    marching squares draws at 0.5 (Lorensen and Cline 1987, in the plane): convex corners lose
-    1/8 px2, concave ones gain it, and a closed curve has four more of the first, hence the half
-    pixel. Points on a straight run are dropped.
-
-    Args:
-        pixels: int [B, 2], (x, y) indices, all chains one after the other as OpenCV orders them.
-        lengths: int [N], pixels per chain.
-
-    Returns:
-        The points, float64 [P, 2], in continuous coordinates, and their number per chain.
-    """
-    chain = np.repeat(np.arange(len(lengths)), lengths)
-    start = _offsets(lengths)[:-1]
-    following = np.arange(len(pixels)) + 1
-    following[start + lengths - 1] = start
-    step = pixels[following] - pixels
-    ahead = _STEP_CODE[step[:, 1] + 1, step[:, 0] + 1]
-    back = np.empty_like(ahead)
-    back[following] = (ahead + 4) % 8
-    alone = ahead < 0
-    ahead[alone], back[alone] = 1, 1  # a single pixel: pass over all of its neighbours
-    # OpenCV follows outer boundaries counter-clockwise as seen on screen (y down), with the
-    # outside on the right hand: from the previous pixel to the next against the order of _STEPS.
-    turn = (back - ahead - 1) % 8 + 1
-    codes = back[:, None] - np.arange(1, 8)
-    outside = (np.arange(1, 8) < turn[:, None]) & (codes % 2 == 0)
-    row, column = np.nonzero(outside)
-    code = codes[row, column] % 8
-    points = pixels[row] + 0.5 + 0.5 * _STEPS[code]
-    return _without_straight_runs(points, np.bincount(chain[row], minlength=len(lengths)))
-
-
-def _without_straight_runs(
-    points: NDArray[np.float64], lengths: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Drop the points of closed outlines that lie on the line between their neighbours."""
-    start = _offsets(lengths)[:-1]
-    following = np.arange(len(points)) + 1
-    following[start + lengths - 1] = start
-    step = points[following] - points
-    before = np.empty_like(step)
-    before[following] = step
-    corner = (step != before).any(axis=1)
-    chain = np.repeat(np.arange(len(lengths)), lengths)
-    return points[corner], np.bincount(chain[corner], minlength=len(lengths))
+    pixels = np.flatnonzero(compact_HW)
+    label = compact_HW.ravel()[pixels]
+    y = pixels // compact_HW.shape[1]
+    x = pixels - y * compact_HW.shape[1]
+    corner = np.array([(columns.start, rows.start) for rows, columns in boxes])
+    sums = np.stack([np.bincount(label, x), np.bincount(label, y)], axis=1)[1:]
+    return np.asarray((sums - corner * area[:, None]) / area[:, None] + corner + 0.5)
