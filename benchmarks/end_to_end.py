@@ -15,9 +15,7 @@ import os
 import platform
 import resource
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+from measuring import peak_memory
 
 from scellst_ray import __version__, schemas
+from scellst_ray.pipelines.networks import Embed
 from scellst_ray.pipelines.receipts import Resources, receipts_dataset
-from scellst_ray.pipelines.stages import Embed, Segment, WriteShards
+from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
 from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import ray_session
@@ -66,6 +66,8 @@ def main() -> None:
             "mpp": None,
             "mpp_error": None,
             "done_tiles": [],
+            "segmentation": None,
+            "imported_uri": None,
         }
         for number in range(options.repeat):
             out = RunFolder(str(Path(folder) / f"bare{number}"), "bench")
@@ -131,8 +133,8 @@ def _loop(
     counter: Any,  # noqa: ANN401
     queue: Any,  # noqa: ANN401
 ) -> None:
-    segment, embed, write = Segment(spec), Embed(spec, "cpu"), WriteShards(run)
-    write(embed(segment([tiles[number]])))
+    read, find, embed, write = Read(spec), FindNuclei(spec), Embed(spec, "cpu"), WriteShards(run)
+    write(embed(find(read([tiles[number]]))))
     ready.wait()
     receipts = []
     while True:
@@ -140,7 +142,7 @@ def _loop(
             index, counter.value = counter.value, counter.value + 1
         if index >= len(tiles):
             break
-        receipts += write(embed(segment([tiles[index]]))).to_pylist()
+        receipts += write(embed(find(read([tiles[index]])))).to_pylist()
     queue.put(receipts)
 
 
@@ -186,46 +188,6 @@ def measured(
         "peak_memory_mib": round(peak_bytes / 2**20),
         "driver_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
-
-
-class peak_memory:  # noqa: N801 - used as a function
-    """Sample the summed proportional memory of this process, its children and theirs."""
-
-    def __init__(self, pids: list[int]) -> None:
-        """Watch these processes and whatever they start."""
-        self.roots, self.peak, self.stop = [os.getpid(), *pids], 0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Callable[[], int]:
-        """Start sampling; the value is a function that returns the peak so far, in bytes."""
-        self.thread.start()
-        return lambda: self.peak
-
-    def __exit__(self, *_: object) -> None:
-        """Stop sampling."""
-        self.stop.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        while not self.stop.wait(1.0):
-            total = 0
-            for process in _family(self.roots):
-                try:
-                    total += process.memory_full_info().pss
-                except (psutil.NoSuchProcess, psutil.AccessDenied):
-                    continue
-            self.peak = max(self.peak, total)
-
-
-def _family(roots: list[int]) -> set[psutil.Process]:
-    found: set[psutil.Process] = set()
-    for pid in roots:
-        try:
-            process = psutil.Process(pid)
-            found |= {process, *process.children(recursive=True)}
-        except psutil.NoSuchProcess:
-            continue
-    return found
 
 
 if __name__ == "__main__":

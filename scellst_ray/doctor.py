@@ -17,7 +17,7 @@ from scellst_ray.cohort import SlideRow, read_manifest
 from scellst_ray.models.encoder import best_precision, encoder_digest
 from scellst_ray.models.mil import load_head
 from scellst_ray.pipelines.expression import head_file
-from scellst_ray.pipelines.stages import local_weights
+from scellst_ray.pipelines.networks import local_weights
 from scellst_ray.session import ray_session
 from scellst_ray.slides.reader import Slide
 

@@ -125,8 +125,11 @@ class Run:
     @property
     def embedding_dim(self) -> int | None:
         """Return the length of the stored embeddings; None if the run stores none."""
-        kept = self.info.get("identity", {}).get("store_embeddings", False)
-        return schemas.EMBEDDING_DIM if kept else None
+        identity = self.info.get("identity", {})
+        if not identity.get("store_embeddings", False):
+            return None
+        # The first runs did not say: all had embeddings of a ResNet-50.
+        return int(identity.get("embedding_dim", schemas.EMBEDDING_DIM))
 
     def cells(self, slide_id: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the CELLS of a slide, by ascending cell_id; no rows if the slide is empty.

@@ -63,6 +63,7 @@ def helpers():
     return SimpleNamespace(
         BACKGROUND=BACKGROUND,
         draw_dots=draw_dots,
+        find_stage=find_stage,
         shrink=shrink,
         slide_row=slide_row,
         write_pyramid=write_pyramid,
@@ -105,7 +106,7 @@ def cells_spec():
 @pytest.fixture(scope="session")
 def embed_stage(cells_spec):
     """Return the embedding stage, made once."""
-    from scellst_ray.pipelines.stages import Embed
+    from scellst_ray.pipelines.networks import Embed
 
     return Embed(cells_spec, "cpu")
 
@@ -113,10 +114,9 @@ def embed_stage(cells_spec):
 @pytest.fixture(scope="session")
 def segmented_rows(synthetic_slide, cells_spec):
     """Return a function that gives fresh rows of the synthetic slide, segmented once."""
-    from scellst_ray.pipelines.stages import Segment
     from scellst_ray.pipelines.tiles import plan_slide
 
-    rows = Segment(cells_spec)(plan_slide(slide_row(synthetic_slide.slide), cells_spec))
+    rows = find_stage(cells_spec)(plan_slide(slide_row(synthetic_slide.slide), cells_spec))
     return lambda: [dict(row) for row in rows]
 
 
@@ -129,7 +129,15 @@ def few_rows(segmented_rows):
     ]
 
 
+def find_stage(spec):
+    """Return reading and finding nuclei in one call: what needs no network."""
+    from scellst_ray.pipelines.stages import FindNuclei, Read
+
+    read, find = Read(spec), FindNuclei(spec)
+    return lambda rows: find(read(rows))
+
+
 def slide_row(path, **changes):
     """Return one slide as `plan_slide` takes it."""
     row = {"slide_id": "s", "uri": str(path), "mpp": None, "mpp_error": None, "done_tiles": []}
-    return row | changes
+    return row | {"segmentation": None, "imported_uri": None} | changes

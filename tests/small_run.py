@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from scellst_ray import schemas, storage
-from scellst_ray.pipelines.stages import vectors
+from scellst_ray.pipelines.networks import vectors
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.synthetic import SyntheticConfig, make_tissue, truth_table
 from scellst_ray.slides.synthetic_spots import write_space_ranger

@@ -8,13 +8,22 @@ import torch
 
 from scellst_ray import storage
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
+from scellst_ray.models.catalogue import is_catalogued
+from scellst_ray.models.cellvit_weights import load_cellvit
 from scellst_ray.models.encoder import best_precision, encoder_digest, is_named
 from scellst_ray.pipelines.driver import Driver, Progress, Report
+from scellst_ray.pipelines.networks import local_weights
 from scellst_ray.pipelines.receipts import Resources, receipts_dataset
-from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS, local_weights
+from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS
 from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.runs import FINISHED, check_manifest_unchanged, open_run
+from scellst_ray.schemas import EMBEDDING_DIM
 from scellst_ray.session import ray_session
+from scellst_ray.slides.reader import GRID_PX
+from scellst_ray.slides.tiling import NETWORK_NATIVE_MPP
+
+# Encoders that are no weights of their own.
+WITHOUT_FILE = ("none", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,24 +34,29 @@ class ExtractConfig:
     """Slides: CSV or Parquet with slide_id, uri and, where the file lacks it, mpp."""
     out: str
     """Run folder; the same command on it does only what is missing."""
-    segmenter: Literal["hematoxylin"] = "hematoxylin"
-    """How nuclei are found; hematoxylin needs no weights."""
+    segmenter: Literal["hematoxylin", "cellvit", "imported"] = "hematoxylin"
+    """How nuclei are found: without weights, by CellViT, or in files the manifest names."""
+    segmenter_weights: str | None = None
+    """CellViT checkpoint: a file, or a name that `scellst-ray models` lists."""
+    segmenter_window_px: int | None = None
+    """Scale CellViT's edges within this many px around a nucleus; by default within its tile."""
     read_mpp: float | None = None
-    """um per px to read at; by default the slide's own within 0.25-0.5."""
+    """um per px to read at; by default the slide's own within 0.25-0.5 (CellViT: 0.2-0.3)."""
     core_px: int = 960
     """Side of a tile's core in px read."""
     halo_px: int = 32
     """Margin read around the core in px read."""
     encoder: str = "imagenet"
-    """Weights: a file, 'imagenet' (downloaded by torchvision) or 'random:SEED'."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the encoder; auto takes bfloat16 where the driver's device has it, or gpus is true."""
+    """Weights: a file, 'imagenet' (downloaded by torchvision) or 'random:SEED'; 'tokens' for
+    CellViT's own, 'none' for no embeddings."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the networks; auto takes bfloat16 where the driver's device has it, or gpus is true."""
     store_embeddings: bool = True
     """Keep each cell's embedding (4 kB a cell); training needs it."""
     workers: int | None = None
-    """Worker actors; by default as CPUs and memory allow, or one per GPU for embedding."""
+    """Worker actors; by default as CPUs and memory allow, or one per GPU for the networks."""
     gpus: bool | None = None
-    """Embed on GPUs; by default if the cluster has any."""
+    """Run networks on GPUs; by default if the cluster has any."""
     memory_gb: float = 2.0
     """Memory a worker declares to Ray."""
     tiles_per_task: int = 2
@@ -59,6 +73,41 @@ class ExtractConfig:
         if self.read_mpp is not None and not MIN_MPP <= self.read_mpp <= MAX_MPP:
             message = f"read_mpp is {self.read_mpp}; it must lie in {MIN_MPP}-{MAX_MPP} um/px"
             raise ValueError(message)
+        problems = segmenter_problems(self)
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def segmenter_problems(config: ExtractConfig) -> list[str]:
+    """Return what is wrong with the settings of the segmenter, a sentence each."""
+    weights, window_px = config.segmenter_weights, config.segmenter_window_px
+    if config.segmenter != "cellvit":
+        given = {"segmenter_weights": weights, "segmenter_window_px": window_px}
+        wrong = [name for name, value in given.items() if value is not None]
+        wrong += ["encoder 'tokens'"] * (config.encoder == "tokens")
+        return [
+            f"{name} is only for segmenter cellvit; this is {config.segmenter}" for name in wrong
+        ]
+    problems = []
+    if weights is None:
+        problems.append(
+            "segmenter cellvit needs segmenter_weights: a checkpoint, or a name that `scellst-ray "
+            "models` lists"
+        )
+    low, high = NETWORK_NATIVE_MPP
+    if config.read_mpp is not None and not low <= config.read_mpp <= high:
+        problems.append(
+            f"read_mpp is {config.read_mpp}; CellViT was trained at 0.25: give {low} to {high}"
+        )
+    side = config.core_px + 2 * config.halo_px
+    if side % 16 or config.core_px % GRID_PX or config.halo_px % GRID_PX:
+        problems.append(
+            f"core_px {config.core_px} and two halo_px {config.halo_px} make {side} px; CellViT "
+            f"needs a multiple of 16 of them, and multiples of {GRID_PX} of each (960 and 32)"
+        )
+    if window_px is not None and window_px < 64:
+        problems.append(f"segmenter_window_px is {window_px}; it must be at least 64")
+    return problems
 
 
 def extract(config: ExtractConfig, report: Report = lambda _: None) -> dict[str, dict[str, Any]]:
@@ -68,22 +117,67 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> dict[str,
         ValueError: the manifest, the weights or the output folder cannot be used.
     """
     slides = read_manifest(config.manifest)
-    digest = encoder_digest(local_weights(config.encoder))
-    return run_cells("extract", config, slides, {"encoder": digest}, None, report)
+    return run_cells("extract", config, slides, check_networks(config), None, report)
 
 
-def _source(slide: SlideRow) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CheckedNetworks:
+    """What the networks of a run are.
+
+    Attributes:
+        identity: What decides results: digests of their weights, length of embeddings.
+        type_names: Nucleus types of the segmenting network, by number; empty without one.
+    """
+
+    identity: dict[str, Any]
+    type_names: tuple[str, ...] = ()
+
+
+def check_networks(config: ExtractConfig) -> CheckedNetworks:
+    """Read the networks' weights, before Ray starts, and return what they are.
+
+    Raises:
+        ValueError: weights that are not there, or not what they should be.
+    """
+    found: dict[str, Any] = {"encoder": config.encoder, "embedding_dim": None}
+    type_names: tuple[str, ...] = ()
+    if config.segmenter == "cellvit":
+        model = load_cellvit(local_weights(str(config.segmenter_weights)))
+        found["segmenter_weights"] = model.digest
+        found["segmenter_window_px"] = config.segmenter_window_px
+        type_names = model.type_names
+        if config.encoder == "tokens":
+            found |= {"encoder": f"tokens:{model.digest}", "embedding_dim": model.arch.dim}
+    if config.encoder not in WITHOUT_FILE:
+        digest = encoder_digest(local_weights(config.encoder))
+        found |= {"encoder": digest, "embedding_dim": EMBEDDING_DIM}
+    if not config.store_embeddings:
+        found["embedding_dim"] = None
+    return CheckedNetworks(found, type_names)
+
+
+def _source(slide: SlideRow, *, imported: bool) -> dict[str, Any]:
     """Return what says which image a slide_id stands for."""
-    return {"uri": slide.uri, "mpp": slide.mpp, "bytes": storage.content_size(slide.uri)}
+    source = {"uri": slide.uri, "mpp": slide.mpp, "bytes": storage.content_size(slide.uri)}
+    segmentation = slide.columns.get("segmentation") if imported else None
+    if segmentation is None:
+        return source
+    size = storage.content_size(segmentation)
+    return source | {"segmentation": segmentation, "segmentation_bytes": size}
 
 
 def _settled(config: ExtractConfig) -> ExtractConfig:
     """Return the configuration with what must be the same in every process decided, once.
 
-    An encoder file gets its absolute name, and `auto` precision becomes that of the driver.
+    Files of weights get absolute names, and `auto` precision becomes that of the driver.
     """
-    if not is_named(config.encoder):
+    if not is_named(config.encoder) and config.encoder not in WITHOUT_FILE:
         config = replace(config, encoder=storage.absolute(config.encoder))
+    weights = config.segmenter_weights
+    if weights is not None and not is_catalogued(weights):
+        config = replace(config, segmenter_weights=storage.absolute(weights))
+    if config.encoder == "none":
+        config = replace(config, store_embeddings=False)
     if config.precision != "auto":
         return config
     gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
@@ -94,7 +188,7 @@ def run_cells(
     job: str,
     config: ExtractConfig,
     slides: list[SlideRow],
-    identity: dict[str, Any],
+    networks: CheckedNetworks,
     head_uri: str | None,
     report: Report,
     prepare: Callable[[], None] = lambda: None,
@@ -105,27 +199,32 @@ def run_cells(
         job: 'extract' or 'predict'.
         config: The job's configuration.
         slides: The manifest.
-        identity: What, besides the tile settings, decides results (digests of weights).
+        networks: From `check_networks`, and for `predict` the head's digest in its identity.
         head_uri: The expression head, if any.
         report: Called with the progress after every change.
         prepare: Called once the folder is known to be this run's.
     """
     config = _settled(config)
     settings = ("segmenter", "read_mpp", "core_px", "halo_px", "store_embeddings", "precision")
-    identity = identity | {name: getattr(config, name) for name in settings}
+    identity = networks.identity | {name: getattr(config, name) for name in settings}
     identity["segmenter_version"] = SEGMENTER_VERSIONS[config.segmenter]
     run = open_run(config.out, job, identity, asdict(config))
     prepare()
-    check_manifest_unchanged(run, {slide.slide_id: _source(slide) for slide in slides})
+    imported = config.segmenter == "imported"
+    sources = {slide.slide_id: _source(slide, imported=imported) for slide in slides}
+    check_manifest_unchanged(run, sources)
     spec = CellsSpec(
-        config.segmenter,
-        config.read_mpp,
-        config.core_px,
-        config.halo_px,
-        config.encoder,
-        config.precision,
-        head_uri,
-        config.store_embeddings,
+        segmenter=config.segmenter,
+        read_mpp=config.read_mpp,
+        core_px=config.core_px,
+        halo_px=config.halo_px,
+        encoder=config.encoder,
+        precision=config.precision,
+        head_uri=head_uri,
+        store_embeddings=config.store_embeddings,
+        type_names=networks.type_names,
+        weights=config.segmenter_weights,
+        window_px=config.segmenter_window_px,
     )
     progress = Progress(len(slides))
     wanted = {slide.slide_id for slide in slides}
@@ -137,7 +236,7 @@ def run_cells(
     if pending:
         with ray_session() as cluster:
             driver = Driver(run, progress, report)
-            rows = driver.resume(pending)
+            rows = driver.resume(pending, spec)
             if rows:
                 resources = Resources(
                     config.workers, config.gpus, config.memory_gb, config.tiles_per_task

@@ -15,6 +15,7 @@ import ray.exceptions
 from scellst_ray import schemas, storage
 from scellst_ray.cohort import SlideRow
 from scellst_ray.compaction import finish_slide, unfinished_record
+from scellst_ray.pipelines.tiles import CellsSpec, imported_name
 from scellst_ray.runs import RunFolder
 
 LOG_EVERY_S = 5.0
@@ -49,8 +50,11 @@ class Driver:
         self.logged_at = time.monotonic()
         self.finishing: dict[Any, str] = {}
 
-    def resume(self, pending: list[SlideRow]) -> list[dict[str, Any]]:
-        """Take up the receipts of an earlier driver; return the slides that still need work."""
+    def resume(self, pending: list[SlideRow], spec: CellsSpec) -> list[dict[str, Any]]:
+        """Take up the receipts of an earlier driver; return the slides that still need work.
+
+        Each is a row as `plan_slide` takes it.
+        """
         log = self.run.receipts()
         log = log.filter(pc.and_(pc.is_null(log["error"]), pc.greater_equal(log["tile_id"], 0)))
         rows = []
@@ -72,9 +76,21 @@ class Driver:
                         "mpp": slide.mpp,
                         "mpp_error": slide.mpp_error,
                         "done_tiles": done["tile_id"].to_pylist(),
+                        **self._imported(slide, spec),
                     }
                 )
         return rows
+
+    def _imported(self, slide: SlideRow, spec: CellsSpec) -> dict[str, str | None]:
+        """Return where a slide's imported nuclei are, and where they shall lie sorted by tile."""
+        source = slide.columns.get("segmentation")
+        if spec.segmenter != "imported" or source is None:
+            return {"segmentation": None, "imported_uri": None}
+        folder = self.run.shards_uri(slide.slide_id)
+        return {
+            "segmentation": source,
+            "imported_uri": storage.join(folder, imported_name(source, slide.mpp, spec)),
+        }
 
     def consume(self, dataset: ray.data.Dataset) -> None:
         """Run the pipeline to its end."""

@@ -11,11 +11,9 @@ import fsspec
 from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.expression import HEAD_FILE
-from scellst_ray.models.encoder import encoder_digest
 from scellst_ray.models.mil import head_from_bytes
-from scellst_ray.pipelines.cells import ExtractConfig, run_cells
+from scellst_ray.pipelines.cells import ExtractConfig, check_networks, run_cells
 from scellst_ray.pipelines.driver import Report
-from scellst_ray.pipelines.stages import local_weights
 
 logger = logging.getLogger(__name__)
 
@@ -48,22 +46,24 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
         content = bytes(handle.read())
     _, info = head_from_bytes(content, uri)
     encoder = info["encoder"] if config.encoder == "head" else config.encoder
-    digest = encoder_digest(local_weights(encoder))
+    config = replace(config, encoder=encoder)
+    networks = check_networks(config)
+    digest = networks.identity["encoder"]
     if digest != info["encoder_digest"]:
         message = (
             f"{uri}: this head was trained on embeddings of {info['encoder_digest']}, and encoder "
             f"{encoder!r} is {digest}; give the encoder it was trained with"
         )
         raise ValueError(message)
-    _warn_of_changes(config, info)
-    identity = {"encoder": digest, "head": hashlib.sha256(content).hexdigest()}
+    _warn_of_changes(config, networks.identity, info)
+    head = {"head": hashlib.sha256(content).hexdigest()}
     # The head is part of the run: what reads the run needs nothing else.
     kept = storage.join(storage.absolute(config.out), HEAD_FILE)
     return run_cells(
         "predict",
-        replace(config, encoder=encoder),
+        config,
         slides,
-        identity,
+        replace(networks, identity=networks.identity | head),
         kept,
         report,
         prepare=lambda: storage.publish(kept, lambda path: _write(path, content)),
@@ -79,10 +79,10 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _warn_of_changes(config: PredictConfig, info: dict[str, Any]) -> None:
+def _warn_of_changes(config: PredictConfig, identity: dict[str, Any], info: dict[str, Any]) -> None:
     """Say so when cells are cut out differently from those the head was trained on."""
-    for name in ("segmenter", "read_mpp"):
-        cells, now = info.get("cells", {}), getattr(config, name)
-        then = cells.get(name, now)
+    for name in ("segmenter", "segmenter_weights", "read_mpp"):
+        now = identity.get(name, getattr(config, name))
+        then = info.get("cells", {}).get(name, now)
         if then != now:
             logger.warning("%s is %s, but the head was trained with %s", name, now, then)

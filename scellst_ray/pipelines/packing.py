@@ -1,10 +1,22 @@
 """Rows between two stages as a table: one row per tile, its cells a nested column."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
 from scellst_ray import schemas
+from scellst_ray.geometry import Frame
 from scellst_ray.pipelines.tiles import Row
+
+# What a row may carry between stages, beside its cells: name and element type.
+ARRAYS: dict[str, Any] = {
+    "image": np.uint8,
+    "maps": np.uint32,
+    "tokens": np.float16,
+    "crops": np.uint8,
+    "boxes": np.int32,
+}
 
 
 def pack(rows: list[Row]) -> pa.Table:
@@ -12,33 +24,53 @@ def pack(rows: list[Row]) -> pa.Table:
     timing = [pa.field(f"seconds_{stage}", pa.float32()) for stage in schemas.STAGES]
     fields = [*schemas.TILES, *timing]
     columns = {f.name: pa.array([row.get(f.name) for row in rows], f.type) for f in fields}
-    tables = [row.get("cells") for row in rows]
-    sizes = [0 if table is None else len(table) for table in tables]
-    # Every block has the same columns, whether or not any of its tiles came this far.
-    there = [table for table in tables if table is not None]
-    joined = pa.concat_tables(there or [pa.schema(schemas.CELL_FIELDS).empty_table()])
-    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
-    structs = joined.combine_chunks().to_struct_array()
-    values = structs.chunk(0) if structs.num_chunks else pa.array([], structs.type)
-    missing = pa.array([table is None for table in tables])
-    columns["cells"] = pa.ListArray.from_arrays(offsets, values, mask=missing)
-    crops = [row["crops"].tobytes() if "crops" in row else None for row in rows]
-    columns["crops"] = pa.array(crops, pa.large_binary())
+    columns["cells"] = _nested([row.get("cells") for row in rows])
+    frames = [_numbers(row.get("frame")) for row in rows]
+    columns["frame"] = pa.array(frames, pa.list_(pa.float64()))
+    for name, dtype in ARRAYS.items():
+        arrays = [row.get(name) for row in rows]
+        values = [None if a is None else np.ascontiguousarray(a, dtype).data for a in arrays]
+        columns[name] = pa.array(values, pa.large_binary())
+        shapes = [None if a is None else a.shape for a in arrays]
+        columns[f"{name}_shape"] = pa.array(shapes, pa.list_(pa.int64()))
     return pa.table(columns)
 
 
 def unpack(table: pa.Table) -> list[Row]:
-    """Undo `pack`."""
-    nested = [name for name in ("cells", "crops") if name in table.column_names]
-    rows: list[Row] = table.drop_columns(nested).to_pylist()
+    """Undo `pack`; a table of plain rows passes as it is. Arrays are read-only."""
+    nested = [n for n in ("cells", "frame", *ARRAYS) if n in table.column_names]
+    shapes = [f"{name}_shape" for name in nested if name in ARRAYS]
+    rows: list[Row] = table.drop_columns([*nested, *shapes]).to_pylist()
     if not nested:
         return rows
-    side = schemas.CROP_PX
-    cells, crops = table["cells"].combine_chunks(), table["crops"]
+    cells = table["cells"].combine_chunks()
     for index, row in enumerate(rows):
         if cells[index].is_valid:
             row["cells"] = pa.Table.from_struct_array(cells[index].values)
-        if crops[index].is_valid:
-            flat = np.frombuffer(crops[index].as_buffer(), np.uint8)
-            row["crops"] = flat.reshape(-1, side, side, 3)
+        if table["frame"][index].is_valid:
+            row["frame"] = Frame(*table["frame"][index].as_py())
+        for name, dtype in ARRAYS.items():
+            value = table[name][index]
+            if value.is_valid:
+                flat = np.frombuffer(value.as_buffer(), dtype)
+                row[name] = flat.reshape(table[f"{name}_shape"][index].as_py())
     return rows
+
+
+def _nested(tables: list[pa.Table | None]) -> pa.ListArray:
+    """Return one table of cells per row, None where there is none, as a column."""
+    sizes = [0 if table is None else len(table) for table in tables]
+    # Every block has the same columns, whether or not any of its tiles came this far.
+    there = [table for table in tables if table is not None]
+    joined = pa.concat_tables(there or [pa.schema(schemas.SHARD_FIELDS).empty_table()])
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    structs = joined.combine_chunks().to_struct_array()
+    values = structs.chunk(0) if structs.num_chunks else pa.array([], structs.type)
+    missing = pa.array([table is None for table in tables])
+    return pa.ListArray.from_arrays(offsets, values, mask=missing)
+
+
+def _numbers(frame: Frame | None) -> list[float] | None:
+    if frame is None:
+        return None
+    return [frame.origin_x0, frame.origin_y0, frame.ratio_x, frame.ratio_y]

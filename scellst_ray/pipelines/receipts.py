@@ -1,27 +1,29 @@
 """RECEIPTS: the Ray Data pipeline from slides still to do to one receipt per tile.
 
-    slides -> plan -> [read, segment, crop] -> [embed, head] -> [write] -> receipts
+    slides -> plan -> [read] -> [network] -> [find nuclei] -> [embed, head] -> [write] -> receipts
 
 On CPUs the bracketed stages are fused in one actor, so pixels never cross a process; with GPUs
-the middle one has actors of its own.
+the networks have actors of their own. Stages that a run does not need are left out.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy, DataContext
 
 from scellst_ray.pipelines.packing import pack, unpack
-from scellst_ray.pipelines.stages import Embed, Segment, WriteShards
+from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
 from scellst_ray.pipelines.tiles import CellsSpec, PlanTiles
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import Cluster
 
 TILE_ROW_BYTES = 250
+# Tiles a GPU gets at a time: enough for the batch of a segmenting network.
+GPU_TILES = 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Resources:
 
     Attributes:
         workers: Actors per stage; None: as many as CPUs and memory allow, or one per GPU.
-        gpus: Whether to embed on GPUs; None: if there are any.
+        gpus: Whether networks run on GPUs; None: if there are any.
         memory_gb: Memory each worker declares.
         tiles_per_task: Tiles a worker takes at a time.
     """
@@ -68,39 +70,80 @@ def receipts_dataset(
         num_cpus=0,
     )
     memory = int(resources.memory_gb * 2**30)
-    # More workers than memory holds would wait for ever, too.
-    fitting = max(1, min(cluster.num_cpus, cluster.memory // memory))
     gpus = cluster.num_gpus > 0 if resources.gpus is None else resources.gpus
-    if not gpus:
-        return tiles.map_batches(
-            _AllStages,
-            fn_constructor_kwargs={"spec": spec, "run": run},
-            compute=ActorPoolStrategy(size=resources.workers or fitting),
-            num_cpus=1,
+    groups = stage_groups(spec, gpus=gpus)
+    dataset = tiles
+    for names in groups:
+        place = _place(names, groups, resources, cluster, gpus=gpus)
+        per_task = resources.tiles_per_task
+        dataset = dataset.map_batches(
+            Stages,
+            fn_constructor_kwargs={
+                "names": names,
+                "spec": spec,
+                "run": run,
+                "on_gpu": place.num_gpus > 0,
+            },
+            compute=place.pool,
+            num_cpus=place.num_cpus,
+            num_gpus=place.num_gpus or None,
             memory=memory,
-            batch_size=resources.tiles_per_task,
+            batch_size=max(per_task, GPU_TILES) if names == ("network",) else per_task,
             batch_format="pyarrow",
         )
+    return dataset
+
+
+class _Place(NamedTuple):
+    """What a group of stages runs on: its actors, and what each of them takes."""
+
+    pool: ActorPoolStrategy
+    num_cpus: float
+    num_gpus: float
+
+
+def _place(
+    names: tuple[str, ...],
+    groups: list[tuple[str, ...]],
+    resources: Resources,
+    cluster: Cluster,
+    *,
+    gpus: bool,
+) -> _Place:
+    """Choose the actors of one group of stages."""
+    # More workers than memory holds would wait for ever, as would a pool without a CPU for it.
+    memory = int(resources.memory_gb * 2**30)
+    fitting = max(1, min(cluster.num_cpus, cluster.memory // memory))
+    if not gpus:
+        return _Place(ActorPoolStrategy(size=resources.workers or fitting), 1, 0)
     num_gpus = resources.workers or max(1, cluster.num_gpus)
-    nuclei = tiles.map_batches(
-        _SegmentBatch,
-        fn_constructor_kwargs={"spec": spec},
-        compute=ActorPoolStrategy(min_size=1, max_size=max(1, fitting - num_gpus)),
-        num_cpus=1,
-        memory=memory,
-        batch_size=resources.tiles_per_task,
-        batch_format="pyarrow",
-    )
-    return nuclei.map_batches(
-        _EmbedAndWrite,
-        fn_constructor_kwargs={"spec": spec, "run": run},
-        compute=ActorPoolStrategy(size=num_gpus),
-        num_cpus=1,
-        num_gpus=1,
-        memory=memory,
-        batch_size=resources.tiles_per_task,
-        batch_format="pyarrow",
-    )
+    on_gpus = [group for group in groups if group[0] in NETWORKS]
+    if names in on_gpus:
+        # The CPU it uses now and then is left by the others, not asked for.
+        return _Place(ActorPoolStrategy(size=num_gpus), 0, 1 / len(on_gpus))
+    num_beside = len(groups) - len(on_gpus)
+    most = max(1, fitting - num_gpus - num_beside + 1)
+    share = min(1.0, cluster.num_cpus / num_beside)
+    return _Place(ActorPoolStrategy(min_size=1, max_size=most), share, 0)
+
+
+NETWORKS = ("network", "embed")
+
+
+def stage_groups(spec: CellsSpec, *, gpus: bool) -> list[tuple[str, ...]]:
+    """Return which stages a run needs, those of one actor together.
+
+    With GPUs the networks are split from the rest, but for the writing, which needs next to
+    nothing.
+    """
+    network = spec.segmenter == "cellvit"
+    embed = spec.encoder != "none"
+    names = ("read", *["network"] * network, "find", *["embed"] * embed, "write")
+    if not gpus:
+        return [names]
+    groups = [("read",), ("network",), ("find",)] if network else [("read", "find")]
+    last = ("embed", "write") if embed else ("write",)
+    return [*groups, last] if embed else [*groups[:-1], (*groups[-1], *last)]
 
 
 def _set_context(tiles_per_task: int) -> None:
@@ -119,33 +162,37 @@ def _set_context(tiles_per_task: int) -> None:
 def _slide_table(row: dict[str, Any]) -> pa.Table:
     done = pa.array([row["done_tiles"]], pa.list_(pa.int64()))
     mpp = pa.array([row["mpp"]], pa.float64())
-    texts = {n: pa.array([row[n]], pa.string()) for n in ("slide_id", "uri", "mpp_error")}
+    names = ("slide_id", "uri", "mpp_error", "segmentation", "imported_uri")
+    texts = {name: pa.array([row[name]], pa.string()) for name in names}
     return pa.table(texts | {"mpp": mpp, "done_tiles": done})
 
 
-class _AllStages:
-    """The three stages in one actor: what a CPU worker does with a batch of tiles."""
+class Stages:
+    """Some stages in one actor: what a worker does with a batch of tiles."""
 
-    def __init__(self, spec: CellsSpec, run: RunFolder) -> None:
-        self.stages = Segment(spec), Embed(spec, "cpu"), WriteShards(run)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        segment, embed, write = self.stages
-        return write(embed(segment(batch.to_pylist())))
-
-
-class _SegmentBatch:
-    def __init__(self, spec: CellsSpec) -> None:
-        self.segment = Segment(spec)
+    def __init__(
+        self, names: tuple[str, ...], spec: CellsSpec, run: RunFolder, *, on_gpu: bool
+    ) -> None:
+        """Make the stages."""
+        self.stages = [_stage(name, spec, run, on_gpu=on_gpu) for name in names]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return pack(self.segment(batch.to_pylist()))
+        """Take tiles as they come from the stage before to the form the next one takes."""
+        rows: Any = unpack(batch)
+        for stage in self.stages:
+            rows = stage(rows)
+        return rows if isinstance(rows, pa.Table) else pack(rows)
 
 
-class _EmbedAndWrite:
-    def __init__(self, spec: CellsSpec, run: RunFolder) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.embed, self.write = Embed(spec, device), WriteShards(run)
+def _stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Callable[[Any], Any]:
+    if name == "read":
+        return Read(spec)
+    if name == "find":
+        return FindNuclei(spec)
+    if name == "write":
+        return WriteShards(run)
+    # Imported where they run: torch takes seconds and half a gigabyte, which readers need not.
+    from scellst_ray.pipelines.networks import Embed, Network, device_for  # noqa: PLC0415
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.write(self.embed(unpack(batch)))
+    device = device_for(on_gpu=on_gpu)
+    return Network(spec, device) if name == "network" else Embed(spec, device)

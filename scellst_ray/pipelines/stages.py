@@ -1,9 +1,10 @@
-"""The stages of the pass over the pixels, on rows: one dict per tile, from tile to receipt.
+"""The stages of the pass over the pixels that need no network: read, find nuclei, write.
 
-Plain functions and callables without a cluster: pipelines/cells.py strings them together, fused in
-one CPU actor or spread over CPU and GPU stages, and a plain loop over them gives the same tables.
-A row that carries an error passes through untouched: an error is a value, never an exception that
-stops the cohort.
+Plain callables on rows, one dict per tile, from tile to receipt; the networks between them are in
+pipelines/networks.py. pipelines/receipts.py strings them together, fused in one CPU actor or
+spread over CPU and GPU actors, and a plain loop over them gives the same tables. A row that
+carries an error passes through untouched: an error is a value, never an exception that stops the
+cohort. No torch here, so that CPU actors beside a GPU need not load it.
 """
 
 import uuid
@@ -11,22 +12,34 @@ import uuid
 import cv2
 import numpy as np
 import pyarrow as pa
-import torch
+from numpy.typing import NDArray
 
 from scellst_ray import schemas, storage
-from scellst_ray.geometry import Box
-from scellst_ray.models.encoder import Encoder, embed_crops, is_named, load_encoder
-from scellst_ray.models.mil import MilHead, load_head, stored_hidden
-from scellst_ray.nuclei import hematoxylin
+from scellst_ray.geometry import Box, Frame
+from scellst_ray.nuclei import hematoxylin, seams
 from scellst_ray.nuclei.crops import crop_nuclei
+from scellst_ray.nuclei.hv_maps import nuclei_from_packed
+from scellst_ray.nuclei.imported import nuclei_in_frame, read_tile
+from scellst_ray.nuclei.instances import Nuclei
 from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.reader import Slide
 
-MAX_CELLS_PER_TILE = 1 << 20
-SEGMENTERS = {"hematoxylin": hematoxylin.segment}
+MAX_CELLS_PER_TILE = 1 << seams.TILE_BITS
 # Raised whenever a segmenter's results change: part of every run's digest.
-SEGMENTER_VERSIONS = {"hematoxylin": 1}
+SEGMENTER_VERSIONS = {"hematoxylin": 2, "cellvit": 1, "imported": 1}
+# How far outside its core a tile still offers nuclei that no tile may own: see nuclei/seams.py.
+MARGIN_UM = 2.0
+
+
+def todo(rows: list[Row]) -> list[Row]:
+    """Return the rows that still stand for a tile without an error."""
+    return [row for row in rows if row.get("error") is None and row["num_tiles"]]
+
+
+def box_of(row: Row, kind: str) -> Box:
+    """Return a row's 'core' or 'read' box, level-0 px."""
+    return Box(*(row[f"{kind}_{name}"] for name in Box._fields))
 
 
 class OpenSlides:
@@ -52,91 +65,108 @@ class OpenSlides:
             slide.close()
 
 
-class Segment:
-    """Pixels to nuclei and their crops."""
+class Read:
+    """Tiles to pixels."""
 
     def __init__(self, spec: CellsSpec) -> None:
         """Prepare a worker."""
         cv2.setNumThreads(spec.num_threads)
-        self.segment = SEGMENTERS[spec.segmenter]
         self.slides = OpenSlides()
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        """Add `cells` (a table without vectors) and `crops` (uint8 [N, 48, 48, 3]) to each row."""
-        for row in rows:
-            if row.get("error") is None and row["num_tiles"]:
-                self._one(row)
+        """Add `image` (RGB uint8 [H, W, 3]) and `frame` (where it lies) to each row."""
+        for row in todo(rows):
+            with guarded(row, "read"):
+                slide = self.slides.get(row["uri"], row["mpp"])
+                row["image"], row["frame"] = slide.read(box_of(row, "read"), row["read_mpp"])
+            if row.get("error") is not None:
+                self.slides.drop(row["uri"], row["mpp"])
+        return rows
+
+
+class FindNuclei:
+    """Pixels, and a network's maps where there was one, to nuclei and their crops."""
+
+    def __init__(self, spec: CellsSpec) -> None:
+        """Prepare a worker."""
+        cv2.setNumThreads(spec.num_threads)
+        self.spec = spec
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Replace the pixels by `cells` (a table without vectors) and what embeds them.
+
+        That is `crops`, uint8 [N, 48, 48, 3], or for tokens `boxes`, px of the tile, int [N, 4].
+        """
+        for row in todo(rows):
+            self._one(row)
+            for name in ("image", "maps", "frame"):
+                row.pop(name, None)
         return rows
 
     def _one(self, row: Row) -> None:
-        with guarded(row, "read"):
-            slide = self.slides.get(row["uri"], row["mpp"])
-            box = Box(*(row[f"read_{name}"] for name in Box._fields))
-            image, frame = slide.read(box, row["read_mpp"])
-        if row.get("error") is not None:
-            self.slides.drop(row["uri"], row["mpp"])
-            return
-        px_per_um = (1 / (frame.ratio_x * row["mpp"]), 1 / (frame.ratio_y * row["mpp"]))
+        frame: Frame = row["frame"]
         with guarded(row, "segment"):
-            nuclei = self.segment(image, row["read_mpp"])
-            core = Box(*(row[f"core_{name}"] for name in Box._fields))
-            nuclei = nuclei.take(np.flatnonzero(core.contains(frame.to_level0(nuclei.centroid_px))))
+            nuclei = self._nuclei(row)
+            if self.spec.segmenter == "imported":
+                seam = np.zeros(len(nuclei), np.uint8)
+            else:
+                nuclei, seam = _owned(nuclei, row)
             if len(nuclei) > MAX_CELLS_PER_TILE:
                 message = f"{len(nuclei)} nuclei in one tile; use smaller tiles (core_px)"
                 raise ValueError(message)
-            centroid_x0y0 = frame.to_level0(nuclei.centroid_px).astype(np.float32)
-            um2_per_px = 1 / (px_per_um[0] * px_per_um[1])
-            cells = {
-                "slide_id": pa.repeat(row["slide_id"], len(nuclei)),
-                "cell_id": (row["tile_id"] * MAX_CELLS_PER_TILE + np.arange(len(nuclei))),
-                "x0": centroid_x0y0[:, 0],
-                "y0": centroid_x0y0[:, 1],
-                "area_um2": (nuclei.area_px * um2_per_px).astype(np.float32),
-                "nucleus_type": pa.array(nuclei.nucleus_type.tolist(), pa.string()),
-                "type_prob": pa.array(nuclei.type_prob, pa.float32(), from_pandas=True),
-                "polygon": pa.array(nuclei.polygon_wkb(frame), pa.binary()),
-            }
-            table = pa.table(cells, schema=pa.schema(schemas.CELL_FIELDS))
+            table = _cells(nuclei, seam, row)
         if row.get("error") is not None:
             return
         with guarded(row, "crop"):
-            row["crops"] = crop_nuclei(image, nuclei.centroid_px, px_per_um)
+            if self.spec.encoder == "tokens":
+                row["boxes"] = nuclei.boxes_px()
+            elif self.spec.encoder != "none":
+                px_per_um = (1 / (frame.ratio_x * row["mpp"]), 1 / (frame.ratio_y * row["mpp"]))
+                row["crops"] = crop_nuclei(row["image"], nuclei.centroid_px, px_per_um)
             row["cells"] = table
 
+    def _nuclei(self, row: Row) -> Nuclei:
+        """Return the tile's nuclei in px of its image, those in the halo included."""
+        if self.spec.segmenter == "cellvit":
+            return nuclei_from_packed(row["maps"], self.spec.type_names)
+        if self.spec.segmenter == "imported":
+            return nuclei_in_frame(read_tile(row["imported"], row["tile_id"]), row["frame"])
+        return hematoxylin.segment(row["image"], row["read_mpp"])
 
-class Embed:
-    """Crops to embeddings, and embeddings to the head's hidden layer."""
 
-    def __init__(self, spec: CellsSpec, device: str) -> None:
-        """Load the networks; `device` is 'cpu' or 'cuda'."""
-        torch.set_num_threads(spec.num_threads)
-        self.spec, self.device = spec, device
-        self.encoder: Encoder = load_encoder(local_weights(spec.encoder))
-        self.encoder.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.head: MilHead | None = None
-        if spec.head_uri is not None:
-            self.head = load_head(spec.head_uri)[0].to(device)
+def _owned(nuclei: Nuclei, row: Row) -> tuple[Nuclei, NDArray[np.uint8]]:
+    """Return the nuclei this tile offers, and what compaction must know of them at seams."""
+    frame: Frame = row["frame"]
+    boxes = nuclei.boxes_px().astype(np.float64)
+    corners = [frame.to_level0(boxes[:, :2]), frame.to_level0(boxes[:, 2:])]
+    index, seam = seams.offered(
+        frame.to_level0(nuclei.centroid_px),
+        np.concatenate(corners, axis=1),
+        box_of(row, "core"),
+        box_of(row, "read"),
+        margin0=MARGIN_UM / row["mpp"],
+        px0=max(frame.ratio_x, frame.ratio_y),
+    )
+    return nuclei.take(index), seam
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Replace `crops` by vector columns of `cells`."""
-        for row in rows:
-            if row.get("error") is None and row["num_tiles"]:
-                with guarded(row, "embed"):
-                    row["cells"] = self._with_vectors(row["cells"], row.pop("crops"))
-        return rows
 
-    def _with_vectors(self, cells: pa.Table, crops: np.ndarray) -> pa.Table:
-        embedding_ND = embed_crops(self.encoder, crops, self.device, self.spec.precision)
-        if self.spec.store_embeddings:
-            field = schemas.vector("embedding", embedding_ND.shape[1])
-            cells = cells.append_column(field, vectors(embedding_ND))
-        if self.head is not None:
-            with torch.inference_mode():
-                x_ND = torch.from_numpy(embedding_ND).to(self.device)
-                hidden_NH = stored_hidden(self.head.hidden(x_ND)).cpu().numpy()
-            field = schemas.vector("hidden", hidden_NH.shape[1])
-            cells = cells.append_column(field, vectors(hidden_NH))
-        return cells
+def _cells(nuclei: Nuclei, seam: NDArray[np.uint8], row: Row) -> pa.Table:
+    """Return nuclei as rows of a shard, without vectors."""
+    frame: Frame = row["frame"]
+    centroid_x0y0 = frame.to_level0(nuclei.centroid_px).astype(np.float32)
+    um2_per_px = frame.area_ratio * row["mpp"] ** 2
+    columns = {
+        "slide_id": pa.repeat(row["slide_id"], len(nuclei)),
+        "cell_id": (row["tile_id"] * MAX_CELLS_PER_TILE + np.arange(len(nuclei))),
+        "x0": centroid_x0y0[:, 0],
+        "y0": centroid_x0y0[:, 1],
+        "area_um2": (nuclei.area_px * um2_per_px).astype(np.float32),
+        "nucleus_type": pa.array(nuclei.nucleus_type.tolist(), pa.string()),
+        "type_prob": pa.array(nuclei.type_prob, pa.float32(), from_pandas=True),
+        "polygon": pa.array(nuclei.polygon_wkb(frame), pa.binary()),
+        "seam": seam,
+    }
+    return pa.table(columns, schema=pa.schema(schemas.SHARD_FIELDS))
 
 
 class WriteShards:
@@ -178,15 +208,3 @@ class WriteShards:
             if row.get("error") is None:
                 row.update(shard=name, shard_row=start)
             start += len(row["cells"])
-
-
-def vectors(values: np.ndarray) -> pa.FixedSizeListArray:
-    """Return a float16 array [N, D] as an Arrow column, without copying."""
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float16())
-    field = pa.field("item", pa.float16())
-    return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(field, values.shape[1]))
-
-
-def local_weights(weights: str) -> str:
-    """Return weights as `load_encoder` takes them: a file of any storage as a local path."""
-    return weights if is_named(weights) else str(storage.local_copy(weights))

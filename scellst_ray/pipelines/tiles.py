@@ -3,17 +3,27 @@
 A row is a dict, one per tile, from plan to receipt. What goes wrong becomes a value in the row.
 """
 
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from scellst_ray import schemas, storage
+from scellst_ray.geometry import Frame
+from scellst_ray.nuclei.imported import check_within, publish_by_tile, read_segmentation
 from scellst_ray.slides.reader import Slide
-from scellst_ray.slides.tiling import default_read_mpp, plan_tiles
+from scellst_ray.slides.tiling import (
+    Tile,
+    default_read_mpp,
+    network_read_mpp,
+    plan_tiles,
+    tile_edges,
+)
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
 
 Row = dict[str, Any]
@@ -25,15 +35,19 @@ class CellsSpec:
     """All that decides what the stages compute; sent to every worker.
 
     Attributes:
-        segmenter: Name of the nucleus segmenter.
-        read_mpp: um per px to read slides at; None: see `default_read_mpp`.
+        segmenter: 'hematoxylin', 'cellvit' or 'imported'.
+        read_mpp: um per px to read slides at; None: as the segmenter likes it.
         core_px: Tile core in px read.
         halo_px: Halo in px read.
-        encoder: Weights as `load_encoder` takes them, or a URI of a weights file.
-        precision: 'float32' or 'bfloat16'.
+        encoder: Weights as `load_encoder` takes them, a URI of a weights file, 'tokens' (of the
+            segmenting network) or 'none'.
+        precision: 'float32', 'bfloat16' or 'float16', of all networks.
         head_uri: The expression head, or None.
         store_embeddings: Whether CELLS get an embedding column.
         num_threads: CPU threads of torch and OpenCV in a worker.
+        type_names: Of the network's types, by number.
+        weights: The segmenting network's checkpoint: a URI or a name of the catalogue, or None.
+        window_px: Neighbourhood for the network's edge maps in px read; None: the whole tile.
     """
 
     segmenter: str
@@ -45,6 +59,14 @@ class CellsSpec:
     head_uri: str | None
     store_embeddings: bool
     num_threads: int = 1
+    type_names: tuple[str, ...] = ()
+    weights: str | None = None
+    window_px: int | None = None
+
+    @property
+    def side_px(self) -> int:
+        """Side of a whole tile in px read: core and halos."""
+        return self.core_px + 2 * self.halo_px
 
 
 @contextmanager
@@ -68,12 +90,14 @@ def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
     """Plan a slide's tiles.
 
     Args:
-        row: slide_id, uri, mpp and mpp_error of the manifest, and done_tiles (ids not to redo).
+        row: slide_id, uri, mpp and mpp_error of the manifest, and done_tiles (ids not to redo);
+            for imported nuclei also segmentation (where they are) and imported_uri (where they
+            shall lie, sorted by tile).
         spec: What to compute.
 
     Returns:
         One row per tile still to do; a single row with tile_id -1 and num_tiles 0 if the slide
-        cannot be opened or shows no tissue.
+        cannot be opened or has nothing to do: no tissue, or no imported nucleus.
     """
     nothing: Row = {"slide_id": row["slide_id"], "tile_id": -1, "num_tiles": 0, "uri": row["uri"]}
     rows: list[Row] = []
@@ -81,14 +105,18 @@ def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
         if row["mpp_error"]:
             raise ValueError(row["mpp_error"])
         with Slide(storage.local_copy(row["uri"]), row["uri"], row["mpp"]) as slide:
-            read_mpp = spec.read_mpp or default_read_mpp(slide.mpp)
-            image, frame = slide.overview(max(TISSUE_MPP, slide.mpp))
-            mask = tissue_mask(image, max(TISSUE_MPP, slide.mpp))
-            size0 = (slide.width0, slide.height0)
-            about = {"mpp": slide.mpp, "width0": size0[0], "height0": size0[1]}
-        nothing |= about | {"read_mpp": read_mpp}
-        ratio = read_mpp / about["mpp"]
-        tiles = plan_tiles(size0, ratio, mask, frame, spec.core_px, spec.halo_px)
+            read_mpp = _read_mpp(slide, spec)
+            nothing |= {
+                "mpp": slide.mpp,
+                "read_mpp": read_mpp,
+                "width0": slide.width0,
+                "height0": slide.height0,
+            }
+            if spec.segmenter == "imported":
+                nothing["imported"] = row["imported_uri"]
+                tiles = _tiles_of_nuclei(slide, read_mpp, row, spec)
+            else:
+                tiles = _tiles_of_tissue(slide, read_mpp, spec)
         done = set(row["done_tiles"])
         for tile in tiles:
             if tile.tile_id not in done:
@@ -101,6 +129,52 @@ def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
     rows = rows or [nothing]
     rows[-1]["seconds_plan"] = nothing["seconds_plan"]
     return rows
+
+
+def _read_mpp(slide: Slide, spec: CellsSpec) -> float:
+    if spec.segmenter == "cellvit":
+        wanted = network_read_mpp(slide.mpp, slide.uri)
+        return spec.read_mpp or wanted
+    return spec.read_mpp or default_read_mpp(slide.mpp)
+
+
+def _tiles_of_tissue(slide: Slide, read_mpp: float, spec: CellsSpec) -> list[Tile]:
+    mpp = max(TISSUE_MPP, slide.mpp)
+    image, frame = slide.overview(mpp)
+    size0, ratio = (slide.width0, slide.height0), read_mpp / slide.mpp
+    return plan_tiles(size0, ratio, tissue_mask(image, mpp), frame, spec.core_px, spec.halo_px)
+
+
+def _tiles_of_nuclei(
+    slide: Slide, read_mpp: float, row: Mapping[str, Any], spec: CellsSpec
+) -> list[Tile]:
+    """Return the tiles that have imported nuclei, after sorting these by tile.
+
+    Tissue is not asked for: whoever segmented the slide decided that.
+    """
+    size0, ratio = (slide.width0, slide.height0), read_mpp / slide.mpp
+    if not row["segmentation"]:
+        message = f"slide {row['slide_id']!r}: the manifest names no file in column segmentation"
+        raise ValueError(message)
+    if not storage.exists(row["imported_uri"]):
+        source = row["segmentation"]
+        table = read_segmentation(storage.local_copy(source), source)
+        table = check_within(table, *size0, source, slide.mpp)
+        edges_x, edges_y = map(np.array, tile_edges(size0, ratio, spec.core_px))
+        publish_by_tile(table, edges_x, edges_y, row["imported_uri"])
+    wanted = set(storage.read_table(row["imported_uri"], ["tile_id"])["tile_id"].to_pylist())
+    everywhere, frame = np.ones((1, 1), np.bool_), Frame(0.0, 0.0, *map(float, size0))
+    tiles = plan_tiles(size0, ratio, everywhere, frame, spec.core_px, spec.halo_px)
+    return [tile for tile in tiles if tile.tile_id in wanted]
+
+
+def imported_name(source: str, mpp: float | None, spec: CellsSpec) -> str:
+    """Return the file name of a slide's imported nuclei sorted by tile.
+
+    It tells by its name what it was made of, so another file or another tiling is another name.
+    """
+    made_of = (source, storage.content_size(source), mpp, spec.read_mpp, spec.core_px)
+    return f"imported-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.parquet"
 
 
 class PlanTiles:

@@ -162,8 +162,9 @@ class Slide:
 
 def _on_grid(start0: int, size0: int, ratio: float) -> tuple[int, int]:
     """Return the first pixel and the number of pixels of a grid that cover level-0 px."""
-    first = math.floor(start0 / ratio / GRID_PX) * GRID_PX
-    end = math.ceil((start0 + size0) / ratio / GRID_PX) * GRID_PX
+    slack = 1e-6  # quotients that should be whole
+    first = math.floor(start0 / ratio / GRID_PX + slack) * GRID_PX
+    end = math.ceil((start0 + size0) / ratio / GRID_PX - slack) * GRID_PX
     return first, end - first
 
 

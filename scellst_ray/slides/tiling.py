@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from scellst_ray.geometry import Box, Frame
 
 FINEST_MPP, COARSEST_MPP = 0.25, 0.5
+# CellViT was trained at 0.25 um/px. Slides within this range are read as they are, coarser ones
+# only up to a limit: facts of the published pipeline.
+NETWORK_MPP, NETWORK_NATIVE_MPP, NETWORK_COARSEST_MPP = 0.25, (0.20, 0.30), 0.75
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,26 @@ def default_read_mpp(mpp: float) -> float:
     return min(max(mpp, FINEST_MPP), COARSEST_MPP)
 
 
+def network_read_mpp(mpp: float, source: str) -> float:
+    """Return the resolution at which CellViT shall see a slide.
+
+    Args:
+        mpp: um per level-0 px.
+        source: The slide, for the message.
+
+    Raises:
+        ValueError: the slide is too coarse for a network trained at 0.25 um/px.
+    """
+    if mpp > NETWORK_COARSEST_MPP:
+        message = (
+            f"{source}: {mpp:g} um/px is coarser than the {NETWORK_COARSEST_MPP} at which CellViT "
+            "still sees nuclei (it was trained at 0.25); scan anew, or use segmenter hematoxylin"
+        )
+        raise ValueError(message)
+    low, high = NETWORK_NATIVE_MPP
+    return mpp if low <= mpp <= high else NETWORK_MPP
+
+
 def plan_tiles(
     size0: tuple[int, int],
     ratio: float,
@@ -51,8 +74,7 @@ def plan_tiles(
         core_px: Core size in px read.
         halo_px: Halo on each side in px read.
     """
-    edges_x, edges_y = (_edges(size, core_px * ratio) for size in size0)
-    halo0 = math.ceil(halo_px * ratio)
+    edges_x, edges_y = tile_edges(size0, ratio, core_px)
     sums = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     tiles = []
     num_columns = len(edges_x) - 1
@@ -61,8 +83,31 @@ def plan_tiles(
             x0, y0 = edges_x[column], edges_y[row]
             core = Box(x0, y0, edges_x[column + 1] - x0, edges_y[row + 1] - y0)
             if _count(sums, core, mask_frame) > 0:
-                tiles.append(Tile(row * num_columns + column, core, core.grown(halo0)))
+                read_x0, read_w0 = _read_span(column, core_px, halo_px, ratio, size0[0])
+                read_y0, read_h0 = _read_span(row, core_px, halo_px, ratio, size0[1])
+                read = Box(read_x0, read_y0, read_w0, read_h0)
+                tiles.append(Tile(row * num_columns + column, core, read))
     return tiles
+
+
+def tile_edges(size0: tuple[int, int], ratio: float, core_px: int) -> tuple[list[int], list[int]]:
+    """Return the level-0 edges of all cores along x and y: columns + 1 and rows + 1 of them."""
+    edges_x, edges_y = (_edges(size, core_px * ratio) for size in size0)
+    return edges_x, edges_y
+
+
+def _read_span(index: int, core_px: int, halo_px: int, ratio: float, size0: int) -> tuple[int, int]:
+    """Return start and size, along one axis, of what tile `index` reads.
+
+    In px read it is [index * core - halo, (index + 1) * core + halo), rounded inwards to level-0
+    px: widened to the grid of pixels again when it is read, it is never larger than that, so a
+    network sees tiles of one size. The last tile ends a halo behind the slide.
+    """
+    slack = 1e-6  # of a level-0 px: products that should be whole
+    start0 = math.ceil((index * core_px - halo_px) * ratio - slack)
+    end0 = math.floor(((index + 1) * core_px + halo_px) * ratio + slack)
+    end0 = min(end0, size0 + math.ceil(halo_px * ratio))
+    return start0, end0 - start0
 
 
 def _edges(size0: int, step0: float) -> list[int]:

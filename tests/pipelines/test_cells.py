@@ -13,7 +13,8 @@ from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.compaction import finish_slide
 from scellst_ray.pipelines.cells import ExtractConfig, extract
-from scellst_ray.pipelines.stages import Embed, Segment, WriteShards
+from scellst_ray.pipelines.networks import Embed
+from scellst_ray.pipelines.stages import WriteShards
 from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
 from scellst_ray.runs import RunFolder
 
@@ -23,26 +24,25 @@ TILES = {"core_px": 96, "halo_px": 32, "encoder": "random:0", "memory_gb": 0.5}
 
 def spec_of(config):
     return CellsSpec(
-        config.segmenter,
-        None,
-        config.core_px,
-        config.halo_px,
-        config.encoder,
-        "float32",
-        None,
+        segmenter=config.segmenter,
+        read_mpp=None,
+        core_px=config.core_px,
+        halo_px=config.halo_px,
+        encoder=config.encoder,
+        precision="float32",
+        head_uri=None,
         store_embeddings=True,
     )
 
 
 @pytest.fixture(scope="module")
-def plain(small_cohort, tmp_path_factory):
+def plain(small_cohort, tmp_path_factory, helpers):
     """Return the CELLS of each slide from a plain loop over tiles, one at a time."""
     config = ExtractConfig(manifest=str(small_cohort), out="unused", **TILES)
     spec, run = spec_of(config), RunFolder(str(tmp_path_factory.mktemp("plain")), "plain")
-    segment, embed, write = Segment(spec), Embed(spec, "cpu"), WriteShards(run)
+    segment, embed, write = helpers.find_stage(spec), Embed(spec, "cpu"), WriteShards(run)
     for slide in read_manifest(str(small_cohort)):
-        row = {"slide_id": slide.slide_id, "uri": slide.uri, "mpp": None, "mpp_error": None}
-        tiles = plan_slide(row | {"done_tiles": []}, spec)
+        tiles = plan_slide(helpers.slide_row(slide.uri, slide_id=slide.slide_id), spec)
         receipts = [write(embed(segment([tile]))) for tile in tiles]
         finish_slide(run, slide.slide_id, pa.concat_tables(receipts))
     return {name: pq.read_table(run.cells_uri(name)) for name in ("s0", "s1")}
@@ -79,7 +79,9 @@ def test_pipeline_equals_plain_loop(small_cohort, plain, tmp_path, resources):
     assert storage.list_files(str(tmp_path / "shards")) == []
 
 
-def test_rerun_does_nothing_and_resume_does_only_what_is_missing(small_cohort, plain, tmp_path):
+def test_rerun_does_nothing_and_resume_does_only_what_is_missing(
+    small_cohort, plain, tmp_path, helpers
+):
     config = ExtractConfig(
         manifest=str(small_cohort), out=str(tmp_path), gpus=False, tiles_per_task=2, **TILES
     )
@@ -90,7 +92,9 @@ def test_rerun_does_nothing_and_resume_does_only_what_is_missing(small_cohort, p
     assert before == after
     # As if the driver had died before s1 was finished and its last receipts were logged.
     run = RunFolder(str(tmp_path), "")
-    kept = replay_receipts(run, "s1", share=0.5, spec=spec_of(config), manifest=small_cohort)
+    kept = replay_receipts(
+        run, "s1", share=0.5, spec=spec_of(config), manifest=small_cohort, helpers=helpers
+    )
     extract(config)
     for slide_id, expected in plain.items():
         assert_same(cells_of(tmp_path, slide_id), expected)
@@ -101,16 +105,15 @@ def test_rerun_does_nothing_and_resume_does_only_what_is_missing(small_cohort, p
     assert any(name and name.startswith("kept-") for name in still_named)
 
 
-def replay_receipts(run, slide_id, share, spec, manifest):
+def replay_receipts(run, slide_id, share, spec, manifest, helpers):
     """Undo the finishing of a slide: keep the shards and receipts of some of its tiles."""
     storage.remove_tree(run.record_uri(slide_id))
     storage.remove_tree(run.cells_uri(slide_id))
     storage.remove_tree(storage.join(run.uri, "receipts"))
     slide = next(s for s in read_manifest(str(manifest)) if s.slide_id == slide_id)
-    row = {"slide_id": slide_id, "uri": slide.uri, "mpp": None, "mpp_error": None}
-    tiles = plan_slide(row | {"done_tiles": []}, spec)
+    tiles = plan_slide(helpers.slide_row(slide.uri, slide_id=slide_id), spec)
     tiles = tiles[: int(len(tiles) * share)]
-    receipts = WriteShards(run)(Embed(spec, "cpu")(Segment(spec)(tiles)))
+    receipts = WriteShards(run)(Embed(spec, "cpu")(helpers.find_stage(spec)(tiles)))
     names = {name: f"kept-{name}" for name in receipts["shard"].unique().to_pylist() if name}
     for old, new in names.items():
         folder = run.shards_uri(slide_id)

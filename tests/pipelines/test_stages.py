@@ -12,7 +12,8 @@ from scipy.spatial import cKDTree
 from scellst_ray import schemas, storage
 from scellst_ray.compaction import finish_slide
 from scellst_ray.models.mil import MilHead, save_head, stored_hidden
-from scellst_ray.pipelines.stages import Embed, Segment, WriteShards, local_weights, vectors
+from scellst_ray.pipelines.networks import Embed, local_weights, vectors
+from scellst_ray.pipelines.stages import WriteShards
 from scellst_ray.pipelines.tiles import plan_slide
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.reader import Slide
@@ -37,16 +38,18 @@ def points(table):
     return np.stack([table["x0"].to_numpy(), table["y0"].to_numpy()], axis=1)
 
 
-def test_the_loop_gives_one_receipt_per_tile(segmented_rows, finished):
+def test_the_loop_gives_one_receipt_per_tile(segmented_rows, finished, cells):
     _, receipts, record = finished
     assert receipts.schema.equals(schemas.RECEIPTS)
     assert record["status"] == "done"
     assert record["num_tiles"] == len(receipts) == len(segmented_rows()) > 4
-    assert record["num_cells"] == sum(len(row["cells"]) for row in segmented_rows())
+    # Tiles offer what lies a little outside their core; each nucleus is kept once.
+    offered = sum(len(row["cells"]) for row in segmented_rows())
+    assert 0.8 * offered < record["num_cells"] == len(cells) < offered
     assert record["mpp"] == pytest.approx(MPP)
     assert record["read_mpp"] == pytest.approx(MPP)
     assert (record["width0"], record["height0"]) == (720, 520)
-    assert all(seconds > 0 for seconds in record["seconds"].values())
+    assert all(record["seconds"][stage] > 0 for stage in schemas.STAGES if stage != "network")
     assert set(record["seconds"]) == set(schemas.STAGES)
 
 
@@ -73,9 +76,9 @@ def test_ids_are_unique_ordered_and_name_their_tile(cells, finished):
     _, receipts, _ = finished
     ids = cells["cell_id"].to_numpy()
     assert (np.diff(ids) > 0).all()
-    tiles, counts = np.unique(ids // 2**20, return_counts=True)
-    expected = {r["tile_id"]: r["num_cells"] for r in receipts.to_pylist() if r["num_cells"]}
-    assert dict(zip(tiles.tolist(), counts.tolist(), strict=True)) == expected
+    offered = {r["tile_id"]: r["num_cells"] for r in receipts.to_pylist() if r["num_cells"]}
+    assert set((ids >> 20).tolist()) == set(offered)
+    assert all(index < offered[tile] for tile, index in zip(ids >> 20, ids % 2**20, strict=True))
 
 
 def test_no_nucleus_is_found_twice(cells):
@@ -91,7 +94,7 @@ def test_no_nucleus_is_found_twice(cells):
 
 def test_tiles_equal_the_whole_slide_up_to_their_seams(synthetic_slide, cells, cells_spec, helpers):
     spec = replace(cells_spec, core_px=2000)
-    (row,) = Segment(spec)(plan_slide(helpers.slide_row(synthetic_slide.slide), spec))
+    (row,) = helpers.find_stage(spec)(plan_slide(helpers.slide_row(synthetic_slide.slide), spec))
     whole, tiled = points(row["cells"]), points(cells)
     near_whole, _ = cKDTree(whole).query(tiled)
     near_tiled, _ = cKDTree(tiled).query(whole)
@@ -163,7 +166,7 @@ def test_a_tile_that_cannot_be_read_costs_no_other(
 
     monkeypatch.setattr(Slide, "read", read)
     run = RunFolder(str(tmp_path), "d1g")
-    segmented = Segment(cells_spec)(rows)
+    segmented = helpers.find_stage(cells_spec)(rows)
     assert segmented[1]["error_type"] == "OSError"
     # The others went on with a slide opened anew, and found what they find without the failure.
     for row, expected in zip(segmented, segmented_rows(), strict=True):
@@ -186,15 +189,16 @@ def test_a_failure_at_any_later_stage(
         message = "broken"
         raise RuntimeError(message)
 
-    home = "scellst_ray.pipelines.stages"
+    broken = {
+        "segment": "stages.hematoxylin.segment",
+        "crop": "stages.crop_nuclei",
+        "embed": "networks.embed_crops",
+        "write": "stages.storage.publish_table",
+    }
     rows = plan_slide(helpers.slide_row(synthetic_slide.slide), cells_spec)[:2]
     run = RunFolder(str(tmp_path), "d1g")
-    segment, write = Segment(cells_spec), WriteShards(run)
-    name = {"crop": "crop_nuclei", "embed": "embed_crops", "write": "storage.publish_table"}
-    if stage == "segment":
-        segment.segment = fail
-    else:
-        monkeypatch.setattr(f"{home}.{name[stage]}", fail)
+    segment, write = helpers.find_stage(cells_spec), WriteShards(run)
+    monkeypatch.setattr(f"scellst_ray.pipelines.{broken[stage]}", fail)
     receipts = write(embed_stage(segment(rows)))
     assert receipts["stage"].to_pylist() == [stage] * 2
     assert receipts["error"].to_pylist() == ["broken"] * 2
@@ -215,7 +219,7 @@ def test_a_shard_that_could_not_be_written_spoils_no_other(
     receipts = pa.concat_tables([first, WriteShards(run)(rows[1:])])
     record = finish_slide(run, "s", receipts)
     assert (record["status"], record["error_type"]) == ("partial", "ZeroDivisionError")
-    assert record["num_cells"] == sum(len(row["cells"]) for row in rows[1:])
+    assert record["num_cells"] == storage.read_table(run.cells_uri("s")).num_rows > 0
 
 
 def test_write_makes_one_shard_per_slide(tmp_path, few_rows, embed_stage):
@@ -245,7 +249,7 @@ def test_a_slide_that_cannot_be_planned_is_one_row(
 ):
     rows = plan_slide(helpers.slide_row(synthetic_slide.slide, **changes), cells_spec)
     run = RunFolder(str(tmp_path), "d1g")
-    receipts = WriteShards(run)(embed_stage(Segment(cells_spec)(rows)))
+    receipts = WriteShards(run)(embed_stage(helpers.find_stage(cells_spec)(rows)))
     (receipt,) = receipts.to_pylist()
     assert (receipt["tile_id"], receipt["num_tiles"], receipt["num_cells"]) == (-1, 0, 0)
     assert (receipt["stage"], receipt["error_type"]) == ("plan", reason[0])
@@ -260,7 +264,7 @@ def test_a_blank_slide_is_empty_and_no_error(tmp_path, cells_spec, embed_stage, 
     path = helpers.write_pyramid(tmp_path / "blank.tif", [blank], MPP)
     rows = plan_slide(helpers.slide_row(path), cells_spec)
     run = RunFolder(str(tmp_path / "run"), "d1g")
-    receipts = WriteShards(run)(embed_stage(Segment(cells_spec)(rows)))
+    receipts = WriteShards(run)(embed_stage(helpers.find_stage(cells_spec)(rows)))
     (receipt,) = receipts.to_pylist()
     assert (receipt["error"], receipt["num_tiles"], receipt["width0"]) == (None, 0, 500)
     assert finish_slide(run, "s", receipts)["status"] == "empty"
@@ -271,7 +275,7 @@ def test_tissue_without_nuclei_gives_tiles_without_cells(
 ):
     pink = np.full((400, 500, 3), (225, 160, 205), np.uint8)
     path = helpers.write_pyramid(tmp_path / "pink.tif", [pink], MPP)
-    rows = Segment(cells_spec)(plan_slide(helpers.slide_row(path), cells_spec))
+    rows = helpers.find_stage(cells_spec)(plan_slide(helpers.slide_row(path), cells_spec))
     assert [len(row["cells"]) for row in rows] == [0] * 4
     run = RunFolder(str(tmp_path / "run"), "d1g")
     receipts = WriteShards(run)(embed_stage(rows))
@@ -296,7 +300,7 @@ def test_coordinates_do_not_depend_on_the_resolution_read(
     synthetic_slide, cells_spec, helpers, read_mpp
 ):
     spec = replace(cells_spec, read_mpp=read_mpp, core_px=round(125 / read_mpp))
-    rows = Segment(spec)(plan_slide(helpers.slide_row(synthetic_slide.slide), spec))
+    rows = helpers.find_stage(spec)(plan_slide(helpers.slide_row(synthetic_slide.slide), spec))
     found = np.concatenate([points(row["cells"]) for row in rows])
     truth = points(pq.read_table(synthetic_slide.truth))
     distance, nearest = cKDTree(truth).query(found)
@@ -327,5 +331,5 @@ def test_local_weights(tmp_path):
 
 def test_receipts_add_up(finished):
     _, receipts, record = finished
-    assert pc.sum(receipts["num_cells"]).as_py() == record["num_cells"]
+    assert pc.sum(receipts["num_cells"]).as_py() >= record["num_cells"]
     assert pc.count_distinct(receipts["tile_id"]).as_py() == len(receipts)

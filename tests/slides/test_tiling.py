@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scellst_ray.geometry import Box, Frame
-from scellst_ray.slides.tiling import default_read_mpp, plan_tiles
+from scellst_ray.slides.reader import _on_grid
+from scellst_ray.slides.tiling import default_read_mpp, network_read_mpp, plan_tiles
 
 sizes = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 ratios = st.one_of(
@@ -43,10 +44,14 @@ def test_every_point_lies_in_exactly_one_core(size0, ratio, core_px, data):
 @given(sizes, ratios, cores, st.integers(0, 100))
 def test_cores_and_halos_have_the_size_asked_for(size0, ratio, core_px, halo_px):
     tiles = plan_tiles(size0, ratio, *everywhere(size0), core_px, halo_px)
-    halo0 = math.ceil(halo_px * ratio)
     assert [tile.tile_id for tile in tiles] == list(range(len(tiles)))
     for tile in tiles:
-        assert tile.read == tile.core.grown(halo0)
+        # The halo, up to rounding, on every side.
+        near, far = tile.read, tile.core.grown(math.ceil(halo_px * ratio) + 1)
+        assert 0 <= near.x0 - far.x0 <= 2.5 + ratio
+        assert 0 <= near.y0 - far.y0 <= 2.5 + ratio
+        assert 0 <= (far.x0 + far.w0) - (near.x0 + near.w0) <= 3.5 + ratio
+        assert 0 <= (far.y0 + far.h0) - (near.y0 + near.h0) <= 3.5 + ratio
         assert 0 < tile.core.w0 <= core_px * ratio + 1
         assert 0 < tile.core.h0 <= core_px * ratio + 1
         if tile.core.x0 + tile.core.w0 < size0[0]:
@@ -54,6 +59,35 @@ def test_cores_and_halos_have_the_size_asked_for(size0, ratio, core_px, halo_px)
         # The true step, not a rounded one: no drift towards the far end.
         column = round(tile.core.x0 / (core_px * ratio))
         assert abs(tile.core.x0 - column * core_px * ratio) <= 0.5
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes, st.floats(0.26, 5), st.integers(16, 240), st.integers(1, 20))
+def test_a_tile_is_read_in_one_size_whatever_the_resolution(size0, ratio, cores, halos):
+    """A network takes tiles of one size; the grid of pixels must not add any."""
+    core_px, halo_px = 4 * cores, 4 * halos
+    for tile in plan_tiles(size0, ratio, *everywhere(size0), core_px, halo_px):
+        for axis, start0 in enumerate((tile.read.x0, tile.read.y0)):
+            first, size = _on_grid(start0, tile.read[2 + axis], ratio)
+            index = round((tile.core.x0, tile.core.y0)[axis] / (core_px * ratio))
+            assert first == index * core_px - halo_px
+            assert size <= core_px + 2 * halo_px
+            core_end = tile.core[axis] + tile.core[2 + axis]
+            if core_end < size0[axis] - halo_px * ratio - 8:
+                assert size == core_px + 2 * halo_px
+
+
+@pytest.mark.parametrize(
+    ("mpp", "read"),
+    [(0.12, 0.25), (0.2, 0.2), (0.2431, 0.2431), (0.3, 0.3), (0.31, 0.25), (0.75, 0.25)],
+)
+def test_cellvit_sees_about_a_quarter_um_per_px(mpp, read):
+    assert network_read_mpp(mpp, "slide.svs") == read
+
+
+def test_cellvit_refuses_coarse_slides():
+    with pytest.raises(ValueError, match=r"slide\.svs: 0\.9 um/px is coarser than the 0\.75"):
+        network_read_mpp(0.9, "slide.svs")
 
 
 @settings(max_examples=50, deadline=None)

@@ -8,7 +8,7 @@ import torch
 from scellst_ray import schemas, storage
 from scellst_ray.models.bags import split_spots
 from scellst_ray.models.mil_fit import FitConfig, fit_head, new_head
-from scellst_ray.pipelines.stages import vectors
+from scellst_ray.pipelines.networks import vectors
 from scellst_ray.session import ray_session
 from scellst_ray.training.fit_mil import Workers, fit, load_bags
 

@@ -1,0 +1,131 @@
+"""Measure what CellViT costs a tile: shared skips, layouts in memory, precisions, variants.
+
+    python benchmarks/cellvit_network.py [--side 1024] [--threads 1] [--json cellvit_network.json]
+
+Each row runs once in a process of its own, on random weights and a random tile, which cost what
+trained weights and tissue cost. 'separate' computes the skip decoders for each of the three
+branches, as the published code does; 'shared' computes them once, as scellst_ray does. Seconds are
+those of the processor, memory is the process's peak.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scellst_ray.models.cellvit import CellViT, arch_of
+from scellst_ray.models.cellvit_inference import DTYPES, pack_maps
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table; the tile's side is a share of what is asked for."""
+
+    share: float
+    variant: str
+    skips: str
+    layout: str
+    precision: str
+
+
+# Without native bfloat16 a processor needs minutes for what takes it seconds in float32, so that
+# pair is a sixteenth of a tile.
+CASES = (
+    Case(1, "256", "separate", "contiguous", "float32"),
+    Case(1, "256", "shared", "contiguous", "float32"),
+    Case(1, "256", "separate", "channels_last", "float32"),
+    Case(1, "256", "shared", "channels_last", "float32"),
+    Case(0.25, "256", "shared", "channels_last", "float32"),
+    Case(0.25, "256", "shared", "channels_last", "bfloat16"),
+    Case(1, "SAM-B", "shared", "channels_last", "float32"),
+)
+
+
+def separate(network: CellViT, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the three maps, every branch with skips of its own."""
+    _, (first, second, third, last) = network.encoder(x_BCHW)
+    maps: list[Tensor] = []
+    for branch in (
+        network.nuclei_binary_map_decoder,
+        network.hv_map_decoder,
+        network.nuclei_type_maps_decoder,
+    ):
+        skips = (
+            network.decoder0(x_BCHW),
+            network.decoder1(first),
+            network.decoder2(second),
+            network.decoder3(third),
+        )
+        maps.append(branch(last, skips))
+    binary, hv_map, types = maps
+    return binary, hv_map, types
+
+
+def measure(case: Case, side: int, num_threads: int) -> dict[str, float]:
+    """Return processor and wall seconds of one tile, of shrinking its maps, and peak memory."""
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(0)
+    last = case.layout == "channels_last"
+    layout = torch.channels_last if last else torch.contiguous_format
+    network = CellViT(arch_of(case.variant), 6, 19).eval().to(memory_format=layout)
+    side = round(case.share * side)
+    tile = torch.randn(1, 3, side, side).contiguous(memory_format=layout)
+    dtype = DTYPES[case.precision]
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        network(tile[..., :64, :64])  # the first call loads libraries
+        cpu, wall = time.process_time(), time.perf_counter()
+        if case.skips == "separate":
+            binary, hv_map, types = separate(network, tile)
+        else:
+            maps = network(tile)
+            binary, hv_map, types = maps.nuclei_binary_map, maps.hv_map, maps.nuclei_type_map
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        shrink = time.process_time()
+        pack_maps(binary, hv_map, types)
+        shrink = time.process_time() - shrink
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"cpu_s": cpu, "wall_s": wall, "shrink_cpu_s": shrink, "peak_gib": peak}
+
+
+def main() -> None:
+    """Run every case, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--side", type=int, default=1024, help="px of the tile")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=Path("cellvit_network.json"))
+    options = parser.parse_args()
+    rows = []
+    print("side  variant  skips     layout         precision    cpu s   wall s  shrink s  peak GiB")
+    # A process each: peak memory is the process's, and one case leaves the next nothing.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for case in CASES:
+            found = pool.submit(measure, case, options.side, options.threads).result()
+            rows.append(asdict(case) | found)
+            side = round(case.share * options.side)
+            names = f"{side:4}  {case.variant:8} {case.skips:9} {case.layout:14} {case.precision:9}"
+            numbers = f"{found['cpu_s']:9.2f}{found['wall_s']:9.2f}{found['shrink_cpu_s']:10.2f}"
+            print(f"{names}{numbers}{found['peak_gib']:10.2f}", flush=True)
+    report = {
+        "side_px": options.side,
+        "threads": options.threads,
+        "rows": rows,
+        "native_bfloat16": bool(torch.cpu.get_capabilities().get("avx512_bf16")),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    main()

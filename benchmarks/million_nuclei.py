@@ -1,0 +1,182 @@
+"""Take simulated slides of up to a million nuclei from a network's maps to compacted CELLS.
+
+    python benchmarks/million_nuclei.py [--nuclei 100000 300000 1000000] [--json FILE]
+
+Every tile of 1024 px makes its own nuclei from a seed and the maps a network would give of them
+(that is the simulation, and not counted); from there on it is the pipeline as it is: Ray Data
+actors find nuclei and write shards, the driver logs receipts, a task settles seams and compacts.
+Memory is that of all processes together, shared pages counted once. If no step grows faster than
+the slide, seconds per nucleus stay the same.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import ray
+import ray.data
+import shapely
+from measuring import peak_memory
+from numpy.typing import NDArray
+
+from scellst_ray import __version__, schemas, storage
+from scellst_ray.geometry import Box
+from scellst_ray.pipelines.driver import Driver, Progress
+from scellst_ray.pipelines.stages import FindNuclei, WriteShards
+from scellst_ray.pipelines.tiles import CellsSpec, Row
+from scellst_ray.runs import RunFolder
+from scellst_ray.session import ray_session
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import true_tiles  # type: ignore[import-not-found]
+
+CORE_PX, HALO_PX, PITCH_PX = 960, 32, 46
+MPP = 0.25
+TURNS = np.linspace(0, 2 * np.pi, 33)[:-1]
+
+
+def main() -> None:
+    """Run every size; print and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--nuclei", type=int, nargs="+", default=[100_000, 300_000, 1_000_000])
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = sys.path[0]  # of the workers, too
+    rows = []
+    for num in options.nuclei:
+        rows.append(measure(num, options.workers))
+        print(json.dumps(rows[-1]), flush=True)
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "ray": ray.__version__}
+    result = {"slides": rows, "machine": machine, "scellst_ray": __version__}
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(num_nuclei: int, workers: int) -> dict[str, Any]:
+    """Run one slide of about this many nuclei."""
+    columns = max(1, round((num_nuclei * PITCH_PX**2) ** 0.5 / CORE_PX))
+    with tempfile.TemporaryDirectory() as folder, ray_session(num_cpus=workers):
+        run = RunFolder(folder, "bench")
+        driver = Driver(run, Progress(1), lambda _: None)
+        tiles = pa.Table.from_pylist(planned(columns), schema=schemas.TILES)
+        # Small blocks, as the planner makes them: a block goes to one worker.
+        blocks = [tiles.slice(start, 8) for start in range(0, len(tiles), 8)]
+        dataset = ray.data.from_arrow(blocks).map_batches(
+            SimulateAndFind,
+            fn_constructor_kwargs={"run": run, "columns": columns},
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=1,
+            batch_size=2,
+            batch_format="pyarrow",
+        )
+        children = [p.pid for p in psutil.Process().children(recursive=True)]
+        started = time.monotonic()
+        with peak_memory(children) as peak:
+            driver.consume(dataset)
+            consumed = time.monotonic()
+            driver.finish()
+            finished = time.monotonic()
+        (record,) = driver.progress.records.values()
+        receipts = run.receipts()
+        cells = storage.read_table(run.cells_uri("s"), ["cell_id"])
+        return summary(record, receipts, len(cells), grid_side(columns) ** 2) | {
+            "wall_s": round(finished - started, 1),
+            "compaction_s": round(finished - consumed, 2),
+            "peak_gib": round(peak() / 2**30, 2),
+        }
+
+
+def summary(
+    record: dict[str, Any], receipts: pa.Table, num_cells: int, expected: int
+) -> dict[str, Any]:
+    """Return counts, and CPU work by stage for a thousand nuclei."""
+    assert record["status"] == "done", record
+    per_thousand = {
+        stage: round(1e3 * record["seconds"][stage] / num_cells, 4)
+        for stage in ("segment", "crop", "write")
+    }
+    return {
+        "nuclei": expected,
+        "cells": num_cells,
+        "tiles": len(receipts),
+        "seams": record["seams"],
+        "worker_s_per_thousand": per_thousand,
+    }
+
+
+def planned(columns: int) -> list[Row]:
+    """Return the tiles of a square slide."""
+    side0 = columns * CORE_PX
+    common = {"slide_id": "s", "num_tiles": columns**2, "uri": "none", "mpp": MPP, "read_mpp": MPP}
+    common |= {"width0": side0, "height0": side0}
+    rows = []
+    for tile_id in range(columns**2):
+        y, x = divmod(tile_id, columns)
+        core = Box(x * CORE_PX, y * CORE_PX, CORE_PX, CORE_PX)
+        boxes = (("core", core), ("read", core.grown(HALO_PX)))
+        named = {f"{kind}_{n}": v for kind, box in boxes for n, v in box._asdict().items()}
+        rows.append(common | named | {"tile_id": tile_id})
+    return rows
+
+
+def grid_side(columns: int) -> int:
+    """Return how many nuclei a row of the slide holds."""
+    return columns * CORE_PX // PITCH_PX
+
+
+def nuclei_near(box: Box, columns: int) -> tuple[NDArray[np.object_], NDArray[np.int64]]:
+    """Return outlines and types of the nuclei in a box, the same whoever asks.
+
+    One stands at each place of a grid, moved, stretched and turned by noise of its own row.
+    """
+    side = grid_side(columns)
+    first = [max(0, start // PITCH_PX - 1) for start in (box.x0, box.y0)]
+    end = [min(side, (start + box.w0) // PITCH_PX + 2) for start in (box.x0, box.y0)]
+    column = np.arange(first[0], end[0])
+    parts = []
+    for row in range(first[1], end[1]):
+        noise = np.random.default_rng(row).random((side, 6))[column]
+        places = np.stack([column, np.full(len(column), row)], axis=1)
+        parts.append(np.hstack([(places + 0.5) * PITCH_PX + 12 * noise[:, :2] - 6, noise[:, 2:]]))
+    drawn = np.concatenate(parts)
+    centre, axes, turn = drawn[:, :2], 7 + 9 * drawn[:, 2:4], np.pi * drawn[:, 4, None]
+    x, y = axes[:, :1] * np.cos(TURNS), axes[:, 1:] * np.sin(TURNS)
+    turned = np.stack(
+        [x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)], axis=2
+    )
+    return shapely.polygons(centre[:, None] + turned), (1 + 5 * drawn[:, 5]).astype(np.int64)
+
+
+class SimulateAndFind:
+    """Maps of simulated nuclei, then the pipeline's own stages."""
+
+    def __init__(self, run: RunFolder, columns: int) -> None:
+        """Prepare a worker."""
+        self.spec: CellsSpec = true_tiles.truth_spec(CORE_PX, HALO_PX)
+        self.find, self.write, self.columns = FindNuclei(self.spec), WriteShards(run), columns
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Take tiles to receipts."""
+        rows = batch.to_pylist()
+        for row in rows:
+            row["frame"] = true_tiles.grid_frame(row)
+            read = Box(*(row[f"read_{name}"] for name in Box._fields))
+            truth = true_tiles.Truth(
+                *nuclei_near(read.grown(true_tiles.CONTEXT_PX), self.columns), jitter=1.0
+            )
+            row["maps"] = truth.maps(row, self.spec.side_px)
+        return self.write(self.find(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Count nuclei lost or doubled when a slide is cut into tiles, with maps made from the truth.
+
+    python benchmarks/seams.py [--slides 8] [--json seams.json]
+
+Slides of 4 x 4 tiles with 150 nuclei each, a third of them on seams; maps as of a perfect network
+and of one that sees nuclei differently in every tile, with and without knowing how a nucleus goes
+on beyond the border of its tile. Settled: nuclei that two tiles claimed, or none, and that
+compaction set right. The scale of edges is that of the tile, as published, or of a window.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import true_tiles  # type: ignore[import-not-found]
+
+NUM = 150
+COLUMNS = ("jitter", "context", "window_px", "nuclei", "lost", "doubled", "settled")
+
+
+def main() -> None:
+    """Run all combinations; print a table and write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--slides", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    print(" ".join(f"{name:>10}" for name in COLUMNS))
+    rows = []
+    for jitter in (0.0, 1.0):
+        for context_px in (true_tiles.CONTEXT_PX, 0):
+            for window_px in (None, 64, 128, 256):
+                row = measure(options.slides, jitter, context_px, window_px)
+                print(" ".join(f"{row[name]!s:>10}" for name in COLUMNS), flush=True)
+                rows.append(row)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def measure(slides: int, jitter: float, context_px: int, window_px: int | None) -> dict[str, Any]:
+    """Return the counts over some slides."""
+    spec = true_tiles.truth_spec()
+    counts = np.zeros(3, int)
+    for seed in range(slides):
+        polygons = true_tiles.discs(seed, NUM, (8, 18))
+        truth = true_tiles.Truth(
+            polygons, 1 + np.arange(NUM) % 5, jitter, context_px=context_px, window_px=window_px
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            tiles = true_tiles.four_by_four(spec)
+            record, cells = true_tiles.run_slide(folder, tiles, truth, spec)
+        limit0 = 8.0 if jitter else 1.0
+        settled = sum(record["seams"].values())
+        counts += [*true_tiles.counted(cells, polygons, limit0), settled]
+    lost, doubled, settled = counts.tolist()
+    return {
+        "jitter": jitter,
+        "context": context_px > 0,
+        "window_px": window_px,
+        "nuclei": slides * NUM,
+        "lost": lost,
+        "doubled": doubled,
+        "settled": settled,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The stages that run networks: maps of a segmenter, embeddings of crops, the expression head.
+
+On rows, like the stages of pipelines/stages.py. Shape letters: N nuclei, D embedding, H hidden.
+"""
+
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from scellst_ray import schemas, storage
+from scellst_ray.models.catalogue import is_catalogued, weights_path
+from scellst_ray.models.cellvit_inference import segment_tiles, tokens_of
+from scellst_ray.models.cellvit_weights import load_cellvit
+from scellst_ray.models.encoder import Encoder, embed_crops, is_named, load_encoder
+from scellst_ray.models.mil import MilHead, load_head, stored_hidden
+from scellst_ray.pipelines.stages import todo
+from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded
+
+Device = Literal["cpu", "cuda"]
+
+
+class Network:
+    """Pixels to the maps of the segmenting network."""
+
+    def __init__(self, spec: CellsSpec, device: Device) -> None:
+        """Load the network."""
+        assert spec.weights is not None
+        torch.set_num_threads(spec.num_threads)
+        self.spec, self.device = spec, device
+        self.model = load_cellvit(local_weights(spec.weights))
+        self.model.network.to(device)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Add `maps`, uint32 [side, side], and for tokens `tokens`, float16 [side/16, side/16, D].
+
+        Tiles share a batch; if that fails, each is tried alone, so a tile's fault is its own.
+        """
+        waiting = todo(rows)
+        outcome: Row = {}
+        with guarded(outcome, "network"):
+            self._run(waiting)
+        if outcome.get("error") is None:
+            for row in waiting:
+                row["seconds_network"] = outcome["seconds_network"] / len(waiting)
+            return rows
+        for row in waiting:
+            with guarded(row, "network"):
+                self._run([row])
+        return rows
+
+    def _run(self, rows: list[Row]) -> None:
+        found = segment_tiles(
+            self.model,
+            [row["image"] for row in rows],
+            self.spec.side_px,
+            self.device,
+            self.spec.precision,
+            tokens=self.spec.encoder == "tokens",
+            window_px=self.spec.window_px,
+        )
+        for row, (maps, tokens) in zip(rows, found, strict=True):
+            row["maps"] = maps
+            if tokens is not None:
+                row["tokens"] = tokens
+
+
+class Embed:
+    """Crops, or the network's tokens, to embeddings; embeddings to the head's hidden layer."""
+
+    def __init__(self, spec: CellsSpec, device: Device) -> None:
+        """Load the networks."""
+        torch.set_num_threads(spec.num_threads)
+        self.spec, self.device = spec, device
+        self.encoder: Encoder | None = None
+        if spec.encoder != "tokens":
+            self.encoder = load_encoder(local_weights(spec.encoder))
+            self.encoder.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.head: MilHead | None = None
+        if spec.head_uri is not None:
+            self.head = load_head(spec.head_uri)[0].to(device)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Replace `crops`, or `tokens` and `boxes`, by vector columns of `cells`."""
+        for row in todo(rows):
+            with guarded(row, "embed"):
+                if self.encoder is None:
+                    embedding_ND = tokens_of(row.pop("tokens"), row.pop("boxes"))
+                else:
+                    crops = row.pop("crops")
+                    embedding_ND = embed_crops(
+                        self.encoder, crops, self.device, self.spec.precision
+                    )
+                row["cells"] = self._with_vectors(row["cells"], embedding_ND)
+        return rows
+
+    def _with_vectors(self, cells: pa.Table, embedding_ND: NDArray[np.float16]) -> pa.Table:
+        if self.spec.store_embeddings:
+            field = schemas.vector("embedding", embedding_ND.shape[1])
+            cells = cells.append_column(field, vectors(embedding_ND))
+        if self.head is not None:
+            with torch.inference_mode():
+                x_ND = torch.from_numpy(embedding_ND).to(self.device)
+                hidden_NH = stored_hidden(self.head.hidden(x_ND)).cpu().numpy()
+            field = schemas.vector("hidden", hidden_NH.shape[1])
+            cells = cells.append_column(field, vectors(hidden_NH))
+        return cells
+
+
+def device_for(*, on_gpu: bool) -> Device:
+    """Return the device of an actor: a GPU it was given may still be one in name only."""
+    return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+
+
+def vectors(values: np.ndarray) -> pa.FixedSizeListArray:
+    """Return a float16 array [N, D] as an Arrow column, without copying."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float16())
+    field = pa.field("item", pa.float16())
+    return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(field, values.shape[1]))
+
+
+def local_weights(weights: str) -> str:
+    """Return weights as the loaders take them: a file of any storage as a local path.
+
+    Raises:
+        ValueError: a name of the catalogue that has not been fetched on this node.
+    """
+    if is_named(weights):
+        return weights
+    return weights_path(weights) if is_catalogued(weights) else str(storage.local_copy(weights))
