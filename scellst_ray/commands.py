@@ -10,7 +10,10 @@ from rich.table import Table
 
 from scellst_ray.demo import DemoConfig, demo
 from scellst_ray.doctor import DoctorConfig, doctor
+from scellst_ray.evaluate import EvaluateSegmentationConfig
+from scellst_ray.evaluate_report import run_evaluate_segmentation
 from scellst_ray.export.anndata import write_anndata
+from scellst_ray.models_command import ModelsConfig, ModelsFetchConfig, fetch_model, list_models
 from scellst_ray.pipelines.cells import ExtractConfig, extract
 from scellst_ray.pipelines.expression import PredictConfig, predict
 from scellst_ray.progress import shown_progress
@@ -36,12 +39,18 @@ class ExportConfig:
 
 
 def jobs() -> dict[str, Job]:
-    """Return every subcommand's configuration class and function, in the order of the help."""
+    """Return every command's configuration class and function, in the order of the help.
+
+    A name may be two words: the first is then a group.
+    """
     return {
         "extract": (ExtractConfig, run_extract),
         "train": (TrainConfig, run_train),
         "predict": (PredictConfig, run_predict),
         "export": (ExportConfig, run_export),
+        "evaluate segmentation": (EvaluateSegmentationConfig, run_evaluate_segmentation),
+        "models": (ModelsConfig, list_models),
+        "models fetch": (ModelsFetchConfig, fetch_model),
         "demo": (DemoConfig, demo),
         "doctor": (DoctorConfig, doctor),
     }

@@ -154,7 +154,14 @@ def test_wrong_type_names_the_key_and_what_was_given(capsys, tmp_path, in_file):
     [
         (["extract", "--out", "o"], ["required", "manifest"]),
         (["extrct"], ["'extrct'", "'extract'", "'doctor'"]),
-        ([], ["extract", "train", "predict"]),
+        ([], ["a command is needed", "extract", "train", "predict"]),
+        (["evaluat", "segmentation"], ["'evaluat'", "Did you mean 'evaluate segmentation'?"]),
+        (["evaluate", "segmentaton"], ["'segmentaton'", "Did you mean 'evaluate segmentation'?"]),
+        (["modls"], ["'modls'", "Did you mean 'models'?"]),
+        (["models", "fetc", "x"], ["'fetc'", "'models'", "Did you mean 'models fetch'?"]),
+        (["models", "--nam", "x"], ["scellst-ray models: error", "nam"]),
+        (["models", "fetch"], ["required", "name"]),
+        (["models", "fetch", "a", "b"], ["b"]),
         ([*EXTRACT, "--segmenter", "magic"], ['"segmenter"', "hematoxylin", "magic"]),
         ([*EXTRACT, "stray"], ["stray"]),
         ([*EXTRACT, "--core-px"], ["core_px", "expected one argument"]),
@@ -167,18 +174,55 @@ def test_what_else_is_wrong_is_said_in_a_line(seen, capsys, argv, parts):
     assert seen == []
 
 
-def test_version_and_help(capsys):
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_version_and_help(capsys, word):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"scellst-ray {__version__}\n"
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
+    assert main([word]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n    {name} " in shown for name in commands.jobs())
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "Share of each slide's spots held out for early stopping." in shown
+
+
+def test_commands_of_two_words(seen, tmp_path):
+    words = ["--truth", "t.png", "--predicted", "p.npy", "--types", "a=B,c=", "--radius-um", "2"]
+    assert main(["evaluate", "segmentation", *words]) == 0
+    assert seen[-1] == commands.EvaluateSegmentationConfig(
+        truth="t.png", predicted="p.npy", types=["a=B", "c="], radius_um=2.0
+    )
+    (tmp_path / "a.yaml").write_text("truth: t.png\npredicted: p.npy\ntypes: [a=B]\n")
+    assert main(["evaluate", "segmentation", f"--config={tmp_path}/a.yaml"]) == 0
+    assert seen[-1].types == ["a=B"]
+    assert main(["models"]) == 0
+    assert seen[-1] == commands.ModelsConfig()
+    name = "resnet50-imagenet"
+    for words in ([name], ["--name", name], [f"--name={name}"]):
+        assert main(["models", "fetch", *words, "--url", "http://mirror/w"]) == 0
+        assert seen[-1] == commands.ModelsFetchConfig(name=name, url="http://mirror/w")
+
+
+@pytest.mark.usefixtures("seen")
+def test_a_group_named_alone_shows_its_help(capsys):
+    assert main(["evaluate"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert main(["evaluate", "--help"]) == 0
+    assert capsys.readouterr().out == err
+    assert err.startswith("usage: scellst-ray evaluate COMMAND")
+    assert "\n    evaluate segmentation " in err
+    assert "extract" not in err
+
+
+def test_help_of_a_command_that_begins_others(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["models", "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("usage: scellst-ray models ")
+    assert "See also 'scellst-ray models fetch --help'." in shown
 
 
 @dataclass(frozen=True, kw_only=True)
