@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from scellst_ray import __version__, storage
 from scellst_ray.cohort import SlideRow, read_manifest
+from scellst_ray.models.cellvit_weights import load_cellvit
 from scellst_ray.models.encoder import best_precision, encoder_digest
 from scellst_ray.models.mil import load_head
 from scellst_ray.pipelines.expression import head_file
@@ -32,6 +33,8 @@ class DoctorConfig:
     """Folder that must be writable."""
     encoder: str | None = None
     """Encoder weights that must be there."""
+    segmenter_weights: str | None = None
+    """CellViT checkpoint that must be whole: a file or a name of `models`."""
     head: str | None = None
     """Head that must be readable, its folder or its file."""
     ray: bool = True
@@ -48,6 +51,9 @@ def doctor(config: DoctorConfig) -> int:
     if config.encoder:
         encoder = config.encoder
         checks.append(("encoder", lambda: encoder_digest(local_weights(encoder))))
+    if config.segmenter_weights:
+        weights = config.segmenter_weights
+        checks.append(("segmenter", lambda: _cellvit(weights)))
     if config.head:
         head = head_file(config.head)
         checks.append(("head", lambda: f"{len(load_head(head)[1]['genes'])} genes"))
@@ -87,6 +93,11 @@ def _device() -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{', '.join(gpus) or 'no GPU'}; encoder precision {best_precision(device)}"
+
+
+def _cellvit(weights: str) -> str:
+    model = load_cellvit(local_weights(weights))
+    return f"CellViT-{model.arch.variant}, {', '.join(model.type_names[1:])}; {model.digest}"
 
 
 def _writable(out: str) -> str:

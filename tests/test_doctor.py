@@ -1,5 +1,6 @@
 """`scellst-ray doctor` says everything that is wrong, at once."""
 
+import cellvit_weights
 import pytest
 
 from scellst_ray import storage
@@ -82,3 +83,13 @@ def test_an_unusable_manifest_is_one_problem(tmp_path, capsys):
     assert "bad manifest" in shown
     assert "slide_id" in shown
     assert shown.endswith("1 problem(s)\n")
+
+
+def test_a_segmenter_is_opened(tmp_path, capsys):
+    weights = cellvit_weights.write_checkpoint(tmp_path / "cellvit.pth")
+    assert doctor(DoctorConfig(segmenter_weights=str(weights), ray=False)) == 0
+    shown = capsys.readouterr().out
+    assert "segmenter: CellViT-256, Neoplastic, Inflammatory, Connective" in shown
+    weights.write_bytes(weights.read_bytes()[:10_000])
+    assert doctor(DoctorConfig(segmenter_weights=str(weights), ray=False)) == 1
+    assert "cut off" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import torch
 from scellst_ray import storage
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
 from scellst_ray.models.catalogue import is_catalogued
+from scellst_ray.models.cellvit_inference import tile_bytes
 from scellst_ray.models.cellvit_weights import load_cellvit
 from scellst_ray.models.encoder import best_precision, encoder_digest, is_named
 from scellst_ray.pipelines.driver import Driver, Progress, Report
@@ -22,6 +23,7 @@ from scellst_ray.session import ray_session
 from scellst_ray.slides.reader import GRID_PX
 from scellst_ray.slides.tiling import NETWORK_NATIVE_MPP
 
+WORKER_GB = 2.0
 # Encoders that are no weights of their own.
 WITHOUT_FILE = ("none", "tokens")
 
@@ -57,8 +59,8 @@ class ExtractConfig:
     """Worker actors; by default as CPUs and memory allow, or one per GPU for the networks."""
     gpus: bool | None = None
     """Run networks on GPUs; by default if the cluster has any."""
-    memory_gb: float = 2.0
-    """Memory a worker declares to Ray."""
+    memory_gb: float | None = None
+    """Memory a worker declares to Ray; by default 2, and with CellViT on CPUs what it takes."""
     tiles_per_task: int = 2
     """Tiles a worker takes at a time: the work lost when it dies."""
 
@@ -127,10 +129,12 @@ class CheckedNetworks:
     Attributes:
         identity: What decides results: digests of their weights, length of embeddings.
         type_names: Nucleus types of the segmenting network, by number; empty without one.
+        bytes_on_cpu: Memory the segmenting network takes where there is no GPU.
     """
 
     identity: dict[str, Any]
     type_names: tuple[str, ...] = ()
+    bytes_on_cpu: int = 0
 
 
 def check_networks(config: ExtractConfig) -> CheckedNetworks:
@@ -141,11 +145,15 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
     """
     found: dict[str, Any] = {"encoder": config.encoder, "embedding_dim": None}
     type_names: tuple[str, ...] = ()
+    bytes_on_cpu = 0
     if config.segmenter == "cellvit":
         model = load_cellvit(local_weights(str(config.segmenter_weights)))
         found["segmenter_weights"] = model.digest
         found["segmenter_window_px"] = config.segmenter_window_px
         type_names = model.type_names
+        weights = sum(p.nbytes for p in model.network.parameters())
+        side = config.core_px + 2 * config.halo_px
+        bytes_on_cpu = weights + tile_bytes(side, "float32")
         if config.encoder == "tokens":
             found |= {"encoder": f"tokens:{model.digest}", "embedding_dim": model.arch.dim}
     if config.encoder not in WITHOUT_FILE:
@@ -153,7 +161,7 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
         found |= {"encoder": digest, "embedding_dim": EMBEDDING_DIM}
     if not config.store_embeddings:
         found["embedding_dim"] = None
-    return CheckedNetworks(found, type_names)
+    return CheckedNetworks(found, type_names, bytes_on_cpu)
 
 
 def _source(slide: SlideRow, *, imported: bool) -> dict[str, Any]:
@@ -239,7 +247,11 @@ def run_cells(
             rows = driver.resume(pending, spec)
             if rows:
                 resources = Resources(
-                    config.workers, config.gpus, config.memory_gb, config.tiles_per_task
+                    config.workers,
+                    config.gpus,
+                    config.memory_gb or WORKER_GB,
+                    config.tiles_per_task,
+                    network_gb=0.0 if config.memory_gb else networks.bytes_on_cpu / 2**30,
                 )
                 driver.consume(receipts_dataset(rows, spec, run, resources, cluster))
             driver.finish()

@@ -35,12 +35,14 @@ class Resources:
         gpus: Whether networks run on GPUs; None: if there are any.
         memory_gb: Memory each worker declares.
         tiles_per_task: Tiles a worker takes at a time.
+        network_gb: Memory the segmenting network takes on top where it runs on a CPU.
     """
 
     workers: int | None
     gpus: bool | None
     memory_gb: float
     tiles_per_task: int
+    network_gb: float = 0.0
 
 
 def receipts_dataset(
@@ -69,12 +71,12 @@ def receipts_dataset(
         # No CPU slot: the workers hold them all, and planning would wait for one for ever.
         num_cpus=0,
     )
-    memory = int(resources.memory_gb * 2**30)
     gpus = cluster.num_gpus > 0 if resources.gpus is None else resources.gpus
+    memory = int((resources.memory_gb + (0 if gpus else resources.network_gb)) * 2**30)
     groups = stage_groups(spec, gpus=gpus)
     dataset = tiles
     for names in groups:
-        place = _place(names, groups, resources, cluster, gpus=gpus)
+        place = _place(names, groups, resources.workers, cluster, memory, gpus=gpus)
         per_task = resources.tiles_per_task
         dataset = dataset.map_batches(
             Stages,
@@ -105,18 +107,18 @@ class _Place(NamedTuple):
 def _place(
     names: tuple[str, ...],
     groups: list[tuple[str, ...]],
-    resources: Resources,
+    workers: int | None,
     cluster: Cluster,
+    memory: int,
     *,
     gpus: bool,
 ) -> _Place:
-    """Choose the actors of one group of stages."""
+    """Choose the actors of one group of stages; each declares `memory` bytes."""
     # More workers than memory holds would wait for ever, as would a pool without a CPU for it.
-    memory = int(resources.memory_gb * 2**30)
     fitting = max(1, min(cluster.num_cpus, cluster.memory // memory))
     if not gpus:
-        return _Place(ActorPoolStrategy(size=resources.workers or fitting), 1, 0)
-    num_gpus = resources.workers or max(1, cluster.num_gpus)
+        return _Place(ActorPoolStrategy(size=workers or fitting), 1, 0)
+    num_gpus = workers or max(1, cluster.num_gpus)
     on_gpus = [group for group in groups if group[0] in NETWORKS]
     if names in on_gpus:
         # The CPU it uses now and then is left by the others, not asked for.
