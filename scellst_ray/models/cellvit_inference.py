@@ -161,7 +161,8 @@ def segment_tiles(  # noqa: PLR0913 - what, on what and how: no two of these bel
         images: uint8 RGB [h, w, 3], each at most `side` a side; white is added right and below.
         side: Side of the square the network sees, px: a multiple of 16.
         device: 'cpu' or 'cuda'.
-        precision: 'float32', 'bfloat16' or 'float16', of matrix products and convolutions.
+        precision: 'float32', 'bfloat16' or 'float16', of matrix products and convolutions; in
+            float32 a GPU may still round a convolution's factors to TF32, as is torch's default.
         tokens: Whether the encoder's last tokens are wanted too.
         window_px: As in `pack_maps`.
         batch_size: Tiles per pass; None: what free memory allows on a GPU, 1 on a CPU, where more
@@ -176,17 +177,14 @@ def segment_tiles(  # noqa: PLR0913 - what, on what and how: no two of these bel
             finite, or a device without memory for one tile.
     """
     _check(images, side, precision)
-    network = model.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = batch_size or _batch_size(side, device, precision, len(images))
     results: list[tuple[NDArray[np.uint32], NDArray[np.float16] | None]] = []
     while len(results) < len(images):
         batch = images[len(results) : len(results) + size]
         try:
-            with torch.inference_mode():
-                x_B3HW = _normalised(batch, side, device, model)
-                with torch.autocast(device, DTYPES[precision], enabled=precision != "float32"):
-                    maps = network(x_B3HW, want_tokens=tokens)
-                results += _shrunk(maps, window_px, precision)
+            maps = _maps_of(model, batch, side, device, precision, want_tokens=tokens)
+            results += _shrunk(maps, window_px, precision)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 message = (
@@ -196,8 +194,30 @@ def segment_tiles(  # noqa: PLR0913 - what, on what and how: no two of these bel
                 )
                 raise ValueError(message) from error
             size = len(batch) // 2
-            torch.cuda.empty_cache()
     return results
+
+
+@torch.inference_mode()
+def _maps_of(
+    model: CellVit,
+    images: Sequence[NDArray[np.uint8]],
+    side: int,
+    device: str,
+    precision: str,
+    *,
+    want_tokens: bool,
+) -> Maps:
+    """Return what the network says of images, padded with white to squares."""
+    batch = np.full((len(images), side, side, 3), 255, np.uint8)
+    for image_HWC, row in zip(images, batch, strict=True):
+        row[: image_HWC.shape[0], : image_HWC.shape[1]] = image_HWC
+    x_BHW3 = torch.from_numpy(batch).to(device).float() / 255
+    mean, std = (torch.tensor(values, device=device) for values in (model.mean, model.std))
+    # Permuted so, channels come last in memory, which convolutions are fastest on.
+    x_B3HW = ((x_BHW3 - mean) / std).permute(0, 3, 1, 2)
+    with torch.autocast(device, DTYPES[precision], enabled=precision != "float32"):
+        maps: Maps = model.network(x_B3HW, want_tokens=want_tokens)
+    return maps
 
 
 def _check(images: Sequence[NDArray[np.uint8]], side: int, precision: str) -> None:
@@ -231,18 +251,7 @@ def tile_bytes(side: int, precision: str) -> int:
     return int(NUMBERS_PER_PIXEL * side**2 * DTYPES[precision].itemsize)
 
 
-def _normalised(
-    images: Sequence[NDArray[np.uint8]], side: int, device: str, model: CellVit
-) -> Tensor:
-    """Return the network's input [B, 3, side, side]; in memory channels come last."""
-    batch = np.full((len(images), side, side, 3), 255, np.uint8)
-    for image_HWC, row in zip(images, batch, strict=True):
-        row[: image_HWC.shape[0], : image_HWC.shape[1]] = image_HWC
-    x_BHW3 = torch.from_numpy(batch).to(device).float() / 255
-    mean, std = (torch.tensor(values, device=device) for values in (model.mean, model.std))
-    return ((x_BHW3 - mean) / std).permute(0, 3, 1, 2)
-
-
+@torch.inference_mode()
 def _shrunk(
     maps: Maps, window_px: int | None, precision: str
 ) -> list[tuple[NDArray[np.uint32], NDArray[np.float16] | None]]:

@@ -4,8 +4,8 @@ The network gives nucleus or not, a type, and two maps that rise from -1 at a nu
 end to +1 at its right (lower) end; where two nuclei meet they fall steeply. The algorithm is
 HoVer-Net's (Graham et al. 2019, "Hover-Net: simultaneous segmentation and classification of nuclei
 in multi-tissue histology images", section 3.2) as CellViT applies it at 0.25 um/px, with the same
-result. What differs is the cost: whole-map steps are few and simple, the watershed runs only
-where nuclei meet, and nothing scans the map once per nucleus.
+result. What differs is the cost: whole-map steps are few and simple, the watershed needs no queue,
+and nothing scans the map once per nucleus.
 
 `pack_maps` puts all that matters of a pixel's 10 numbers into 32 bits (schemas.py), so that this
 part may run on the network's device; `models/cellvit_inference.py` does the same there.
@@ -222,4 +222,4 @@ def _types(
         has_second_N = counts_NT[:, 1:].any(axis=1)
         main_N = np.where((main_N == 0) & has_second_N, second_N, main_N)
     share_N = counts_NT[np.arange(num), main_N] / (counts_NT.sum(axis=1) + 1e-6)
-    return np.array(type_names)[main_N], share_N.astype(np.float32)
+    return np.array(list(type_names))[main_N], share_N.astype(np.float32)

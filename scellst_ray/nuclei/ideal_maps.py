@@ -32,8 +32,8 @@ def ideal_maps(
         types: Integer [N], type of label k at k - 1, below num_types.
         num_types: T, with type 0 for the background.
         jitter: How uncertain the network is. Edges towards the background move by about as many
-            px; the distances get smooth noise of 0.05 of it, and 0.05 of the pixels times it
-            another type.
+            px (standard deviation; little more for values above 1); the distances get smooth
+            noise of 0.05 times it, and 0.05 of the pixels times it another type.
         rng: The noise's source; a fixed seed if None.
 
     Returns:

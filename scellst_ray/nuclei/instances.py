@@ -119,12 +119,11 @@ def nuclei_from_labels(
     Raises:
         ValueError: If the map is not an integer array [H, W], or holds labels below 0.
     """
-    compact_HW, area = _compact(labels_HW)
+    compact_HW, area, centroid = _compact(labels_HW)
     num = len(area)
     if num == 0:
         return empty_nuclei()
     boxes = ndimage.find_objects(compact_HW)
-    centroid = _centroids(compact_HW, boxes, area)
     order = np.lexsort((centroid[:, 0], centroid[:, 1]))
     chains, is_broken = pixel_chains(compact_HW, boxes, order)
     points, lengths = edge_middles(np.concatenate(chains), np.array([len(c) for c in chains]))
@@ -163,8 +162,12 @@ def _are_lines(
 
 def _compact(
     labels_HW: NDArray[np.integer],
-) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Number the labels from 1 in their order; return the new map and their areas, float64 [N].
+) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
+    """Number the labels from 1 in their order.
+
+    Returns:
+        The new map, int32 [H, W], the number of pixels, float64 [N], and their mean position,
+        float64 [N, 2].
 
     Raises:
         ValueError: If the map is not an integer array [H, W], or holds labels below 0.
@@ -175,33 +178,25 @@ def _compact(
             "[H, W] with 0 for background"
         )
         raise ValueError(message)
-    lowest, highest = int(labels_HW.min(initial=0)), int(labels_HW.max(initial=0))
+    pixels = np.flatnonzero(labels_HW)
+    label = labels_HW.ravel()[pixels]
+    lowest, highest = int(label.min(initial=0)), int(label.max(initial=0))
     if lowest < 0:
         message = f"labels_HW holds the label {lowest}; expected 0 for background, then 1, 2, .."
         raise ValueError(message)
-    if highest > labels_HW.size:  # far apart: a table of all numbers would be large
-        with_zero = np.append(np.zeros(1, labels_HW.dtype), labels_HW)
-        _, flat = np.unique(with_zero, return_inverse=True)
-        return _compact(flat[1:].reshape(labels_HW.shape))
-    compact_HW = labels_HW.astype(np.int32, copy=False)
-    area = np.bincount(compact_HW.ravel(), minlength=1)[1:]
-    used = area > 0
-    if not used.all():
-        compact_HW = np.append(0, np.cumsum(used) * used).astype(np.int32)[compact_HW]
-    return compact_HW, area[used].astype(np.float64)
-
-
-def _centroids(
-    compact_HW: NDArray[np.int32], boxes: list[tuple[slice, slice]], area: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return the mean of the pixels, float64 [N, 2], of labels 1 to N.
-
-    Sums run over whole numbers, counted from the label's box, and so are exact.
-    """
-    pixels = np.flatnonzero(compact_HW)
-    label = compact_HW.ravel()[pixels]
-    y = pixels // compact_HW.shape[1]
-    x = pixels - y * compact_HW.shape[1]
-    corner = np.array([(columns.start, rows.start) for rows, columns in boxes])
-    sums = np.stack([np.bincount(label, x), np.bincount(label, y)], axis=1)[1:]
-    return np.asarray((sums - corner * area[:, None]) / area[:, None] + corner + 0.5)
+    label = label.astype(np.intp, copy=False)
+    if highest <= labels_HW.size:
+        used = np.bincount(label, minlength=1) > 0
+        used[0] = True
+        renamed = label if used.all() else (np.cumsum(used) - 1)[label]
+    else:  # far apart: a table of all numbers would be large
+        renamed = np.unique(label, return_inverse=True)[1] + 1
+    compact_HW = labels_HW
+    if renamed is not label:
+        compact_HW = np.zeros(labels_HW.shape, np.int32)
+        compact_HW.ravel()[pixels] = renamed
+    area = np.bincount(renamed, minlength=1)[1:].astype(np.float64)
+    y = pixels // max(labels_HW.shape[1], 1)
+    x = pixels - y * labels_HW.shape[1]
+    sums = np.stack([np.bincount(renamed, p, minlength=1)[1:] for p in (x, y)], axis=1)
+    return compact_HW.astype(np.int32, copy=False), area, sums / area[:, None] + 0.5

@@ -147,6 +147,53 @@ def test_no_nuclei():
         assert nuclei.type_prob.dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.uint64])
+def test_gaps_between_labels_change_nothing(dtype):
+    labels_HW = np.minimum(_blobs(4, 1.5), 40)
+    nuclei = nuclei_from_labels(labels_HW)
+    gaps = nuclei_from_labels((3 * labels_HW).astype(dtype))
+    np.testing.assert_array_equal(gaps.contour_points_px, nuclei.contour_points_px)
+    np.testing.assert_array_equal(gaps.centroid_px, nuclei.centroid_px)
+
+
+def test_names_and_probabilities_go_with_their_labels():
+    labels_HW = np.zeros((10, 10), np.int32)
+    for (y, x), label in {(1, 8): 5, (1, 2): 9, (7, 4): 1}.items():
+        labels_HW[y, x] = label
+    names, share = np.array(["one", "five", "nine"]), np.array([0.1, 0.5, 0.9], np.float32)
+    nuclei = nuclei_from_labels(labels_HW, names, share)
+    assert nuclei.nucleus_type.tolist() == ["nine", "five", "one"]
+    np.testing.assert_array_equal(nuclei.type_prob, share[::-1])
+
+
+def test_lines_may_be_dropped():
+    labels_HW = np.zeros((12, 20), np.int32)
+    labels_HW[0, 0] = 1
+    labels_HW[2, 1:9] = 2
+    labels_HW[3:8, 12] = 3
+    labels_HW[[5, 6, 7], [2, 3, 4]] = 4
+    labels_HW[9, 1:5] = 5
+    labels_HW[10, 4] = 5  # a bent line has three points
+    labels_HW[9:12, 9:12] = 6
+    assert len(nuclei_from_labels(labels_HW)) == 6
+    kept = nuclei_from_labels(labels_HW, drop_lines=True)
+    assert kept.area_px.tolist() == [5, 9]
+
+
+def test_boxes_are_those_of_the_pixels():
+    labels_HW = _blobs(6, 0.7)
+    nuclei = nuclei_from_labels(labels_HW)
+    expected = [
+        (columns.start, rows.start, columns.stop, rows.stop)
+        for rows, columns in ndimage.find_objects(labels_HW)
+    ]
+    assert nuclei.boxes_px().dtype == np.int64
+    assert sorted(map(tuple, nuclei.boxes_px().tolist())) == sorted(expected)
+    assert empty_nuclei().boxes_px().shape == (0, 4)
+    larger = nuclei.scaled(2.0, 3.0).boxes_px()
+    np.testing.assert_array_equal(larger, nuclei.boxes_px() * [2, 3, 2, 3])
+
+
 @pytest.mark.parametrize(
     ("labels_HW", "message"),
     [
