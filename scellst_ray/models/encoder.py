@@ -6,6 +6,7 @@ Shape letters: N crops, D embedding.
 import hashlib
 import json
 import pickle
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
+
+# What reading a cut or damaged file raises; torch's old format raises nearly anything.
+DAMAGE: tuple[type[Exception], ...] = (RuntimeError, OSError, EOFError, LookupError, ValueError)
+DAMAGE += (TypeError, AttributeError, AssertionError, struct.error)
+DAMAGE += (pickle.UnpicklingError, SafetensorError)
 
 EMBEDDING_DIM = 2048
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -86,15 +92,7 @@ def load_encoder(weights: str) -> Encoder:
         return _ready(network, IMAGENET_MEAN, IMAGENET_STD, digest)
     try:
         state, mean, std = _read_weights(Path(weights))
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        pickle.UnpicklingError,
-        json.JSONDecodeError,
-    ) as error:
+    except DAMAGE as error:
         message = f"encoder {weights}: cannot be read as weights ({error}); is the file cut off?"
         raise ValueError(message) from error
     with torch.device("meta"):  # shapes only: no time spent on weights that are replaced

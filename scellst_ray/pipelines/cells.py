@@ -221,19 +221,7 @@ def run_cells(
     imported = config.segmenter == "imported"
     sources = {slide.slide_id: _source(slide, imported=imported) for slide in slides}
     check_manifest_unchanged(run, sources)
-    spec = CellsSpec(
-        segmenter=config.segmenter,
-        read_mpp=config.read_mpp,
-        core_px=config.core_px,
-        halo_px=config.halo_px,
-        encoder=config.encoder,
-        precision=config.precision,
-        head_uri=head_uri,
-        store_embeddings=config.store_embeddings,
-        type_names=networks.type_names,
-        weights=config.segmenter_weights,
-        window_px=config.segmenter_window_px,
-    )
+    spec = _spec(config, networks, head_uri)
     progress = Progress(len(slides))
     wanted = {slide.slide_id for slide in slides}
     for slide_id, record in run.records().items():
@@ -246,13 +234,33 @@ def run_cells(
             driver = Driver(run, progress, report)
             rows = driver.resume(pending, spec)
             if rows:
-                resources = Resources(
-                    config.workers,
-                    config.gpus,
-                    config.memory_gb or WORKER_GB,
-                    config.tiles_per_task,
-                    network_gb=0.0 if config.memory_gb else networks.bytes_on_cpu / 2**30,
-                )
+                resources = _resources(config, networks)
                 driver.consume(receipts_dataset(rows, spec, run, resources, cluster))
             driver.finish()
     return progress.records
+
+
+def _spec(config: ExtractConfig, networks: CheckedNetworks, head_uri: str | None) -> CellsSpec:
+    return CellsSpec(
+        segmenter=config.segmenter,
+        read_mpp=config.read_mpp,
+        core_px=config.core_px,
+        halo_px=config.halo_px,
+        encoder=config.encoder,
+        precision=config.precision,
+        head_uri=head_uri,
+        store_embeddings=config.store_embeddings,
+        type_names=networks.type_names,
+        weights=config.segmenter_weights,
+        window_px=config.segmenter_window_px,
+    )
+
+
+def _resources(config: ExtractConfig, networks: CheckedNetworks) -> Resources:
+    return Resources(
+        config.workers,
+        config.gpus,
+        config.memory_gb or WORKER_GB,
+        config.tiles_per_task,
+        network_gb=0.0 if config.memory_gb else networks.bytes_on_cpu / 2**30,
+    )

@@ -148,6 +148,17 @@ def test_checkpoints_of_others(tmp_path, encoder, crops, embedding, prefix, nest
     assert (loaded.mean, loaded.std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
+def test_a_cut_file_of_torchs_old_format_is_refused_wherever_it_is_cut(tmp_path):
+    state = {"conv1.weight": torch.zeros(4, 3, 7, 7), "bn1.weight": torch.ones(4)}
+    path = tmp_path / "old.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for end in range(0, len(content) - 1, 37):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"old\.pth: (cannot be read|not a ResNet-50)"):
+            load_encoder(str(path))
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
 def test_a_cut_file_is_refused(tmp_path, encoder, suffix, share):
