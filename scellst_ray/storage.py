@@ -4,10 +4,8 @@ Nothing is ever visible half-written: a file is written in full to a local tempo
 renamed (local) or uploaded in one go (object storage).
 """
 
-import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+
+from scellst_ray import node_cache
 
 COMPRESSION = "zstd"
 # Dictionaries pay for names only; on float16 vectors they cost twice the reading time.
@@ -159,30 +159,14 @@ def remove_tree(uri: str) -> None:
         fs.rm(path, recursive=True)
 
 
-def local_copy(uri: str, cache_dir: str | None = None) -> Path:
+def local_copy(uri: str) -> Path:
     """Return a local path with the content of `uri`, downloading it once per node if remote.
 
-    The cached name is made from the URI and the store's own content identity (its `ukey`: ETag,
-    size and time), so a changed object is fetched anew and a cut download is never used.
+    It stays until this process ends: right for a few files, such as weights. What is opened and
+    closed again, such as a slide, is better held for that long: see `node_cache.hold`.
 
     Raises:
         FileNotFoundError: there is nothing under `uri`.
+        OSError: it cannot be fetched: see `node_cache.hold`.
     """
-    fs, path = resolve(uri)
-    if not fs.exists(path):
-        message = f"{uri}: no such file"
-        raise FileNotFoundError(message)
-    if isinstance(fs, LocalFileSystem):
-        return Path(path)
-    root = Path(cache_dir or tempfile.gettempdir()) / "scellst_ray_slides"
-    identity = hashlib.sha256(f"{uri}\n{fs.ukey(path)}".encode()).hexdigest()[:32]
-    target = root / identity / Path(path).name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".part", dir=target.parent))
-        try:
-            fs.get_file(path, str(temporary / "part"))
-            (temporary / "part").replace(target)
-        finally:
-            shutil.rmtree(temporary)
-    return target
+    return node_cache.pinned(uri)

@@ -99,20 +99,20 @@ def test_local_copy_of_a_local_file_is_the_file(tmp_path):
         storage.local_copy(str(tmp_path / "gone.tif"))
 
 
-def test_local_copy_downloads_once_and_follows_changes(tmp_path):
+def test_local_copy_downloads_once_and_follows_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCELLST_RAY_CACHE_DIR", str(tmp_path / "cache"))
     uri = f"memory://{tmp_path.name}/slide.tif"
-    cache = str(tmp_path / "cache")
     with fsspec.open(uri, "wb") as handle:
         handle.write(b"first")
-    first = storage.local_copy(uri, cache)
+    first = storage.local_copy(uri)
     assert first.read_bytes() == b"first"
     assert first.name == "slide.tif"
-    first.write_bytes(b"touched")  # a second call does not download
-    assert storage.local_copy(uri, cache) == first
-    assert first.read_bytes() == b"touched"
+    first.write_bytes(b"FIRST")  # a second call does not download
+    assert storage.local_copy(uri) == first
+    assert first.read_bytes() == b"FIRST"
     with fsspec.open(uri, "wb") as handle:
         handle.write(b"other content")
-    assert storage.local_copy(uri, cache).read_bytes() == b"other content"
-    assert not list((tmp_path / "cache").rglob(".part*"))
+    assert storage.local_copy(uri).read_bytes() == b"other content"
+    assert not list((tmp_path / "cache").rglob("*.part"))
     with pytest.raises(FileNotFoundError, match="no such file"):
-        storage.local_copy(f"memory://{tmp_path.name}/gone.tif", cache)
+        storage.local_copy(f"memory://{tmp_path.name}/gone.tif")

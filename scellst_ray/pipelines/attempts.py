@@ -1,0 +1,317 @@
+"""Which tiles end the process that works on them, and how often.
+
+A segmentation fault inside a decoder, the kernel's out-of-memory killer and a read that never
+returns cannot be caught. They end the worker's process; Ray starts the worker anew, under the same
+id, and hands it the same batch, for ever. So a worker keeps a note outside its process, and its
+successor reads there what it died of:
+
+1. Before a batch a worker writes `attempts/<session>/<worker>.json`: which tiles it begins. That is
+   one small write a batch; the next batch's replaces it. The driver removes all in the end.
+2. A worker reads its note when it starts. Tiles found there as begun had an attempt that ended with
+   the process. If its host is gone too, that says little of the tiles: four such ends count as one.
+3. A batch with such a tile is taken one tile at a time, with a note for each tile and stage: the
+   neighbours in the batch are tried alone and cleared, and it is known which stage it was.
+4. A tile that ended `max_attempts` processes, the last of them alone, is not tried again: its row
+   gets an error, `ProcessDied`. After three such tiles of one slide, or `max_attempts` if that is
+   more, the worker leaves the slide's other tiles too: a rotten slide would keep it for days.
+5. A batch that takes longer than `timeout_s` for each of its tiles ends its own process: no thread
+   can interrupt a call into C. The note then says so, and the attempt counts like any other.
+6. A session is one pipeline of one driver: a driver that takes up a run begins with fresh counts.
+
+Planning a slide is guarded in the same way, as the slide's tile -1. What succeeds at a later
+attempt is what would have come of the first.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from scellst_ray import storage
+from scellst_ray.pipelines.tiles import Row, guarded
+from scellst_ray.runs import RunFolder
+
+FOLDER = "attempts"
+HOSTS_PER_ATTEMPT = 4
+TILES_OF_ROTTEN_SLIDE = 3
+# After this the process ends without a note, in C: whatever holds the interpreter or the storage.
+GRACE_S = 30.0
+STDERR = 2
+Key = tuple[str, int]
+Done = TypeVar("Done")
+Work = Callable[[list[Row], Callable[[str], None]], Done]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How often and how long workers try; nothing here changes what succeeds.
+
+    Attributes:
+        max_attempts: Processes a tile, or the planning of a slide, may end.
+        tile_timeout_s: Seconds a tile may take; None: for ever.
+        plan_timeout_s: Seconds planning a slide may take; None: for ever.
+    """
+
+    max_attempts: int = 3
+    tile_timeout_s: float | None = 1800.0
+    plan_timeout_s: float | None = 1800.0
+
+
+@dataclass
+class Ended:
+    """The attempts at one tile that ended with the process.
+
+    Attributes:
+        num_processes: How many.
+        num_hosts: How many more ended with their host.
+        alone: Whether the last one was at this tile alone.
+        stage: Where that one was, if known.
+        reason: Why it ended, if known.
+    """
+
+    num_processes: int = 0
+    num_hosts: int = 0
+    alone: bool = False
+    stage: str | None = None
+    reason: str | None = None
+
+    def attempts(self) -> int:
+        """Return how many attempts this counts as."""
+        return self.num_processes + self.num_hosts // HOSTS_PER_ATTEMPT
+
+
+class Attempts:
+    """What one worker knows of its own attempts and of those of its dead predecessors."""
+
+    def __init__(
+        self,
+        uri: str,
+        max_attempts: int,
+        timeout_s: float | None,
+        host: str = "",
+        is_lost: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        """Take up what the predecessors left.
+
+        Args:
+            uri: The worker's note; the same for its successors, and no other worker's.
+            max_attempts: As in `Limits`.
+            timeout_s: Seconds a tile may take; None: for ever.
+            host: Where this process runs.
+            is_lost: Tells whether a host is gone.
+        """
+        self.uri, self.max_attempts, self.timeout_s, self.host = uri, max_attempts, timeout_s, host
+        self.ended: dict[Key, Ended] = {}
+        self._writing = threading.Lock()
+        self._begin([])
+        note: dict[str, Any] = {}
+        outcome: Row = {}
+        with guarded(outcome, "note"):
+            note = storage.read_json(uri) if storage.exists(uri) else {}
+        _warn(outcome, f"{uri}: cannot be read, earlier attempts are forgotten")
+        for slide_id, tile_id, ended in note.get("ended", []):
+            self.ended[slide_id, tile_id] = Ended(**ended)
+        if note.get("begun"):
+            self._count(note, on_lost_host=is_lost(note["host"]))
+            # Written down at once: this process, too, may end before its first batch.
+            self._write()
+
+    def over(self, rows: list[Row], work: Work[Done]) -> list[Done]:
+        """Do `work` on rows, all at once, or one at a time where one of them is suspected.
+
+        Rows of tiles that have ended too many processes get an error; `work` sees them too.
+
+        Args:
+            rows: Of tiles; those with an error or without a tile are nobody's fault.
+            work: Takes rows, and a function to call with the name of each stage it begins.
+        """
+        for row in rows:
+            if _is_live(row):
+                self._give_up_if_due(row)
+        if not any(_is_live(row) and _key(row) in self.ended for row in rows):
+            return [self._attempt(rows, work)]
+        # In the order of the rows: Ray takes what a retried batch gives by its place.
+        return [self._attempt([row], work) for row in rows]
+
+    def _attempt(self, rows: list[Row], work: Work[Done]) -> Done:
+        live = [row for row in rows if _is_live(row)]
+        if not live:
+            return work(rows, lambda _: None)
+        self._begin([_key(row) for row in live])
+        self._write()
+        suspected = len(live) == 1 and _key(live[0]) in self.ended
+        seconds = None if self.timeout_s is None else self.timeout_s * len(live)
+        with deadline(seconds, lambda: self._expired(seconds)):
+            return work(rows, self._enter if suspected else lambda _: None)
+
+    def _begin(self, keys: list[Key]) -> None:
+        self.begun = keys
+        self.stage: str | None = None
+        self.reason: str | None = None
+
+    def _enter(self, stage: str) -> None:
+        """Note the stage that begins."""
+        self.stage = stage
+        self._write()
+
+    def _expired(self, seconds: float | None) -> None:
+        """Note why the process is about to end."""
+        self.reason = f"took longer than {seconds:g} s"
+        logger.error("%s: %s in stage %s", _named(self.begun), self.reason, self.stage or "unknown")
+        self._write()
+
+    def _count(self, note: dict[str, Any], *, on_lost_host: bool) -> None:
+        """Count the attempt that a predecessor's note tells of as ended."""
+        keys = [(slide_id, tile_id) for slide_id, tile_id in note["begun"]]
+        for key in keys:
+            ended = self.ended.setdefault(key, Ended())
+            ended.num_hosts += on_lost_host
+            ended.num_processes += not on_lost_host
+            ended.alone = len(keys) == 1
+            ended.stage, ended.reason = note["stage"], note["reason"]
+        what = "was lost with its host" if on_lost_host else "ended"
+        why = note["reason"] or "no reason known"
+        logger.warning("%s: the worker's process %s meanwhile: %s", _named(keys), what, why)
+
+    def _is_given_up(self, ended: Ended) -> bool:
+        return ended.alone and ended.attempts() >= self.max_attempts
+
+    def _give_up_if_due(self, row: Row) -> None:
+        """Turn a row into an error if its tile, or too much of its slide, ended processes."""
+        slide_id = row["slide_id"]
+        ended = self.ended.get(_key(row), Ended())
+        others = [e for (s, _), e in self.ended.items() if s == slide_id and self._is_given_up(e)]
+        if self._is_given_up(ended):
+            num = ended.num_processes + ended.num_hosts
+            why = f", the last in stage {ended.stage}" if ended.stage else ""
+            why += f": it {ended.reason}" if ended.reason else ""
+            told = f"{num} attempts ended with the worker's process{why}"
+        elif len(others) >= max(self.max_attempts, TILES_OF_ROTTEN_SLIDE):
+            ended = others[-1]
+            told = f"not tried, after {len(others)} tiles of this slide ended the worker's process"
+        else:
+            return
+        remedy = (
+            "check the file; give workers more memory (memory_gb, or fewer workers) or more time "
+            "(tile_timeout_s, plan_timeout_s), or raise max_attempts; then run the same command"
+        )
+        row |= {
+            "stage": ended.stage,
+            "error_type": "ProcessDied",
+            "error": f"{_named([_key(row)])}: {told}; {remedy}",
+        }
+
+    def _write(self) -> None:
+        """Write the note; a worker goes on without one rather than fail."""
+        note = {
+            "host": self.host,
+            "begun": self.begun,
+            "stage": self.stage,
+            "reason": self.reason,
+            "ended": [[*key, asdict(ended)] for key, ended in self.ended.items()],
+        }
+        outcome: Row = {}
+        with self._writing, guarded(outcome, "note"):
+            _replace(self.uri, json.dumps(note).encode())
+        _warn(outcome, f"{self.uri}: cannot be written, no protection against crashes")
+
+
+def _is_live(row: Row) -> bool:
+    return row.get("error") is None and row.get("num_tiles") != 0
+
+
+def _key(row: Row) -> Key:
+    return row["slide_id"], row["tile_id"]
+
+
+def _named(keys: list[Key]) -> str:
+    """Return slides and tiles as messages name them."""
+    return ", ".join(f"slide {s!r}" + (f" tile {t}" if t >= 0 else "") for s, t in keys)
+
+
+def _warn(outcome: Row, what: str) -> None:
+    if outcome.get("error") is not None:
+        logger.warning("%s: %s: %s", what, outcome["error_type"], outcome["error"])
+
+
+def _replace(uri: str, content: bytes) -> None:
+    """Replace a small file that one process writes, whole or not at all.
+
+    Nothing waits for the disk: what a lost host knew does not matter here.
+    """
+    fs, path = storage.resolve(uri)
+    if not storage.is_local(uri):
+        fs.pipe_file(path, content)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}")
+    temporary.write_bytes(content)
+    temporary.replace(target)
+
+
+@contextmanager
+def deadline(seconds: float | None, expired: Callable[[], None]) -> Iterator[None]:
+    """End this process, with the stacks of its threads on stderr, if the block takes too long.
+
+    Args:
+        seconds: How long it may take; None: for ever.
+        expired: Called before the end.
+    """
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, _end_process, [expired])
+    timer.daemon = True
+    faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=STDERR)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _end_process(expired: Callable[[], None]) -> None:
+    faulthandler.dump_traceback(file=STDERR)
+    expired()
+    os._exit(1)
+
+
+def new_session(run: RunFolder) -> str:
+    """Return a folder for the notes of one pipeline's workers."""
+    return storage.join(run.uri, FOLDER, uuid.uuid4().hex[:12])
+
+
+def forget_attempts(run: RunFolder) -> None:
+    """Remove the notes of all sessions: of those that are over, nothing is wanted."""
+    storage.remove_tree(storage.join(run.uri, FOLDER))
+
+
+def of_this_actor(folder: str, max_attempts: int, timeout_s: float | None) -> Attempts:
+    """Return the attempts of the Ray actor this is called in, its earlier processes' included.
+
+    Args:
+        folder: The session's.
+        max_attempts: As in `Limits`.
+        timeout_s: Seconds a tile may take; None: for ever.
+    """
+    context = ray.get_runtime_context()
+    uri = storage.join(folder, f"{context.get_actor_id()}.json")
+    return Attempts(uri, max_attempts, timeout_s, context.get_node_id(), _is_lost)
+
+
+def _is_lost(node_id: str) -> bool:
+    """Tell whether Ray counts a node as gone."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return all(node["NodeID"] != node_id for node in nodes if node["Alive"])
