@@ -31,10 +31,11 @@ from numpy.typing import NDArray
 from scellst_ray import __version__, schemas, storage
 from scellst_ray.geometry import Box
 from scellst_ray.pipelines.driver import Driver, Progress
-from scellst_ray.pipelines.stages import FindNuclei, WriteShards
+from scellst_ray.pipelines.stages import FindNuclei, WriteShards, box_of
 from scellst_ray.pipelines.tiles import CellsSpec, Row
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import ray_session
+from scellst_ray.slides.reader import box_frame
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import true_tiles  # type: ignore[import-not-found]
@@ -169,8 +170,8 @@ class SimulateAndFind:
         """Take tiles to receipts."""
         rows = batch.to_pylist()
         for row in rows:
-            row["frame"] = true_tiles.grid_frame(row)
-            read = Box(*(row[f"read_{name}"] for name in Box._fields))
+            read = box_of(row, "read")
+            row["frame"] = box_frame(read, row["read_mpp"] / row["mpp"])
             truth = true_tiles.Truth(
                 *nuclei_near(read.grown(true_tiles.CONTEXT_PX), self.columns), jitter=1.0
             )

@@ -22,10 +22,10 @@ from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 
 import scellst_ray
-from scellst_ray import storage
 from scellst_ray.analysis.metrics import partial_pearson_by_column, pearson_by_column
 from scellst_ray.cohort import SlideRow, read_manifest
 from scellst_ray.geometry import Box
+from scellst_ray.node_cache import hold
 from scellst_ray.slides.reader import Slide
 from scellst_ray.spots.links import link_cells
 from scellst_ray.spots.panel import panel_targets, robust_scale
@@ -109,7 +109,7 @@ def supervision(
     row: SlideRow, genes: list[str]
 ) -> tuple[Spots, NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]:
     """Return a slide's spots, which of them pass, their expression and their colours."""
-    with Slide(storage.local_copy(row.uri), row.uri, row.mpp) as slide:
+    with hold(row.uri) as held, Slide(held.path, held.name, row.mpp) as slide:
         spots = read_spots({**row.columns, "slide_id": row.slide_id}, slide.mpp)
         kept, values = panel_targets(spots, genes, row.slide_id)
         colours = np.stack([disc_colours(slide, xy0, spots.radius0) for xy0 in spots.xy0[kept]])

@@ -17,6 +17,7 @@ from scellst_ray.cohort import SlideRow, read_manifest
 from scellst_ray.models.cellvit_weights import load_cellvit
 from scellst_ray.models.encoder import best_precision, encoder_digest
 from scellst_ray.models.mil import load_head
+from scellst_ray.node_cache import hold
 from scellst_ray.pipelines.expression import head_file
 from scellst_ray.pipelines.networks import local_weights
 from scellst_ray.session import ray_session
@@ -121,5 +122,5 @@ def _slides(console: Console, manifest: str) -> int:
 def _opened(row: SlideRow) -> str:
     if row.mpp_error:
         raise ValueError(row.mpp_error)
-    with Slide(storage.local_copy(row.uri), row.uri, row.mpp) as slide:
+    with hold(row.uri) as held, Slide(held.path, held.name, row.mpp) as slide:
         return f"{slide.width0} x {slide.height0} px, {slide.mpp:g} um/px"

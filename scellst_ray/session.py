@@ -11,12 +11,25 @@ import ray
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the connected cluster offers, `memory` in bytes."""
+    """What the connected cluster offers.
+
+    Attributes:
+        num_cpus: Of all nodes.
+        num_gpus: Of all nodes.
+        node_memory: Bytes of each node that Ray hands out.
+        num_cpus_of_largest_node: Of the node that has most.
+        may_grow: Whether it was there before us: it may have an autoscaler that adds nodes.
+    """
 
     num_cpus: int
     num_gpus: int
-    memory: int
+    node_memory: tuple[int, ...]
     num_cpus_of_largest_node: int
+    may_grow: bool = False
+
+    def num_fitting(self, memory: int) -> int:
+        """Return how many workers that declare `memory` bytes each the nodes hold."""
+        return sum(node // memory for node in self.node_memory)
 
 
 @contextmanager
@@ -55,11 +68,13 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        alive = [node["Resources"] for node in nodes if node["Alive"]]
         yield Cluster(
             int(resources.get("CPU", 1)),
             int(resources.get("GPU", 0)),
-            int(resources.get("memory", 0)),
-            max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]),
+            tuple(int(node.get("memory", 0)) for node in alive),
+            max(int(node.get("CPU", 0)) for node in alive),
+            may_grow=bool(address),
         )
     finally:
         if not joined:

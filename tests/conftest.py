@@ -57,6 +57,15 @@ def write_pyramid(path, levels, mpp, mpp_y=None, **options):
     return Path(path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory):
+    """Keep copies of remote files out of the real temporary folder."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SCELLST_RAY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def helpers():
     """Return the drawing and writing functions above."""

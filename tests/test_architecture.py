@@ -13,21 +13,26 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 # What each part may import of the package, besides itself: the layers from the bottom up.
 BOTTOM = {"geometry", "schemas"}
-GROUND = BOTTOM | {"cohort", "storage", "__version__"}
+FILES_HERE = {"remote", "cache_room", "node_cache"}
+GROUND = BOTTOM | FILES_HERE | {"cohort", "storage", "__version__"}
 KNOWLEDGE = GROUND | {"slides", "nuclei", "spots", "models", "expression"}
-RECORDS = {"runs", "compaction", "reading"}
+RECORDS = {"runs", "lease", "compaction", "reading"}
 SINKS = {"analysis", "export"}
 MAY_IMPORT = {
     "geometry": set(),
     "schemas": set(),
     "cohort": BOTTOM,
-    "storage": BOTTOM,
+    "remote": set(),
+    "cache_room": set(),
+    "node_cache": {"remote", "cache_room"},
+    "storage": BOTTOM | {"node_cache"},
     "slides": GROUND,
     "nuclei": GROUND,
     "spots": GROUND,
     "expression": GROUND,
     "models": GROUND | {"expression", "spots"},
     "runs": GROUND,
+    "lease": GROUND,
     "compaction": GROUND | {"runs", "nuclei"},
     "reading": GROUND | {"runs", "expression"},
     "session": set(),

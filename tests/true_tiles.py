@@ -11,12 +11,13 @@ from scipy.spatial import cKDTree
 from scellst_ray import storage
 from scellst_ray.analysis.rasterise import rasterise
 from scellst_ray.compaction import finish_slide
-from scellst_ray.geometry import Box, Frame
+from scellst_ray.geometry import Box
 from scellst_ray.nuclei.hv_maps import pack_maps
 from scellst_ray.nuclei.ideal_maps import ideal_maps
-from scellst_ray.pipelines.stages import FindNuclei, WriteShards
+from scellst_ray.pipelines.stages import FindNuclei, WriteShards, box_of
 from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.runs import RunFolder
+from scellst_ray.slides.reader import box_frame
 
 TYPES = ("Background", "Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
 CONTEXT_PX = 128  # wider than nuclei: enough to know where those cut by a tile's border end
@@ -68,18 +69,11 @@ class Truth:
         return pack_maps(*(np.ascontiguousarray(m[within]) for m in maps), self.window_px)
 
 
-def grid_frame(row):
-    """Return the frame of what a tile reads, as `Slide.read` gives it, without reading."""
-    ratio = row["read_mpp"] / row["mpp"]
-    left, top = (4 * np.floor(row[f"read_{a}0"] / ratio / 4 + 1e-6) for a in "xy")
-    return Frame(left * ratio, top * ratio, ratio, ratio)
-
-
 def run_slide(folder, rows, truth, spec):
     """Take planned tiles through everything but reading and the network."""
     run = RunFolder(str(folder), "d1g")
     for row in rows:
-        row["frame"] = grid_frame(row)
+        row["frame"] = box_frame(box_of(row, "read"), row["read_mpp"] / row["mpp"])
         row["maps"] = truth.maps(row, spec.side_px)
     receipts = WriteShards(run)(FindNuclei(spec)(rows))
     assert receipts["error"].null_count == len(rows)

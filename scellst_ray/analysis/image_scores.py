@@ -71,7 +71,8 @@ def score_image(
 
     Args:
         truth: Annotated nuclei.
-        predicted: Predicted nuclei; their px are level-0 px.
+        predicted: Predicted nuclei; their px are level-0 px, but for a label map beside another:
+            the two are taken to be of the same pixels.
         annotated: Where and how large the annotation is.
         names: What type names of truth and of prediction shall be called, where that is
             another name, from `common_types`.
@@ -97,7 +98,9 @@ def score_image(
     size_px = annotated.size_px
     if truth.labels_HW is not None:
         size_px = truth.labels_HW.shape[::-1]
-    found_px = annotated.frame.from_level0(predicted.centroid_N2)
+    found_px = predicted.centroid_N2
+    if truth.labels_HW is None or predicted.labels_HW is None:  # two maps share their pixels
+        found_px = annotated.frame.from_level0(found_px)
     true_in, found_in = (_inside(points, size_px) for points in (truth.centroid_N2, found_px))
     matching = match_points(
         truth.centroid_N2[true_in] * annotated.mpp, found_px[found_in] * annotated.mpp, radius_um

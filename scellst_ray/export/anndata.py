@@ -20,6 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scellst_ray import __version__, storage
+from scellst_ray.node_cache import hold
 from scellst_ray.reading import Run
 from scellst_ray.slides.reader import Slide
 
@@ -60,11 +61,11 @@ def read_thumbnail(run: Run, slide_id: str, longest_px: int = THUMBNAIL_PX) -> T
     """
     record, uri = run.records[slide_id], run.sources[slide_id]["uri"]
     try:
-        path = storage.local_copy(uri)
+        held = hold(uri)
     except FileNotFoundError:
         logger.warning("slide %s: %s is gone; exported with a blank picture", slide_id, uri)
         return None
-    with Slide(path, uri, record["mpp"]) as slide:
+    with held, Slide(held.path, held.name, record["mpp"]) as slide:
         longest0 = max(slide.width0, slide.height0)
         image, _ = slide.overview(slide.mpp * max(1.0, longest0 / longest_px))
     return Thumbnail(image, longest0 / max(image.shape[:2]))

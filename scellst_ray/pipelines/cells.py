@@ -8,16 +8,18 @@ import torch
 
 from scellst_ray import storage
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
+from scellst_ray.lease import held
 from scellst_ray.models.catalogue import is_catalogued
 from scellst_ray.models.cellvit_inference import tile_bytes
 from scellst_ray.models.cellvit_weights import load_cellvit
 from scellst_ray.models.encoder import best_precision, encoder_digest, is_named
+from scellst_ray.pipelines.attempts import Limits, forget_attempts
 from scellst_ray.pipelines.driver import Driver, Progress, Report
 from scellst_ray.pipelines.networks import local_weights
 from scellst_ray.pipelines.receipts import Resources, receipts_dataset
 from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS
 from scellst_ray.pipelines.tiles import CellsSpec
-from scellst_ray.runs import FINISHED, check_manifest_unchanged, open_run
+from scellst_ray.runs import FINISHED, RunFolder, check_manifest_unchanged, open_run
 from scellst_ray.schemas import EMBEDDING_DIM
 from scellst_ray.session import ray_session
 from scellst_ray.slides.reader import GRID_PX
@@ -63,10 +65,17 @@ class ExtractConfig:
     """Memory a worker declares to Ray; by default 2, and with CellViT on CPUs what it takes."""
     tiles_per_task: int = 2
     """Tiles a worker takes at a time: the work lost when it dies."""
+    max_attempts: int = 3
+    """Times a tile, or opening a slide, may end a worker's process before it counts as failed."""
+    tile_timeout_s: float | None = 1800.0
+    """Seconds a tile may take before its worker is ended, which counts as an attempt."""
+    plan_timeout_s: float | None = 1800.0
+    """Seconds opening a slide and finding its tissue may take, likewise."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         low = {"core_px": 64, "halo_px": 0, "tiles_per_task": 1, "memory_gb": 0.1, "workers": 1}
+        low |= {"max_attempts": 1, "tile_timeout_s": 1, "plan_timeout_s": 1}
         for name, least in low.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -153,6 +162,12 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
         type_names = model.type_names
         weights = sum(p.nbytes for p in model.network.parameters())
         side = config.core_px + 2 * config.halo_px
+        if model.arch.max_px is not None and side > model.arch.max_px:
+            message = (
+                f"core_px {config.core_px} and two halo_px {config.halo_px} make {side} px; "
+                f"CellViT-{model.arch.variant} takes at most {model.arch.max_px}"
+            )
+            raise ValueError(message)
         bytes_on_cpu = weights + tile_bytes(side, "float32")
         if config.encoder == "tokens":
             found |= {"encoder": f"tokens:{model.digest}", "embedding_dim": model.arch.dim}
@@ -179,7 +194,8 @@ def _settled(config: ExtractConfig) -> ExtractConfig:
 
     Files of weights get absolute names, and `auto` precision becomes that of the driver.
     """
-    if not is_named(config.encoder) and config.encoder not in WITHOUT_FILE:
+    named = is_named(config.encoder) or is_catalogued(config.encoder)
+    if not named and config.encoder not in WITHOUT_FILE:
         config = replace(config, encoder=storage.absolute(config.encoder))
     weights = config.segmenter_weights
     if weights is not None and not is_catalogued(weights):
@@ -223,21 +239,30 @@ def run_cells(
     check_manifest_unchanged(run, sources)
     spec = _spec(config, networks, head_uri)
     progress = Progress(len(slides))
-    wanted = {slide.slide_id for slide in slides}
-    for slide_id, record in run.records().items():
-        if slide_id in wanted and record["status"] in FINISHED:
-            progress.records[slide_id] = record
+    pending = _pending(run, slides, progress)
     report(progress)
-    pending = [slide for slide in slides if slide.slide_id not in progress.records]
     if pending:
-        with ray_session() as cluster:
-            driver = Driver(run, progress, report)
+        with held(run.uri) as lease, ray_session() as cluster:
+            # Once more, now that no other driver can change it.
+            pending = _pending(run, slides, progress)
+            forget_attempts(run)
+            driver = Driver(run, progress, report, lease.check)
             rows = driver.resume(pending, spec)
             if rows:
                 resources = _resources(config, networks)
                 driver.consume(receipts_dataset(rows, spec, run, resources, cluster))
             driver.finish()
+            forget_attempts(run)
     return progress.records
+
+
+def _pending(run: RunFolder, slides: list[SlideRow], progress: Progress) -> list[SlideRow]:
+    """Return the slides that are not finished; the records of the others go into `progress`."""
+    wanted = {slide.slide_id for slide in slides}
+    records = run.records()
+    finished = {s: record for s, record in records.items() if record["status"] in FINISHED}
+    progress.records |= {s: record for s, record in finished.items() if s in wanted}
+    return [slide for slide in slides if slide.slide_id not in progress.records]
 
 
 def _spec(config: ExtractConfig, networks: CheckedNetworks, head_uri: str | None) -> CellsSpec:
@@ -252,6 +277,8 @@ def _spec(config: ExtractConfig, networks: CheckedNetworks, head_uri: str | None
         store_embeddings=config.store_embeddings,
         type_names=networks.type_names,
         weights=config.segmenter_weights,
+        weights_digest=networks.identity.get("segmenter_weights"),
+        encoder_digest=None if config.encoder in WITHOUT_FILE else networks.identity["encoder"],
         window_px=config.segmenter_window_px,
     )
 
@@ -263,4 +290,5 @@ def _resources(config: ExtractConfig, networks: CheckedNetworks) -> Resources:
         config.memory_gb or WORKER_GB,
         config.tiles_per_task,
         network_gb=0.0 if config.memory_gb else networks.bytes_on_cpu / 2**30,
+        limits=Limits(config.max_attempts, config.tile_timeout_s, config.plan_timeout_s),
     )

@@ -42,9 +42,15 @@ _finish_slide = ray.remote(num_cpus=0, max_retries=3)(finish_slide)
 class Driver:
     """What the driver keeps while receipts come in."""
 
-    def __init__(self, run: RunFolder, progress: Progress, report: Report) -> None:
-        """Start with nothing received."""
-        self.run, self.progress, self.report = run, progress, report
+    def __init__(
+        self,
+        run: RunFolder,
+        progress: Progress,
+        report: Report,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start with nothing received; `check` raises if the run is no longer this driver's."""
+        self.run, self.progress, self.report, self.check = run, progress, report, check
         self.receipts: dict[str, list[pa.Table]] = {}
         self.unlogged: list[pa.Table] = []
         self.logged_at = time.monotonic()
@@ -114,6 +120,7 @@ class Driver:
             self._collect(timeout=1)
 
     def _log(self) -> None:
+        self.check()
         if self.unlogged:
             self.run.log_receipts(pa.concat_tables(self.unlogged))
         self.unlogged, self.logged_at = [], time.monotonic()

@@ -3,23 +3,29 @@
 On rows, like the stages of pipelines/stages.py. Shape letters: N nuclei, D embedding, H hidden.
 """
 
+import logging
+import os
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scellst_ray import schemas, storage
 from scellst_ray.models.catalogue import is_catalogued, weights_path
-from scellst_ray.models.cellvit_inference import segment_tiles, tokens_of
+from scellst_ray.models.cellvit_inference import pack_maps, segment_tiles, tokens_of
 from scellst_ray.models.cellvit_weights import load_cellvit
 from scellst_ray.models.encoder import Encoder, embed_crops, is_named, load_encoder
 from scellst_ray.models.mil import MilHead, load_head, stored_hidden
+from scellst_ray.nuclei import hv_maps
 from scellst_ray.pipelines.stages import todo
 from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded
 
 Device = Literal["cpu", "cuda"]
+PRETEND = "SCELLST_RAY_PRETEND_GPU"
+logger = logging.getLogger(__name__)
 
 
 class Network:
@@ -31,7 +37,8 @@ class Network:
         torch.set_num_threads(spec.num_threads)
         self.spec, self.device = spec, device
         self.model = load_cellvit(local_weights(spec.weights))
-        self.model.network.to(device)
+        _check_digest(spec.weights, self.model.digest, spec.weights_digest)
+        self.pack = _pack_on_cpu if device == "cpu" else pack_maps
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Add `maps`, uint32 [side, side], and for tokens `tokens`, float16 [side/16, side/16, D].
@@ -49,6 +56,7 @@ class Network:
         for row in waiting:
             with guarded(row, "network"):
                 self._run([row])
+            end_process_if_broken(self.device, row)
         return rows
 
     def _run(self, rows: list[Row]) -> None:
@@ -60,6 +68,7 @@ class Network:
             self.spec.precision,
             tokens=self.spec.encoder == "tokens",
             window_px=self.spec.window_px,
+            pack=self.pack,
         )
         for row, (maps, tokens) in zip(rows, found, strict=True):
             row["maps"] = maps
@@ -77,6 +86,7 @@ class Embed:
         self.encoder: Encoder | None = None
         if spec.encoder != "tokens":
             self.encoder = load_encoder(local_weights(spec.encoder))
+            _check_digest(spec.encoder, self.encoder.digest, spec.encoder_digest)
             self.encoder.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head: MilHead | None = None
         if spec.head_uri is not None:
@@ -94,6 +104,7 @@ class Embed:
                         self.encoder, crops, self.device, self.spec.precision
                     )
                 row["cells"] = self._with_vectors(row["cells"], embedding_ND)
+            end_process_if_broken(self.device, row)
         return rows
 
     def _with_vectors(self, cells: pa.Table, embedding_ND: NDArray[np.float16]) -> pa.Table:
@@ -109,9 +120,66 @@ class Embed:
         return cells
 
 
+def _pack_on_cpu(
+    binary_B2HW: Tensor, hv_B2HW: Tensor, types_BYHW: Tensor, window_px: int | None
+) -> Tensor:
+    """Return what `pack_maps` does, bit for bit, in a tenth of its time: OpenCV on each tile."""
+    binary, hv, types = (m.float().numpy() for m in (binary_B2HW, hv_B2HW, types_BYHW))
+    tiles = zip(binary, hv, types, strict=True)
+    packed = [hv_maps.pack_maps(b_2HW, hv_2HW, t_YHW, window_px) for b_2HW, hv_2HW, t_YHW in tiles]
+    return torch.from_numpy(np.stack(packed).view(np.int32))
+
+
+def _check_digest(weights: str, found: str, expected: str | None) -> None:
+    """Refuse weights that are not those the run was started with.
+
+    Raises:
+        ValueError: the file has changed, or this node has another one under its name.
+    """
+    if expected is not None and found != expected:
+        message = (
+            f"{weights}: this node has {found}, and the run was started with {expected}; give "
+            "every node the same file and start the run again"
+        )
+        raise ValueError(message)
+
+
+def end_process_if_broken(device: Device, row: Row) -> None:
+    """End this process if its GPU no longer works, so that Ray starts a new one.
+
+    After an illegal access or a memory fault every later call on a CUDA context fails, and fast:
+    an actor that went on would turn the rest of the cohort into failures.
+    """
+    if device == "cpu" or row.get("error") is None:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        logger.critical(
+            "slide %s, tile %s: the GPU stopped working (%s); ending this worker",
+            row["slide_id"],
+            row["tile_id"],
+            row["error"],
+        )
+        os._exit(1)
+
+
 def device_for(*, on_gpu: bool) -> Device:
-    """Return the device of an actor: a GPU it was given may still be one in name only."""
-    return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+    """Return the device of an actor.
+
+    Raises:
+        RuntimeError: Ray gave the actor a GPU that torch cannot use: on a CPU it would take hours,
+            and memory nobody declared. Tests pretend to have GPUs: PRETEND set to 1 allows that.
+    """
+    if on_gpu and not torch.cuda.is_available():
+        if os.environ.get(PRETEND) == "1":
+            return "cpu"
+        message = (
+            "Ray gave this worker a GPU, but torch sees none: check the driver and that torch is a "
+            "CUDA build, or run with gpus: false"
+        )
+        raise RuntimeError(message)
+    return "cuda" if on_gpu else "cpu"
 
 
 def vectors(values: np.ndarray) -> pa.FixedSizeListArray:

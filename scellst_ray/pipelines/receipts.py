@@ -3,25 +3,31 @@
     slides -> plan -> [read] -> [network] -> [find nuclei] -> [embed, head] -> [write] -> receipts
 
 On CPUs the bracketed stages are fused in one actor, so pixels never cross a process; with GPUs
-the networks have actors of their own. Stages that a run does not need are left out.
+the networks have actors of their own. Stages that a run does not need are left out. What ends an
+actor's process is kept to the tile it happened on: see pipelines/attempts.py.
 """
 
+import logging
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
+from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.packing import pack, unpack
 from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
-from scellst_ray.pipelines.tiles import CellsSpec, PlanTiles
+from scellst_ray.pipelines.tiles import PLANNED, CellsSpec, Row, plan_slide
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import Cluster
 
-TILE_ROW_BYTES = 250
+logger = logging.getLogger(__name__)
+# Of a row of TILES, at least, and of RECEIPTS: blocks must not hold more rows than a task takes, or
+# one would do several in turn and hand back its receipts only after the last.
+TILE_ROW_BYTES = 120
 # Tiles a GPU gets at a time: enough for the batch of a segmenting network.
 GPU_TILES = 8
 
@@ -36,6 +42,7 @@ class Resources:
         memory_gb: Memory each worker declares.
         tiles_per_task: Tiles a worker takes at a time.
         network_gb: Memory the segmenting network takes on top where it runs on a CPU.
+        limits: How often and how long they try.
     """
 
     workers: int | None
@@ -43,6 +50,7 @@ class Resources:
     memory_gb: float
     tiles_per_task: int
     network_gb: float = 0.0
+    limits: attempts.Limits = field(default_factory=attempts.Limits)
 
 
 def receipts_dataset(
@@ -62,9 +70,10 @@ def receipts_dataset(
         cluster: What there is.
     """
     _set_context(resources.tiles_per_task)
+    session = attempts.new_session(run)
     tiles = ray.data.from_arrow([_slide_table(row) for row in rows]).map_batches(
         PlanTiles,
-        fn_constructor_kwargs={"spec": spec},
+        fn_constructor_kwargs={"spec": spec, "session": session, "limits": resources.limits},
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=max(1, cluster.num_cpus // 8)),
@@ -85,6 +94,8 @@ def receipts_dataset(
                 "spec": spec,
                 "run": run,
                 "on_gpu": place.num_gpus > 0,
+                "session": session,
+                "limits": resources.limits,
             },
             compute=place.pool,
             num_cpus=place.num_cpus,
@@ -113,23 +124,39 @@ def _place(
     *,
     gpus: bool,
 ) -> _Place:
-    """Choose the actors of one group of stages; each declares `memory` bytes."""
-    # More workers than memory holds would wait for ever, as would a pool without a CPU for it.
-    fitting = max(1, min(cluster.num_cpus, cluster.memory // memory))
-    if not gpus:
-        return _Place(ActorPoolStrategy(size=workers or fitting), 1, 0)
+    """Choose the actors of one group of stages; each declares `memory` bytes.
+
+    Raises:
+        ValueError: a cluster that cannot grow does not hold the fewest actors that the groups
+            need: they would wait for memory for ever, and without a word.
+    """
+    on_gpus = [group for group in groups if gpus and group[0] in NETWORKS]
+    beside = [group for group in groups if group not in on_gpus]
     num_gpus = workers or max(1, cluster.num_gpus)
-    on_gpus = [group for group in groups if group[0] in NETWORKS]
+    fitting = cluster.num_fitting(memory)
+    least = len(beside) + num_gpus * len(on_gpus) if gpus else workers or 1
+    if fitting < least:
+        message = (
+            f"{least} worker(s) of {memory / 2**30:.1f} GiB are needed, and the cluster's memory "
+            f"holds {fitting}; give a smaller memory_gb if they need less, fewer workers, smaller "
+            "tiles (core_px), a smaller network, or nodes with more memory"
+        )
+        if not cluster.may_grow:
+            raise ValueError(message)
+        logger.warning("%s; waiting for it to grow", message)
+    if not gpus:
+        size = workers or max(1, min(cluster.num_cpus, fitting))
+        return _Place(ActorPoolStrategy(size=size), 1, 0)
     if names in on_gpus:
         # The CPU it uses now and then is left by the others, not asked for.
         return _Place(ActorPoolStrategy(size=num_gpus), 0, 1 / len(on_gpus))
-    num_beside = len(groups) - len(on_gpus)
-    most = max(1, fitting - num_gpus - num_beside + 1)
-    share = min(1.0, cluster.num_cpus / num_beside)
-    return _Place(ActorPoolStrategy(min_size=1, max_size=most), share, 0)
+    free = min(cluster.num_cpus, fitting - num_gpus * len(on_gpus))
+    share = min(1.0, cluster.num_cpus / len(beside))
+    return _Place(ActorPoolStrategy(min_size=1, max_size=max(1, free - len(beside) + 1)), share, 0)
 
 
 NETWORKS = ("network", "embed")
+FAILED_PLAN = ("slide_id", "tile_id", "uri", "stage", "error_type", "error")
 
 
 def stage_groups(spec: CellsSpec, *, gpus: bool) -> list[tuple[str, ...]]:
@@ -169,21 +196,60 @@ def _slide_table(row: dict[str, Any]) -> pa.Table:
     return pa.table(texts | {"mpp": mpp, "done_tiles": done})
 
 
+class PlanTiles:
+    """Slides to TILES, a slide at a time: what Ray Data maps over the manifest."""
+
+    def __init__(self, spec: CellsSpec, session: str, limits: attempts.Limits) -> None:
+        """Plan for these settings; notes of attempts go below `session`."""
+        self.spec = spec
+        self.attempts = attempts.of_this_actor(session, limits.max_attempts, limits.plan_timeout_s)
+
+    def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
+        """Yield the tiles of each slide of a batch of `plan_slide` rows."""
+        for row in batch.to_pylist():
+            (tiles,) = self.attempts.over([row | {"tile_id": -1}], self._plan)
+            yield pa.Table.from_pylist(tiles, schema=PLANNED)
+
+    def _plan(self, rows: list[Row], begins: Callable[[str], None]) -> list[Row]:
+        (row,) = rows
+        if row.get("error") is not None:
+            return [{"num_tiles": 0} | {name: row.get(name) for name in FAILED_PLAN}]
+        begins("plan")
+        return plan_slide(row, self.spec)
+
+
 class Stages:
     """Some stages in one actor: what a worker does with a batch of tiles."""
 
     def __init__(
-        self, names: tuple[str, ...], spec: CellsSpec, run: RunFolder, *, on_gpu: bool
+        self,
+        names: tuple[str, ...],
+        spec: CellsSpec,
+        run: RunFolder,
+        session: str,
+        limits: attempts.Limits,
+        *,
+        on_gpu: bool,
     ) -> None:
-        """Make the stages."""
-        self.stages = [_stage(name, spec, run, on_gpu=on_gpu) for name in names]
+        """Make the stages; notes of attempts go below `session`."""
+        # First, so that it is known what ended the process before.
+        self.attempts = attempts.of_this_actor(session, limits.max_attempts, limits.tile_timeout_s)
+        self.stages = {name: _stage(name, spec, run, on_gpu=on_gpu) for name in names}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Take tiles as they come from the stage before to the form the next one takes."""
-        rows: Any = unpack(batch)
-        for stage in self.stages:
+        done = self.attempts.over(unpack(batch), self._run)
+        if isinstance(done[0], pa.Table):
+            return pa.concat_tables(done)
+        return pack([row for rows in done for row in rows])
+
+    def _run(self, rows: Any, begins: Callable[[str], None]) -> Any:  # noqa: ANN401
+        """Return what the last stage makes of rows: rows, or receipts."""
+        for name, stage in self.stages.items():
+            # Finding nuclei is segmenting and cropping; the first is where it can go wrong.
+            begins("segment" if name == "find" else name)
             rows = stage(rows)
-        return rows if isinstance(rows, pa.Table) else pack(rows)
+        return rows
 
 
 def _stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Callable[[Any], Any]:

@@ -8,6 +8,7 @@ cohort. No torch here, so that CPU actors beside a GPU need not load it.
 """
 
 import uuid
+from contextlib import ExitStack
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from scellst_ray import schemas, storage
 from scellst_ray.geometry import Box, Frame
+from scellst_ray.node_cache import hold
 from scellst_ray.nuclei import hematoxylin, seams
 from scellst_ray.nuclei.crops import crop_nuclei
 from scellst_ray.nuclei.hv_maps import nuclei_from_packed
@@ -23,7 +25,7 @@ from scellst_ray.nuclei.imported import nuclei_in_frame, read_tile
 from scellst_ray.nuclei.instances import Nuclei
 from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded
 from scellst_ray.runs import RunFolder
-from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.reader import Slide, box_frame
 
 MAX_CELLS_PER_TILE = 1 << seams.TILE_BITS
 # Raised whenever a segmenter's results change: part of every run's digest.
@@ -47,22 +49,25 @@ class OpenSlides:
 
     def __init__(self) -> None:
         """Start with none open."""
-        self._open: dict[tuple[str, float], Slide] = {}
+        self._open: dict[tuple[str, float], tuple[Slide, ExitStack]] = {}
 
     def get(self, uri: str, mpp: float) -> Slide:
         """Return an open slide, opening it if need be."""
         key = (uri, mpp)
         if key not in self._open:
             while len(self._open) >= 2:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[key] = Slide(storage.local_copy(uri), uri, mpp)
-        return self._open[key]
+                self.drop(*next(iter(self._open)))
+            with ExitStack() as stack:
+                held = stack.enter_context(hold(uri))
+                slide = stack.enter_context(Slide(held.path, held.name, mpp))
+                self._open[key] = slide, stack.pop_all()
+        return self._open[key][0]
 
     def drop(self, uri: str, mpp: float) -> None:
         """Close a slide: OpenSlide refuses all further reads after one failed."""
-        slide = self._open.pop((uri, mpp), None)
-        if slide is not None:
-            slide.close()
+        if (uri, mpp) in self._open:
+            _, opened = self._open.pop((uri, mpp))
+            opened.close()
 
 
 class Read:
@@ -72,10 +77,15 @@ class Read:
         """Prepare a worker."""
         cv2.setNumThreads(spec.num_threads)
         self.slides = OpenSlides()
+        # Nuclei that are given and not embedded need no pixels.
+        self.no_pixels = spec.segmenter == "imported" and spec.encoder == "none"
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Add `image` (RGB uint8 [H, W, 3]) and `frame` (where it lies) to each row."""
         for row in todo(rows):
+            if self.no_pixels:
+                row["frame"] = box_frame(box_of(row, "read"), row["read_mpp"] / row["mpp"])
+                continue
             with guarded(row, "read"):
                 slide = self.slides.get(row["uri"], row["mpp"])
                 row["image"], row["frame"] = slide.read(box_of(row, "read"), row["read_mpp"])
@@ -110,7 +120,7 @@ class FindNuclei:
             if self.spec.segmenter == "imported":
                 seam = np.zeros(len(nuclei), np.uint8)
             else:
-                nuclei, seam = _owned(nuclei, row)
+                nuclei, seam = _offered(nuclei, row, self._margin_um(row))
             if len(nuclei) > MAX_CELLS_PER_TILE:
                 message = f"{len(nuclei)} nuclei in one tile; use smaller tiles (core_px)"
                 raise ValueError(message)
@@ -125,6 +135,13 @@ class FindNuclei:
                 row["crops"] = crop_nuclei(row["image"], nuclei.centroid_px, px_per_um)
             row["cells"] = table
 
+    def _margin_um(self, row: Row) -> float:
+        """Return how far outside its core a tile offers nuclei; their crops must lie in it."""
+        if self.spec.encoder in {"none", "tokens"}:
+            return MARGIN_UM
+        halo_um = self.spec.halo_px * float(row["read_mpp"])
+        return max(0.0, min(MARGIN_UM, halo_um - schemas.CROP_UM / 2))
+
     def _nuclei(self, row: Row) -> Nuclei:
         """Return the tile's nuclei in px of its image, those in the halo included."""
         if self.spec.segmenter == "cellvit":
@@ -134,7 +151,7 @@ class FindNuclei:
         return hematoxylin.segment(row["image"], row["read_mpp"])
 
 
-def _owned(nuclei: Nuclei, row: Row) -> tuple[Nuclei, NDArray[np.uint8]]:
+def _offered(nuclei: Nuclei, row: Row, margin_um: float) -> tuple[Nuclei, NDArray[np.uint8]]:
     """Return the nuclei this tile offers, and what compaction must know of them at seams."""
     frame: Frame = row["frame"]
     boxes = nuclei.boxes_px().astype(np.float64)
@@ -144,7 +161,7 @@ def _owned(nuclei: Nuclei, row: Row) -> tuple[Nuclei, NDArray[np.uint8]]:
         np.concatenate(corners, axis=1),
         box_of(row, "core"),
         box_of(row, "read"),
-        margin0=MARGIN_UM / row["mpp"],
+        margin0=margin_um / row["mpp"],
         px0=max(frame.ratio_x, frame.ratio_y),
     )
     return nuclei.take(index), seam

@@ -5,7 +5,7 @@ A row is a dict, one per tile, from plan to receipt. What goes wrong becomes a v
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from scellst_ray import schemas, storage
+from scellst_ray import node_cache, schemas, storage
 from scellst_ray.geometry import Frame
+from scellst_ray.node_cache import hold
 from scellst_ray.nuclei.imported import check_within, publish_by_tile, read_segmentation
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tiling import (
@@ -47,6 +48,8 @@ class CellsSpec:
         num_threads: CPU threads of torch and OpenCV in a worker.
         type_names: Of the network's types, by number.
         weights: The segmenting network's checkpoint: a URI or a name of the catalogue, or None.
+        weights_digest: What the network's weights must be; None: not checked.
+        encoder_digest: What the encoder's weights must be; None: not checked.
         window_px: Neighbourhood for the network's edge maps in px read; None: the whole tile.
     """
 
@@ -61,6 +64,8 @@ class CellsSpec:
     num_threads: int = 1
     type_names: tuple[str, ...] = ()
     weights: str | None = None
+    weights_digest: str | None = None
+    encoder_digest: str | None = None
     window_px: int | None = None
 
     @property
@@ -104,7 +109,7 @@ def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
     with guarded(nothing, "plan"):
         if row["mpp_error"]:
             raise ValueError(row["mpp_error"])
-        with Slide(storage.local_copy(row["uri"]), row["uri"], row["mpp"]) as slide:
+        with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
             read_mpp = _read_mpp(slide, spec)
             nothing |= {
                 "mpp": slide.mpp,
@@ -157,11 +162,15 @@ def _tiles_of_nuclei(
         message = f"slide {row['slide_id']!r}: the manifest names no file in column segmentation"
         raise ValueError(message)
     if not storage.exists(row["imported_uri"]):
-        source = row["segmentation"]
-        table = read_segmentation(storage.local_copy(source), source)
-        table = check_within(table, *size0, source, slide.mpp)
+        with hold(row["segmentation"]) as held:
+            table = read_segmentation(held.path, held.name)
+        table = check_within(table, *size0, held.name, slide.mpp)
         edges_x, edges_y = map(np.array, tile_edges(size0, ratio, spec.core_px))
         publish_by_tile(table, edges_x, edges_y, row["imported_uri"])
+        for uri in storage.list_files(row["imported_uri"].rsplit("/", 1)[0]):
+            # Made of another file, or for other tiles.
+            if uri.rsplit("/", 1)[-1].startswith("imported-") and uri != row["imported_uri"]:
+                storage.remove_tree(uri)
     wanted = set(storage.read_table(row["imported_uri"], ["tile_id"])["tile_id"].to_pylist())
     everywhere, frame = np.ones((1, 1), np.bool_), Frame(0.0, 0.0, *map(float, size0))
     tiles = plan_tiles(size0, ratio, everywhere, frame, spec.core_px, spec.halo_px)
@@ -173,18 +182,5 @@ def imported_name(source: str, mpp: float | None, spec: CellsSpec) -> str:
 
     It tells by its name what it was made of, so another file or another tiling is another name.
     """
-    made_of = (source, storage.content_size(source), mpp, spec.read_mpp, spec.core_px)
+    made_of = (source, node_cache.identity(source), mpp, spec.read_mpp, spec.core_px)
     return f"imported-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.parquet"
-
-
-class PlanTiles:
-    """Slides to TILES, a slide at a time: what Ray Data maps over the manifest."""
-
-    def __init__(self, spec: CellsSpec) -> None:
-        """Plan for these settings."""
-        self.spec = spec
-
-    def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
-        """Yield the tiles of each slide of a batch of `plan_slide` rows."""
-        for row in batch.to_pylist():
-            yield pa.Table.from_pylist(plan_slide(row, self.spec), schema=PLANNED)

@@ -115,8 +115,7 @@ class Slide:
         ratio = mpp / self.mpp
         left, width = _on_grid(box.x0, box.w0, ratio)
         top, height = _on_grid(box.y0, box.h0, ratio)
-        frame = Frame(left * ratio, top * ratio, ratio, ratio)
-        return self._resampled(left, top, width, height, ratio), frame
+        return self._resampled(left, top, width, height, ratio), box_frame(box, ratio)
 
     def overview(self, mpp: float) -> tuple[NDArray[np.uint8], Frame]:
         """Read the whole slide at a low power, strip by strip, in bounded memory."""
@@ -158,6 +157,18 @@ class Slide:
         """Return the coarsest level that is still at least as fine as asked for."""
         fine = [i for i, d in enumerate(self._pixels.downsamples) if d <= downsample * 1.005]
         return max(fine, default=0)
+
+
+def box_frame(box: Box, ratio: float) -> Frame:
+    """Return the frame of what `Slide.read` reads of a box, without reading.
+
+    Args:
+        box: Level-0 px.
+        ratio: Level-0 px per px read.
+    """
+    left, _ = _on_grid(box.x0, box.w0, ratio)
+    top, _ = _on_grid(box.y0, box.h0, ratio)
+    return Frame(left * ratio, top * ratio, ratio, ratio)
 
 
 def _on_grid(start0: int, size0: int, ratio: float) -> tuple[int, int]:

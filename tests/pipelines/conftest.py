@@ -1,8 +1,11 @@
 """A local Ray of two CPUs for the tests of this folder, and a small cohort."""
 
+import os
+
 import pytest
 import ray
 
+from scellst_ray.pipelines.networks import PRETEND
 from scellst_ray.session import ray_session
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 
@@ -10,6 +13,7 @@ from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 @pytest.fixture(scope="module")
 def local_ray():
     """Start Ray with two CPUs (and a GPU in name only) and stop it."""
+    os.environ[PRETEND] = "1"
     ray.init(
         address="local",
         num_cpus=2,
@@ -23,6 +27,7 @@ def local_ray():
             yield cluster
     finally:
         ray.shutdown()
+        del os.environ[PRETEND]
 
 
 @pytest.fixture(scope="session")

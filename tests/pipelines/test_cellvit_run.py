@@ -1,4 +1,4 @@
-"""`extract` with a CellViT checkpoint: the distributed pass, resuming, and what is refused."""
+"""`extract` with a CellViT checkpoint: the distributed pass, and what is refused."""
 
 import pickle
 
@@ -169,3 +169,14 @@ def test_a_bad_checkpoint_is_refused_before_ray_starts(
 def test_settings_that_do_not_fit_the_segmenter(settings, reason):
     with pytest.raises(ValueError, match=reason):
         ExtractConfig(manifest="m.csv", out="o", **settings)
+
+
+def test_tiles_larger_than_sam_takes_are_refused_before_ray_starts(tmp_path, manifest):
+    state = cellvit_weights.hollow_state("SAM-B")
+    path = tmp_path / "sam.pth"
+    torch.save(cellvit_weights.make_checkpoint("SAM-B", state=state), path)
+    settings = SETTINGS | {"segmenter_weights": str(path), "core_px": 1024}
+    config = ExtractConfig(manifest=str(manifest), out=str(tmp_path / "run"), **settings)
+    with pytest.raises(ValueError, match="make 1088 px; CellViT-SAM-B takes at most 1024"):
+        extract(config)
+    assert not (tmp_path / "run").exists()

@@ -62,7 +62,7 @@ def test_maps_and_tokens_come_in_one_size(network, read_rows):
         assert (row["maps"].dtype, row["maps"].shape) == (np.uint32, (SIDE, SIDE))
         assert (row["tokens"].dtype, row["tokens"].shape) == (np.float16, (4, 4, 384))
         assert row["seconds_network"] > 0
-    # Tiles shared a pass; alone each gives the same.
+    # Alone each gives the same.
     for row, again in zip(rows, read_rows(), strict=True):
         (alone,) = network([again])
         np.testing.assert_array_equal(alone["maps"], row["maps"])
@@ -151,3 +151,52 @@ def test_a_slide_too_coarse_for_the_network_says_so(network_spec, synthetic_slid
     (planned,) = plan_slide(row, network_spec)
     assert planned["stage"] == "plan"
     assert "0.9 um/px is coarser than the 0.75" in planned["error"]
+
+
+def test_tiles_that_share_a_pass_give_what_each_gives_alone(network, read_rows):
+    """As on a GPU, where batches are larger than one."""
+    images = [row["image"] for row in read_rows()]
+    together = networks.segment_tiles(
+        network.model, images, SIDE, "cpu", "float32", tokens=True, batch_size=2
+    )
+    for image, (maps, tokens) in zip(images, together, strict=True):
+        ((alone, alone_tokens),) = networks.segment_tiles(
+            network.model, [image], SIDE, "cpu", "float32", tokens=True
+        )
+        # Sums in another order: the last bits of an energy, and no class.
+        np.testing.assert_array_equal(maps >> 25, alone >> 25)
+        level = [m.astype(np.int64) & (2**25 - 1) for m in (maps, alone)]
+        assert np.abs(level[0] - level[1]).max() < 2**10
+        np.testing.assert_allclose(tokens, alone_tokens, rtol=2e-3, atol=2e-3)
+
+
+def test_other_weights_than_the_runs_are_refused(network_spec, cells_spec):
+    with pytest.raises(ValueError, match="the run was started with sha256:other"):
+        Network(replace(network_spec, weights_digest="sha256:other"), "cpu")
+    with pytest.raises(ValueError, match="the run was started with sha256:other"):
+        Embed(replace(cells_spec, encoder_digest="sha256:other"), "cpu")
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch):
+    monkeypatch.delenv(networks.PRETEND, raising=False)
+    with pytest.raises(RuntimeError, match="torch sees none"):
+        networks.device_for(on_gpu=True)
+    assert networks.device_for(on_gpu=False) == "cpu"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_worker_whose_gpu_stopped_working_ends(monkeypatch, broken):
+    def synchronize():
+        if broken:
+            message = "CUDA error: an illegal memory access was encountered"
+            raise RuntimeError(message)
+
+    ended = []
+    monkeypatch.setattr(networks.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(networks.os, "_exit", ended.append)
+    row = {"slide_id": "s", "tile_id": 4}
+    networks.end_process_if_broken("cuda", row)
+    networks.end_process_if_broken("cpu", row | {"error": "CUDA error"})
+    assert ended == []
+    networks.end_process_if_broken("cuda", row | {"error": "CUDA error"})
+    assert ended == [1] * broken
