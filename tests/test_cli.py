@@ -159,7 +159,7 @@ def test_wrong_type_names_the_key_and_what_was_given(capsys, tmp_path, in_file):
         (["evaluate", "segmentaton"], ["'segmentaton'", "Did you mean 'evaluate segmentation'?"]),
         (["modls"], ["'modls'", "Did you mean 'models'?"]),
         (["models", "fetc", "x"], ["'fetc'", "'models'", "Did you mean 'models fetch'?"]),
-        (["models", "--nam", "x"], ["scellst-ray models: error", "nam"]),
+        (["models", "--names", "x"], ["scellst-ray models: error", "names"]),
         (["models", "fetch"], ["required", "name"]),
         (["models", "fetch", "a", "b"], ["b"]),
         ([*EXTRACT, "--segmenter", "magic"], ['"segmenter"', "hematoxylin", "magic"]),
