@@ -240,10 +240,11 @@ def test_the_last_to_write_wins_where_nothing_is_locked(monkeypatch):
 def test_a_second_driver_is_refused_before_it_starts_anything(tmp_path, monkeypatch):
     from scellst_ray.pipelines import cells
 
-    def no_ray():
-        raise RuntimeError("Ray is started")
+    def started():
+        message = "Ray is started"
+        raise RuntimeError(message)
 
-    monkeypatch.setattr(cells, "ray_session", no_ray)
+    monkeypatch.setattr(cells, "ray_session", started)
     (tmp_path / "slide.png").write_bytes(b"never opened")
     (tmp_path / "manifest.csv").write_text("slide_id,uri,mpp\na,slide.png,0.5\n")
     run = tmp_path / "run"
