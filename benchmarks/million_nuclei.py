@@ -32,7 +32,6 @@ from scellst_ray import __version__, schemas, storage
 from scellst_ray.geometry import Box
 from scellst_ray.pipelines.driver import Driver, Progress
 from scellst_ray.pipelines.stages import FindNuclei, WriteShards, box_of
-from scellst_ray.pipelines.tiles import CellsSpec, Row
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import ray_session
 from scellst_ray.slides.reader import box_frame
@@ -69,7 +68,8 @@ def measure(num_nuclei: int, workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ray_session(num_cpus=workers):
         run = RunFolder(folder, "bench")
         driver = Driver(run, Progress(1), lambda _: None)
-        tiles = pa.Table.from_pylist(planned(columns), schema=schemas.TILES)
+        rows = true_tiles.square_of_tiles(true_tiles.truth_spec(CORE_PX, HALO_PX), columns)
+        tiles = pa.Table.from_pylist(rows, schema=schemas.TILES)
         # Small blocks, as the planner makes them: a block goes to one worker.
         blocks = [tiles.slice(start, 8) for start in range(0, len(tiles), 8)]
         dataset = ray.data.from_arrow(blocks).map_batches(
@@ -115,21 +115,6 @@ def summary(
     }
 
 
-def planned(columns: int) -> list[Row]:
-    """Return the tiles of a square slide."""
-    side0 = columns * CORE_PX
-    common = {"slide_id": "s", "num_tiles": columns**2, "uri": "none", "mpp": MPP, "read_mpp": MPP}
-    common |= {"width0": side0, "height0": side0}
-    rows = []
-    for tile_id in range(columns**2):
-        y, x = divmod(tile_id, columns)
-        core = Box(x * CORE_PX, y * CORE_PX, CORE_PX, CORE_PX)
-        boxes = (("core", core), ("read", core.grown(HALO_PX)))
-        named = {f"{kind}_{n}": v for kind, box in boxes for n, v in box._asdict().items()}
-        rows.append(common | named | {"tile_id": tile_id})
-    return rows
-
-
 def grid_side(columns: int) -> int:
     """Return how many nuclei a row of the slide holds."""
     return columns * CORE_PX // PITCH_PX
@@ -163,7 +148,7 @@ class SimulateAndFind:
 
     def __init__(self, run: RunFolder, columns: int) -> None:
         """Prepare a worker."""
-        self.spec: CellsSpec = true_tiles.truth_spec(CORE_PX, HALO_PX)
+        self.spec = true_tiles.truth_spec(CORE_PX, HALO_PX)
         self.find, self.write, self.columns = FindNuclei(self.spec), WriteShards(run), columns
 
     def __call__(self, batch: pa.Table) -> pa.Table:

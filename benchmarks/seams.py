@@ -52,7 +52,7 @@ def measure(slides: int, jitter: float, context_px: int, window_px: int | None) 
             polygons, 1 + np.arange(NUM) % 5, jitter, context_px=context_px, window_px=window_px
         )
         with tempfile.TemporaryDirectory() as folder:
-            tiles = true_tiles.four_by_four(spec)
+            tiles = true_tiles.square_of_tiles(spec)
             record, cells = true_tiles.run_slide(folder, tiles, truth, spec)
         limit0 = 8.0 if jitter else 1.0
         settled = sum(record["seams"].values())

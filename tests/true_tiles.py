@@ -15,7 +15,7 @@ from scellst_ray.geometry import Box
 from scellst_ray.nuclei.hv_maps import pack_maps
 from scellst_ray.nuclei.ideal_maps import ideal_maps
 from scellst_ray.pipelines.stages import FindNuclei, WriteShards, box_of
-from scellst_ray.pipelines.tiles import CellsSpec
+from scellst_ray.pipelines.tiles import CellsSpec, box_columns
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.reader import box_frame
 
@@ -108,15 +108,14 @@ def discs(seed, num, radii0, core_px=192):
     return shapely.polygons(centres[:, None] + sizes[:, None, None] * ring)
 
 
-def four_by_four(spec):
-    """Return the rows of 4 x 4 tiles at 0.25 um/px."""
-    common = {"slide_id": "s", "num_tiles": 16, "uri": "none", "mpp": 0.25, "read_mpp": 0.25}
-    common |= {"width0": 4 * spec.core_px, "height0": 4 * spec.core_px}
+def square_of_tiles(spec, columns=4):
+    """Return the rows of as many rows as columns of tiles, at 0.25 um/px."""
+    side, num = spec.core_px, columns**2
+    common = {"slide_id": "s", "num_tiles": num, "uri": "none", "mpp": 0.25, "read_mpp": 0.25}
+    common |= {"width0": columns * side, "height0": columns * side}
     rows = []
-    for tile_id in range(16):
-        side = spec.core_px
-        core = Box(tile_id % 4 * side, tile_id // 4 * side, side, side)
-        boxes = (("core", core), ("read", core.grown(spec.halo_px)))
-        named = {f"{kind}_{n}": v for kind, box in boxes for n, v in box._asdict().items()}
-        rows.append(common | named | {"tile_id": tile_id})
+    for tile_id in range(num):
+        y, x = divmod(tile_id, columns)
+        core = Box(x * side, y * side, side, side)
+        rows.append(common | box_columns(core, core.grown(spec.halo_px)) | {"tile_id": tile_id})
     return rows

@@ -6,10 +6,8 @@ file cannot run code, and mapped into memory, so that processes of a machine sha
 """
 
 import ast
-import hashlib
 import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scellst_ray.models.cellvit import ARCHS, MAP_CHANNELS, Arch, CellViT
+from scellst_ray.models.digests import DAMAGE, file_digest
 from scellst_ray.schemas import MAP_TYPE_SHIFT
 
 PANNUKE_TYPES = ("Background", "Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
@@ -36,9 +35,6 @@ LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _SCALAR = np.float64(0).__reduce__()[0]
 SAFE_NUMPY: list[Any] = [_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
 SAFE_NUMPY += [type(np.dtype(name)) for name in ("float32", "float64", "int64")]
-# What torch raises, besides UnpicklingError, on files that end early or have a wrong byte.
-DAMAGE: tuple[type[Exception], ...] = (RuntimeError, OSError, EOFError, LookupError, ValueError)
-DAMAGE += (TypeError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile)
 BINARY_HEAD = "nuclei_binary_map_decoder.decoder0_header.2.weight"
 TYPE_HEAD = "nuclei_type_maps_decoder.decoder0_header.2.weight"
 
@@ -94,8 +90,7 @@ def cellvit_digest(path: str | Path) -> str:
     if not path.is_file():
         message = f"CellViT checkpoint {path}: no such file; give the path of a downloaded .pth"
         raise ValueError(message)
-    with path.open("rb") as handle:
-        return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
+    return file_digest(path)
 
 
 def _read(path: Path) -> object:

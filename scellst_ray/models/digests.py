@@ -1,10 +1,15 @@
-"""Size and digests of files, and whether they are what they should be."""
+"""Files of weights: size and digests, whether they are what they should be, and damage."""
 
 import hashlib
+import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 _BLOCK = 1 << 20
+# What torch raises on a cut or damaged file; its old format raises nearly anything.
+DAMAGE: tuple[type[Exception], ...] = (RuntimeError, OSError, EOFError, LookupError, ValueError)
+DAMAGE += (TypeError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ def digests_of(path: Path) -> Digests:
             sha256.update(block)
             md5.update(block)
     return Digests(path.stat().st_size, sha256.hexdigest(), md5.hexdigest())
+
+
+def file_digest(path: Path) -> str:
+    """Return 'sha256:...' of a file: what identifies weights in a run."""
+    with path.open("rb") as handle:
+        return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
 
 
 def mismatch(found: Digests, expected: Expected) -> str | None:

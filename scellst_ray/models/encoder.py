@@ -3,10 +3,8 @@
 Shape letters: N crops, D embedding.
 """
 
-import hashlib
 import json
 import pickle
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,11 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
-# What reading a cut or damaged file raises; torch's old format raises nearly anything.
-DAMAGE: tuple[type[Exception], ...] = (RuntimeError, OSError, EOFError, LookupError, ValueError)
-DAMAGE += (TypeError, AttributeError, AssertionError, struct.error)
-DAMAGE += (pickle.UnpicklingError, SafetensorError)
+from scellst_ray.models.digests import DAMAGE, file_digest
 
+UNREADABLE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError, SafetensorError)
 EMBEDDING_DIM = 2048
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,8 +64,7 @@ def encoder_digest(weights: str) -> str:
     if not path.is_file():
         message = f"encoder {weights!r}: no such file; give a file, 'imagenet' or 'random:SEED'"
         raise ValueError(message)
-    with path.open("rb") as handle:
-        return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
+    return file_digest(path)
 
 
 def load_encoder(weights: str) -> Encoder:
@@ -92,7 +87,7 @@ def load_encoder(weights: str) -> Encoder:
         return _ready(network, IMAGENET_MEAN, IMAGENET_STD, digest)
     try:
         state, mean, std = _read_weights(Path(weights))
-    except DAMAGE as error:
+    except UNREADABLE as error:
         message = f"encoder {weights}: cannot be read as weights ({error}); is the file cut off?"
         raise ValueError(message) from error
     with torch.device("meta"):  # shapes only: no time spent on weights that are replaced

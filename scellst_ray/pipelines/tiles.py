@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from scellst_ray import node_cache, schemas, storage
-from scellst_ray.geometry import Frame
+from scellst_ray.geometry import Box, Frame
 from scellst_ray.node_cache import hold
 from scellst_ray.nuclei.imported import check_within, publish_by_tile, read_segmentation
 from scellst_ray.slides.reader import Slide
@@ -91,6 +91,15 @@ def guarded(row: Row, stage: str) -> Iterator[None]:
         row[f"seconds_{stage}"] = time.perf_counter() - started
 
 
+def box_columns(core: Box, read: Box) -> dict[str, int]:
+    """Return a tile's boxes as columns of TILES."""
+    return {
+        f"{kind}_{name}": value
+        for kind, box in (("core", core), ("read", read))
+        for name, value in box._asdict().items()
+    }
+
+
 def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
     """Plan a slide's tiles.
 
@@ -125,11 +134,7 @@ def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
         done = set(row["done_tiles"])
         for tile in tiles:
             if tile.tile_id not in done:
-                boxes = {
-                    f"{kind}_{name}": value
-                    for kind, box in (("core", tile.core), ("read", tile.read))
-                    for name, value in box._asdict().items()
-                }
+                boxes = box_columns(tile.core, tile.read)
                 rows.append(nothing | {"tile_id": tile.tile_id, "num_tiles": len(tiles)} | boxes)
     rows = rows or [nothing]
     rows[-1]["seconds_plan"] = nothing["seconds_plan"]

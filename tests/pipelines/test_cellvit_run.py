@@ -1,6 +1,7 @@
 """`extract` with a CellViT checkpoint: the distributed pass, and what is refused."""
 
 import pickle
+from dataclasses import replace
 
 import cellvit_weights
 import pyarrow as pa
@@ -15,7 +16,7 @@ from scellst_ray.pipelines import cells as cells_module
 from scellst_ray.pipelines.cells import ExtractConfig, extract
 from scellst_ray.pipelines.networks import Embed, Network
 from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
-from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
+from scellst_ray.pipelines.tiles import plan_slide
 from scellst_ray.reading import open_run
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
@@ -41,17 +42,13 @@ def manifest(tmp_path_factory):
     return path
 
 
-def plain_loop(manifest, weights, folder, helpers):
+def plain_loop(manifest, weights, folder, cells_spec, helpers):
     """Return the CELLS of the first slide from a plain loop over tiles."""
-    spec = CellsSpec(
+    spec = replace(
+        cells_spec,
         segmenter="cellvit",
-        read_mpp=None,
         core_px=192,
-        halo_px=32,
         encoder="tokens",
-        precision="float32",
-        head_uri=None,
-        store_embeddings=True,
         type_names=cellvit_weights.PANNUKE,
         weights=str(weights),
     )
@@ -69,8 +66,10 @@ def plain_loop(manifest, weights, folder, helpers):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_pipeline_equals_plain_loop_whether_fused_or_spread(tmp_path, manifest, weights, helpers):
-    expected = plain_loop(manifest, weights, tmp_path / "plain", helpers)
+def test_pipeline_equals_plain_loop_whether_fused_or_spread(
+    tmp_path, manifest, weights, cells_spec, helpers
+):
+    expected = plain_loop(manifest, weights, tmp_path / "plain", cells_spec, helpers)
     assert len(expected) > 5
     for gpus in (False, True):
         out = tmp_path / f"gpus-{gpus}"

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 from scipy.spatial import cKDTree
-from true_tiles import TYPES, Truth, counted, discs, four_by_four, run_slide, truth_spec
+from true_tiles import TYPES, Truth, counted, discs, run_slide, square_of_tiles, truth_spec
 
 from scellst_ray.pipelines.tiles import plan_slide
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
@@ -68,7 +68,7 @@ def test_every_nucleus_once_within_a_pixel_at_any_resolution(
 def test_no_nucleus_is_lost_or_doubled_along_seams(tmp_path, slide_spec, radii0, num, seed):
     polygons = discs(seed, num, radii0)
     truth = Truth(polygons, 1 + np.arange(num) % 5)
-    record, cells = run_slide(tmp_path, four_by_four(slide_spec), truth, slide_spec)
+    record, cells = run_slide(tmp_path, square_of_tiles(slide_spec), truth, slide_spec)
     # A nucleus wider than the halo may be seen whole by no tile: it is still one nucleus.
     whole = radii0[1] < slide_spec.halo_px
     limit0 = 1.0 if whole else radii0[1]
@@ -83,7 +83,9 @@ def test_a_network_that_jitters_loses_and_doubles_next_to_nothing(tmp_path, slid
     for seed in range(4):
         polygons = discs(seed, 150, (8, 18))
         truth = Truth(polygons, 1 + np.arange(150) % 5, jitter=1.0)
-        record, cells = run_slide(tmp_path / str(seed), four_by_four(slide_spec), truth, slide_spec)
+        record, cells = run_slide(
+            tmp_path / str(seed), square_of_tiles(slide_spec), truth, slide_spec
+        )
         missed, more = counted(cells, polygons, limit0=8.0)
         lost, extra, total = lost + missed, extra + more, total + len(polygons)
         owned_twice += record["seams"]["doubled"] + record["seams"]["adopted"]
