@@ -1,0 +1,11 @@
+"""Crops of cells to an encoder, as a Ray job.
+
+ray job submit --working-dir . -- python jobs/pretrain.py --config jobs/pretrain.yaml
+"""
+
+import sys
+
+from scellst_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -1,0 +1,305 @@
+"""CROPS: a second pass over the pixels, around a sample of the cells that a run has found.
+
+Reading pixels is a few percent of `extract`, and which cells are sampled is known only when all are
+found: so crops are no stage of the tiles. A slide is a row, drawn twice: first the random numbers
+of its candidates, from which the driver finds the one up to which cells of all slides fit the
+total; then the crops. Done means a record, and `crops.json`, published last, makes a set of crops
+one that readers see.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from scellst_ray import schemas, storage
+from scellst_ray.cohort import SlideRow
+from scellst_ray.crop_format import (
+    CODEC,
+    NO_CUTOFF,
+    ROW_GROUP,
+    CropSample,
+    Cutoff,
+    index_uri,
+    set_uri,
+)
+from scellst_ray.pipelines import attempts
+from scellst_ray.pipelines.cutting import CropSet, candidates, cut_slide, record_of
+from scellst_ray.pipelines.receipts import Resources
+from scellst_ray.pipelines.tiles import Row, guarded
+from scellst_ray.runs import RunFolder
+from scellst_ray.session import Cluster
+
+logger = logging.getLogger(__name__)
+Records = Mapping[str, Mapping[str, Any]]
+ROWS = pa.schema(
+    [
+        ("slide_id", pa.string()),
+        ("uri", pa.string()),
+        ("mpp", pa.float64()),
+        ("read_mpp", pa.float64()),
+    ]
+)
+CANDIDATES = pa.schema(
+    [
+        ("slide_id", pa.string()),
+        ("priority", pa.list_(pa.uint64())),
+        ("error_type", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+
+def check_sample(run: RunFolder, sample: CropSample) -> None:
+    """Refuse to replace a run's crops by those of another sample.
+
+    Raises:
+        ValueError: the run has crops of another sample.
+    """
+    found = _index(run).get("sample", asdict(sample))
+    if found != asdict(sample):
+        told = (f"{k} {found.get(k)} there, {v} now" for k, v in asdict(sample).items())
+        message = (
+            f"{run.uri}: its crops are another sample ({', '.join(told)}); give the settings they "
+            f"were made with, or remove its folder `crops` to make others"
+        )
+        raise ValueError(message)
+
+
+def crops_missing(run: RunFolder, records: Records, sample: CropSample) -> bool:
+    """Tell whether crops of the slides with these records are still to be made."""
+    index = _index(run)
+    return index.get("set") != _set_id(run, _with_cells(records), sample) or bool(index["failed"])
+
+
+def make_crops(
+    run: RunFolder,
+    slides: Sequence[SlideRow],
+    records: Records,
+    sample: CropSample,
+    resources: Resources,
+    cluster: Cluster,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, Any]]:
+    """Make what is missing of the crops of a run; return the records of crops by slide_id.
+
+    Args:
+        run: The run.
+        slides: The manifest.
+        records: The records of its slides.
+        sample: How many crops.
+        resources: What the workers may use.
+        cluster: What there is.
+        check: Raises if the run is no longer this driver's.
+    """
+    check_sample(run, sample)
+    cells = _with_cells(records)
+    crops = CropSet(run, _set_id(run, cells, sample), sample, NO_CUTOFF)
+    if _index(run).get("set", crops.set_id) != crops.set_id:
+        logger.warning("%s: its cells are others now; all crops are made anew", run.uri)
+    DataContext.get_current().enable_progress_bars = False
+    DataContext.get_current().execution_options.preserve_order = False
+    # A large slide takes its time: silence is not a fault.
+    DataContext.get_current().execution_no_progress_timeout_s = -1
+    rows = [
+        {"slide_id": slide.slide_id, "uri": slide.uri}
+        | {name: cells[slide.slide_id][name] for name in ("mpp", "read_mpp")}
+        for slide in slides
+        if slide.slide_id in cells
+    ]
+    cutoff, found = _cutoff(crops, rows, cells)
+    crops = replace(crops, cutoff=cutoff)
+    found |= _done(crops, rows)
+    rows = [row for row in rows if row["slide_id"] not in found]
+    if rows:
+        for result in _cut(crops, rows, resources, cluster):
+            check()
+            found[result["slide_id"]] = result
+    check()
+    _publish_index(crops, found)
+    return found
+
+
+def with_crops(records: Records, crops: Records) -> dict[str, dict[str, Any]]:
+    """Return the records of slides with what became of their crops.
+
+    A slide whose crops failed is partial: it needs the same command once more.
+    """
+    joined = {slide_id: dict(record) for slide_id, record in records.items()}
+    for slide_id, record in crops.items():
+        joined[slide_id]["num_crops"] = record["num_crops"]
+        if record["status"] == "failed":
+            told = {name: record[name] for name in ("error_type", "error")}
+            joined[slide_id] |= {"status": "partial", "stage": "crops"} | told
+    return joined
+
+
+def _index(run: RunFolder) -> dict[str, Any]:
+    """Return which crops the run has; empty if none are finished."""
+    uri = index_uri(run.uri)
+    return dict(storage.read_json(uri)) if storage.exists(uri) else {}
+
+
+def _with_cells(records: Records) -> Records:
+    return {s: record for s, record in records.items() if record["num_cells"]}
+
+
+def _set_id(run: RunFolder, cells: Records, sample: CropSample) -> str:
+    """Return what identifies the sample and the cells it is drawn from."""
+    stamps = {s: [r["num_cells"], r.get("finished")] for s, r in sorted(cells.items())}
+    text = json.dumps([run.digest, asdict(sample), stamps], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _cutoff(
+    crops: CropSet, rows: list[Row], cells: Records
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Return the priority up to which cells are in, and records of slides it could not count."""
+    uri = storage.join(set_uri(crops.run.uri, crops.set_id), "set.json")
+    if storage.exists(uri):
+        return int(storage.read_json(uri)["cutoff"]), {}
+    most = crops.sample.per_slide or crops.sample.total
+    failed: dict[str, dict[str, Any]] = {}
+    cutoff = Cutoff(crops.sample.total)
+    if rows and sum(min(r["num_cells"], most) for r in cells.values()) > crops.sample.total:
+        found = ray.data.from_arrow([_table(row) for row in rows]).map_batches(
+            partial(_candidates, run=crops.run, sample=crops.sample),
+            batch_size=1,
+            batch_format="pyarrow",
+        )
+        for batch in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+            table: pa.Table = batch
+            for number, told in enumerate(table.drop_columns("priority").to_pylist()):
+                if told["error"] is None:
+                    cutoff.add(table["priority"][number].values.to_numpy())
+                else:
+                    failed[told["slide_id"]] = record_of(crops, told["slide_id"], "failed") | told
+    value = cutoff.value()
+    if not failed:
+        known = {"cutoff": value, "sample": asdict(crops.sample), "slides": sorted(cells)}
+        storage.publish_json(uri, known)
+    return value, failed
+
+
+def _candidates(batch: pa.Table, run: RunFolder, sample: CropSample) -> Iterable[pa.Table]:
+    for slide_id in batch["slide_id"].to_pylist():
+        row: Row = {"slide_id": slide_id}
+        priority_N = np.zeros(0, np.uint64)
+        with guarded(row, "crops"):
+            _, priority_N = candidates(run, slide_id, sample)
+        values = pa.ListArray.from_arrays([0, len(priority_N)], pa.array(priority_N))
+        told = [pa.array([row.get(n)], pa.string()) for n in ("slide_id", "error_type", "error")]
+        yield pa.table([told[0], values, *told[1:]], schema=CANDIDATES)
+
+
+def _done(crops: CropSet, rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """Return the records of slides that need nothing more."""
+    folder = crops.record_uri("").rsplit("/", 1)[0]
+    records = [storage.read_json(uri) for uri in storage.list_files(folder)]
+    wanted = {row["slide_id"] for row in rows}
+    return {
+        record["slide_id"]: record
+        for record in records
+        if record["slide_id"] in wanted
+        and record["status"] != "failed"
+        and record["cutoff"] == crops.cutoff
+    }
+
+
+def _cut(
+    crops: CropSet, rows: list[Row], resources: Resources, cluster: Cluster
+) -> Iterable[dict[str, Any]]:
+    """Cut the crops of slides; yield their records."""
+    memory = int(resources.memory_gb * 2**30)
+    most = min(cluster.num_cpus, cluster.num_fitting(memory), len(rows))
+    logger.info("crops of %d slides, up to %d", len(rows), crops.sample.total)
+    results = ray.data.from_arrow([_table(row) for row in rows]).map_batches(
+        CutCrops,
+        fn_constructor_kwargs={
+            "crops": crops,
+            "session": attempts.new_session(crops.run),
+            "max_attempts": resources.limits.max_attempts,
+        },
+        compute=ActorPoolStrategy(size=max(1, min(most, resources.workers or most))),
+        num_cpus=1,
+        memory=memory,
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        table: pa.Table = batch
+        for text in table["record"].to_pylist():
+            yield json.loads(text)
+
+
+def _table(row: Row) -> pa.Table:
+    return pa.Table.from_pylist([row], schema=ROWS)
+
+
+class CutCrops:
+    """Slides to crops: what Ray Data maps over them."""
+
+    def __init__(self, crops: CropSet, session: str, max_attempts: int) -> None:
+        """Cut this set; notes of attempts go below `session`."""
+        # First, so that it is known what ended the process before. Slides differ too much in size
+        # for a limit on their time.
+        self.attempts = attempts.of_this_actor(session, max_attempts, None)
+        self.crops = crops
+        cv2.setNumThreads(1)
+
+    def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
+        """Yield the record of each slide, as JSON."""
+        for row in batch.to_pylist():
+            (record,) = self.attempts.over([row | {"tile_id": -1}], self._one)
+            yield pa.table({"record": [json.dumps(record)]})
+
+    def _one(self, rows: list[Row], begins: Callable[[str], None]) -> dict[str, Any]:
+        (row,) = rows
+        if row.get("error") is None:
+            begins("crops")
+            with guarded(row, "crops"):
+                record = cut_slide(self.crops, row)
+                storage.publish_json(self.crops.record_uri(row["slide_id"]), record)
+                return record
+        told = {name: row[name] for name in ("error_type", "error")}
+        return record_of(self.crops, row["slide_id"], "failed") | told
+
+
+def _publish_index(crops: CropSet, found: Records) -> None:
+    """Make a set the one that readers see, and remove the others.
+
+    Slides whose crops failed have no record: the same command tries them again.
+    """
+    run_uri = crops.run.uri
+    names = ("num_crops", "num_types", "num_bytes", "digest", "centre")
+    done = {s: r for s, r in sorted(found.items()) if r["status"] == "done"}
+    failed = {s: r for s, r in sorted(found.items()) if r["status"] == "failed"}
+    for slide_id, record in failed.items():
+        logger.error("no crops of slide %s: %s", slide_id, record["error"])
+    index = {
+        "format_version": schemas.FORMAT_VERSION,
+        "run_digest": crops.run.digest,
+        "set": crops.set_id,
+        "sample": asdict(crops.sample),
+        "crop_um": schemas.STORED_CROP_UM,
+        "crop_px": schemas.STORED_CROP_PX,
+        "codec": CODEC,
+        "row_group": ROW_GROUP,
+        "num_crops": sum(record["num_crops"] for record in done.values()),
+        "slides": {s: {name: record[name] for name in names} for s, record in done.items()},
+        "failed": {s: f"{r['error_type']}: {r['error']}" for s, r in failed.items()},
+    }
+    storage.publish_json(index_uri(run_uri), index)
+    kept = {index_uri(run_uri), set_uri(run_uri, crops.set_id)}
+    for uri in storage.list_files(storage.join(run_uri, "crops")):
+        if uri not in kept:
+            storage.remove_tree(uri)

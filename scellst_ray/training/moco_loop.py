@@ -1,0 +1,166 @@
+"""Pretraining, epoch by epoch: plain functions, the same for one process and for many workers.
+
+Everything random is drawn from (seed, epoch, step), so that a run goes on anywhere as if it had
+never stopped. Worker r of n takes lanes r, r + n, ... of every global batch, and its rows of the
+augmentation drawn for the whole batch: what a step computes does not depend on the number of
+workers, but for the order of sums and, where a batch is cut to fit memory, batch-norm statistics.
+
+Shapes: N crops of this worker, H W px.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scellst_ray.crop_order import CropOrder, prefetched
+from scellst_ray.crop_store import CropStore
+from scellst_ray.models.augment import AugmentConfig, apply, draw
+from scellst_ray.models.moco import Moco, MocoConfig, learning_rate_at, momentum_at
+from scellst_ray.models.moco_step import Collective, StepResult, moco_step
+
+MAX_LANES = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a pretraining run computes.
+
+    Attributes:
+        arch: Backbone: 'resnet18', 'resnet34', 'resnet50' or 'timm:NAME'.
+        moco: The contrastive network.
+        augment: How views are made.
+        batch: Crops of a step, over all workers.
+        epochs: Passes over the crops.
+        warmup_epochs: Of them, with the learning rate rising.
+        base_lr: Learning rate for 256 crops; it grows with the batch.
+        optimiser: 'lars' or 'adamw'.
+        weight_decay: Of the optimiser.
+        precision: Of the networks: 'float32', 'bfloat16' or 'float16'.
+        recompute: Recompute activations in the backward pass, to save memory.
+        seed: Fixes weights, order and augmentation.
+    """
+
+    arch: str = "resnet50"
+    moco: MocoConfig = field(default_factory=MocoConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    batch: int = 4096
+    epochs: int = 150
+    warmup_epochs: int = 10
+    base_lr: float = 0.6
+    optimiser: str = "lars"
+    weight_decay: float = 1e-6
+    precision: str = "float32"
+    recompute: bool = False
+    seed: int = 0
+
+
+class Step(NamedTuple):
+    """What one step did.
+
+    Attributes:
+        epoch: From 0.
+        number: Of the step in its epoch, from 0.
+        lr: Learning rate taken.
+        result: Loss, gradient and spread of the embeddings.
+        waited_s: Seconds of the epoch so far (of this process) spent waiting for crops.
+    """
+
+    epoch: int
+    number: int
+    lr: float
+    result: StepResult
+    waited_s: float
+
+
+def crop_order(store: CropStore, recipe: Recipe) -> CropOrder:
+    """Return the order of crops of a recipe.
+
+    Raises:
+        ValueError: there are too few crops for a batch.
+    """
+    return CropOrder(store, recipe.batch, recipe.seed, math.gcd(recipe.batch, MAX_LANES))
+
+
+def run_steps(
+    model: Moco,
+    optimiser: torch.optim.Optimizer,
+    order: CropOrder,
+    recipe: Recipe,
+    collective: Collective,
+    *,
+    first_step: int = 0,
+    crops_at_once: int | None = None,
+) -> Iterator[Step]:
+    """Take the steps of a run, one each time the iterator is asked, from any step on.
+
+    Args:
+        model: On its device, with synchronised norms if there are several workers.
+        optimiser: Over its parameters.
+        order: From `crop_order`.
+        recipe: What to do.
+        collective: Which worker this is, and how it talks to the others.
+        first_step: Steps already taken, over all epochs.
+        crops_at_once: Crops a worker's device holds; a share that is larger is done in parts, all
+            of whose keys are negatives.
+
+    Yields:
+        Each step, after it was taken.
+
+    Raises:
+        FloatingPointError: loss or gradient is not finite; nothing was changed.
+    """
+    device = next(model.parameters()).device
+    num_steps = recipe.epochs * order.steps_per_epoch
+    lanes = range(collective.rank, order.num_lanes, collective.world_size)
+    # The same number of parts on every worker, the first of which has most lanes.
+    largest = -(-order.num_lanes // collective.world_size) * order.lane_crops
+    num_parts = -(-largest // (crops_at_once or largest))
+    for epoch in range(first_step // order.steps_per_epoch, recipe.epochs):
+        first = max(0, first_step - epoch * order.steps_per_epoch)
+        with prefetched(order.batches(epoch, first, lanes)) as batches:
+            for number, crops in enumerate(batches, first):
+                step = epoch * order.steps_per_epoch + number
+                lr = learning_rate_at(
+                    step,
+                    order.steps_per_epoch,
+                    recipe.epochs,
+                    recipe.warmup_epochs,
+                    recipe.base_lr,
+                    recipe.batch,
+                )
+                crops_NHWC = torch.from_numpy(crops).to(device)
+                result = moco_step(
+                    model,
+                    optimiser,
+                    _views(crops_NHWC, order, lanes, recipe, step, num_parts),
+                    lr=lr,
+                    momentum=momentum_at(step, num_steps, recipe.moco),
+                    collective=collective,
+                    precision=recipe.precision,
+                )
+                yield Step(epoch, number, lr, result, batches.waited_s)
+
+
+def _views(
+    crops_NHWC: Tensor,
+    order: CropOrder,
+    lanes: range,
+    recipe: Recipe,
+    step: int,
+    num_parts: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return two random views of this worker's crops, in so many parts."""
+    seed = np.random.SeedSequence([recipe.seed, step]).generate_state(1, np.uint64)[0] >> 1
+    generator = torch.Generator().manual_seed(int(seed))
+    drawn = [draw(recipe.batch, recipe.augment, generator) for _ in range(2)]
+    rows = torch.arange(recipe.batch).view(order.num_lanes, -1)[list(lanes)].flatten()
+    views = [
+        apply(crops_NHWC, parameters[rows], recipe.augment, order.store.mean, order.store.std)
+        for parameters in drawn
+    ]
+    return list(zip(*(view.tensor_split(num_parts) for view in views), strict=True))

@@ -1,0 +1,235 @@
+"""Pretraining the encoder with Ray Train: the plain loop of moco_loop.py, shared out over workers.
+
+Checkpoints are what a run goes on from, after a worker, a node or the driver died, or when workers
+come or go: network, momentum network, optimiser, the step, and the log so far.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.train
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from scellst_ray import storage
+from scellst_ray.crop_store import open_store
+from scellst_ray.models.backbones import new_moco
+from scellst_ray.models.encoder import load_encoder
+from scellst_ray.models.lars import new_moco_optimiser
+from scellst_ray.models.moco import Moco
+from scellst_ray.models.moco_step import process_group
+from scellst_ray.models.sync_norm import convert
+from scellst_ray.training.moco_loop import Recipe, Step, crop_order, run_steps
+from scellst_ray.training.pretrain_log import PretrainLog, board
+
+STATE, LOG = "state.pt", "log.json"
+# Of a checkpoint in the middle of an epoch, so that it is never the best.
+UNFINISHED = 1e9
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PretrainWorkers:
+    """What Ray Train may use.
+
+    Attributes:
+        num_workers: Workers, or the least and the most there may be.
+        cpus_per_worker: Of each.
+        use_gpu: Whether each has a GPU.
+        max_failures: Times workers may die before the run fails.
+        crops_at_once: Crops a worker's device holds; all of its share if None.
+    """
+
+    num_workers: int | tuple[int, int]
+    cpus_per_worker: int
+    use_gpu: bool
+    max_failures: int
+    crops_at_once: int | None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept of a run, and where.
+
+    Attributes:
+        uri: Folder of the run, readable from every worker: local on one node, else shared.
+        steps: Steps between checkpoints; one at the end of each epoch in any case.
+        num_best: Epochs of the lowest training loss to keep, beside the latest.
+    """
+
+    uri: str
+    steps: int
+    num_best: int
+
+
+def pretrain(
+    crops: Sequence[str],
+    recipe: Recipe,
+    init: str | None,
+    workers: PretrainWorkers,
+    keep: Keeping,
+    each_step: Callable[[Step], None] | None = None,
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """Pretrain, or go on where an earlier call on the same folder was stopped.
+
+    Args:
+        crops: Run folders of `extract` that have crops.
+        recipe: What to compute.
+        init: An encoder file to begin with, readable from every worker; random if None.
+        workers: Who computes; the result does not depend on it but for rounding.
+        keep: Where checkpoints go.
+        each_step: Called by every worker after each of its steps.
+
+    Returns:
+        The checkpoint of the epoch with the lowest mean training loss, and its metrics.
+    """
+    loop = {
+        "crops": list(crops),
+        "recipe": recipe,
+        "init": init,
+        "workers": workers,
+        "keep": keep,
+        "each_step": each_step,
+    }
+    result = TorchTrainer(
+        _train_loop,
+        train_loop_config=loop,
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,  # type: ignore[arg-type]
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker}
+            | ({"GPU": 1} if workers.use_gpu else {}),
+        ),
+        run_config=_run_config(workers, keep),
+    ).fit()
+    best = min(result.best_checkpoints or [], key=lambda pair: pair[1]["loss"], default=None)
+    if best is None:
+        message = f"{keep.uri}: training ended without a checkpoint"
+        raise RuntimeError(message)
+    return best
+
+
+def _run_config(workers: PretrainWorkers, keep: Keeping) -> RunConfig:
+    fs, path = storage.resolve(keep.uri)
+    local = storage.is_local(keep.uri)
+    return RunConfig(  # type: ignore[call-arg]
+        # Always the same name: Ray Train takes up the checkpoints it finds there.
+        name="checkpoints",
+        storage_path=path,
+        storage_filesystem=None if local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)),
+        failure_config=FailureConfig(max_failures=workers.max_failures),
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=keep.num_best,
+            checkpoint_score_attribute="loss",
+            checkpoint_score_order="min",
+        ),
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
+
+
+def encoder_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return the weights of the online backbone in a checkpoint."""
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+    prefix = "online.backbone."
+    model = state["model"]
+    return {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
+
+
+def _train_loop(loop: dict[str, Any]) -> None:
+    """What each worker runs."""
+    # A worker's standard error reaches the driver; without a handler only warnings would.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("scellst_ray").setLevel(logging.INFO)
+    torch.set_num_threads(loop["workers"].cpus_per_worker)
+    recipe: Recipe = loop["recipe"]
+    collective, device = process_group(), get_device()
+    order = crop_order(open_store(loop["crops"]), recipe)
+    model = new_model(recipe, loop["init"])
+    model.to(device).to(memory_format=torch.channels_last)
+    convert(model, collective.all_reduce, collective.world_size)
+    optimiser = new_moco_optimiser(
+        recipe.optimiser, model, lr=recipe.base_lr, weight_decay=recipe.weight_decay
+    )
+    log = PretrainLog()
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+            log = PretrainLog.from_json((Path(folder) / LOG).read_text())
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+    steps = run_steps(
+        model,
+        optimiser,
+        order,
+        recipe,
+        collective,
+        first_step=len(log.steps),
+        crops_at_once=loop["workers"].crops_at_once,
+    )
+    first = collective.rank == 0
+    with ExitStack() as stack:
+        shown = stack.enter_context(board(loop["keep"].uri, log)) if first else None
+        for step in steps:
+            log.add(step, recipe.batch, collective.world_size)
+            if loop["each_step"] is not None:
+                loop["each_step"](step)
+            ended = step.number + 1 == order.steps_per_epoch
+            if not ended and len(log.steps) % loop["keep"].steps:
+                continue
+            if shown is not None:
+                shown.publish()
+            if first and ended:
+                logger.info("%s", log.line(recipe.epochs))
+                log.warn_of_collapse()
+            metrics = log.epoch() if ended else log.epoch() | {"loss": UNFINISHED}
+            _report(metrics, model, optimiser, log if first else None)
+
+
+def new_model(recipe: Recipe, init: str | None) -> Moco:
+    """Make the network a recipe begins with, on the CPU."""
+    model = new_moco(recipe.arch, recipe.seed, recipe.moco, checkpointing=recipe.recompute)
+    if init is not None:
+        state = load_encoder(str(storage.local_copy(init))).network.state_dict()
+        model.online.backbone.load_state_dict(state)
+        model.momentum.backbone.load_state_dict(state)
+    return model
+
+
+def _report(
+    metrics: dict[str, Any],
+    model: Moco,
+    optimiser: torch.optim.Optimizer,
+    log: PretrainLog | None,
+) -> None:
+    """Hand a checkpoint to Ray Train; it is uploaded while training goes on."""
+    if log is None:
+        ray.train.report(metrics)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="scellst-ray-checkpoint-"))
+    state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+    torch.save(state, folder / STATE)
+    (folder / LOG).write_text(log.to_json())
+    ray.train.report(
+        metrics,
+        checkpoint=Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )

@@ -1,0 +1,173 @@
+"""Ray Train takes the steps of the plain loop, also when workers, nodes or the driver die."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import ray.train
+import torch
+from crop_runs import write_crop_run
+from ray.cluster_utils import Cluster
+
+from scellst_ray.crop_store import open_store
+from scellst_ray.models.lars import new_moco_optimiser
+from scellst_ray.models.moco import MocoConfig
+from scellst_ray.models.moco_step import Collective
+from scellst_ray.session import ray_session
+from scellst_ray.training.moco_loop import Recipe, crop_order, run_steps
+from scellst_ray.training.pretrain import (
+    Keeping,
+    PretrainWorkers,
+    encoder_state,
+    new_model,
+    pretrain,
+)
+
+RECIPE = Recipe(
+    arch="timm:test_resnet",
+    moco=MocoConfig(projector_dim=16, out_dim=8, temperature=0.2),
+    batch=16,
+    epochs=3,
+    warmup_epochs=1,
+    base_lr=0.1,
+)
+ONE = PretrainWorkers(1, 1, use_gpu=False, max_failures=2, crops_at_once=None)
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    images = {s: rng.integers(0, 256, (n, 72, 72, 3), np.uint8) for s, n in (("a", 40), ("b", 15))}
+    counts = {slide_id: len(crops) for slide_id, crops in images.items()}
+    return write_crop_run(tmp_path_factory.mktemp("crops"), counts, images)
+
+
+@pytest.fixture(scope="module")
+def plain(crops):
+    """Return the plain loop's losses, and its encoder after the epoch of the lowest."""
+    torch.set_num_threads(1)
+    model = new_model(RECIPE, None).to(memory_format=torch.channels_last)
+    optimiser = new_moco_optimiser("lars", model, lr=0.6, weight_decay=RECIPE.weight_decay)
+    order = crop_order(open_store([crops]), RECIPE)
+    found, states = [], []
+    for step in run_steps(model, optimiser, order, RECIPE, Collective()):
+        found.append(step.result.loss)
+        if step.number + 1 == order.steps_per_epoch:
+            state = model.online.backbone.state_dict()
+            states.append({name: value.clone() for name, value in state.items()})
+    means = np.array(found).reshape(RECIPE.epochs, -1).mean(axis=1)
+    return found, states[int(means.argmin())], means
+
+
+def logged(folder):
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_plain(folder, result, plain):
+    losses, state, means = plain
+    checkpoint, metrics = result
+    steps = logged(folder)
+    assert [step["loss"] for step in steps] == losses
+    assert [step["step"] for step in steps] == list(range(9))
+    assert metrics["loss"] == pytest.approx(means.min())
+    assert metrics["epoch"] == means.argmin()
+    found = encoder_state(checkpoint)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert list((Path(folder) / "tensorboard").iterdir())
+
+
+def test_a_killed_worker_changes_nothing(crops, plain, tmp_path):
+    killed = tmp_path / "killed"
+
+    def kill_once(step):
+        if (step.epoch, step.number) == (1, 1) and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    keep = Keeping(str(tmp_path / "out"), steps=2, num_best=2)
+    with ray_session(num_cpus=2, dashboard=True):
+        result = pretrain([crops], RECIPE, None, ONE, keep, kill_once)
+    assert killed.exists()
+    assert_plain(tmp_path / "out", result, plain)
+
+
+def test_a_killed_driver_goes_on_where_it_was(crops, plain, tmp_path):
+    out, script = tmp_path / "out", tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+        "from test_pretrain import until_killed\n"
+        "until_killed(*sys.argv[1:])\n"
+    )
+    driver = subprocess.Popen([sys.executable, script, crops, str(out)], start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not (out / "fourth").exists():
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    # The driver and the Ray it started: a host that is lost.
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    with ray_session(num_cpus=2, dashboard=True):
+        result = pretrain([crops], RECIPE, None, ONE, Keeping(str(out), steps=2, num_best=2))
+    assert_plain(out, result, plain)
+
+
+def until_killed(crops, out):
+    """Train, and wait at the fourth step to be killed."""
+
+    def wait_at_fourth(step):
+        if (step.epoch, step.number) == (1, 0):
+            time.sleep(3)  # the checkpoint before is being uploaded
+            (Path(out) / "fourth").touch()
+            time.sleep(600)
+
+    with ray_session(num_cpus=2, dashboard=True):
+        pretrain([crops], RECIPE, None, ONE, Keeping(out, steps=2, num_best=2), wait_at_fourth)
+
+
+def test_training_goes_on_with_the_workers_that_are_left(crops, plain, tmp_path):
+    out, lost = tmp_path / "out", tmp_path / "lost"
+
+    def lose_a_node(step):
+        context = ray.train.get_context()
+        alone = context.get_world_size() == 1
+        if step.epoch == 0 and step.number == 2 and context.get_world_rank() == 1:
+            lost.write_text(ray.get_runtime_context().get_node_id())
+        while lost.exists() and not alone and step.epoch == 1:
+            time.sleep(0.5)
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True}
+    )
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        ray.init(address=cluster.address, log_to_driver=False)
+        workers = replace(ONE, num_workers=(1, 2))
+        keep = Keeping(str(out), steps=100, num_best=2)
+        run = ray.remote(num_cpus=0)(pretrain).remote(
+            [crops], RECIPE, None, workers, keep, lose_a_node
+        )
+        deadline = time.monotonic() + 240
+        while not lost.exists():
+            assert time.monotonic() < deadline
+            ray.wait([run], timeout=0.5)
+        cluster.remove_node(next(n for n in nodes if n.node_id == lost.read_text()))
+        ray.get(run, timeout=240)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    steps = logged(out)
+    assert [step["num_workers"] for step in steps] == [2, 2, 2, 1, 1, 1, 1, 1, 1]
+    np.testing.assert_allclose([step["loss"] for step in steps], plain[0], rtol=5e-3)
