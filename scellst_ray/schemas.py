@@ -11,6 +11,10 @@ import pyarrow as pa
 FORMAT_VERSION = 1
 CROP_UM = 12.0
 CROP_PX = 48
+# As stored: rotated by any angle, the 12 um in the middle are whole.
+STORED_CROP_UM = 18.0
+STORED_CROP_PX = 72
+# Of runs that do not say: those of the first releases, by a ResNet-50.
 EMBEDDING_DIM = 2048
 HIDDEN_DIM = 256
 
@@ -89,6 +93,15 @@ CELL_FIELDS = [
 # What a tile hands over: nuclei near its border carry bits that say how (see nuclei/seams.py).
 SHARD_FIELDS = [*CELL_FIELDS, pa.field("seam", pa.uint8(), nullable=False)]
 
+CROPS = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("cell_id", pa.int64(), nullable=False),
+        pa.field("nucleus_type", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+    ]
+)
+
 
 def vector(name: str, dim: int) -> pa.Field:
     """Return a stored vector column: float16 [dim] per cell."""
@@ -101,17 +114,25 @@ def cells_schema(embedding_dim: int | None) -> pa.Schema:
     return pa.schema([*CELL_FIELDS, *extra])
 
 
-def expression_schema() -> pa.Schema:
-    """Return the EXPRESSION schema: the head's last hidden layer, float16 [256] per cell."""
-    return pa.schema([*CELL_FIELDS[:2], vector("hidden", HIDDEN_DIM)])
+def expression_schema(hidden_dim: int = HIDDEN_DIM) -> pa.Schema:
+    """Return the EXPRESSION schema: the head's last hidden layer, float16 [256] per cell.
+
+    An ensemble has one after another: `hidden_dim` is a multiple of 256 then.
+    """
+    return pa.schema([*CELL_FIELDS[:2], vector("hidden", hidden_dim)])
 
 
-def bags_schema(embedding_dim: int) -> pa.Schema:
+def bags_schema(embedding_dim: int, *, with_counts: bool = False) -> pa.Schema:
     """Return the BAGS schema: one row per spot with its cells' embeddings and its target.
 
-    A bag has as many vectors as the spot has cells: offsets, no padding.
+    A bag has as many vectors as the spot has cells: offsets, no padding. Losses on counts need
+    two more columns: `with_counts`.
     """
     embedding = pa.list_(pa.field("item", pa.float16()), embedding_dim)
+    counts = [
+        pa.field("counts", pa.list_(pa.float32()), nullable=False),
+        pa.field("size_factor", pa.float32(), nullable=False),
+    ]
     return pa.schema(
         [
             pa.field("slide_id", pa.string(), nullable=False),
@@ -121,6 +142,7 @@ def bags_schema(embedding_dim: int) -> pa.Schema:
             pa.field("cell_id", pa.list_(pa.int64()), nullable=False),
             pa.field("embedding", pa.list_(embedding), nullable=False),
             pa.field("target", pa.list_(pa.float32()), nullable=False),
+            *(counts if with_counts else []),
         ]
     )
 

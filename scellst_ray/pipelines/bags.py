@@ -1,27 +1,33 @@
 """BAGS: spots with their cells' embeddings and their target expression, one file per slide."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
+from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext
 
 from scellst_ray import schemas, storage
-from scellst_ray.cohort import SlideRow
-from scellst_ray.runs import RunFolder
-from scellst_ray.spots.links import alignment_report, link_cells
-from scellst_ray.spots.panel import (
-    filter_counts,
-    log_normalise,
-    panel_targets,
-    read_panel,
-    robust_scale,
-    variable_genes,
+from scellst_ray.pipelines.supervision import (
+    DEFAULT_RULES,
+    LinkedSpots,
+    Rules,
+    TrainingSlide,
+    link_slide,
 )
-from scellst_ray.spots.read import read_spots
+from scellst_ray.runs import RunFolder
+from scellst_ray.spots.panel import (
+    Targets,
+    filter_counts,
+    make_targets,
+    robust_scale,
+    size_factors,
+)
+from scellst_ray.spots.selection import Panel, Section, choose_genes, explicit_panel
+from scellst_ray.spots.table import check_whole_counts
 
 RESULT = pa.schema(
     [
@@ -29,145 +35,196 @@ RESULT = pa.schema(
         ("error", pa.string()),
         ("num_spots", pa.int64()),
         ("num_links", pa.int64()),
+        ("num_spots_read", pa.int64()),
+        ("num_spots_outside", pa.int64()),
+        ("num_spots_passing", pa.int64()),
+        ("num_genes_read", pa.int64()),
+        ("num_genes_passing", pa.int64()),
+        ("median_library", pa.float64()),
         ("share_spots_with_cells", pa.float64()),
         ("mean_cells_per_spot", pa.float64()),
+        ("share_cells_in_spots", pa.float64()),
+        ("share_cells_in_many_spots", pa.float64()),
+        ("share_spots_on_tissue", pa.float64()),
+        ("tissue_from", pa.string()),
         ("scale", pa.list_(pa.float64())),
     ]
 )
 
 
-@dataclass(frozen=True)
-class TrainingSlide:
-    """A slide with spots, as found in the manifest and in the run that extracted its cells."""
+def choose_panel(
+    slides: Sequence[TrainingSlide], genes: str, run: RunFolder, rules: Rules = DEFAULT_RULES
+) -> Panel:
+    """Return the gene panel of a rule (see choose_genes), chosen on these slides only.
 
-    row: SlideRow
-    mpp: float
-
-    def spots_row(self) -> dict[str, Any]:
-        """Return the manifest row as the spot readers take it."""
-        return {**self.row.columns, "slide_id": self.row.slide_id, "mpp": self.mpp}
-
-
-def training_slides(
-    rows: Sequence[SlideRow], run: RunFolder, wanted: Sequence[str] | None
-) -> list[TrainingSlide]:
-    """Match the manifest with the slides of an `extract` run.
-
-    Args:
-        rows: The manifest.
-        run: The run that holds their CELLS.
-        wanted: slide_ids to train on; all manifest rows with spots if None.
+    What trains chooses: spots that pass the filters and have cells.
 
     Raises:
-        ValueError: a slide is not in the manifest, has no spots there, or no CELLS in the run; all
-            such slides are listed at once.
+        ValueError: slides that cannot be used (all are listed at once), or a panel that cannot be
+            made.
     """
-    by_id = {row.slide_id: row for row in rows}
-    chosen = wanted or [row.slide_id for row in rows if row.columns.get("spots")]
-    records = run.records()
-    problems = [f"{slide_id} is asked for twice" for slide_id in _repeated(chosen)]
-    for slide_id in chosen:
-        status = records.get(slide_id, {}).get("status")
-        if slide_id not in by_id:
-            problems.append(f"{slide_id} is not in the manifest")
-        elif not by_id[slide_id].columns.get("spots"):
-            problems.append(f"{slide_id} has no spots in the manifest")
-        elif status != "done":
-            problems.append(f"{slide_id} is {status or 'not there'} in {run.uri}, not done")
-    if problems or not chosen:
-        found = "; ".join(problems) or "no row of the manifest has spots"
-        message = (
-            f"cannot train: {found}. The manifest needs a `spots` column, and `scellst-ray "
-            "extract` must have finished the slides."
-        )
-        raise ValueError(message)
-    return [TrainingSlide(by_id[s], float(records[s]["mpp"])) for s in chosen]
-
-
-def _repeated(names: Sequence[str]) -> list[str]:
-    return sorted({name for name in names if list(names).count(name) > 1})
-
-
-def choose_panel(slides: Sequence[TrainingSlide], genes: str) -> list[str]:
-    """Return the gene panel: `variable:N` (from these slides only), a comma list, or a file.
-
-    Raises:
-        ValueError: spots that cannot be read (all such slides are listed at once), or a panel that
-            cannot be made.
-    """
-    kind, _, number = genes.partition(":")
-    if kind != "variable":
-        return read_panel(genes.split(",") if "," in genes else genes)
-    if not number.isdigit():
-        message = f"genes is {genes!r}; give variable:N, a comma-separated list or a file"
-        raise ValueError(message)
-    log_counts, names, problems = [], [], []
+    given = explicit_panel(genes)
+    if given is not None:
+        return given
+    sections, problems = [], []
     for slide in slides:
         try:
-            kept = filter_counts(read_spots(slide.spots_row(), slide.mpp), slide.row.slide_id)
+            sections.append(_section(slide, run, rules))
         except (ValueError, OSError) as error:
             problems.append(f"{slide.row.slide_id}: {error}")
-            continue
-        log_counts.append(log_normalise(kept.counts))
-        names.append(kept.genes)
     if problems:
         message = "cannot train: " + "; ".join(problems)
         raise ValueError(message)
-    return variable_genes(log_counts, names, int(number))
+    return choose_genes(genes, sections)
+
+
+def _section(slide: TrainingSlide, run: RunFolder, rules: Rules) -> Section:
+    slide_id = slide.row.slide_id
+    cells = _read_cells(run, slide_id, ["x0", "y0"])
+    linked = link_slide(slide, _xy0(cells), rules, see_image=False)
+    passing = filter_counts(linked.spots, f"slide {slide_id}", rules.limits)
+    kept = np.isin(linked.spots.spot_id, passing.spot_id)
+    filled = linked.links.num_cells[kept] > 0
+    _check_some(filled, slide_id)
+    return Section(slide_id, linked.spots.genes, passing.select(filled))
+
+
+def _read_cells(run: RunFolder, slide_id: str, columns: list[str]) -> pa.Table:
+    uri = run.cells_uri(slide_id)
+    cells = storage.read_table(uri, columns)
+    schemas.check(cells.schema, "CELLS", uri)
+    return cells
+
+
+def _xy0(cells: pa.Table) -> NDArray[np.floating]:
+    return np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()])
+
+
+def _check_some(filled: NDArray[np.bool_], slide_id: str) -> None:
+    """Refuse a slide where no spot is left to train on."""
+    if not filled.any():
+        message = (
+            f"slide {slide_id}: none of its {len(filled)} spots that pass the filters has a cell. "
+            "Check the mpp and the spot positions, or leave the slide out."
+        )
+        raise ValueError(message)
 
 
 def make_bags(
-    slide: TrainingSlide, panel: Sequence[str], run: RunFolder, out: str
+    slide: TrainingSlide,
+    panel: Sequence[str],
+    run: RunFolder,
+    out: str,
+    rules: Rules = DEFAULT_RULES,
 ) -> dict[str, Any]:
     """Write the BAGS of one slide; return what `RESULT` lists.
 
     A spot without cells has no bag. Targets are log-normalised and scaled per slide.
 
     Raises:
-        ValueError: spots that cannot be read, or no spot has a cell.
+        ValueError: spots that cannot be read or do not lie on the tissue, no spot has a cell,
+            embeddings are not finite, or counts are needed and not whole.
     """
-    source = f"slide {slide.row.slide_id}"
-    spots = read_spots(slide.spots_row(), slide.mpp)
-    columns = ["cell_id", "x0", "y0", "embedding"]
-    cells = storage.read_table(run.cells_uri(slide.row.slide_id), columns)
-    schemas.check(cells.schema, "CELLS", run.cells_uri(slide.row.slide_id))
-    links = link_cells(np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()]), spots)
-    report = alignment_report(links, len(cells))
-    kept, values_SG = panel_targets(spots, panel, source)
-    filled = links.num_cells[kept] > 0
-    kept, values_SG = kept[filled], values_SG[filled]
-    if not len(kept):
-        message = (
-            f"{source}: none of its {len(spots)} spots has a cell ({report}); check the mpp, and "
-            "that x and y of the spot positions are those of this image"
-        )
-        raise ValueError(message)
+    slide_id = slide.row.slide_id
+    source = f"slide {slide_id}"
+    cells = _read_cells(run, slide_id, ["cell_id", "x0", "y0", "embedding"])
+    linked = link_slide(slide, _xy0(cells), rules, see_image=rules.check_alignment)
+    if rules.with_counts:
+        check_whole_counts(linked.spots, source, "a loss on counts")
+    targets = make_targets(linked.spots, panel, source, rules.limits)
+    filled = linked.links.num_cells[targets.kept] > 0
+    _check_some(filled, slide_id)
     # Scaled over the spots that train, so an empty spot has no say.
-    targets_SG, scale_G = robust_scale(values_SG)
-    bags = links.select(kept)
+    scaled_SG, scale_G = robust_scale(targets.values_KP[filled])
+    table = _bag_table(slide_id, linked, targets, filled, cells)
+    table = table.append_column("target", _vectors(scaled_SG))
+    if rules.with_counts:
+        factors_S = size_factors(targets.library_K, source)[filled].astype(np.float32)
+        table = table.append_column("counts", _vectors(targets.counts_KP[filled]))
+        table = table.append_column("size_factor", pa.array(factors_S))
+    dim = table["embedding"].type.value_type.list_size
+    schema = schemas.bags_schema(dim, with_counts=rules.with_counts)
+    uri = storage.join(out, "bags", f"{slide_id}.parquet")
+    storage.publish_table(uri, schemas.conform(table, schema, "BAGS", run.digest))
+    result = dict.fromkeys(RESULT.names) | linked.report
+    return result | {
+        "slide_id": slide_id,
+        "num_spots": int(filled.sum()),
+        "num_links": int(linked.links.num_cells[targets.kept].sum()),
+        "num_spots_passing": len(targets.kept),
+        "num_genes_read": len(linked.spots.genes),
+        "num_genes_passing": targets.num_genes,
+        "median_library": float(np.median(targets.library_K)),
+        "scale": scale_G.tolist(),
+    }
+
+
+def _vectors(values_SG: NDArray[np.float32]) -> pa.Array:
+    return pa.array(list(values_SG), pa.list_(pa.float32()))
+
+
+def _bag_table(
+    slide_id: str,
+    linked: LinkedSpots,
+    targets: Targets,
+    filled: NDArray[np.bool_],
+    cells: pa.Table,
+) -> pa.Table:
+    """Return the bags of the spots that train, without what they shall learn."""
+    kept = targets.kept[filled]
+    bags = linked.links.select(kept)
     embedding = cells["embedding"].combine_chunks().take(pa.array(bags.cell_index))
-    table = pa.table(
+    cell_id = cells["cell_id"].combine_chunks()
+    _check_finite(embedding, cell_id.to_numpy()[bags.cell_index], slide_id)
+    return pa.table(
         {
-            "slide_id": pa.repeat(slide.row.slide_id, len(kept)),
-            "spot_id": pa.array(np.asarray(spots.spot_id)[kept].tolist(), pa.string()),
-            "x0": spots.xy0[kept, 0],
-            "y0": spots.xy0[kept, 1],
-            "cell_id": _bag_list(bags.offsets, cells["cell_id"].combine_chunks(), bags.cell_index),
+            "slide_id": pa.repeat(slide_id, len(kept)),
+            "spot_id": pa.array(np.asarray(linked.spots.spot_id)[kept].tolist(), pa.string()),
+            "x0": linked.spots.xy0[kept, 0],
+            "y0": linked.spots.xy0[kept, 1],
+            "cell_id": _bag_list(bags.offsets, cell_id, bags.cell_index),
             "embedding": pa.ListArray.from_arrays(pa.array(bags.offsets, pa.int32()), embedding),
-            "target": pa.array(list(targets_SG), pa.list_(pa.float32())),
         }
     )
-    schema = schemas.bags_schema(embedding.type.list_size)
-    uri = storage.join(out, "bags", f"{slide.row.slide_id}.parquet")
-    storage.publish_table(uri, schemas.conform(table, schema, "BAGS", run.digest))
-    shares = {k: report[k] for k in ("share_spots_with_cells", "mean_cells_per_spot")}
+
+
+def _check_finite(
+    embedding: pa.FixedSizeListArray, cell_ids: NDArray[np.int64], slide_id: str
+) -> None:
+    """Refuse embeddings that hold NaN or infinity."""
+    values_LD = np.asarray(embedding.flatten()).reshape(len(embedding), -1)
+    bad = np.unique(cell_ids[~np.isfinite(values_LD).all(axis=1)])
+    if len(bad):
+        message = (
+            f"slide {slide_id}: embeddings of {len(bad)} cells under its spots hold NaN or "
+            f"infinity, the first of cell {bad[0]}. Its encoder overflows or is damaged: extract "
+            "again with precision float32, or another encoder."
+        )
+        raise ValueError(message)
+
+
+def provenance(panel: Panel, rules: Rules, bags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how supervision came about, as JSON to be stored in the head.
+
+    Args:
+        panel: From choose_panel.
+        rules: What was asked for.
+        bags: From build_bags.
+    """
+    left_out = ("slide_id", "error", "scale")  # the scale is in the head already
     return {
-        "slide_id": slide.row.slide_id,
-        "error": None,
-        "num_spots": len(kept),
-        "num_links": len(bags.cell_index),
-        "scale": scale_G.tolist(),
-        **shares,
+        "genes": panel.info,
+        "filters": asdict(rules.limits),
+        "targets": "log(1 + counts per 10,000 of the genes that pass), divided by the gene's range "
+        "from minimum to 95 % quantile on its slide",
+        "size_factors": "counts of the genes that pass over their median on the slide"
+        if rules.with_counts
+        else None,
+        "check_alignment": rules.check_alignment,
+        "slides": {
+            slide_id: {key: value for key, value in row.items() if key not in left_out}
+            for slide_id, row in sorted(bags.items())
+        },
     }
 
 
@@ -177,14 +234,19 @@ def _bag_list(offsets: np.ndarray, values: pa.Array, index: np.ndarray) -> pa.Li
 
 class _Bags:
     def __init__(
-        self, slides: dict[str, TrainingSlide], panel: Sequence[str], run: RunFolder, out: str
+        self,
+        slides: dict[str, TrainingSlide],
+        panel: Sequence[str],
+        run: RunFolder,
+        out: str,
+        rules: Rules,
     ) -> None:
-        self.slides, self.panel, self.run, self.out = slides, panel, run, out
+        self.slides, self.how = slides, (panel, run, out, rules)
 
     def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
         for slide_id in batch["slide_id"].to_pylist():
             try:
-                result = make_bags(self.slides[slide_id], self.panel, self.run, self.out)
+                result = make_bags(self.slides[slide_id], *self.how)
             except ValueError as error:
                 result = {"slide_id": slide_id, "error": str(error)}
             except OSError as error:  # some say no more than the path
@@ -193,19 +255,32 @@ class _Bags:
 
 
 def build_bags(
-    slides: Sequence[TrainingSlide], panel: Sequence[str], run: RunFolder, out: str, workers: int
+    slides: Sequence[TrainingSlide],
+    panel: Sequence[str],
+    run: RunFolder,
+    out: str,
+    workers: int,
+    rules: Rules = DEFAULT_RULES,
 ) -> dict[str, dict[str, Any]]:
     """Write the BAGS of all slides, in parallel; return `RESULT` rows by slide_id.
 
     Raises:
-        ValueError: some slide's spots cannot be used; all such slides are listed at once.
+        ValueError: some slide's spots cannot be used, such as one without any linked cell; all
+            such slides are listed at once. No head is trained on the others alone: who wants that
+            leaves those slides out.
     """
     DataContext.get_current().enable_progress_bars = False
     by_id = {slide.row.slide_id: slide for slide in slides}
     names = [pa.table({"slide_id": [slide.row.slide_id]}) for slide in slides]
     results = ray.data.from_arrow(names).map_batches(
         _Bags,
-        fn_constructor_kwargs={"slides": by_id, "panel": list(panel), "run": run, "out": out},
+        fn_constructor_kwargs={
+            "slides": by_id,
+            "panel": list(panel),
+            "run": run,
+            "out": out,
+            "rules": rules,
+        },
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,

@@ -1,4 +1,4 @@
-"""Gene panels and training targets: filters, log-normalisation, gene choice, scaling.
+"""Training targets of a given gene panel: filters, log-normalisation, scaling, size factors.
 
 Thresholds and their order are those of sCellST (Chadoutaud et al. 2026): genes by counts, genes by
 spots, spots by counts, mitochondrial genes out, then library-size normalisation over the genes
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scellst_ray.spots.table import Spots
+from scellst_ray.spots.variable import most_variable
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,22 @@ class CountFilter:
     min_spot_share: float = 0.1
     min_spot_counts: int = 20
     drop_prefix: str = "MT-"
+
+    def __post_init__(self) -> None:
+        """Refuse thresholds that cannot be.
+
+        Raises:
+            ValueError: Naming the field, its value and what is allowed.
+        """
+        allowed = {
+            "min_gene_counts": (self.min_gene_counts >= 0, "0 or more"),
+            "min_spot_share": (0 <= self.min_spot_share <= 1, "0 to 1"),
+            "min_spot_counts": (self.min_spot_counts >= 0, "0 or more"),
+        }
+        for name, (is_allowed, expected) in allowed.items():
+            if not is_allowed:
+                message = f"{name} is {getattr(self, name)}, expected {expected}."
+                raise ValueError(message)
 
 
 DEFAULT_FILTER = CountFilter()
@@ -95,17 +112,12 @@ def log_normalise(
 def variable_genes(
     log_counts: Sequence[NDArray[np.floating]], genes: Sequence[Sequence[str]], num_genes: int
 ) -> list[str]:
-    """Choose the genes that vary most, from training slides only.
-
-    A gene's score is its variance over the spots of a slide, log-normalised, averaged over
-    slides. Candidates are the genes present on every slide given: pass what filter_counts kept.
-    (The published code offers seurat_v3 and Moran's I, and shipped lists in genome order because
-    the scores were lost.)
+    """Choose the genes whose log-normalised expression varies most (see most_variable).
 
     Args:
         log_counts: Per slide, log-normalised expression [S, G_slide].
         genes: Per slide, its G_slide gene names.
-        num_genes: How many to choose.
+        num_genes: How many to choose of those that every slide has.
 
     Returns:
         Names, highest score first, ties by name: the same for any order of slides or genes.
@@ -121,14 +133,11 @@ def variable_genes(
             "thresholds, or leave out the shallowest slide."
         )
         raise ValueError(message)
-    scores = []
-    for values_SG, names in zip(log_counts, genes, strict=True):
-        columns = gene_columns(names, common, "training slide")
-        scores.append(np.var(values_SG[:, columns], axis=0, dtype=np.float64))
-    # Sorted before the mean so that the last bit does not depend on the order of the slides.
-    score_G = np.sort(np.stack(scores), axis=0).mean(axis=0)
-    ranked = sorted(zip(-score_G, common, strict=True))
-    return [name for _, name in ranked[:num_genes]]
+    aligned = [
+        values_SG[:, gene_columns(names, common, "training slide")]
+        for values_SG, names in zip(log_counts, genes, strict=True)
+    ]
+    return [common[column] for column in most_variable(aligned, num_genes)[0]]
 
 
 def read_panel(panel: str | Sequence[str]) -> list[str]:
@@ -185,10 +194,29 @@ def gene_columns(genes: Sequence[str], panel: Sequence[str], source: str) -> NDA
     return np.array([column_of[name] for name in panel], np.int64)
 
 
-def panel_targets(
+@dataclass(frozen=True)
+class Targets:
+    """What K spots of a slide should teach about a panel of P genes.
+
+    Attributes:
+        kept: int64 [K], the spots that pass the filters, ascending.
+        values_KP: float32 [K, P], log-normalised expression, not scaled (see robust_scale).
+        counts_KP: float32 [K, P], raw counts.
+        library_K: float64 [K], counts over the genes that pass the filters.
+        num_genes: How many these are.
+    """
+
+    kept: NDArray[np.int64]
+    values_KP: NDArray[np.float32]
+    counts_KP: NDArray[np.float32]
+    library_K: NDArray[np.float64]
+    num_genes: int
+
+
+def make_targets(
     spots: Spots, panel: Sequence[str], source: str, limits: CountFilter = DEFAULT_FILTER
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return what a slide's spots should teach: log-normalised expression of the panel.
+) -> Targets:
+    """Return what a slide's spots should teach: expression and counts of the panel.
 
     The library size counts the genes that pass the filters, so it does not depend on the panel. A
     panel gene that is too rare to pass on this slide is still read from its counts.
@@ -199,10 +227,6 @@ def panel_targets(
         source: The slide, named in errors.
         limits: Filters (see filter_counts).
 
-    Returns:
-        (kept, values): indices [K] of the spots that pass, ascending, and float32 [K, P], not
-        scaled (see robust_scale).
-
     Raises:
         ValueError: Where nothing passes, or the slide has no counts for a panel gene.
     """
@@ -210,7 +234,41 @@ def panel_targets(
     passing = filter_counts(spots, source, limits)
     library_K = np.asarray(passing.counts.sum(axis=1, dtype=np.float64)).ravel()
     kept = np.flatnonzero(np.isin(spots.spot_id, passing.spot_id))
-    return kept, log_normalise(spots.counts[kept][:, columns], library_K)
+    counts_KP = spots.counts[kept][:, columns].toarray()
+    values_KP = log_normalise(counts_KP, library_K)
+    return Targets(kept, values_KP, counts_KP, library_K, len(passing.genes))
+
+
+def panel_targets(
+    spots: Spots, panel: Sequence[str], source: str, limits: CountFilter = DEFAULT_FILTER
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the spots kept and their log-normalised expression (see make_targets)."""
+    targets = make_targets(spots, panel, source, limits)
+    return targets.kept, targets.values_KP
+
+
+def size_factors(library_S: NDArray[np.floating], source: str) -> NDArray[np.float64]:
+    """Return each spot's library size over the median of the slide, for negative-binomial losses.
+
+    Args:
+        library_S: Counts per spot over the genes that pass the filters [S].
+        source: The slide, named in errors.
+
+    Returns:
+        float64 [S], positive, with median 1.
+
+    Raises:
+        ValueError: Where a spot has no counts: filters with min_spot_counts 0 let it pass.
+    """
+    library_S = np.asarray(library_S, np.float64)
+    empty = np.flatnonzero(~(library_S > 0))
+    if len(empty):
+        message = (
+            f"{source}: {len(empty)} of {len(library_S)} spots have no counts over the genes that "
+            "pass the filters, so they have no size factor. Set min_spot_counts to at least 1."
+        )
+        raise ValueError(message)
+    return np.asarray(library_S / np.median(library_S))
 
 
 def robust_scale(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from scellst_ray.spots.h5ad import read_h5ad
 from scellst_ray.spots.space_ranger import read_space_ranger
 from scellst_ray.spots.st_array import read_st_array
 from scellst_ray.spots.table import Spots
@@ -13,9 +14,10 @@ def read_spots(row: Mapping[str, object], mpp: float | None = None) -> Spots:
     """Read the spots of one slide.
 
     Args:
-        row: A manifest row. `spots` is a Space Ranger `outs` folder, or the counts TSV of an ST
-            array, whose positions TSV is then `spot_positions`. `spot_diameter_um` is optional
-            (55 um for Space Ranger, 100 um for ST arrays).
+        row: A manifest row. `spots` is a Space Ranger `outs` folder, an .h5ad file (of HEST or any
+            other with obsm['spatial']), or the counts TSV of an ST array, whose positions TSV is
+            then `spot_positions`. `spot_diameter_um` is optional (55 um for Space Ranger, what the
+            file says for .h5ad, 100 um for ST arrays).
         mpp: um per level-0 px as the slide was opened; without it, the row's `mpp`.
 
     Raises:
@@ -26,7 +28,7 @@ def read_spots(row: Mapping[str, object], mpp: float | None = None) -> Spots:
     if spots_uri is None:
         message = (
             f"slide {slide_id}: the manifest's `spots` is empty. Give a Space Ranger `outs` folder "
-            "or the counts TSV of an ST array, or leave the slide out of training."
+            "an .h5ad file or the counts TSV of an ST array, or leave the slide out of training."
         )
         raise ValueError(message)
     mpp = _number(row, "mpp") if mpp is None else mpp
@@ -37,6 +39,8 @@ def read_spots(row: Mapping[str, object], mpp: float | None = None) -> Spots:
         )
         raise ValueError(message)
     diameter_um = _number(row, "spot_diameter_um")
+    if spots_uri.endswith(".h5ad"):
+        return read_h5ad(spots_uri, mpp, diameter_um)
     if not spots_uri.endswith(COUNTS_TABLE_ENDINGS):
         return read_space_ranger(spots_uri, mpp, 55.0 if diameter_um is None else diameter_um)
     positions_uri = _text(row, "spot_positions")

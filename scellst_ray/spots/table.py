@@ -12,6 +12,8 @@ from scipy import sparse
 
 logger = logging.getLogger(__name__)
 
+MAX_SHARE_OUTSIDE = 0.05
+
 
 @dataclass(frozen=True)
 class Spots:
@@ -168,6 +170,61 @@ def check_spots(spots: Spots, source: str) -> None:
             "Check mpp and spot_diameter_um."
         )
         raise ValueError(message)
+
+
+def check_whole_counts(spots: Spots, source: str, purpose: str) -> None:
+    """Refuse counts that are not whole numbers.
+
+    Args:
+        spots: What was read.
+        source: The slide to name in errors.
+        purpose: What needs them, such as "the negative-binomial loss".
+
+    Raises:
+        ValueError: Naming the first such count, its gene and spot, and the remedy.
+    """
+    values = spots.counts.data
+    bad = np.flatnonzero(values != np.rint(values))
+    if len(bad):
+        row = int(np.searchsorted(spots.counts.indptr, bad[0], side="right")) - 1
+        gene = spots.genes[int(spots.counts.indices[bad[0]])]
+        message = (
+            f"{source}: {len(bad)} of {len(values)} counts are not whole numbers, the first "
+            f"{values[bad[0]]} for gene {gene} in spot {spots.spot_id[row]}; {purpose} needs whole "
+            "ones. Give raw counts, or choose what does without (loss mse, genes variable:N)."
+        )
+        raise ValueError(message)
+
+
+def check_inside(spots: Spots, width0: int, height0: int, source: str) -> int:
+    """Refuse spots of which many lie outside the image.
+
+    A few may: a section can reach beyond the scan. They have no cells, so nothing learns from them.
+
+    Args:
+        spots: Spots of the slide.
+        width0: Width of the image in level-0 px.
+        height0: Height of the image in level-0 px.
+        source: The slide to name in errors.
+
+    Returns:
+        How many spot centres lie outside.
+
+    Raises:
+        ValueError: Where more than 5 % of the centres lie outside, naming the first.
+    """
+    x0, y0 = spots.xy0[:, 0], spots.xy0[:, 1]
+    outside = np.flatnonzero((x0 < 0) | (y0 < 0) | (x0 >= width0) | (y0 >= height0))
+    if len(outside) > MAX_SHARE_OUTSIDE * len(spots):
+        first = int(outside[0])
+        message = (
+            f"{source}: {len(outside)} of {len(spots)} spots lie outside the image of {width0} x "
+            f"{height0} px, the first {spots.spot_id[first]} at (x, y) = ({x0[first]:.0f}, "
+            f"{y0[first]:.0f}). Positions must be level-0 px of this image, x to the right and y "
+            "down: give the image the positions were made for, or mend the position file."
+        )
+        raise ValueError(message)
+    return len(outside)
 
 
 def radius_px(spot_diameter_um: float, mpp: float, source: str) -> float:

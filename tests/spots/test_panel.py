@@ -12,9 +12,11 @@ from scellst_ray.spots.panel import (
     filter_counts,
     gene_columns,
     log_normalise,
+    make_targets,
     panel_targets,
     read_panel,
     robust_scale,
+    size_factors,
     variable_genes,
 )
 from scellst_ray.spots.st_array import read_st_array
@@ -156,6 +158,33 @@ def test_panel_targets_use_the_library_of_surviving_genes():
     kept_too, with_rare = panel_targets(spots, [*panel, rare], "here")
     assert kept_too.tolist() == kept.tolist()
     np.testing.assert_array_equal(with_rare[:, :2], values)
+
+
+def test_targets_hold_raw_counts_and_libraries_too():
+    spots = random_spots()
+    adata = scanpy_filtered(spots)
+    panel = [adata.var_names[4], adata.var_names[1]]
+    targets = make_targets(spots, panel, "here")
+    kept, values = panel_targets(spots, panel, "here")
+    np.testing.assert_array_equal(targets.kept, kept)
+    np.testing.assert_array_equal(targets.values_KP, values)
+    np.testing.assert_array_equal(targets.counts_KP, adata[:, panel].X.toarray())
+    np.testing.assert_array_equal(targets.library_K, np.asarray(adata.X.sum(axis=1)).ravel())
+    assert targets.num_genes == adata.n_vars
+
+
+def test_size_factors():
+    np.testing.assert_allclose(size_factors(np.array([2.0, 8, 4]), "x"), [0.5, 2, 1])
+    with pytest.raises(ValueError, match=r"slide A: 1 of 2 spots have no counts.*min_spot_counts"):
+        size_factors(np.array([0.0, 3]), "slide A")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"min_gene_counts": -1}, {"min_spot_share": 1.01}, {"min_spot_counts": -2}]
+)
+def test_thresholds_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*, expected 0"):
+        CountFilter(**wrong)
 
 
 def test_robust_scale_equals_scikit_learn():

@@ -8,6 +8,7 @@ from scellst_ray.spots.read import read_spots
 def calls(monkeypatch):
     seen = []
     monkeypatch.setattr(read, "read_space_ranger", lambda *given: seen.append(("visium", *given)))
+    monkeypatch.setattr(read, "read_h5ad", lambda *given: seen.append(("h5ad", *given)))
     monkeypatch.setattr(read, "read_st_array", lambda *given: seen.append(("st", *given)))
     return seen
 
@@ -26,6 +27,12 @@ def calls(monkeypatch):
             {"spots": "c.tsv.gz", "spot_positions": "p.tsv", "mpp": 0.5, "spot_diameter_um": None},
             None,
             ("st", "c.tsv.gz", "p.tsv", 0.5, 100.0),
+        ),
+        ({"spots": "s.h5ad", "mpp": 0.5}, None, ("h5ad", "s.h5ad", 0.5, None)),
+        (
+            {"spots": "s.h5ad", "mpp": 0.5, "spot_diameter_um": "65"},
+            None,
+            ("h5ad", "s.h5ad", 0.5, 65.0),
         ),
     ],
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 import fsspec
 import h5py
 import numpy as np
+import polars as pl
 import pytest
 from scipy import io as scipy_io
 from scipy import sparse
@@ -88,6 +89,42 @@ def test_h5(tmp_path, header):
     write_positions(tmp_path, header=header)
     write_h5(tmp_path)
     check_expected(read_space_ranger(f"{tmp_path}/", 0.5))
+
+
+def test_parquet_positions_of_visium_hd(tmp_path):
+    names = HEADER.strip().split(",")
+    (tmp_path / "spatial").mkdir()
+    table = pl.DataFrame(POSITIONS, schema=names, orient="row")
+    table.write_parquet(tmp_path / "spatial/tissue_positions.parquet")
+    write_h5(tmp_path)
+    check_expected(read_space_ranger(str(tmp_path), 0.5))
+    factors = tmp_path / "spatial/scalefactors_json.json"
+    factors.write_text('{"bin_size_um": 16.0}')
+    with pytest.raises(
+        ValueError, match=r"bins of 16\.0 um .*Set spot_diameter_um to 16\.0 or less"
+    ):
+        read_space_ranger(str(tmp_path), 0.5)
+    assert read_space_ranger(str(tmp_path), 0.5, 16.0).radius0 == 16.0
+    factors.write_text("{")
+    with pytest.raises(ValueError, match=r"scalefactors_json\.json: not a JSON object"):
+        read_space_ranger(str(tmp_path), 0.5)
+    (tmp_path / "spatial/tissue_positions.parquet").write_bytes(b"PAR1")
+    factors.unlink()
+    with pytest.raises(ValueError, match=r"tissue_positions\.parquet: not a Parquet file"):
+        read_space_ranger(str(tmp_path), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["h5", "mex"])
+def test_downloads_have_the_data_sets_name_before_the_matrix(tmp_path, kind):
+    write_positions(tmp_path, header=True)
+    if kind == "h5":
+        write_h5(tmp_path)
+        path = tmp_path / "filtered_feature_bc_matrix.h5"
+    else:
+        write_mex(tmp_path, zipped=True)
+        path = tmp_path / "filtered_feature_bc_matrix"
+    path.rename(tmp_path / f"V1_Human_Lymph_Node_{path.name}")
+    check_expected(read_space_ranger(str(tmp_path), 0.5))
 
 
 def test_header_columns_are_read_by_name_whatever_their_order(tmp_path):

@@ -7,7 +7,15 @@ import polars as pl
 import pytest
 from scipy import sparse
 
-from scellst_ray.spots.table import Spots, check_spots, join_spots, radius_px, unique_gene_names
+from scellst_ray.spots.table import (
+    Spots,
+    check_inside,
+    check_spots,
+    check_whole_counts,
+    join_spots,
+    radius_px,
+    unique_gene_names,
+)
 
 
 def make_spots(counts, **changes) -> Spots:
@@ -113,3 +121,28 @@ def test_radius_is_half_the_diameter_in_px():
     for diameter_um, mpp in [(0, 0.5), (55, 0), (55, -1), (55, float("nan"))]:
         with pytest.raises(ValueError, match="here: spot diameter"):
             radius_px(diameter_um, mpp, "here")
+
+
+def test_counts_that_are_not_whole_are_named_with_what_needs_them():
+    check_whole_counts(make_spots(GOOD), "here", "this")
+    words = r"here: 2 of 3 counts are not whole .* the first 2\.5 for gene G2 in spot s0; nb needs"
+    with pytest.raises(ValueError, match=words) as caught:
+        check_whole_counts(make_spots([[1, 0, 2.5], [0, 0.5, 0]]), "here", "nb")
+    assert "Give raw counts" in str(caught.value)
+
+
+def test_spots_outside_the_image():
+    xy0 = np.random.default_rng(0).uniform(0, [900, 500], (100, 2))
+    counts = np.ones((100, 1))
+    inside = make_spots(counts, xy0=xy0)
+    assert check_inside(inside, 900, 500, "here") == 0
+    xy0 = xy0.copy()
+    xy0[:5] = [[-0.1, 0], [900, 0], [0, 500], [0, -3], [1e4, 1e4]]
+    assert check_inside(make_spots(counts, xy0=xy0), 900, 500, "here") == 5
+    xy0[5] = [12345.2, 7]
+    with pytest.raises(
+        ValueError, match=r"here: 6 of 100 spots lie outside the image of 900 x 500"
+    ):
+        check_inside(make_spots(counts, xy0=xy0), 900, 500, "here")
+    with pytest.raises(ValueError, match=r"the first s0 at \(x, y\) = \(30000, 7\)"):
+        check_inside(make_spots(counts[:1], xy0=np.array([[3e4, 7.0]])), 900, 500, "here")

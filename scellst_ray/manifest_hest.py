@@ -1,0 +1,45 @@
+"""The command `manifest hest`: a folder in the HEST layout to a manifest."""
+
+import io
+from dataclasses import dataclass
+
+import polars as pl
+from rich.console import Console
+
+from scellst_ray import storage
+from scellst_ray.spots.hest import read_hest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestHestConfig:
+    """A folder in the HEST layout to a manifest for extract, train and predict."""
+
+    folder: str
+    """Holds st/<id>.h5ad, wsis/<id>.tif, metadata/<id>.json and, for `segmenter imported`,
+    cellvit_seg/<id>_cellvit_seg.parquet."""
+    out: str
+    """CSV to write."""
+
+
+def write_hest_manifest(config: ManifestHestConfig) -> int:
+    """Write the manifest; say what the files disagree on and what was left out.
+
+    Raises:
+        ValueError: the folder holds no complete sample, or `out` is there already.
+    """
+    out = storage.absolute(config.out)
+    if storage.exists(out):
+        message = f"{out}: there is a file already; give another --out"
+        raise ValueError(message)
+    samples, left_out = read_hest(storage.absolute(config.folder))
+    rows = [sample.row | {"conflicts": "; ".join(sample.conflicts)} for sample in samples]
+    text = io.StringIO()
+    pl.DataFrame(rows, infer_schema_length=None, strict=False).write_csv(text)
+    storage.publish_text(out, text.getvalue())
+    console = Console()
+    lines = [f"{s.row['slide_id']}: {conflict}" for s in samples for conflict in s.conflicts]
+    lines += [f"left out {reason}" for reason in left_out]
+    lines.append(f"wrote {out}: {len(samples)} slides")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0

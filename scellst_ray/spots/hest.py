@@ -1,0 +1,179 @@
+"""The HEST layout (st/, wsis/, metadata/, cellvit_seg/) as rows of a manifest.
+
+Its st/*.h5ad files are read by `read_h5ad`, its cellvit_seg/*.parquet by the importers of nuclei.
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import h5py  # type: ignore[import-untyped]
+import numpy as np
+import tifffile
+from anndata.io import read_elem
+from scipy.spatial import cKDTree
+
+from scellst_ray.cohort import check_mpp
+from scellst_ray.node_cache import hold
+from scellst_ray.spots.tenx import read_bytes
+
+SEGMENTATIONS = ("{}_cellvit_seg.parquet", "{}_cellvit_seg.geojson")
+# Two statements of a resolution agree within this share.
+MPP_TOLERANCE = 0.02
+# Kept beside what the jobs need: to choose slides by.
+KEPT = ("organ", "species", "st_technology", "disease_state", "oncotree_code", "dataset_title")
+UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
+
+
+@dataclass(frozen=True)
+class HestSample:
+    """A row of a manifest, and what its files disagree on."""
+
+    row: dict[str, Any]
+    conflicts: list[str]
+
+
+def read_hest(folder: str) -> tuple[list[HestSample], list[str]]:
+    """Find the samples of a HEST folder.
+
+    `mpp` is `pixel_size_um_estimated` of the metadata, which HEST fits to the spots, not what the
+    image says of itself. It is compared with `pixel_size_um_embedded`, with the TIFF's own
+    resolution, and with the pitch of the spots in px and um; the TIFF's size with the metadata's.
+
+    Args:
+        folder: A path or any fsspec address. st/<id>.h5ad, wsis/<id>.tif and metadata/<id>.json
+            make a sample; cellvit_seg/<id>_cellvit_seg.parquet (or .geojson) gives its nuclei.
+
+    Returns:
+        (samples by id, what was left out and why).
+
+    Raises:
+        ValueError: Where there is no complete sample.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    root = root.rstrip("/")
+    parts = {"st": ".h5ad", "wsis": ".tif", "metadata": ".json"}
+    ids = {part: _stems(fs, f"{root}/{part}", end) for part, end in parts.items()}
+    complete = sorted(set.intersection(*ids.values()))
+    left_out = [
+        f"{sample}: no {', '.join(f'{part}/{sample}{parts[part]}' for part in missing)}"
+        for sample in sorted(set.union(*ids.values()) - set(complete))
+        for missing in [[part for part in parts if sample not in ids[part]]]
+    ]
+    if not complete:
+        counted = ", ".join(f"{len(names)} in {part}/" for part, names in ids.items())
+        message = (
+            f"{folder}: no sample is complete ({counted}). Expected st/<id>.h5ad, wsis/<id>.tif "
+            "and metadata/<id>.json, as HEST is downloaded."
+        )
+        raise ValueError(message)
+    return [_sample(fs, root, sample) for sample in complete], left_out
+
+
+def _stems(fs: fsspec.AbstractFileSystem, folder: str, end: str) -> set[str]:
+    """Return the names of a folder's files without their ending."""
+    if not fs.isdir(folder):
+        return set()
+    names = (path.rsplit("/", 1)[-1] for path in fs.ls(folder, detail=False))
+    return {name.removesuffix(end) for name in names if name.endswith(end)}
+
+
+def _sample(fs: fsspec.AbstractFileSystem, root: str, sample: str) -> HestSample:
+    path = f"{root}/metadata/{sample}.json"
+    try:
+        metadata = json.loads(read_bytes(fs, path))
+    except ValueError as error:
+        message = f"{path}: not JSON ({error}). Copy it again."
+        raise ValueError(message) from error
+    conflicts: list[str] = []
+    mpp = _number(metadata, "pixel_size_um_estimated")
+    try:
+        check_mpp(mpp, f"metadata/{sample}.json pixel_size_um_estimated")
+    except ValueError as error:
+        conflicts.append(str(error))
+    uris = {"uri": f"{root}/wsis/{sample}.tif", "spots": f"{root}/st/{sample}.h5ad"}
+    row: dict[str, Any] = {"slide_id": sample, "uri": _uri(fs, uris["uri"]), "mpp": mpp}
+    row |= {"patient_id": metadata.get("patient"), "spots": _uri(fs, uris["spots"])}
+    row["spot_diameter_um"] = _number(metadata, "spot_diameter")
+    nuclei = [f"{root}/cellvit_seg/{name.format(sample)}" for name in SEGMENTATIONS]
+    row["segmentation"] = next((_uri(fs, uri) for uri in nuclei if fs.exists(uri)), None)
+    if row["segmentation"] is None and any(fs.exists(f"{uri}.zip") for uri in nuclei):
+        conflicts.append(f"{sample}_cellvit_seg is still zipped: unzip it to import its nuclei")
+    row |= {key: metadata.get(key) for key in KEPT}
+    conflicts += _mpp_conflicts(fs, uris, metadata, mpp)
+    return HestSample(row, conflicts)
+
+
+def _mpp_conflicts(
+    fs: fsspec.AbstractFileSystem,
+    uris: dict[str, str],
+    metadata: dict[str, Any],
+    mpp: float | None,
+) -> list[str]:
+    """Say what speaks against the metadata's resolution and size."""
+    conflicts = []
+    tiff_mpp, size0 = _tiff(fs, uris["uri"])
+    told0 = tuple(_number(metadata, f"fullres_px_{side}") for side in ("width", "height"))
+    if None not in told0 and told0 != size0:
+        conflicts.append(
+            f"the TIFF is {size0[0]} x {size0[1]} px, the metadata say {told0[0]:g} x {told0[1]:g}"
+        )
+    others = {
+        "pixel_size_um_embedded": _number(metadata, "pixel_size_um_embedded"),
+        "the TIFF": tiff_mpp,
+        "the pitch of the spots": _pitch_mpp(
+            _uri(fs, uris["spots"]), _number(metadata, "inter_spot_dist")
+        ),
+    }
+    for name, other in others.items():
+        if mpp and other and abs(other / mpp - 1) > MPP_TOLERANCE:
+            conflicts.append(f"{mpp:g} um/px estimated, but {other:.4g} by {name}")
+    return conflicts
+
+
+def _tiff(fs: fsspec.AbstractFileSystem, path: str) -> tuple[float | None, tuple[int, int]]:
+    """Return um per px, None if untold, and (width, height) of a TIFF's first page."""
+    try:
+        with fs.open(path, "rb") as handle, tifffile.TiffFile(handle) as tiff:
+            page = tiff.pages.first
+            tags = page.tags
+            size0 = (int(page.imagewidth), int(page.imagelength))
+            unit = int(tags.valueof("ResolutionUnit", 1))
+            resolution = tags.valueof("XResolution")
+    except (ValueError, IndexError, struct.error) as error:  # what tifffile says of damage
+        message = f"{path}: not a whole TIFF ({error}). Copy it again."
+        raise ValueError(message) from error
+    if unit not in UM_PER_UNIT or not resolution or not resolution[0]:
+        return None, size0
+    mpp = UM_PER_UNIT[unit] * resolution[1] / resolution[0]
+    # 72 dots per inch and the like say nothing about a microscope.
+    return (mpp if mpp < 20 else None), size0
+
+
+def _pitch_mpp(path: str, pitch_um: float | None) -> float | None:
+    """Return um per px by the spots' pitch in both units; None if it cannot be told."""
+    if not pitch_um:
+        return None
+    with hold(path) as held, h5py.File(held.path, "r") as file:
+        xy0 = np.asarray(read_elem(file["obsm/spatial"]), np.float64)
+    if len(xy0) < 2:
+        return None
+    pitch0 = float(np.median(cKDTree(xy0).query(xy0, k=2)[0][:, 1]))
+    return pitch_um / pitch0 if pitch0 > 0 else None
+
+
+def _number(metadata: dict[str, Any], name: str) -> float | None:
+    """Return a number of the metadata, None where it is absent or none."""
+    try:
+        value = float(metadata[name])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _uri(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """Return a path with its protocol, unless it is local."""
+    return path if "file" in fs.protocol else str(fs.unstrip_protocol(path))

@@ -1,0 +1,188 @@
+"""Reads the cells of a Xenium run, measured one by one: what per-cell predictions are held against.
+
+Never used to train: cells come without spots.
+"""
+
+import io
+import json
+from dataclasses import dataclass, replace
+
+import fsspec
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy import sparse
+
+from scellst_ray.spots.table import unique_gene_names
+from scellst_ray.spots.tenx import find_file, read_bytes, read_matrix
+
+CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
+MATRICES = ("cell_feature_matrix.h5", "cell_feature_matrix")
+COLUMNS = ("cell_id", "x_centroid", "y_centroid")
+# um per px of the full-resolution morphology image, where experiment.xenium does not say.
+MORPHOLOGY_MPP = 0.2125
+
+
+@dataclass(frozen=True)
+class MeasuredCells:
+    """N cells with the counts of G genes.
+
+    Attributes:
+        cell_id: str [N], as Xenium names them, unique.
+        xy0: float64 [N, 2], centroids (x, y) in level-0 px of the H&E image.
+        counts: CSR float32 [N, G], raw counts.
+        genes: G unique gene names.
+    """
+
+    cell_id: NDArray[np.str_]
+    xy0: NDArray[np.float64]
+    counts: sparse.csr_matrix
+    genes: list[str]
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return len(self.cell_id)
+
+
+def read_xenium(
+    outs: str, mpp: float | None = None, alignment_uri: str | None = None
+) -> MeasuredCells:
+    """Read cells and counts, and place the cells on the H&E image.
+
+    Args:
+        outs: Xenium output folder, a path or fsspec address: cells.parquet or cells.csv.gz, and
+            cell_feature_matrix.h5 or the folder of that name. Control probes are left out.
+        mpp: um per level-0 px, for an H&E image that lies on the morphology image without shift or
+            turn (such as one that was registered and resampled).
+        alignment_uri: Xenium Explorer's *_he_imagealignment.csv: the 3 x 3 matrix from px of the
+            H&E image to px of the morphology image, whose um per px experiment.xenium gives
+            (0.2125 without it).
+
+    Raises:
+        ValueError: Where files are missing or do not fit, or not exactly one of mpp and
+            alignment_uri is given.
+    """
+    fs, root = fsspec.core.url_to_fs(outs)
+    matrix_33 = um_to_level0(outs, mpp, alignment_uri)
+    table = _read_cells(fs, find_file(fs, root, CELLS))
+    counts, barcodes, genes = read_matrix(fs, find_file(fs, root, MATRICES))
+    row_of = {name: row for row, name in enumerate(table["cell_id"])}
+    absent = [name for name in barcodes if name not in row_of]
+    if absent or len(row_of) != table.height:
+        message = (
+            f"{outs}: {len(absent)} of {len(barcodes)} cells of the matrix, such as {absent[:3]}, "
+            f"are not among the {len(row_of)} different cell_id of {table.height} cells. Both "
+            "files must come from one run."
+        )
+        raise ValueError(message)
+    rows = np.array([row_of[name] for name in barcodes], np.int64)
+    xy_um = table.select("x_centroid", "y_centroid").to_numpy().astype(np.float64)[rows]
+    return MeasuredCells(
+        cell_id=np.array(barcodes, np.str_),
+        xy0=transform(matrix_33, xy_um),
+        counts=sparse.csr_matrix(counts, dtype=np.float32),
+        genes=unique_gene_names(genes),
+    )
+
+
+def um_to_level0(outs: str, mpp: float | None, alignment_uri: str | None) -> NDArray[np.float64]:
+    """Return the 3 x 3 matrix from um of a Xenium run to level-0 px (see read_xenium)."""
+    if (mpp is None) == (alignment_uri is None):
+        message = (
+            f"{outs}: mpp {mpp} and alignment {alignment_uri}; give one of them: um per px of an "
+            "image that lies on the morphology image, or the alignment matrix file."
+        )
+        raise ValueError(message)
+    if mpp is not None:
+        return np.diag([1 / mpp, 1 / mpp, 1.0])
+    to_morphology = read_affine(str(alignment_uri))
+    morphology_mpp = _morphology_mpp(outs)
+    scale = np.diag([1 / morphology_mpp, 1 / morphology_mpp, 1.0])
+    return np.asarray(np.linalg.inv(to_morphology) @ scale)
+
+
+def read_affine(uri: str) -> NDArray[np.float64]:
+    """Read a 3 x 3 affine matrix from a CSV without header.
+
+    Raises:
+        ValueError: Where it is missing, of another shape, has another last row than 0, 0, 1, or
+            cannot be inverted.
+    """
+    fs, path = fsspec.core.url_to_fs(uri)
+    try:
+        matrix_33 = np.loadtxt(io.BytesIO(read_bytes(fs, path)), delimiter=",", ndmin=2)
+    except ValueError as error:
+        message = f"{uri}: not a matrix ({error}). Expected 3 rows of 3 numbers, with commas."
+        raise ValueError(message) from error
+    if (
+        matrix_33.shape != (3, 3)
+        or not np.array_equal(matrix_33[2], [0, 0, 1])
+        or not np.isfinite(matrix_33).all()
+        or abs(np.linalg.det(matrix_33)) < 1e-12
+    ):
+        message = (
+            f"{uri}: {matrix_33.tolist()} is not an affine map of the plane. Expected 3 x 3 "
+            "numbers whose last row is 0, 0, 1, as Xenium Explorer exports them."
+        )
+        raise ValueError(message)
+    return matrix_33
+
+
+def transform(matrix_33: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Apply an affine map to points [N, 2] (x, y)."""
+    return np.asarray(points @ matrix_33[:2, :2].T + matrix_33[:2, 2])
+
+
+def select_genes(cells: MeasuredCells, genes: list[str]) -> tuple[MeasuredCells, list[str]]:
+    """Return the cells with those of `genes` that were measured, in that order, and their names.
+
+    Raises:
+        ValueError: Where none was measured.
+    """
+    column_of = {name: column for column, name in enumerate(cells.genes)}
+    shared = [name for name in genes if name in column_of]
+    if not shared:
+        message = (
+            f"none of {len(genes)} genes, such as {genes[:3]}, is among the {len(cells.genes)} "
+            f"that Xenium measured, such as {cells.genes[:3]}. Use one naming and one species."
+        )
+        raise ValueError(message)
+    columns = np.array([column_of[name] for name in shared])
+    return replace(cells, counts=cells.counts[:, columns], genes=shared), shared
+
+
+def _morphology_mpp(outs: str) -> float:
+    """Return um per px of the morphology image."""
+    fs, root = fsspec.core.url_to_fs(outs)
+    path = f"{root.rstrip('/')}/experiment.xenium"
+    if not fs.exists(path):
+        return MORPHOLOGY_MPP
+    try:
+        return float(json.loads(read_bytes(fs, path))["pixel_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"{path}: no JSON with a number `pixel_size` ({error!r}). Copy it again."
+        raise ValueError(message) from error
+
+
+def _read_cells(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
+    """Read cell_id (str), x_centroid and y_centroid (um)."""
+    content = io.BytesIO(read_bytes(fs, path))
+    try:
+        if path.endswith(".parquet"):
+            table = pl.read_parquet(content)
+        else:
+            table = pl.read_csv(content, infer_schema=False)
+        missing = [name for name in COLUMNS if name not in table.columns]
+        if missing:
+            message = f"{path}: {missing} missing among the columns {table.columns}."
+            raise ValueError(message)
+        identifier = pl.col("cell_id")
+        if table.schema["cell_id"] == pl.Binary:
+            identifier = identifier.cast(pl.String)
+        return table.select(
+            identifier.cast(pl.String), *[pl.col(name).cast(pl.Float64) for name in COLUMNS[1:]]
+        )
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).partition("\n")[0]
+        message = f"{path}: not a table of cells ({reason}). Expected {list(COLUMNS)}."
+        raise ValueError(message) from error
