@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 MIN_MPP, MAX_MPP = 0.1, 1.2
 ALIASES = {"path": "uri", "wsi": "uri", "wsi_mpp": "mpp"}
-PATH_COLUMNS = ("spots", "spot_positions", "segmentation")
+PATH_COLUMNS = ("spots", "spot_positions", "segmentation", "xenium", "xenium_alignment")
 SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from scellst_ray.analysis.truth import Matching, cell_correlation, match_nuclei
 from scellst_ray.expression import HEAD_FILE
 from scellst_ray.pipelines.cells import ExtractConfig, extract
 from scellst_ray.pipelines.expression import PredictConfig, predict
+from scellst_ray.pretrain import ENCODER_FILE, PretrainConfig, pretrain_encoder
 from scellst_ray.progress import shown_progress
 from scellst_ray.reading import Run, open_run
 from scellst_ray.session import ray_session
@@ -32,7 +34,7 @@ from scellst_ray.train import TrainConfig, train
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Two synthetic slides: extract and train on one, predict the other, compare with the truth."""
+    """Two synthetic slides: pretrain, train on one, predict the other, compare with the truth."""
 
     out: str = "demo"
     """Folder for slides, runs, pictures and the report."""
@@ -49,7 +51,7 @@ class DemoConfig:
 
 
 TRAINED, UNSEEN = "slide_a", "slide_b"
-ENCODER = "random:0"
+NUM_CROPS = 2048
 
 
 def demo(config: DemoConfig) -> int:
@@ -71,13 +73,14 @@ def demo(config: DemoConfig) -> int:
         row["spots"] = str(files.space_ranger and files.space_ranger.absolute())
         pl.DataFrame([row]).write_csv(out / f"{name}.csv")
     with ray_session(dashboard=True):
-        console.rule(f"2. extract {TRAINED}: nuclei and their embeddings")
+        encoder = _pretrained(out, console)
+        console.rule(f"4. extract {TRAINED}: nuclei and their embeddings")
         cells = ExtractConfig(
-            manifest=str(out / f"{TRAINED}.csv"), out=str(out / "extract"), encoder=ENCODER
+            manifest=str(out / f"{TRAINED}.csv"), out=str(out / "extract"), encoder=encoder
         )
         with shown_progress() as report:
             extract(cells, report)
-        console.rule(f"3. train on its spots ({TRAINED})")
+        console.rule(f"5. train on its spots ({TRAINED})")
         head = out / "head"
         if not (head / HEAD_FILE).exists():
             train(
@@ -86,18 +89,47 @@ def demo(config: DemoConfig) -> int:
                 ),
                 lambda text: console.print(text, highlight=False),
             )
-        console.rule(f"4. predict {UNSEEN}, whose spots the head never saw")
+        console.rule(f"6. predict {UNSEEN}, whose spots the head never saw")
         expression = PredictConfig(
             manifest=str(out / f"{UNSEEN}.csv"), out=str(out / "predict"), head=str(head)
         )
         with shown_progress() as report:
             predict(expression, report)
-    console.rule("5. against the truth")
+    console.rule("7. against the truth")
     found = compare(open_run(expression.out), paths[UNSEEN], out / "genes.png")
     found["seconds"] = round(time.monotonic() - started, 1)
     storage.publish_json(str(out / "report.json"), found)
     _show(console, found, out)
     return 0
+
+
+def _pretrained(out: Path, console: Console) -> str:
+    """Pretrain an encoder on crops of both slides, briefly; return its file."""
+    console.rule("2. crops of cells of both slides")
+    both = pl.concat([pl.read_csv(out / f"{name}.csv") for name in (TRAINED, UNSEEN)])
+    both.write_csv(out / "both.csv")
+    crops = ExtractConfig(
+        manifest=str(out / "both.csv"), out=str(out / "crops"), encoder="none", crops=NUM_CROPS
+    )
+    with shown_progress() as report:
+        extract(crops, report)
+    console.rule("3. pretrain an encoder on them, briefly (real cohorts take hours)")
+    config = PretrainConfig(
+        crops=[crops.out],
+        out=str(out / "encoder"),
+        arch="resnet18",
+        batch=64,
+        epochs=2,
+        warmup_epochs=1,
+        optimiser="adamw",
+        base_lr=4e-3,
+        weight_decay=0.05,
+        temperature=0.2,
+        projector_dim=512,
+        flips=True,
+    )
+    pretrain_encoder(config, partial(console.print, highlight=False))
+    return str(out / "encoder" / ENCODER_FILE)
 
 
 def compare(run: Run, paths: SyntheticPaths, picture: Path) -> dict[str, Any]:
@@ -173,7 +205,14 @@ def _show(console: Console, found: dict[str, Any], out: Path) -> None:
     table.add_row("spot-level Pearson r, mean over genes", f"{found['spot_pearson']:.3f}")
     table.add_row("seconds", f"{found['seconds']}")
     console.print(table)
-    for name in ("genes.png", "report.json", "extract/cells", "head", "predict/expression"):
+    for name in (
+        "genes.png",
+        "report.json",
+        "encoder",
+        "extract/cells",
+        "head",
+        "predict/expression",
+    ):
         console.print(f"  {out / name}", highlight=False)
     folder = json.dumps(str(out / "predict"))
     command = f"import scellst_ray; print(scellst_ray.open_run({folder}).slides)"

@@ -42,11 +42,13 @@ def write_small_run(folder, identity=IDENTITY):
         record = {
             "slide_id": slide_id,
             "status": "done",
+            "tables": ["CELLS"],
             "mpp": config.mpp,
             "num_cells": len(cells),
         }
         storage.publish_json(run.record_uri(slide_id), record)
-    storage.publish_json(f"{run.uri}/run.json", {"digest": run.digest, "identity": identity})
+    info = {"digest": run.digest, "identity": identity, "format_version": 1}
+    storage.publish_json(f"{run.uri}/run.json", info)
     storage.publish_text(f"{run.uri}/config.yaml", "encoder: random:0\nread_mpp: null\n")
     (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
     return SimpleNamespace(run=run, manifest=folder / "manifest.csv", bare=bare)

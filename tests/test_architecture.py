@@ -16,7 +16,8 @@ BOTTOM = {"geometry", "schemas"}
 FILES_HERE = {"remote", "cache_room", "node_cache"}
 GROUND = BOTTOM | FILES_HERE | {"cohort", "storage", "__version__"}
 KNOWLEDGE = GROUND | {"slides", "nuclei", "spots", "models", "expression"}
-RECORDS = {"runs", "lease", "compaction", "reading"}
+CROPS = {"crop_format", "crop_store", "crop_order"}
+RECORDS = {"runs", "lease", "compaction", "reading"} | CROPS
 SINKS = {"analysis", "export"}
 MAY_IMPORT = {
     "geometry": set(),
@@ -35,6 +36,9 @@ MAY_IMPORT = {
     "lease": GROUND,
     "compaction": GROUND | {"runs", "nuclei"},
     "reading": GROUND | {"runs", "expression"},
+    "crop_format": GROUND,
+    "crop_store": GROUND | {"crop_format"},
+    "crop_order": GROUND | {"crop_format", "crop_store"},
     "session": set(),
     "analysis": KNOWLEDGE | RECORDS,
     "export": KNOWLEDGE | RECORDS | {"analysis"},
@@ -142,7 +146,8 @@ def test_importing_the_package_is_light():
 
 def test_reading_pixels_starts_neither_ray_nor_torch():
     code = (
-        "import sys, scellst_ray.compaction, scellst_ray.slides.reader, scellst_ray.nuclei.crops;"
+        "import sys, scellst_ray.compaction, scellst_ray.slides.reader, scellst_ray.nuclei.crops,"
+        "scellst_ray.crop_order;"
         "print(sorted({'ray', 'torch'} & set(sys.modules)))"
     )
     assert printed_by(code) == "[]"

@@ -1,30 +1,53 @@
-"""The cell encoder: a ResNet-50 without its classifier, crop in, 2048 numbers out.
+"""The cell encoder: a network without its classifier, crop in, D numbers out.
+
+| weights | what it is |
+| --- | --- |
+| a file | safetensors of this project, or a torch checkpoint of a torchvision-style ResNet-50 |
+| 'imagenet' | torchvision's ResNet-50, IMAGENET1K_V2, downloaded by torchvision on first use |
+| 'timm:NAME' | timm's pretrained network, downloaded from the Hugging Face hub on first use |
+| 'random:SEED', 'random:SEED:ARCH' | an untrained ResNet-50, or another architecture |
 
 Shape letters: N crops, D embedding.
 """
 
-import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
 from scellst_ray.models.digests import DAMAGE, file_digest
+from scellst_ray.models.encoder_header import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RESNET_DIMS,
+    TIMM,
+    Header,
+    check_crops,
+    read_header,
+)
+from scellst_ray.models.encoder_networks import (
+    blank,
+    check_arch,
+    random_network,
+    random_of,
+    timm_name,
+    timm_network,
+)
 
 UNREADABLE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError, SafetensorError)
-EMBEDDING_DIM = 2048
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # How others nest a ResNet in a checkpoint: DataParallel, MoCo v3's query encoder.
 PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "backbone.")
+# Counters of training steps; old checkpoints lack them, and they decide nothing.
+COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -36,17 +59,19 @@ class Encoder:
         mean: RGB mean (of values in 0-1) subtracted before the network.
         std: RGB standard deviation divided by.
         digest: Identifies the weights and the normalisation.
+        dim: D.
     """
 
     network: nn.Module
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
+    dim: int
 
 
 def is_named(weights: str) -> bool:
-    """Tell whether weights are a name ('imagenet', 'random:SEED') and not a file."""
-    return weights == "imagenet" or weights.startswith("random:")
+    """Tell whether weights are a name ('imagenet', 'random:SEED', 'timm:NAME') and not a file."""
+    return weights == "imagenet" or weights.startswith(("random:", TIMM))
 
 
 def encoder_digest(weights: str) -> str:
@@ -55,77 +80,178 @@ def encoder_digest(weights: str) -> str:
     Raises:
         ValueError: no such file or name.
     """
-    kind, _, rest = weights.partition(":")
-    if kind == "random" and rest.isdigit():
-        return weights
+    random = random_of(weights)
+    if random is not None:
+        check_arch(random[1], weights)
+        return weights.removesuffix(":resnet50")
     if weights == "imagenet":
         return "imagenet:IMAGENET1K_V2"
+    if weights.startswith(TIMM):
+        return f"{TIMM}{timm_name(weights, weights)}"
     path = Path(weights)
     if not path.is_file():
-        message = f"encoder {weights!r}: no such file; give a file, 'imagenet' or 'random:SEED'"
+        message = (
+            f"encoder {weights!r}: no such file; give a file, 'imagenet' or 'random:SEED', "
+            "'random:SEED:ARCH' or 'timm:NAME'"
+        )
         raise ValueError(message)
     return file_digest(path)
+
+
+def encoder_dim(weights: str) -> int:
+    """Return the length of an encoder's embeddings, by its name or its file's header.
+
+    Raises:
+        ValueError: unknown name, a file that cannot be read, or one for crops of another size.
+    """
+    if not is_named(weights):
+        return _header(weights).dim
+    arch = encoder_arch(weights)
+    return RESNET_DIMS.get(arch) or blank(arch, weights)[1]
+
+
+def encoder_arch(weights: str) -> str:
+    """Return the architecture of an encoder, by its name or its file's header.
+
+    Raises:
+        ValueError: as `encoder_dim`.
+    """
+    random = random_of(weights)
+    if random is not None:
+        return random[1]
+    if weights == "imagenet":
+        return "resnet50"
+    return weights if weights.startswith(TIMM) else _header(weights).arch
 
 
 def load_encoder(weights: str) -> Encoder:
     """Load an encoder.
 
     Args:
-        weights: `random:SEED`; `imagenet` (torchvision's IMAGENET1K_V2, downloaded by torchvision
-            on first use); or a local file: safetensors of this project (normalisation inside), or
-            a torch checkpoint of a torchvision-style ResNet-50 (ImageNet's normalisation).
+        weights: A local file or a name, see the top of this module.
 
     Raises:
-        ValueError: unknown name, or a file that is cut off or not a ResNet-50.
+        ValueError: unknown name, or a file that is cut off or not what it says it is.
     """
     digest = encoder_digest(weights)
-    if digest.startswith("random:"):
-        network = _random_resnet50(int(digest.removeprefix("random:")))
-        return _ready(network, IMAGENET_MEAN, IMAGENET_STD, digest)
-    if weights == "imagenet":
-        network = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2)
-        return _ready(network, IMAGENET_MEAN, IMAGENET_STD, digest)
-    try:
-        state, mean, std = _read_weights(Path(weights))
-    except UNREADABLE as error:
-        message = f"encoder {weights}: cannot be read as weights ({error}); is the file cut off?"
-        raise ValueError(message) from error
-    with torch.device("meta"):  # shapes only: no time spent on weights that are replaced
-        network = resnet50()
+    random = random_of(weights)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    if random is not None:
+        network, dim = random_network(*random, weights)
+    elif weights == "imagenet":
+        network, dim = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2), RESNET_DIMS["resnet50"]
         network.fc = nn.Identity()
-    # Counters of training steps; old checkpoints lack them.
-    counter = "num_batches_tracked"
-    shapes = {k: v.shape for k, v in network.state_dict().items() if not k.endswith(counter)}
-    wrong = [k for k, shape in shapes.items() if k not in state or state[k].shape != shape]
-    if wrong:
-        message = (
-            f"encoder {weights}: not a ResNet-50 as torchvision names it; {len(wrong)} tensors "
-            f"are missing or of another shape, {wrong[0]} among them"
-        )
-        raise ValueError(message)
-    network.load_state_dict({key: state[key].float() for key in shapes}, strict=False, assign=True)
-    return _ready(network, mean, std, digest)
+    elif weights.startswith(TIMM):
+        network, dim, mean, std = timm_network(weights)
+    else:
+        header = _header(weights)
+        network, dim = _filled(weights, header)
+        mean, std = header.mean, header.std
+    network.eval().requires_grad_(requires_grad=False)
+    return Encoder(network, mean, std, digest, dim)
 
 
 def save_encoder(
-    path: Path, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
-    """Write an encoder as safetensors with its normalisation."""
-    header = {"format": "scellst_ray.encoder", "version": "1", "arch": "resnet50"}
-    header |= {"mean": json.dumps(mean), "std": json.dumps(std)}
-    state = {key: value.contiguous() for key, value in network.state_dict().items()}
-    save_file(state, path, metadata=header)
-
-
-def _read_weights(
     path: Path,
-) -> tuple[dict[str, torch.Tensor], tuple[float, ...], tuple[float, ...]]:
+    network: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    arch: str = "resnet50",
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an encoder as safetensors with its normalisation.
+
+    Args:
+        path: Local file.
+        network: As `new_backbone(arch, seed)` gives it: crops to embeddings.
+        mean: RGB mean (of values in 0-1) of the crops it was trained on.
+        std: RGB standard deviation of them.
+        arch: 'resnet18', 'resnet34', 'resnet50' or 'timm:NAME'.
+        provenance: What it was trained on and how, as JSON: slides, number of cells, epochs,
+            configuration, release.
+
+    Raises:
+        ValueError: the network is not of this architecture.
+    """
+    empty, dim = blank(arch, str(path))
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    _check_tensors(state, empty, str(path), arch)
+    header = Header(arch, dim, mean, std, provenance=dict(provenance or {}))
+    save_file(state, path, metadata=header.metadata())
+
+
+def encoder_header(weights: str) -> Header:
+    """Return what an encoder file says about itself.
+
+    Raises:
+        ValueError: no such file, or it cannot be read.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        message = f"encoder {weights!r}: no such file"
+        raise ValueError(message)
+    try:
+        return read_header(path)
+    except UNREADABLE as error:
+        raise ValueError(_unreadable(weights, error)) from error
+
+
+def _header(weights: str) -> Header:
+    """Return the header of a file for crops of our size."""
+    header = encoder_header(weights)
+    check_crops(header, weights)
+    return header
+
+
+def _unreadable(weights: str, error: Exception) -> str:
+    return f"encoder {weights}: cannot be read as weights ({error}); is the file cut off?"
+
+
+def _filled(weights: str, header: Header) -> tuple[nn.Module, int]:
+    """Return the network of a file, with its weights, and the length of its embeddings."""
+    try:
+        state = _read_weights(Path(weights))
+    except UNREADABLE as error:
+        raise ValueError(_unreadable(weights, error)) from error
+    network, dim = blank(header.arch, weights)
+    shapes = _check_tensors(state, network, weights, header.arch)
+    if dim != header.dim:
+        message = (
+            f"encoder {weights}: its header promises embeddings of {header.dim}, and {header.arch} "
+            f"gives {dim}"
+        )
+        raise ValueError(message)
+    values = {key: state[key] for key in shapes}
+    values = {key: v.float() if v.is_floating_point() else v for key, v in values.items()}
+    network.load_state_dict(values, strict=False, assign=True)
+    return network, dim
+
+
+def _check_tensors(
+    state: Mapping[str, torch.Tensor], network: nn.Module, source: str, arch: str
+) -> dict[str, torch.Size]:
+    """Return the shapes of the tensors a network needs, which are all there.
+
+    Raises:
+        ValueError: one is missing or of another shape.
+    """
+    shapes = {k: v.shape for k, v in network.state_dict().items() if not k.endswith(COUNTER)}
+    wrong = [k for k, shape in shapes.items() if k not in state or state[k].shape != shape]
+    if wrong:
+        named = {"resnet50": "ResNet-50", "resnet34": "ResNet-34", "resnet18": "ResNet-18"}
+        kind = f"{named[arch]} as torchvision names it" if arch in named else arch
+        message = (
+            f"encoder {source}: not a {kind}; {len(wrong)} tensors are missing or of another "
+            f"shape, {wrong[0]} among them"
+        )
+        raise ValueError(message)
+    return shapes
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as handle:
-            header = handle.metadata() or {}
-        mean = tuple(json.loads(header["mean"])) if "mean" in header else IMAGENET_MEAN
-        std = tuple(json.loads(header["std"])) if "std" in header else IMAGENET_STD
-        return load_file(path), mean, std
+        return load_file(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict):
@@ -135,30 +261,8 @@ def _read_weights(
     for prefix in PREFIXES:
         nested = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
         if "conv1.weight" in nested:
-            return nested, IMAGENET_MEAN, IMAGENET_STD
-    return state, IMAGENET_MEAN, IMAGENET_STD
-
-
-def _random_resnet50(seed: int) -> nn.Module:
-    """Return a seeded random network whose activations stay of order one.
-
-    Untrained batch norms do nothing in eval mode, so sixteen residual sums would grow by 2^8;
-    a small last gain in each block keeps the sum close to its input.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network: nn.Module = resnet50()
-    for name, parameter in network.named_parameters():
-        if name.endswith("bn3.weight"):
-            nn.init.constant_(parameter, 0.2)
-    return network
-
-
-def _ready(
-    network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], digest: str
-) -> Encoder:
-    network.fc = nn.Identity()
-    return Encoder(network.eval().requires_grad_(requires_grad=False), mean, std, digest)
+            return nested
+    return state
 
 
 def best_precision(device: str) -> Literal["float32", "bfloat16", "float16"]:
@@ -193,7 +297,7 @@ def embed_crops(
     Raises:
         ValueError: an embedding is not finite in float16.
     """
-    out_ND = np.empty((len(crops), EMBEDDING_DIM), np.float16)
+    out_ND = np.empty((len(crops), encoder.dim), np.float16)
     scale = torch.tensor(encoder.std, device=device).mul(255).view(1, 3, 1, 1)
     shift = torch.tensor(encoder.mean, device=device).mul(255).view(1, 3, 1, 1)
     dtype = getattr(torch, precision)

@@ -8,26 +8,35 @@ import torch
 
 from scellst_ray import storage
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
+from scellst_ray.crop_format import CropSample
 from scellst_ray.lease import held
 from scellst_ray.models.catalogue import is_catalogued
 from scellst_ray.models.cellvit_inference import tile_bytes
 from scellst_ray.models.cellvit_weights import load_cellvit
-from scellst_ray.models.encoder import best_precision, encoder_digest, is_named
+from scellst_ray.models.encoder import best_precision, encoder_digest, encoder_dim, is_named
 from scellst_ray.pipelines.attempts import Limits, forget_attempts
+from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
 from scellst_ray.pipelines.driver import Driver, Progress, Report
 from scellst_ray.pipelines.networks import local_weights
 from scellst_ray.pipelines.receipts import Resources, receipts_dataset
 from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS
 from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.runs import FINISHED, RunFolder, check_manifest_unchanged, open_run
-from scellst_ray.schemas import EMBEDDING_DIM
 from scellst_ray.session import ray_session
 from scellst_ray.slides.reader import GRID_PX
 from scellst_ray.slides.tiling import NETWORK_NATIVE_MPP
 
 WORKER_GB = 2.0
 # Encoders that are no weights of their own.
-WITHOUT_FILE = ("none", "tokens")
+WITHOUT_FILE = ("none", "tokens", "types")
+
+
+TYPES_UNKNOWN = {
+    "hematoxylin": "encoder 'types' needs nuclei that have types, and segmenter hematoxylin gives "
+    "none; use segmenter cellvit",
+    "imported": "encoder 'types' needs all type names before the first nucleus is read, and those "
+    "of imported nuclei are not known then; use segmenter cellvit, or an encoder of crops",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +60,21 @@ class ExtractConfig:
     halo_px: int = 32
     """Margin read around the core in px read."""
     encoder: str = "imagenet"
-    """Weights: a file, 'imagenet' (downloaded by torchvision) or 'random:SEED'; 'tokens' for
-    CellViT's own, 'none' for no embeddings."""
+    """Weights: a file, 'imagenet' (downloaded by torchvision), 'timm:NAME' (by timm) or
+    'random:SEED'; 'tokens' for CellViT's own, 'types' for its type as one-hot, 'none' for no
+    embeddings."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the networks; auto takes bfloat16 where the driver's device has it, or gpus is true."""
     store_embeddings: bool = True
     """Keep each cell's embedding (4 kB a cell); training needs it."""
+    crops: int | None = None
+    """Keep crops of so many cells, of all slides together, for pretraining (3 kB each)."""
+    crops_per_slide: int | None = None
+    """Crops of a slide, at most."""
+    crops_per_type: int | None = None
+    """Crops of a slide and nucleus type, at most."""
+    crops_seed: int = 0
+    """Decides which cells."""
     workers: int | None = None
     """Worker actors; by default as CPUs and memory allow, or one per GPU for the networks."""
     gpus: bool | None = None
@@ -76,6 +94,7 @@ class ExtractConfig:
         """Refuse values that cannot work."""
         low = {"core_px": 64, "halo_px": 0, "tiles_per_task": 1, "memory_gb": 0.1, "workers": 1}
         low |= {"max_attempts": 1, "tile_timeout_s": 1, "plan_timeout_s": 1}
+        low |= {"crops": 1, "crops_per_slide": 1, "crops_per_type": 1}
         for name, least in low.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -85,6 +104,8 @@ class ExtractConfig:
             message = f"read_mpp is {self.read_mpp}; it must lie in {MIN_MPP}-{MAX_MPP} um/px"
             raise ValueError(message)
         problems = segmenter_problems(self)
+        if self.crops is None and (self.crops_per_slide or self.crops_per_type):
+            problems.append("crops_per_slide and crops_per_type need crops: how many in all")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -96,9 +117,10 @@ def segmenter_problems(config: ExtractConfig) -> list[str]:
         given = {"segmenter_weights": weights, "segmenter_window_px": window_px}
         wrong = [name for name, value in given.items() if value is not None]
         wrong += ["encoder 'tokens'"] * (config.encoder == "tokens")
-        return [
+        problems = [
             f"{name} is only for segmenter cellvit; this is {config.segmenter}" for name in wrong
         ]
+        return problems + [TYPES_UNKNOWN[config.segmenter]] * (config.encoder == "types")
     problems = []
     if weights is None:
         problems.append(
@@ -160,7 +182,7 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
         found["segmenter_weights"] = model.digest
         found["segmenter_window_px"] = config.segmenter_window_px
         type_names = model.type_names
-        weights = sum(p.nbytes for p in model.network.parameters())
+        network_bytes = sum(p.nbytes for p in model.network.parameters())
         side = config.core_px + 2 * config.halo_px
         if model.arch.max_px is not None and side > model.arch.max_px:
             message = (
@@ -168,12 +190,16 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
                 f"CellViT-{model.arch.variant} takes at most {model.arch.max_px}"
             )
             raise ValueError(message)
-        bytes_on_cpu = weights + tile_bytes(side, "float32")
+        bytes_on_cpu = network_bytes + tile_bytes(side, "float32")
         if config.encoder == "tokens":
             found |= {"encoder": f"tokens:{model.digest}", "embedding_dim": model.arch.dim}
+        elif config.encoder == "types":
+            names = ",".join(type_names)
+            found |= {"encoder": f"types:{names}", "embedding_dim": len(type_names)}
     if config.encoder not in WITHOUT_FILE:
-        digest = encoder_digest(local_weights(config.encoder))
-        found |= {"encoder": digest, "embedding_dim": EMBEDDING_DIM}
+        weights = local_weights(config.encoder)
+        digest, dim = encoder_digest(weights), encoder_dim(weights)
+        found |= {"encoder": digest, "embedding_dim": dim}
     if not config.store_embeddings:
         found["embedding_dim"] = None
     return CheckedNetworks(found, type_names, bytes_on_cpu)
@@ -237,21 +263,28 @@ def run_cells(
     imported = config.segmenter == "imported"
     sources = {slide.slide_id: _source(slide, imported=imported) for slide in slides}
     check_manifest_unchanged(run, sources)
+    sample = _sample(config)
+    if sample is not None:
+        check_sample(run, sample)
     spec = _spec(config, networks, head_uri)
     progress = Progress(len(slides))
     pending = _pending(run, slides, progress)
     report(progress)
-    if pending:
+    if pending or (sample is not None and crops_missing(run, progress.records, sample)):
         with held(run.uri) as lease, ray_session() as cluster:
             # Once more, now that no other driver can change it.
             pending = _pending(run, slides, progress)
             forget_attempts(run)
             driver = Driver(run, progress, report, lease.check)
             rows = driver.resume(pending, spec)
+            resources = _resources(config, networks)
             if rows:
-                resources = _resources(config, networks)
                 driver.consume(receipts_dataset(rows, spec, run, resources, cluster))
             driver.finish()
+            if sample is not None:
+                of_slides = (slides, progress.records)
+                made = make_crops(run, *of_slides, sample, resources, cluster, lease.check)
+                progress.records = with_crops(progress.records, made)
             forget_attempts(run)
     return progress.records
 
@@ -281,6 +314,13 @@ def _spec(config: ExtractConfig, networks: CheckedNetworks, head_uri: str | None
         encoder_digest=None if config.encoder in WITHOUT_FILE else networks.identity["encoder"],
         window_px=config.segmenter_window_px,
     )
+
+
+def _sample(config: ExtractConfig) -> CropSample | None:
+    if config.crops is None:
+        return None
+    caps = (config.crops_per_slide, config.crops_per_type)
+    return CropSample(config.crops, *caps, seed=config.crops_seed)
 
 
 def _resources(config: ExtractConfig, networks: CheckedNetworks) -> Resources:

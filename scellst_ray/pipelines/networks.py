@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -77,14 +78,14 @@ class Network:
 
 
 class Embed:
-    """Crops, or the network's tokens, to embeddings; embeddings to the head's hidden layer."""
+    """Crops, or the network's tokens or types, to embeddings; these to the head's hidden layer."""
 
     def __init__(self, spec: CellsSpec, device: Device) -> None:
         """Load the networks."""
         torch.set_num_threads(spec.num_threads)
         self.spec, self.device = spec, device
         self.encoder: Encoder | None = None
-        if spec.encoder != "tokens":
+        if spec.needs_crops:
             self.encoder = load_encoder(local_weights(spec.encoder))
             _check_digest(spec.encoder, self.encoder.digest, spec.encoder_digest)
             self.encoder.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -93,11 +94,13 @@ class Embed:
             self.head = load_head(spec.head_uri)[0].to(device)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        """Replace `crops`, or `tokens` and `boxes`, by vector columns of `cells`."""
+        """Replace `crops`, or `tokens` and `boxes`, if any, by vector columns of `cells`."""
         for row in todo(rows):
             with guarded(row, "embed"):
-                if self.encoder is None:
+                if self.spec.encoder == "tokens":
                     embedding_ND = tokens_of(row.pop("tokens"), row.pop("boxes"))
+                elif self.encoder is None:
+                    embedding_ND = one_hot(row["cells"]["nucleus_type"], self.spec.type_names)
                 else:
                     crops = row.pop("crops")
                     embedding_ND = embed_crops(
@@ -180,6 +183,22 @@ def device_for(*, on_gpu: bool) -> Device:
         )
         raise RuntimeError(message)
     return "cuda" if on_gpu else "cpu"
+
+
+def one_hot(types: pa.ChunkedArray, names: tuple[str, ...]) -> NDArray[np.float16]:
+    """Return type names as float16 [N, D], a one in the column of the type.
+
+    The input of the paper's comparison that knows a cell's type and nothing else.
+
+    Raises:
+        ValueError: a type that is not among the names.
+    """
+    number_N = pc.index_in(types, pa.array(names, pa.string()))
+    if number_N.null_count:
+        unknown = sorted(set(types.to_pylist()) - set(names))
+        message = f"types {unknown} are none of the segmenter's: {', '.join(names)}"
+        raise ValueError(message)
+    return np.asarray(np.eye(len(names), dtype=np.float16)[number_N.to_numpy()])
 
 
 def vectors(values: np.ndarray) -> pa.FixedSizeListArray:

@@ -105,7 +105,8 @@ class FindNuclei:
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Replace the pixels by `cells` (a table without vectors) and what embeds them.
 
-        That is `crops`, uint8 [N, 48, 48, 3], or for tokens `boxes`, px of the tile, int [N, 4].
+        That is `crops`, uint8 [N, 48, 48, 3], or for tokens `boxes`, px of the tile, int [N, 4];
+        for types nothing more.
         """
         for row in todo(rows):
             self._one(row)
@@ -130,14 +131,14 @@ class FindNuclei:
         with guarded(row, "crop"):
             if self.spec.encoder == "tokens":
                 row["boxes"] = nuclei.boxes_px()
-            elif self.spec.encoder != "none":
+            elif self.spec.needs_crops:
                 px_per_um = (1 / (frame.ratio_x * row["mpp"]), 1 / (frame.ratio_y * row["mpp"]))
                 row["crops"] = crop_nuclei(row["image"], nuclei.centroid_px, px_per_um)
             row["cells"] = table
 
     def _margin_um(self, row: Row) -> float:
         """Return how far outside its core a tile offers nuclei; their crops must lie in it."""
-        if self.spec.encoder in {"none", "tokens"}:
+        if not self.spec.needs_crops:
             return MARGIN_UM
         halo_um = self.spec.halo_px * float(row["read_mpp"])
         return max(0.0, min(MARGIN_UM, halo_um - schemas.CROP_UM / 2))

@@ -40,8 +40,8 @@ class CellsSpec:
         read_mpp: um per px to read slides at; None: as the segmenter likes it.
         core_px: Tile core in px read.
         halo_px: Halo in px read.
-        encoder: Weights as `load_encoder` takes them, a URI of a weights file, 'tokens' (of the
-            segmenting network) or 'none'.
+        encoder: Weights as `load_encoder` takes them, a URI of a weights file, 'tokens' or
+            'types' (of the segmenting network), or 'none'.
         precision: 'float32', 'bfloat16' or 'float16', of all networks.
         head_uri: The expression head, or None.
         store_embeddings: Whether CELLS get an embedding column.
@@ -67,6 +67,11 @@ class CellsSpec:
     weights_digest: str | None = None
     encoder_digest: str | None = None
     window_px: int | None = None
+
+    @property
+    def needs_crops(self) -> bool:
+        """Tell whether embeddings are made from crops."""
+        return self.encoder not in {"none", "tokens", "types"}
 
     @property
     def side_px(self) -> int:

@@ -1,0 +1,118 @@
+"""The optimisers of MoCo v3: LARS for residual networks, AdamW for transformers.
+
+LARS: You, Gitman, Ginsburg 2017, "Large batch training of convolutional networks", in the form
+MoCo v3 uses: a layer's gradient, decayed, is scaled to `trust` times the length of its weights,
+and the learning rate multiplies the momentum buffer, not what enters it. Biases and the parameters
+of norms (one dimension or none) are neither decayed nor scaled.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+
+class Lars(torch.optim.Optimizer):
+    """Stochastic gradient descent with momentum and a step length of its own for each layer.
+
+    For weights w of two or more dimensions with gradient g: u = g + weight_decay w, then
+    u <- u trust |w| / |u| where both lengths are positive. For all: b <- momentum b + u and
+    w <- w - lr b.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust: float = 1e-3,
+    ) -> None:
+        """Take parameters or groups of them.
+
+        Raises:
+            ValueError: A setting below 0, or a momentum of 1 or more.
+        """
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        for name, value in settings.items():
+            if not 0 <= value < (1 if name == "momentum" else float("inf")):
+                bound = "below 1" if name == "momentum" else "finite"
+                message = f"LARS: {name} is {value}, expected 0 or above and {bound}."
+                raise ValueError(message)
+        super().__init__(params, settings)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; parameters without a gradient stay as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            _step(params, self._buffers(params), group)
+        return loss
+
+    def _buffers(self, params: list[Tensor]) -> list[Tensor]:
+        """Return the momentum buffers, zero at first."""
+        for parameter in params:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(
+                    parameter, memory_format=torch.preserve_format
+                )
+        return [self.state[parameter]["momentum_buffer"] for parameter in params]
+
+
+def _step(params: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
+    """Step one group. Lists of tensors go to torch's fused loops, as in its own optimisers."""
+    if not params:
+        return
+    updates = [parameter.grad for parameter in params if parameter.grad is not None]
+    layers = [number for number, parameter in enumerate(params) if parameter.ndim > 1]
+    if layers:
+        weights = [params[number] for number in layers]
+        decayed = torch._foreach_add(  # noqa: SLF001
+            [updates[number] for number in layers], weights, alpha=group["weight_decay"]
+        )
+        lengths = torch.stack(torch._foreach_norm(weights))  # noqa: SLF001
+        sizes = torch.stack(torch._foreach_norm(decayed))  # noqa: SLF001
+        ratios = group["trust"] * lengths / sizes
+        ratios = torch.where((lengths > 0) & (sizes > 0), ratios, torch.ones_like(ratios))
+        torch._foreach_mul_(decayed, list(ratios.unbind()))
+        for number, update in zip(layers, decayed, strict=True):
+            updates[number] = update
+    torch._foreach_mul_(buffers, group["momentum"])
+    torch._foreach_add_(buffers, updates)
+    torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def new_moco_optimiser(
+    name: str, model: nn.Module, *, lr: float = 0.0, weight_decay: float | None = None
+) -> torch.optim.Optimizer:
+    """Make an optimiser over the parameters of a model that take gradients.
+
+    Args:
+        name: 'lars' (momentum 0.9, weight decay 1e-6, trust 0.001) or 'adamw' (weight decay 0.1).
+        model: The network; parameters without gradients, the momentum encoder's, are left out.
+        lr: Learning rate to begin with; `moco_step` sets it anew at each step.
+        weight_decay: Another weight decay than the published one.
+
+    Raises:
+        ValueError: Another name.
+    """
+    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "lars":
+        return Lars(params, lr, weight_decay=1e-6 if weight_decay is None else weight_decay)
+    if name == "adamw":
+        decay = 0.1 if weight_decay is None else weight_decay
+        return torch.optim.AdamW(params, lr=lr, weight_decay=decay, fused=True)
+    message = f"optimiser is {name!r}, expected 'lars' or 'adamw'."
+    raise ValueError(message)
