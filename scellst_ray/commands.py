@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -11,11 +12,17 @@ from rich.table import Table
 from scellst_ray.demo import DemoConfig, demo
 from scellst_ray.doctor import DoctorConfig, doctor
 from scellst_ray.evaluate import EvaluateSegmentationConfig
+from scellst_ray.evaluate_encoder import EvaluateEncoderConfig
+from scellst_ray.evaluate_encoder_report import run_evaluate_encoder
+from scellst_ray.evaluate_expression import EvaluateExpressionConfig
+from scellst_ray.evaluate_expression_report import run_evaluate_expression
 from scellst_ray.evaluate_report import run_evaluate_segmentation
 from scellst_ray.export.anndata import write_anndata
+from scellst_ray.manifest_hest import ManifestHestConfig, write_hest_manifest
 from scellst_ray.models_command import ModelsConfig, ModelsFetchConfig, fetch_model, list_models
 from scellst_ray.pipelines.cells import ExtractConfig, extract
 from scellst_ray.pipelines.expression import PredictConfig, predict
+from scellst_ray.pretrain import ENCODER_FILE, PretrainConfig, pretrain_encoder
 from scellst_ray.progress import shown_progress
 from scellst_ray.reading import open_run
 from scellst_ray.runs import FINISHED
@@ -45,10 +52,14 @@ def jobs() -> dict[str, Job]:
     """
     return {
         "extract": (ExtractConfig, run_extract),
+        "pretrain": (PretrainConfig, run_pretrain),
         "train": (TrainConfig, run_train),
         "predict": (PredictConfig, run_predict),
         "export": (ExportConfig, run_export),
         "evaluate segmentation": (EvaluateSegmentationConfig, run_evaluate_segmentation),
+        "evaluate encoder": (EvaluateEncoderConfig, run_evaluate_encoder),
+        "evaluate expression": (EvaluateExpressionConfig, run_evaluate_expression),
+        "manifest hest": (ManifestHestConfig, write_hest_manifest),
         "models": (ModelsConfig, list_models),
         "models fetch": (ModelsFetchConfig, fetch_model),
         "demo": (DemoConfig, demo),
@@ -68,6 +79,15 @@ def run_predict(config: PredictConfig) -> int:
     with shown_progress() as report:
         records = predict(config, report)
     return summarise(records, config.out)
+
+
+def run_pretrain(config: PretrainConfig) -> int:
+    """Run `pretrain`."""
+    console = Console()
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    pretrain_encoder(config, say)
+    say(f"encoder: {config.out}/{ENCODER_FILE}")
+    return 0
 
 
 def run_train(config: TrainConfig) -> int:

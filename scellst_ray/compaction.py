@@ -140,7 +140,8 @@ def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table) -> Written:
     _write(run.cells_uri(slide_id), schema, _without(found.dropped, tiles(schema.names)))
     tables = ["CELLS"]
     if "hidden" in shard.names:
-        schema = schemas.signed(schemas.expression_schema(), "EXPRESSION", run.digest)
+        hidden = schemas.expression_schema(shard.field("hidden").type.list_size)
+        schema = schemas.signed(hidden, "EXPRESSION", run.digest)
         _write(run.expression_uri(slide_id), schema, _without(found.dropped, tiles(schema.names)))
         tables.append("EXPRESSION")
     num_cells = pc.sum(receipts["num_cells"]).as_py() - len(found.dropped)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -33,6 +33,7 @@ IDS = ("slide_id", "cell_id")
 # None: the whole panel; all cells of the slide.
 Genes = Sequence[str] | None
 CellIds = Sequence[int] | NDArray[np.integer] | None
+What = Literal["mean", "sd"]
 
 SLIDES = {
     "slide_id": pl.String,
@@ -193,7 +194,7 @@ class Run:
         return vector_matrix(self.cells(slide_id, ["embedding"])["embedding"])
 
     def iter_expression(
-        self, genes: Genes, slide_id: str, cell_ids: CellIds = None
+        self, genes: Genes, slide_id: str, cell_ids: CellIds = None, what: What = "mean"
     ) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
         """Yield expression in blocks of bounded memory, in the stored order of cells.
 
@@ -201,6 +202,7 @@ class Run:
             genes: Which genes, in this order; the whole panel if None.
             slide_id: The slide.
             cell_ids: Which cells; all if None.
+            what: mean, or sd: how far the members of an ensemble disagree.
 
         Yields:
             slide_id and cell_id of N cells, and their expression float32 [N, G].
@@ -208,14 +210,13 @@ class Run:
         Raises:
             ValueError: unknown slide, genes or cells, a slide that failed, or a run without a head.
         """
-        layer, index = self.last_layer, self._gene_index(genes)
-        weight_GH, bias_G = layer.weight_GH[index], layer.bias_G[index]
+        layer = self.last_layer.select(self._gene_index(genes))
         wanted = None if cell_ids is None else np.unique(np.asarray(cell_ids, np.int64))
         missing = np.zeros(0, np.int64) if wanted is None else wanted
         with self._open(slide_id, "EXPRESSION") as file:
             for table in () if file is None else row_groups(file, wanted):
                 missing = np.setdiff1d(missing, table["cell_id"].to_numpy(), assume_unique=True)
-                for block, values_NG in expression_blocks(table, weight_GH, bias_G):
+                for block, values_NG in expression_blocks(table, layer, what):
                     yield block.select(list(IDS)), values_NG
         if len(missing):
             message = (
@@ -225,13 +226,13 @@ class Run:
             raise ValueError(message)
 
     def expression_numpy(
-        self, genes: Genes, slide_id: str, cell_ids: CellIds = None
+        self, genes: Genes, slide_id: str, cell_ids: CellIds = None, what: What = "mean"
     ) -> NDArray[np.float32]:
         """Return expression float32 [N, G]: genes and cells in the order given.
 
         Arguments and errors are those of `iter_expression`; a cell may be asked for repeatedly.
         """
-        return self._expression(genes, slide_id, cell_ids)[1]
+        return self._expression(genes, slide_id, cell_ids, what)[1]
 
     def expression_arrow(self, genes: Genes, slide_id: str, cell_ids: CellIds = None) -> pa.Table:
         """Return `expression_numpy` as slide_id, cell_id and one float32 column per gene."""
@@ -251,7 +252,7 @@ class Run:
         return np.array([place[name] for name in self.choose_genes(genes)], np.int64)
 
     def _expression(
-        self, genes: Genes, slide_id: str, cell_ids: CellIds
+        self, genes: Genes, slide_id: str, cell_ids: CellIds, what: What = "mean"
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return cell ids [N] and expression [N, G], filled block by block."""
         num_genes = len(self.choose_genes(genes))
@@ -263,7 +264,7 @@ class Run:
         ids_N = np.zeros(num_cells, np.int64)
         values_NG = np.zeros((num_cells, num_genes), np.float32)
         start = 0
-        for table, block in self.iter_expression(genes, slide_id, cell_ids):
+        for table, block in self.iter_expression(genes, slide_id, cell_ids, what):
             rows = slice(start, start + len(table))
             ids_N[rows], values_NG[rows] = table["cell_id"].to_numpy(), block
             start += len(table)

@@ -5,7 +5,7 @@ On top of both worlds: pipelines/bags.py prepares the supervision, training/fit_
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import yaml
@@ -15,9 +15,12 @@ from scellst_ray.cohort import read_manifest
 from scellst_ray.expression import HEAD_FILE
 from scellst_ray.models.mil import save_head
 from scellst_ray.models.mil_fit import FitConfig, FitResult
-from scellst_ray.pipelines.bags import build_bags, choose_panel, training_slides
+from scellst_ray.pipelines.bags import build_bags, choose_panel, provenance
+from scellst_ray.pipelines.supervision import Rules, training_slides
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import Cluster, ray_session
+from scellst_ray.spots.panel import CountFilter
+from scellst_ray.spots.selection import parse_rule
 from scellst_ray.training.fit_mil import Workers, fit
 
 
@@ -26,8 +29,8 @@ class TrainConfig:
     """CELLS and spots to a head that predicts expression (multiple-instance learning)."""
 
     manifest: str
-    """Slides with spots: slide_id, uri, spots (Space Ranger outs folder, or the counts TSV of an
-    ST array with its spot_positions), optional spot_diameter_um."""
+    """Slides with spots: slide_id, uri, spots (Space Ranger outs folder, .h5ad file, or the counts
+    TSV of an ST array with its spot_positions), optional spot_diameter_um."""
     cells: str
     """Run folder of `extract` that holds the CELLS of these slides."""
     out: str
@@ -35,7 +38,26 @@ class TrainConfig:
     slides: list[str] | None = None
     """slide_ids to train on (a,b); by default every row with spots."""
     genes: str = "variable:250"
-    """Panel: variable:N (chosen on the training slides), a comma-separated list, or a file."""
+    """Panel, chosen on the training slides: variable:N (variance of log counts), hvg:N (scanpy's
+    seurat_v3) or svg:N (Moran's I); or markers:FILE, a comma-separated list, or a file."""
+    min_gene_counts: int = 200
+    """Counts a gene needs over a slide to pass the filters."""
+    min_spot_share: float = 0.1
+    """Share of a slide's spots a gene must occur in."""
+    min_spot_counts: int = 20
+    """Counts a spot needs over the genes that pass."""
+    keep_mitochondrial: bool = False
+    """Let genes whose name begins with MT- pass."""
+    check_alignment: bool = True
+    """Refuse slides whose spots do not lie on their tissue."""
+    predictor: Literal["ours", "published"] = "ours"
+    """published: LeakyReLU, dropout and softplus as in sCellST's code; ours: as in its paper."""
+    loss: Literal["mse", "nb", "nb_total"] = "mse"
+    """mse: squared error of scaled log-normalised expression; nb, nb_total: negative binomial
+    likelihood of raw counts, by mean and dispersion or by total count and logits."""
+    ensemble: int = 1
+    """Networks trained side by side; above 1, cells have a standard deviation too (and 512 bytes
+    are stored per network and cell)."""
     learning_rate: float = 1e-4
     """Of AdamW."""
     weight_decay: float = 0.01
@@ -51,7 +73,9 @@ class TrainConfig:
     seed: int = 0
     """Fixes weights, split and order."""
     workers: int = 1
-    """Training processes; the result does not depend on it."""
+    """Training processes; the result does not depend on it, but for the dropout of published."""
+    max_failures: int = 3
+    """How often workers that died are started again, from the last epoch."""
     cpus_per_worker: int | None = None
     """CPUs of each; by default all there are, shared out, but at most 4."""
     gpus: bool | None = None
@@ -60,9 +84,23 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         self.fit_config()
-        if self.workers < 1:
-            message = f"workers is {self.workers}; it must be at least 1"
-            raise ValueError(message)
+        parse_rule(self.genes)
+        self.rules()
+        for name, least in (("workers", 1), ("max_failures", 0)):
+            if getattr(self, name) < least:
+                message = f"{name} is {getattr(self, name)}; it must be at least {least}"
+                raise ValueError(message)
+
+    def rules(self) -> Rules:
+        """Return how spots become supervision."""
+        limits = CountFilter(
+            min_gene_counts=self.min_gene_counts,
+            min_spot_share=self.min_spot_share,
+            min_spot_counts=self.min_spot_counts,
+            drop_prefix="" if self.keep_mitochondrial else "MT-",
+        )
+        counts = self.fit_config().formula().counts
+        return Rules(limits, with_counts=counts, check_alignment=self.check_alignment)
 
     def fit_config(self) -> FitConfig:
         """Return how the head is fitted."""
@@ -74,6 +112,9 @@ class TrainConfig:
             patience=self.patience,
             seed=self.seed,
             val_share=self.val_share,
+            predictor=self.predictor,
+            loss=self.loss,
+            ensemble=self.ensemble,
         )
 
 
@@ -99,10 +140,12 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
         raise ValueError(message)
     run = RunFolder(cells, run_json["digest"])
     slides = training_slides(read_manifest(config.manifest, ("spots",)), run, config.slides)
-    panel = choose_panel(slides, config.genes)
+    rules = config.rules()
+    chosen = choose_panel(slides, config.genes, run, rules)
+    panel = chosen.genes
     say(f"panel of {len(panel)} genes: {', '.join(panel[:6])}{' ...' if len(panel) > 6 else ''}")
     with ray_session(dashboard=True) as cluster:
-        bags = build_bags(slides, panel, run, out, cluster.num_cpus)
+        bags = build_bags(slides, panel, run, out, cluster.num_cpus, rules)
         for slide_id, row in bags.items():
             say(
                 f"{slide_id}: {row['num_spots']} spots with {row['num_links']} cells "
@@ -115,10 +158,12 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
         "genes": panel,
         "scaling": {slide_id: row["scale"] for slide_id, row in bags.items()},
         "embedding_dim": len(head.mean_D),
+        "formula": asdict(head.formula),
         "encoder_digest": run_json["identity"]["encoder"],
         "encoder": settings["encoder"],
         "cells": run_json["identity"],
         "training_slides": sorted(bags),
+        "supervision": provenance(chosen, rules, bags),
         "num_spots": sum(row["num_spots"] for row in bags.values()),
         "metrics": _metrics(result),
         "config": asdict(config),
@@ -139,7 +184,8 @@ def _workers(config: TrainConfig, cluster: Cluster) -> Workers:
     gpus = cluster.num_gpus >= config.workers if config.gpus is None else config.gpus
     # A worker's CPUs must all be on one node.
     share = max(1, min(cluster.num_cpus // config.workers, cluster.num_cpus_of_largest_node))
-    return Workers(config.workers, config.cpus_per_worker or min(4, share), gpus)
+    cpus = config.cpus_per_worker or min(4, share)
+    return Workers(config.workers, cpus, gpus, config.max_failures)
 
 
 def _metrics(result: FitResult) -> dict[str, Any]:

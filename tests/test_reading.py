@@ -16,7 +16,7 @@ import torch
 
 import scellst_ray
 from scellst_ray import compaction, expression, runs, schemas, storage
-from scellst_ray.models.mil import MilHead, save_head
+from scellst_ray.models.mil import MilHead, formula_of, save_head
 from scellst_ray.reading import open_run
 
 GENES = ["EPCAM", "CD3E", "ERBB2", "COL1A1", "KRT8"]
@@ -45,7 +45,8 @@ def shard_table(slide_id, tile_ids, cells_per_tile, rng, *, embedding, hidden):
     if embedding:
         columns["embedding"] = vectors(rng.normal(size=(len(ids), 2048)).astype(np.float16))
     if hidden:
-        columns["hidden"] = vectors(rng.uniform(0, 3, (len(ids), 256)).astype(np.float16))
+        factor = rng.uniform(0, 3, (len(ids), 256 * hidden)).astype(np.float16)
+        columns["hidden"] = vectors(factor)
     return pa.table(columns)
 
 
@@ -132,6 +133,28 @@ def test_expression_equals_torch_for_any_genes_and_cells(predicted, head):
     one = run.expression_numpy("KRT8", "a", ids[some])
     np.testing.assert_allclose(one, expected[:, :1], rtol=1e-5)
     assert run.expression(genes, "a", []).shape == (0, 4)
+
+
+def test_an_ensemble_has_a_mean_and_a_deviation_for_every_cell(tmp_path):
+    torch.manual_seed(0)
+    head = MilHead(8, len(GENES), formula=formula_of("published", "nb", ensemble=3))
+    folder = make_run(str(tmp_path / "run"), head)
+    table = add_slide(folder, "a", embedding=False, hidden=3)
+    run = open_run(folder.uri)
+    hidden = torch.from_numpy(np.stack(table["hidden"].to_numpy()))
+    assert hidden.shape[1] == 768
+    with torch.no_grad():
+        spread = head.spread_from_hidden(hidden).numpy()
+    whole = torch_expression(head, table, GENES)
+    np.testing.assert_allclose(run.expression_numpy(None, "a"), whole, rtol=1e-5)
+    ids = table["cell_id"].to_numpy()[[7, 2]]
+    found = run.expression_numpy(["KRT8", "EPCAM"], "a", ids, "sd")
+    np.testing.assert_allclose(found, spread[[7, 2]][:, [4, 0]], rtol=1e-3, atol=1e-6)
+
+
+def test_one_network_has_no_deviation(predicted):
+    with pytest.raises(ValueError, match="this head is one network; train with ensemble above 1"):
+        open_run(predicted[0]).expression_numpy(None, "a", None, "sd")
 
 
 def test_expression_in_blocks(predicted, head, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_run import DIM, IDENTITY, write_small_run
 
+from scellst_ray.expression import Formula
 from scellst_ray.models.mil import load_head
 from scellst_ray.session import ray_session
 from scellst_ray.train import TrainConfig, train
@@ -82,6 +83,21 @@ def test_cells_and_spots_to_a_head(small, monkeypatch):
     assert "validation loss" in text
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_counts_to_an_ensemble(small, tmp_path):
+    changes = {"loss": "nb", "predictor": "published", "ensemble": 2, "max_epochs": 2}
+    config = config_of(small, tmp_path, cpus_per_worker=1, gpus=False, **changes)
+    info = train(config, lambda _: None)
+    head, stored = load_head(str(tmp_path / "head.safetensors"))
+    assert head.formula == Formula(0.01, 0.1, 20.0, "nb", 2)
+    assert stored["formula"] == dataclasses.asdict(head.formula) == info["formula"]
+    assert head.last.weight.shape == (6, 256)
+    assert info["config"]["loss"] == "nb"
+    assert info["supervision"]["size_factors"]
+    assert len(info["metrics"]["train_losses"]) == 2
+
+
 @pytest.mark.usefixtures("no_ray")
 def test_an_existing_head_is_kept(small, tmp_path):
     (tmp_path / "head.safetensors").write_bytes(b"precious")
@@ -109,7 +125,17 @@ def test_what_cannot_train_is_refused_before_ray_starts(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("workers", 0), ("patience", 0), ("val_share", 1.0), ("batch_spots", 0)]
+    ("field", "value"),
+    [
+        ("workers", 0),
+        ("patience", 0),
+        ("val_share", 1.0),
+        ("batch_spots", 0),
+        ("max_failures", -1),
+        ("ensemble", 0),
+        ("loss", "zinb"),
+        ("predictor", "theirs"),
+    ],
 )
 def test_config_refuses_what_cannot_work(small, field, value):
     with pytest.raises(ValueError, match=field):

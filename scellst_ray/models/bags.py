@@ -1,11 +1,13 @@
 """Bags of instances as the fit takes them: offsets into one matrix, split and batched by seed.
 
-Shape letters: L instances of all bags (a cell under two spots counts twice), S spots, D, G.
+Embeddings lie in one matrix, on the device that trains if they fit: a batch is one gather, without
+reading cells one by one and without padding. Shape letters: L instances of all bags (a cell under
+two spots counts twice), N cells, S spots, D embedding, G genes.
 """
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,18 +24,21 @@ class BagSet:
     Attributes:
         embeddings_LD: Instances of bag 0, then of bag 1, ... (any float type; kept as it is).
         offsets: int64 [S + 1], on the CPU; bag s is embeddings_LD[offsets[s]:offsets[s + 1]].
-        targets_SG: float32 [S, G], scaled expression.
+        targets_SG: float32 [S, G]: scaled expression, or counts for a likelihood of counts.
+        size_factors_S: float32 [S], library sizes relative to the slide's; only beside counts.
     """
 
     embeddings_LD: Tensor
     offsets: Tensor
     targets_SG: Tensor
+    size_factors_S: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse empty bags and parts that do not fit together.
 
         Raises:
-            ValueError: See check_offsets; also where targets do not fit or are not finite.
+            ValueError: See check_offsets; also where targets do not fit or are not finite, or
+                targets with size factors are not counts.
         """
         check_offsets(self.offsets, len(self.embeddings_LD))
         if self.targets_SG.ndim != 2 or len(self.targets_SG) != len(self):
@@ -45,10 +50,22 @@ class BagSet:
         if not torch.isfinite(self.targets_SG).all():
             message = "targets hold NaN or infinity: check counts and scaling of the slides."
             raise ValueError(message)
+        if self.size_factors_S is not None:
+            _check_counts(self.targets_SG, self.size_factors_S)
 
     def __len__(self) -> int:
         """Return the number of bags."""
         return len(self.offsets) - 1
+
+    def to(self, device: torch.device | str) -> "BagSet":
+        """Return the bags with all but the offsets on a device."""
+        factors_S = self.size_factors_S
+        return replace(
+            self,
+            embeddings_LD=self.embeddings_LD.to(device),
+            targets_SG=self.targets_SG.to(device),
+            size_factors_S=None if factors_S is None else factors_S.to(device),
+        )
 
     def take(self, spots: NDArray[np.int64]) -> "BagSet":
         """Return the bags at these indices, in that order (possibly none)."""
@@ -57,8 +74,52 @@ class BagSet:
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
         shift = (self.offsets[:-1][index] - offsets[:-1]).repeat_interleave(sizes)
         rows = (torch.arange(int(offsets[-1])) + shift).to(self.embeddings_LD.device)
-        targets_SG = self.targets_SG[index.to(self.targets_SG.device)]
-        return BagSet(self.embeddings_LD[rows], offsets, targets_SG)
+        there = index.to(self.targets_SG.device)
+        factors_S = self.size_factors_S
+        return BagSet(
+            self.embeddings_LD.index_select(0, rows),
+            offsets,
+            self.targets_SG.index_select(0, there),
+            None if factors_S is None else factors_S.index_select(0, there),
+        )
+
+
+def single_cells(
+    embeddings_ND: Tensor, targets_NG: Tensor, size_factors_N: Tensor | None = None
+) -> BagSet:
+    """Return cells with a target each as bags of one: fitting on them is full supervision.
+
+    Args:
+        embeddings_ND: [N, D].
+        targets_NG: Expression, or counts, of each cell [N, G].
+        size_factors_N: Of each cell [N], beside counts.
+
+    Raises:
+        ValueError: Where they do not fit together.
+    """
+    offsets = torch.arange(len(embeddings_ND) + 1)
+    return BagSet(embeddings_ND, offsets, targets_NG, size_factors_N)
+
+
+def _check_counts(counts_SG: Tensor, size_factors_S: Tensor) -> None:
+    """Refuse counts that are none, and size factors that cannot be."""
+    bad_SG = (counts_SG < 0) | (counts_SG != counts_SG.round())
+    if bad_SG.any():
+        spot, gene = (int(i) for i in bad_SG.nonzero()[0])
+        message = (
+            f"a likelihood of counts needs whole numbers from 0, got {float(counts_SG[spot, gene])}"
+            f" in bag {spot}, gene {gene}. Give raw counts, or train with loss mse."
+        )
+        raise ValueError(message)
+    if (
+        size_factors_S.shape != counts_SG.shape[:1]
+        or not ((size_factors_S > 0) & torch.isfinite(size_factors_S)).all()
+    ):
+        message = (
+            f"size factors of shape {tuple(size_factors_S.shape)}, expected one positive number "
+            f"for each of {len(counts_SG)} bags: counts of the spot over the median spot's."
+        )
+        raise ValueError(message)
 
 
 def split_spots(

@@ -1,36 +1,24 @@
 """Fitting the MIL head: plain functions, the same for one process and for each of many workers.
 
-Every worker sees the same global batches and takes every world_size-th spot of each. Local losses
-are weighted so that the average of the gradients over workers, which is what
-DistributedDataParallel computes, is the gradient one process would get.
+What an epoch does is in mil_epoch.py; here are the settings, and when to stop and to go on.
 
-Shape letters: L instances of all bags (a cell under two spots counts twice), S spots, D, G.
+Shape letters: S spots (bags), D embedding, G genes.
 """
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TypedDict, Unpack
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
+from scellst_ray.expression import Formula
 from scellst_ray.models.bags import BagSet, epoch_batches
-from scellst_ray.models.mil import MilHead, bag_mean, mil_loss
-
-# Sums a tensor over all workers, in place or not, and returns it.
-AllReduce = Callable[[Tensor], Tensor]
-
-
-class Among(TypedDict, total=False):
-    """Which worker this is, among how many: keywords of what workers run together."""
-
-    rank: int
-    world_size: int
-    all_reduce: AllReduce | None
+from scellst_ray.models.mil import OURS, MilHead, formula_of
+from scellst_ray.models.mil_epoch import Among, train_epoch, validation_loss
 
 
 @dataclass(frozen=True)
@@ -45,6 +33,10 @@ class FitConfig:
         patience: Epochs without a better validation loss before stopping.
         seed: Fixes initial weights, the split and the order of spots.
         val_share: Share of each slide's spots held out for early stopping.
+        predictor: ours, or published: LeakyReLU, dropout and softplus of the published code.
+        loss: mse, nb or nb_total (see Formula).
+        ensemble: Networks fitted side by side from different initial weights, on the same batches,
+            with the best epoch chosen for all: each is as if fitted alone, but for that choice.
     """
 
     lr: float = 1e-4
@@ -54,6 +46,9 @@ class FitConfig:
     patience: int = 20
     seed: int = 0
     val_share: float = 0.2
+    predictor: Literal["ours", "published"] = "ours"
+    loss: Literal["mse", "nb", "nb_total"] = "mse"
+    ensemble: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be trained with.
@@ -77,108 +72,11 @@ class FitConfig:
             if not is_allowed:
                 message = f"{name} is {getattr(self, name)}, expected {expected}."
                 raise ValueError(message)
+        self.formula()
 
-
-def backward_batch(
-    model: nn.Module, bags: BagSet, batch: NDArray[np.int64], rank: int = 0, world_size: int = 1
-) -> Tensor:
-    """Add this worker's gradient for one global batch; return its summed squared error, float64.
-
-    The worker takes batch[rank::world_size]. Its loss is weighted by world_size over the size of
-    the global batch, so that averaging gradients over workers gives those of one process. A
-    worker without spots still runs forward and backward, on nothing: the collective calls inside
-    backward need every worker, and its gradient is zero.
-
-    Raises:
-        FloatingPointError: Where the loss is not finite, before any step is taken.
-    """
-    device = next(model.parameters()).device
-    local = bags.take(batch[rank::world_size])
-    targets_SG = local.targets_SG.to(device)
-    prediction_SG = bag_mean(model(local.embeddings_LD.to(device)), local.offsets)
-    loss = mil_loss(prediction_SG, targets_SG, len(batch))
-    if not torch.isfinite(loss):
-        message = (
-            f"training loss is {loss.item()}: stopped before the step. Check embeddings for NaN "
-            "and lower the learning rate."
-        )
-        raise FloatingPointError(message)
-    (loss * world_size).backward()  # type: ignore[no-untyped-call]
-    return loss.detach().double() * (len(batch) * targets_SG.shape[1])
-
-
-def train_epoch(
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    bags: BagSet,
-    batches: Sequence[NDArray[np.int64]],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    all_reduce: AllReduce | None = None,
-) -> float:
-    """Take one optimiser step per global batch.
-
-    Args:
-        model: The head, or the head wrapped in DistributedDataParallel when world_size > 1.
-        optimiser: Over the model's parameters.
-        bags: All training bags (each worker holds the same).
-        batches: The epoch's global batches, the same on every worker (see epoch_batches).
-        rank: This worker.
-        world_size: Workers.
-        all_reduce: Sums a tensor over workers, for the reported loss; needed when world_size > 1.
-
-    Returns:
-        The mean squared error over the epoch's spots and genes, the same on every worker.
-    """
-    model.train()
-    total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-    for batch in batches:
-        optimiser.zero_grad(set_to_none=True)
-        total += backward_batch(model, bags, batch, rank, world_size)
-        optimiser.step()
-    num_spots = sum(len(batch) for batch in batches)
-    return _mean_over_workers(total, num_spots * bags.targets_SG.shape[1], world_size, all_reduce)
-
-
-@torch.no_grad()
-def validation_loss(
-    model: nn.Module,
-    bags: BagSet,
-    batch_spots: int = 128,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    all_reduce: AllReduce | None = None,
-) -> float:
-    """Return the mean squared error over all bags and genes, the same on every worker.
-
-    Workers share the spots as in training; the model's mode is left as it was found. With
-    DistributedDataParallel pass the wrapped `.module`, since workers may run different numbers
-    of batches.
-    """
-    parameter = next(model.parameters())
-    was_training = model.training
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=parameter.device)
-    mine = np.arange(len(bags), dtype=np.int64)[rank::world_size]
-    for start in range(0, len(mine), batch_spots):
-        part = bags.take(mine[start : start + batch_spots])
-        prediction_SG = bag_mean(model(part.embeddings_LD.to(parameter.device)), part.offsets)
-        error_SG = prediction_SG.double() - part.targets_SG.to(parameter.device).double()
-        total += error_SG.square().sum()
-    model.train(was_training)
-    return _mean_over_workers(total, bags.targets_SG.numel(), world_size, all_reduce)
-
-
-def _mean_over_workers(
-    total: Tensor, count: int, world_size: int, all_reduce: AllReduce | None
-) -> float:
-    """Sum over workers and divide by the global count."""
-    if world_size > 1 and all_reduce is None:
-        message = f"world_size is {world_size}: pass all_reduce, or the loss is one worker's share."
-        raise ValueError(message)
-    return float(all_reduce(total) if all_reduce is not None else total) / count
+    def formula(self) -> Formula:
+        """Return what the head computes."""
+        return formula_of(self.predictor, self.loss, self.ensemble)
 
 
 @dataclass
@@ -224,21 +122,82 @@ class FitResult:
     history: list[tuple[float, float]] = field(default_factory=list)
 
 
-def new_head(train: BagSet, seed: int) -> MilHead:
+def new_head(train: BagSet, seed: int, formula: Formula = OURS) -> MilHead:
     """Make a head for these bags: weights fixed by the seed, inputs standardised by the bags.
 
-    torch's global random state is left as it was found.
+    What is trained on counts is scaled by the genes' means; the published predictor is not, and
+    begins with random dispersions instead of 1. torch's global random state is left as it was.
+
+    Raises:
+        ValueError: Where there is nothing to standardise by, embeddings are not finite, or counts
+            come without size factors.
     """
+    ours = formula.negative_slope == 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = MilHead(train.embeddings_LD.shape[1], train.targets_SG.shape[1])
+        sizes = train.embeddings_LD.shape[1], train.targets_SG.shape[1]
+        head = MilHead(*sizes, formula=formula)
+        if formula.counts and not ours:
+            nn.init.normal_(head.log_dispersion)
     head.standardise(train.embeddings_LD)
+    if formula.counts and ours:
+        if train.size_factors_S is None:
+            message = f"loss {formula.loss!r} needs counts with size factors, got neither."
+            raise ValueError(message)
+        mean_G = train.targets_SG.double().sum(0) / train.size_factors_S.double().sum()
+        head.gene_scale_G.copy_(torch.where(mean_G > 0, mean_G, 1.0))
     return head
 
 
 def new_optimiser(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     """Make the optimiser of the paper, AdamW."""
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
+
+
+class Fit:
+    """A fit under way: all that its next epochs depend on, so that another process can go on.
+
+    Attributes:
+        history: Per epoch so far, (training loss, validation loss).
+    """
+
+    def __init__(self, head: MilHead, optimiser: torch.optim.Optimizer, patience: int) -> None:
+        """Begin before the first epoch."""
+        self.head, self.optimiser, self.stopping = head, optimiser, EarlyStopping(patience)
+        self.history: list[tuple[float, float]] = []
+        self.best_epoch, self.best_head = 0, copy.deepcopy(head.state_dict())
+
+    def after_epoch(self, train_loss: float, val_loss: float) -> None:
+        """Take an epoch's losses, and its weights if they are the best so far."""
+        if self.stopping.update(val_loss):
+            self.best_epoch = len(self.history)
+            self.best_head = copy.deepcopy(self.head.state_dict())
+        self.history.append((train_loss, val_loss))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: tensors, numbers, and lists and dicts of them."""
+        return {
+            "head": self.head.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "stopping": asdict(self.stopping),
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "best_head": self.best_head,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where state_dict was called."""
+        self.head.load_state_dict(state["head"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.stopping = EarlyStopping(**state["stopping"])
+        self.history = [(train_loss, val_loss) for train_loss, val_loss in state["history"]]
+        self.best_epoch, self.best_head = state["best_epoch"], state["best_head"]
+
+    def result(self) -> FitResult:
+        """Return what fitting has done so far."""
+        return FitResult(self.best_epoch, self.stopping.best, self.history)
 
 
 def fit_head(
@@ -247,31 +206,42 @@ def fit_head(
     val: BagSet,
     config: FitConfig,
     model: nn.Module | None = None,
+    *,
+    state: dict[str, Any] | None = None,
+    each_epoch: Callable[[Fit], None] = lambda _: None,
     **among: Unpack[Among],
 ) -> FitResult:
     """Fit a head; it ends with the weights of the best validation epoch.
 
     Args:
         head: From new_head, the same on every worker.
-        train: All training bags (each worker holds the same).
+        train: All training bags (each worker holds the same), best on the head's device.
         val: All validation bags.
         config: How.
         model: The head wrapped for world_size > 1; the head itself when None.
+        state: Fit.state_dict of an earlier fit of the same, to go on from; the result is that of
+            the undisturbed fit.
+        each_epoch: Called after every epoch.
         **among: rank, world_size and all_reduce as train_epoch takes them; without them this is
             the plain fit in this process.
     """
     model = head if model is None else model
-    optimiser = new_optimiser(model, config)
-    stopping = EarlyStopping(config.patience)
-    history: list[tuple[float, float]] = []
-    best_epoch, best_state = 0, copy.deepcopy(head.state_dict())
-    for epoch in range(config.max_epochs):
+    fit = Fit(head, new_optimiser(model, config), config.patience)
+    if state is not None:
+        fit.load_state_dict(state)
+    device = head.mean_D.device
+    while len(fit.history) < config.max_epochs and not fit.stopping.should_stop:
+        epoch = len(fit.history)
         batches = epoch_batches(len(train), config.batch_spots, config.seed, epoch)
-        train_loss = train_epoch(model, optimiser, train, batches, **among)
-        history.append((train_loss, validation_loss(head, val, config.batch_spots, **among)))
-        if stopping.update(history[-1][1]):
-            best_epoch, best_state = epoch, copy.deepcopy(head.state_dict())
-        if stopping.should_stop:
-            break
-    head.load_state_dict(best_state)
-    return FitResult(best_epoch, stopping.best, history)
+        # Dropout draws from a state of the epoch's own, so that a fit can go on anywhere.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_random_state(config.seed, epoch, among.get("rank", 0)))
+            train_loss = train_epoch(model, fit.optimiser, train, batches, **among)
+        fit.after_epoch(train_loss, validation_loss(head, val, config.batch_spots, **among))
+        each_epoch(fit)
+    head.load_state_dict(fit.best_head)
+    return fit.result()
+
+
+def _random_state(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,87 +1,151 @@
-"""Fitting the expression head with Ray Train: the plain fit, shared out over workers."""
+"""Fitting the expression head with Ray Train: the plain fit, shared out over workers.
 
+A file holds all that the next epochs depend on. When a worker dies, Ray Train starts the workers
+again, and when the whole job dies, somebody starts it again: the fit goes on from that file, to the
+result of an undisturbed one. It is a file of our own since Ray Train takes one report every two
+seconds, as often as its controller asks, and an epoch may take a hundredth of that.
+"""
+
+import hashlib
+import io
 import json
-import tempfile
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import ray.train
 import torch
-from ray.train import Checkpoint, LoggingConfig, RunConfig, ScalingConfig
+from numpy.typing import NDArray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
-from safetensors.torch import load_file, save_file
 
 from scellst_ray import storage
 from scellst_ray.models.bags import BagSet, split_spots
 from scellst_ray.models.mil import MilHead
-from scellst_ray.models.mil_fit import (
-    FitConfig,
-    FitResult,
-    fit_head,
-    new_head,
-)
+from scellst_ray.models.mil_fit import Fit, FitConfig, FitResult, fit_head, new_head
 
-WEIGHTS, HISTORY = "head.safetensors", "history.json"
+RESULT = "fit.pt"
+# Storing where a fit is takes at most this share of its time; what was not stored is done again.
+STORING_SHARE = 0.1
+# Bags go to the GPU whole if they take no more than this share of its free memory.
+DEVICE_SHARE = 0.6
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What Ray Train may use: how many workers, their CPUs, and whether each has a GPU."""
+    """What Ray Train may use.
+
+    Attributes:
+        num_workers: Processes; the result does not depend on it (but for dropout).
+        cpus_per_worker: CPUs of each.
+        use_gpu: One GPU each.
+        max_failures: How often workers that died are started again.
+    """
 
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
+    max_failures: int = 3
 
 
-def load_bags(uris: Sequence[str]) -> tuple[BagSet, list[str]]:
-    """Read BAGS files, in order, into one set; return it with each spot's slide_id."""
-    tables = [storage.read_table(uri, ["slide_id", "embedding", "target"]) for uri in uris]
+def load_bags(uris: Sequence[str], *, counts: bool = False) -> tuple[BagSet, list[str]]:
+    """Read BAGS files, in order, into one set; return it with each spot's slide_id.
+
+    Args:
+        uris: The files.
+        counts: Take counts and size factors as targets, for a likelihood of counts.
+
+    Raises:
+        ValueError: files of an earlier release, which hold no counts.
+    """
+    wanted = ("counts", "size_factor") if counts else ("target",)
+    tables = []
+    for uri in uris:
+        missing = set(wanted) - set(storage.read_schema(uri).names)
+        if missing:
+            message = (
+                f"{uri}: these bags have no {', '.join(sorted(missing))}: an earlier release made "
+                "them. Run `scellst-ray train` again into another folder, or use loss mse."
+            )
+            raise ValueError(message)
+        tables.append(storage.read_table(uri, ["slide_id", "embedding", *wanted]))
     table = pa.concat_tables(tables).combine_chunks()
     bags = table["embedding"].combine_chunks()
     flat = bags.flatten()
     embeddings_LD = np.asarray(flat.flatten()).reshape(len(flat), -1)
     offsets = np.asarray(bags.offsets).astype(np.int64)
-    targets = table["target"].combine_chunks()
-    targets_SG = np.asarray(targets.flatten(), np.float32).reshape(len(targets), -1)
+    factors = np.asarray(table["size_factor"], np.float32) if counts else None
     bag_set = BagSet(
         torch.from_numpy(embeddings_LD.copy()),
         torch.from_numpy(offsets - offsets[0]),
-        torch.from_numpy(targets_SG.copy()),
+        torch.from_numpy(_matrix(table[wanted[0]])),
+        None if factors is None else torch.from_numpy(factors.copy()),
     )
     return bag_set, table["slide_id"].to_pylist()
 
 
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """Return a column of lists of equal length as a float32 matrix of its own."""
+    lists = column.combine_chunks()
+    return np.array(lists.flatten(), np.float32).reshape(len(lists), -1)
+
+
 def fit(
-    uris: Sequence[str], config: FitConfig, workers: Workers, storage_path: str
+    uris: Sequence[str],
+    config: FitConfig,
+    workers: Workers,
+    storage_path: str,
+    each_epoch: Callable[[Fit], None] | None = None,
 ) -> tuple[MilHead, FitResult]:
     """Fit a head on BAGS files.
 
     Args:
         uris: BAGS files, readable from every worker; their order matters to the result's digits.
         config: How to fit.
-        workers: How many processes; the result does not depend on it.
-        storage_path: Where Ray Train keeps its checkpoint meanwhile: local on one node, else
-            shared.
+        workers: How many processes; the result does not depend on it, nor on their failures.
+        storage_path: Where the state of the fit is kept meanwhile: local on one node, else shared.
+            A fit of the same bags and settings that died there is taken up.
+        each_epoch: Called on every worker after every epoch.
 
     Returns:
         The head with the weights of the best validation epoch, and what happened.
     """
+    # A name of its own: Ray Train would take up an earlier run of the same name.
+    name = f".fit-{uuid.uuid4().hex[:8]}"
+    loop: dict[str, Any] = {
+        "uris": list(uris),
+        "config": asdict(config),
+        "num_threads": workers.cpus_per_worker,
+        "each_epoch": each_epoch,
+        "storage_path": storage_path,
+        "result": storage.join(storage_path, name, RESULT),
+    }
+    try:
+        _trainer(loop, workers, storage_path, name).fit()
+        state = _load(loop["result"])
+    finally:
+        storage.remove_tree(storage.join(storage_path, name))
+    tensors, found = state["head"], state["result"]
+    num_genes = len(tensors["last.weight"]) // config.ensemble
+    hidden_dim = tensors["last.weight"].shape[1]
+    head = MilHead(len(tensors["mean_D"]), num_genes, hidden_dim, config.formula())
+    head.load_state_dict(tensors)
+    history = [(train_loss, val_loss) for train_loss, val_loss in found["history"]]
+    return head.eval(), FitResult(found["best_epoch"], found["best_loss"], history)
+
+
+def _trainer(loop: dict[str, Any], workers: Workers, storage_path: str, name: str) -> TorchTrainer:
+    """Return the trainer that runs _train_loop on the workers."""
     fs, path = storage.resolve(storage_path)
     local = storage.is_local(storage_path)
-    # A name of its own: Ray Train takes up the checkpoints of an earlier run of the same name.
-    name = f".fit-{uuid.uuid4().hex[:8]}"
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _train_loop,
-        train_loop_config={
-            "uris": list(uris),
-            "config": asdict(config),
-            "num_threads": workers.cpus_per_worker,
-        },
+        train_loop_config=loop,
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
@@ -92,56 +156,105 @@ def fit(
         run_config=RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=path,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
             storage_filesystem=None if local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)),
         ),
     )
-    try:
-        result = trainer.fit()
-        assert result.checkpoint is not None
-        with result.checkpoint.as_directory() as folder:
-            tensors = load_file(Path(folder) / WEIGHTS)
-            found = json.loads((Path(folder) / HISTORY).read_text())
-    finally:
-        storage.remove_tree(storage.join(storage_path, name))
-    weight = tensors["last.weight"]
-    head = MilHead(len(tensors["mean_D"]), weight.shape[0], weight.shape[1])
-    head.load_state_dict(tensors)
-    history = [(train_loss, val_loss) for train_loss, val_loss in found["history"]]
-    return head.eval(), FitResult(found["best_epoch"], found["best_loss"], history)
 
 
 def _train_loop(loop: dict[str, Any]) -> None:
     """What each worker runs: `fit_head` with a rank."""
     config = FitConfig(**loop["config"])
     torch.set_num_threads(loop["num_threads"])
-    context = ray.train.get_context()
+    context, device = ray.train.get_context(), get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    bags, slide_ids = load_bags(loop["uris"])
+    formula = config.formula()
+    bags, slide_ids = load_bags(loop["uris"], counts=formula.counts)
     train_spots, val_spots = split_spots(slide_ids, config.val_share, config.seed)
     train, val = bags.take(train_spots), bags.take(val_spots)
-    head = new_head(train, config.seed).to(get_device())
+    head = new_head(train, config.seed, formula).to(device)
+    kept = Kept(storage.join(loop["storage_path"], f".fit-{_digest(config, train, val)}.pt"))
+    state = kept.load()  # by all workers, before any can go on: the next line waits for all
     model = prepare_model(head, move_to_device=False) if world_size > 1 else head
-    all_reduce = _all_reduce if world_size > 1 else None
-    result = fit_head(
+
+    def each_epoch(fit: Fit) -> None:
+        if rank == 0:
+            kept.store_if_due(fit)
+        if loop["each_epoch"] is not None:
+            loop["each_epoch"](fit)
+
+    fit = fit_head(
         head,
-        train,
-        val,
+        _placed(train, device),
+        _placed(val, device),
         config,
         model=model,
+        state=state,
+        each_epoch=each_epoch,
         rank=rank,
         world_size=world_size,
-        all_reduce=all_reduce,
+        all_reduce=_all_reduce if world_size > 1 else None,
     )
-    found = {"best_epoch": result.best_epoch, "best_loss": result.best_loss}
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if rank == 0:
-            state = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
-            save_file(state, Path(folder) / WEIGHTS)
-            (Path(folder) / HISTORY).write_text(json.dumps(found | {"history": result.history}))
-            checkpoint = Checkpoint.from_directory(folder)
-        ray.train.report(found, checkpoint=checkpoint)
+    if rank == 0:
+        _save(loop["result"], {"head": head.state_dict(), "result": asdict(fit)})
+        kept.remove()
+
+
+class Kept:
+    """The file with the state of a fit under way."""
+
+    def __init__(self, uri: str) -> None:
+        """Name the file; nothing is read or written yet."""
+        self.uri, self.seconds, self.stored = uri, 0.0, -np.inf
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the state that was stored, None if nothing was."""
+        return _load(self.uri) if storage.exists(self.uri) else None
+
+    def store_if_due(self, fit: Fit) -> None:
+        """Store where the fit is, unless that was done so lately that it would slow the fit."""
+        start = time.monotonic()
+        if (start - self.stored) * STORING_SHARE < self.seconds:
+            return
+        _save(self.uri, fit.state_dict())
+        self.stored = time.monotonic()
+        self.seconds = self.stored - start
+
+    def remove(self) -> None:
+        """Remove the file, if there is one."""
+        if storage.exists(self.uri):
+            storage.remove_tree(self.uri)
+
+
+def _digest(config: FitConfig, train: BagSet, val: BagSet) -> str:
+    """Return what tells a fit from others of other settings or bags."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for bags in (train, val):
+        for tensor in (bags.embeddings_LD, bags.offsets, bags.targets_SG, bags.size_factors_S):
+            if tensor is not None:
+                digest.update(np.ascontiguousarray(tensor.numpy()).data)
+    return digest.hexdigest()[:16]
+
+
+def _placed(bags: BagSet, device: torch.device) -> BagSet:
+    """Return bags on the device if there is room; batches are moved one by one if not."""
+    if device.type != "cuda":
+        return bags
+    size = bags.embeddings_LD.nbytes + bags.targets_SG.nbytes
+    return bags.to(device) if size < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else bags
+
+
+def _save(uri: str, state: dict[str, Any]) -> None:
+    """Write tensors, numbers, and lists and dicts of them, whole or not at all."""
+    storage.publish(uri, lambda path: torch.save(state, path))
+
+
+def _load(uri: str) -> dict[str, Any]:
+    """Read what _save wrote."""
+    with fsspec.open(uri, "rb") as file:
+        state: dict[str, Any] = torch.load(io.BytesIO(file.read()), "cpu", weights_only=True)
+    return state
 
 
 def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:

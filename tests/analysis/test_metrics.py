@@ -3,10 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn import metrics as sk
 
 from scellst_ray.analysis.metrics import (
+    FEW_VALUES,
+    average_ranks,
+    mae_by_column,
     partial_pearson_by_column,
     pearson_by_column,
+    rmse_by_column,
     spearman_by_column,
 )
 
@@ -96,3 +101,40 @@ def test_shapes_that_do_not_fit_are_refused():
         pearson_by_column(a, b[:, :5])
     with pytest.raises(ValueError, match="covariate of shape"):
         partial_pearson_by_column(a, b, np.ones(49))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 30), st.integers(0, 4))
+def test_ranks_equal_scipy(seed, num_rows, length, decimals):
+    values = np.round(np.random.default_rng(seed).normal(size=(num_rows, length)), decimals)
+    np.testing.assert_array_equal(average_ranks(values), stats.rankdata(values, axis=1))
+
+
+def test_ranks_of_infinities_signed_zeros_and_nan():
+    values = np.array([[np.inf, -0.0, 0.0, -np.inf, 1.0], [1.0, np.nan, 0.0, 2.0, 3.0]])
+    found = average_ranks(values)
+    assert found[0].tolist() == [5, 2.5, 2.5, 1, 4]
+    assert np.isnan(found[1]).all()
+    a, b = pair()
+    a[3, 2] = np.nan
+    for score in (pearson_by_column, spearman_by_column, rmse_by_column, mae_by_column):
+        assert np.isnan(score(a, b)).tolist() == [g == 2 for g in range(6)]
+
+
+@pytest.mark.parametrize("num_rows", [2, 700, 40000])
+def test_blocks_on_threads_equal_columns_one_by_one(num_rows):
+    num_genes = FEW_VALUES // num_rows + 37
+    a, b = pair(num_rows, num_genes)
+    chosen = np.random.default_rng(0).choice(num_genes, 5)
+    for score in (pearson_by_column, spearman_by_column, rmse_by_column, mae_by_column):
+        whole = score(a, b)
+        for gene in chosen:
+            np.testing.assert_array_equal(whole[gene], score(a[:, [gene]], b[:, [gene]])[0])
+
+
+def test_errors_equal_sklearn():
+    a, b = pair()
+    expected = sk.root_mean_squared_error(b, a, multioutput="raw_values")
+    np.testing.assert_allclose(rmse_by_column(a, b), expected)
+    expected = sk.mean_absolute_error(b, a, multioutput="raw_values")
+    np.testing.assert_allclose(mae_by_column(a, b), expected)

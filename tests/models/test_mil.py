@@ -14,7 +14,7 @@ from scellst_ray.models.mil import (
     head_to_bytes,
     instance_statistics,
     load_head,
-    mil_loss,
+    loss_sum,
     save_head,
     stored_hidden,
 )
@@ -130,13 +130,13 @@ def test_no_bags_give_no_rows_with_a_gradient():
     assert y_NG.grad is not None
 
 
-def test_loss_is_the_mean_and_its_parts_sum_to_it():
-    prediction, target = torch.randn(7, 4), torch.randn(7, 4)
-    whole = mil_loss(prediction, target)
-    torch.testing.assert_close(whole, torch.nn.functional.mse_loss(prediction, target))
-    parts = [mil_loss(prediction[part::3], target[part::3], global_spots=7) for part in range(3)]
+def test_squared_errors_sum_over_spots(head):
+    prediction, target = torch.randn(7, 3), torch.randn(7, 3)
+    whole = loss_sum(head, prediction, target)
+    torch.testing.assert_close(whole, torch.nn.functional.mse_loss(prediction, target) * 21)
+    parts = [loss_sum(head, prediction[part::3], target[part::3]) for part in range(3)]
     torch.testing.assert_close(sum(parts), whole)
-    assert mil_loss(prediction[:0], target[:0], global_spots=7) == 0
+    assert loss_sum(head, prediction[:0], target[:0]) == 0
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])

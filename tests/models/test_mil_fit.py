@@ -1,35 +1,19 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from mil_bags import make_bags, make_counts
 
-from scellst_ray.models.bags import BagSet, epoch_batches, split_spots
+from scellst_ray.models.bags import BagSet, epoch_batches, single_cells, split_spots
 from scellst_ray.models.mil import MilHead, bag_mean
-from scellst_ray.models.mil_fit import (
-    EarlyStopping,
-    FitConfig,
-    backward_batch,
-    fit_head,
-    new_head,
-    new_optimiser,
-    train_epoch,
-    validation_loss,
-)
+from scellst_ray.models.mil_epoch import backward_batch, train_epoch, validation_loss
+from scellst_ray.models.mil_fit import EarlyStopping, FitConfig, fit_head, new_head, new_optimiser
 
 
-def make_bags(num_spots=23, dim=6, num_genes=4, seed=0, dtype=torch.float64) -> BagSet:
-    """Bags whose targets are the mean of a known function of their instances."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(1, 9, (num_spots,), generator=generator)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    x_LD = torch.randn(int(offsets[-1]), dim, generator=generator, dtype=dtype)
-    truth = torch.nn.functional.softplus(2 * x_LD[:, :num_genes])
-    return BagSet(x_LD, offsets, bag_mean(truth, offsets))
-
-
-def make_head(bags: BagSet, seed=0) -> MilHead:
-    head = new_head(bags, seed)
+def make_head(bags: BagSet, seed=0, loss="mse", ensemble=1) -> MilHead:
+    head = new_head(bags, seed, FitConfig(loss=loss, ensemble=ensemble).formula())
     return head.double() if bags.embeddings_LD.dtype == torch.float64 else head
 
 
@@ -39,15 +23,17 @@ def gradients(head) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 @pytest.mark.parametrize("num_in_batch", [7, 2, 1])
-def test_workers_average_to_the_gradient_of_one_process(world_size, num_in_batch):
+@pytest.mark.parametrize(("loss", "ensemble"), [("mse", 1), ("nb", 1), ("nb_total", 2)])
+def test_workers_average_to_the_gradient_of_one_process(world_size, num_in_batch, loss, ensemble):
     # With 5 workers and 2 spots, three workers have none and must still give a (zero) gradient.
-    bags = make_bags()
-    head = make_head(bags)
+    bags = make_bags() if loss == "mse" else make_counts(make_bags())
+    head = make_head(bags, 0, loss, ensemble)
     batch = epoch_batches(len(bags), 7, seed=3, epoch=0)[0][:num_in_batch]
     total = backward_batch(head, bags, batch)
     expected = gradients(head)
-    direct = (bag_mean(head(bags.embeddings_LD), bags.offsets) - bags.targets_SG)[batch]
-    torch.testing.assert_close(total, direct.square().sum().detach())
+    if loss == "mse":
+        direct = (bag_mean(head(bags.embeddings_LD), bags.offsets) - bags.targets_SG)[batch]
+        torch.testing.assert_close(total, direct.square().sum().detach())
     parts, totals = [], []
     for rank in range(world_size):
         head.zero_grad()
@@ -249,3 +235,59 @@ def test_fit_is_repeatable_and_stops_early():
         results.append(fit_head(head, *parts, FitConfig(lr=3e-3, max_epochs=60, patience=3)))
     assert results[0] == results[1]
     assert len(results[0].history) == results[0].best_epoch + 1 + 3 < 60
+
+
+def test_supervised_fit_is_that_of_every_cell_on_its_own():
+    bags = make_bags()
+    targets = torch.randn(len(bags.embeddings_LD), 3, dtype=torch.float64)
+    cells = single_cells(bags.embeddings_LD, targets)
+    assert len(cells) == len(targets)
+    head = make_head(cells)
+    backward_batch(head, cells, np.arange(len(cells)))
+    found = gradients(head)
+    head.zero_grad()
+    torch.nn.functional.mse_loss(head(cells.embeddings_LD), targets).backward()
+    for gradient, expected in zip(found, gradients(head), strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("loss", ["mse", "nb"])
+def test_loss_does_not_depend_on_order_batches_or_repeated_cells(loss):
+    bags = make_bags() if loss == "mse" else make_counts(make_bags())
+    head = make_head(bags, 0, loss)
+    whole = validation_loss(head, bags)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(bags))
+    spans = list(zip(bags.offsets[:-1].tolist(), bags.offsets[1:].tolist(), strict=True))
+    # Cells within their bag in another order, and every cell of some bags three times.
+    rows = [
+        np.repeat(rng.permutation(np.arange(*span)), 1 + 2 * (i % 2))
+        for i, span in enumerate(spans)
+    ]
+    offsets = torch.tensor(np.cumsum([0, *map(len, rows)]))
+    shuffled = replace(
+        bags, embeddings_LD=bags.embeddings_LD[np.concatenate(rows)], offsets=offsets
+    )
+    for size in (1, 5, 128):
+        assert validation_loss(head, shuffled.take(order), size) == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("changes", [{}, {"predictor": "published", "ensemble": 2}, {"loss": "nb"}])
+def test_a_fit_goes_on_from_any_epoch_to_the_same_end(changes):
+    config = FitConfig(lr=3e-3, batch_spots=7, max_epochs=7, patience=3, **changes)
+    bags = make_bags(num_spots=30, dtype=torch.float32)
+    bags = make_counts(bags) if config.loss == "nb" else bags
+    train, val = (bags.take(part) for part in split_spots(["A"] * 30, 0.2, seed=0))
+    states = []
+    head = new_head(train, 0, config.formula())
+    torch.manual_seed(1)
+    expected = fit_head(
+        head, train, val, config, each_epoch=lambda f: states.append(copy.deepcopy(f.state_dict()))
+    )
+    assert len(states) == len(expected.history) > 2
+    for state in (states[0], states[2], states[-1]):
+        again = new_head(train, 5, config.formula())
+        torch.manual_seed(2)
+        assert fit_head(again, train, val, config, state=state) == expected
+        for name, value in again.state_dict().items():
+            assert torch.equal(value, head.state_dict()[name]), name
