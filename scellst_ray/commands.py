@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from scellst_ray import domain_shift
 from scellst_ray.demo import DemoConfig, demo
 from scellst_ray.doctor import DoctorConfig, doctor
 from scellst_ray.evaluate import EvaluateSegmentationConfig
@@ -115,6 +116,8 @@ def summarise(records: dict[str, dict[str, Any]], out: str) -> int:
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
     line = f"{len(records)} slides: {text}; {num_cells:,} cells in {out}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for text in domain_shift.warnings(records):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     bad = {k: r for k, r in sorted(records.items()) if r["status"] not in FINISHED}
     if bad:
         table = Table("slide", "status", "tiles failed", "stage", title="not complete")

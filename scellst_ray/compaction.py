@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scellst_ray import __version__, schemas, storage
+from scellst_ray.domain_shift import SlideScore, limit_of_head
+from scellst_ray.expression import HEAD_FILE
 from scellst_ray.nuclei import seams
 from scellst_ray.nuclei.imported_table import import_report
 from scellst_ray.runs import RunFolder
@@ -41,6 +43,7 @@ class Written:
     num_cells: int = 0
     num_doubled: int = 0
     num_adopted: int = 0
+    domain_shift: dict[str, Any] | None = None
 
 
 def finish_slide(run: RunFolder, slide_id: str, receipts: pa.Table) -> dict[str, Any]:
@@ -120,6 +123,8 @@ def _record(
     if status != "failed":
         record["tables"] = list(written.tables)
         record["seams"] = {"doubled": written.num_doubled, "adopted": written.num_adopted}
+    if written.domain_shift is not None:
+        record["domain_shift"] = written.domain_shift
     return record
 
 
@@ -138,14 +143,33 @@ def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table) -> Written:
     geo = {b"geo": json.dumps(GEO).encode()}
     schema = schemas.signed(schemas.cells_schema(dim), "CELLS", run.digest, geo)
     _write(run.cells_uri(slide_id), schema, _without(found.dropped, tiles(schema.names)))
-    tables = ["CELLS"]
+    tables, shift = ["CELLS"], None
     if "hidden" in shard.names:
-        hidden = schemas.expression_schema(shard.field("hidden").type.list_size)
-        schema = schemas.signed(hidden, "EXPRESSION", run.digest)
-        _write(run.expression_uri(slide_id), schema, _without(found.dropped, tiles(schema.names)))
+        schema = _expression_schema(run, shard)
+        rows = _without(found.dropped, tiles(schema.names))
+        shift = _write_expression(run, slide_id, schema, rows)
         tables.append("EXPRESSION")
     num_cells = pc.sum(receipts["num_cells"]).as_py() - len(found.dropped)
-    return Written(tuple(tables), num_cells, found.num_doubled, found.num_adopted)
+    return Written(tuple(tables), num_cells, found.num_doubled, found.num_adopted, shift)
+
+
+def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:
+    dim, with_distance = shard.field("hidden").type.list_size, "distance" in shard.names
+    schema = schemas.expression_schema(dim, with_distance=with_distance)
+    return schemas.signed(schema, "EXPRESSION", run.digest)
+
+
+def _write_expression(
+    run: RunFolder, slide_id: str, schema: pa.Schema, rows: Iterator[pa.Table]
+) -> dict[str, Any] | None:
+    """Write EXPRESSION; return how far the cells lie from those the run's head knows."""
+    uri = run.expression_uri(slide_id)
+    if "distance" not in schema.names:  # shards of an earlier release
+        _write(uri, schema, rows)
+        return None
+    score = SlideScore()
+    _write(uri, schema, score.seen(rows))
+    return score.judged(limit_of_head(storage.join(run.uri, HEAD_FILE)))
 
 
 def _seam_cells(tiles: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:

@@ -51,7 +51,7 @@ class DemoConfig:
 
 
 TRAINED, UNSEEN = "slide_a", "slide_b"
-NUM_CROPS = 2048
+NUM_CROPS = 1024
 
 
 def demo(config: DemoConfig) -> int:
@@ -127,6 +127,7 @@ def _pretrained(out: Path, console: Console) -> str:
         temperature=0.2,
         projector_dim=512,
         flips=True,
+        cpus_per_worker=1,
     )
     pretrain_encoder(config, partial(console.print, highlight=False))
     return str(out / "encoder" / ENCODER_FILE)

@@ -51,6 +51,9 @@ SLIDES = {
     "error": pl.String,
     "scellst_ray": pl.String,
     "finished": pl.String,
+    # How far its cells lie from those the head was trained on; null if not known.
+    "domain_shift_score": pl.Float64,
+    "domain_shift_beyond": pl.Boolean,
 }
 
 
@@ -80,7 +83,8 @@ class Run:
         for slide_id in sorted(self.records):
             record = self.records[slide_id]
             seconds = {f"seconds_{k}": v for k, v in record.get("seconds", {}).items()}
-            values = record | seconds
+            shift = {f"domain_shift_{k}": v for k, v in record.get("domain_shift", {}).items()}
+            values = record | seconds | shift
             rows.append({name: values.get(name) for name in SLIDES})
         return pl.DataFrame(rows, schema=SLIDES)
 

@@ -92,6 +92,8 @@ CELL_FIELDS = [
 ]
 # What a tile hands over: nuclei near its border carry bits that say how (see nuclei/seams.py).
 SHARD_FIELDS = [*CELL_FIELDS, pa.field("seam", pa.uint8(), nullable=False)]
+# From the cells the head was trained on (domain_shift.py).
+DISTANCE = pa.field("distance", pa.float16(), nullable=False)
 
 CROPS = pa.schema(
     [
@@ -114,12 +116,14 @@ def cells_schema(embedding_dim: int | None) -> pa.Schema:
     return pa.schema([*CELL_FIELDS, *extra])
 
 
-def expression_schema(hidden_dim: int = HIDDEN_DIM) -> pa.Schema:
+def expression_schema(hidden_dim: int = HIDDEN_DIM, *, with_distance: bool = False) -> pa.Schema:
     """Return the EXPRESSION schema: the head's last hidden layer, float16 [256] per cell.
 
-    An ensemble has one after another: `hidden_dim` is a multiple of 256 then.
+    An ensemble has one after another: `hidden_dim` is a multiple of 256 then. Tables of the first
+    releases have no `distance`.
     """
-    return pa.schema([*CELL_FIELDS[:2], vector("hidden", hidden_dim)])
+    extra = [DISTANCE] if with_distance else []
+    return pa.schema([*CELL_FIELDS[:2], vector("hidden", hidden_dim), *extra])
 
 
 def bags_schema(embedding_dim: int, *, with_counts: bool = False) -> pa.Schema:

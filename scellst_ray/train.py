@@ -12,6 +12,7 @@ import yaml
 
 from scellst_ray import __version__, storage
 from scellst_ray.cohort import read_manifest
+from scellst_ray.domain_shift import domain_of_bags
 from scellst_ray.expression import HEAD_FILE
 from scellst_ray.models.mil import save_head
 from scellst_ray.models.mil_fit import FitConfig, FitResult
@@ -151,8 +152,12 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
                 f"{slide_id}: {row['num_spots']} spots with {row['num_links']} cells "
                 f"({row['share_spots_with_cells']:.0%} of its spots have cells)"
             )
-        names = [storage.join(out, "bags", f"{s.row.slide_id}.parquet") for s in slides]
-        head, result = fit(names, config.fit_config(), _workers(config, cluster), out)
+        ids = [slide.row.slide_id for slide in slides]
+        names = {slide_id: storage.join(out, "bags", f"{slide_id}.parquet") for slide_id in ids}
+        domain = domain_of_bags(names)
+        head, result = fit(
+            list(names.values()), config.fit_config(), _workers(config, cluster), out
+        )
     settings = yaml.safe_load(_run_config(run))
     info = {
         "genes": panel,
@@ -166,6 +171,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
         "supervision": provenance(chosen, rules, bags),
         "num_spots": sum(row["num_spots"] for row in bags.values()),
         "metrics": _metrics(result),
+        "domain": domain,
         "config": asdict(config),
         "scellst_ray": __version__,
     }

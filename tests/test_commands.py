@@ -50,6 +50,24 @@ def test_a_slide_without_a_plan_is_listed(capsys):
     assert "1 of 1" in capsys.readouterr().out
 
 
+def test_slides_unlike_the_training_slides_are_named_and_change_no_exit_code(capsys):
+    shift = {"score": 1.8, "limit": 1.2, "beyond": True}
+    records = {"odd": record("done", domain_shift=shift)}
+    records["fine"] = record("done", domain_shift=shift | {"score": 1.1, "beyond": False})
+    assert summarise(records, "out") == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert line == (
+        "warning: odd: its cells look unlike those the head was trained on: score 1.80, held-out "
+        "training slides at most 1.20; do not trust expression there without checking stain and "
+        "resolution"
+    )
+    unknown = {"score": 1.8, "limit": None, "beyond": None}
+    records = {name: record("done", domain_shift=unknown) for name in "ab"}
+    assert summarise(records, "out") == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert "no limit of domain shift is known" in line
+
+
 def test_run_extract_reports_the_records_it_got(capsys, monkeypatch):
     monkeypatch.setattr(commands, "extract", lambda *_: {"s": record("done")})
     config = commands.ExtractConfig(manifest="m.csv", out="o")

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scellst_ray import compaction, schemas, storage
+from scellst_ray.models.mil import MilHead, save_head
 from scellst_ray.runs import RunFolder
 
 HIDDEN = schemas.HIDDEN_DIM
@@ -181,6 +182,42 @@ def test_each_nucleus_is_written_once(tmp_path):
         "adopted": num_owned.count(0),
     }
     assert min(record["seams"].values()) > 0
+
+
+@pytest.mark.parametrize(("limit", "beyond"), [(None, None), (0.1, True), (9.0, False)])
+def test_the_record_says_how_far_the_cells_lie_from_the_training_slides(tmp_path, limit, beyond):
+    counts = [30, 0, 40]
+    run, receipts = write_run(tmp_path, counts, [[2], [0, 1]])
+    distances = {}
+    for uri in storage.list_files(run.shards_uri("s")):
+        shard = storage.read_table(uri)
+        rng = np.random.default_rng(len(shard))
+        distance_N = rng.uniform(0.5, 4, len(shard)).astype(np.float16)
+        distances |= dict(zip(shard["cell_id"].to_pylist(), distance_N, strict=True))
+        shard = shard.append_column(schemas.DISTANCE, pa.array(distance_N))
+        storage.publish_table(uri, shard)
+    info = {"genes": ["A"], "scaling": {}, "embedding_dim": 3, "encoder_digest": "e"}
+    info |= {"training_slides": [], "metrics": {}, "domain": {"held_out": {}, "limit": limit}}
+    save_head(f"{run.uri}/head.safetensors", MilHead(3, 1), info)
+    record = compaction.finish_slide(run, "s", receipts)
+    assert record["status"] == "done"
+    table = storage.read_table(run.expression_uri("s"))
+    # Of the cells that stay: a nucleus at a seam counts once.
+    kept = [distances[cell_id] for cell_id in table["cell_id"].to_pylist()]
+    assert len(kept) == len(expected_cells(counts)) < sum(counts)
+    assert table["distance"].to_pylist() == kept
+    assert table.schema.equals(schemas.expression_schema(with_distance=True))
+    score = np.sqrt(np.mean(np.square(np.array(kept, float))))
+    expected = {"score": pytest.approx(score), "limit": limit, "beyond": beyond}
+    assert record["domain_shift"] == expected
+    assert run.records() == {"s": record}
+
+
+def test_shards_of_an_earlier_release_have_no_distance(tmp_path):
+    run, receipts = write_run(tmp_path, [5], [[0]])
+    record = compaction.finish_slide(run, "s", receipts)
+    assert "domain_shift" not in record
+    assert storage.read_schema(run.expression_uri("s")).names == ["slide_id", "cell_id", "hidden"]
 
 
 def test_a_candidate_of_a_tile_without_neighbours_is_a_cell(tmp_path):

@@ -301,6 +301,25 @@ def test_other_folders_versions_and_mixed_files_are_refused(tmp_path, head):
         open_run(folder.uri)
 
 
+def test_slides_say_how_far_they_are_from_the_training_slides(tmp_path, head):
+    """Runs of an earlier release say nothing, and read as before."""
+    folder = make_run(str(tmp_path / "run"), head)
+    for slide_id in ("old", "newer"):
+        add_slide(folder, slide_id, embedding=False, hidden=True)
+    expression = pq.read_table(folder.expression_uri("newer"))
+    distance_N = np.full(len(expression), 2, np.float16)
+    expression = expression.append_column(schemas.DISTANCE, pa.array(distance_N))
+    storage.publish_table(folder.expression_uri("newer"), expression)
+    record = storage.read_json(folder.record_uri("newer"))
+    shift = {"score": 2.0, "limit": 1.5, "beyond": True}
+    storage.publish_json(folder.record_uri("newer"), record | {"domain_shift": shift})
+    run = open_run(folder.uri)
+    names = ["slide_id", "domain_shift_score", "domain_shift_beyond"]
+    assert run.slides.select(names).rows() == [("newer", 2.0, True), ("old", None, None)]
+    for slide_id in ("old", "newer"):
+        assert run.expression(None, slide_id).shape == (30, len(GENES) + 2)
+
+
 def test_reading_needs_neither_ray_nor_torch():
     code = (
         "import sys, scellst_ray; scellst_ray.open_run; "
@@ -324,6 +343,6 @@ def test_cells_open_as_geoparquet(tmp_path):
 def test_format_md_describes_every_stored_column():
     text = (Path(scellst_ray.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
     stored = [schemas.RECEIPTS, schemas.FAILURES, schemas.cells_schema(2048)]
-    stored += [schemas.expression_schema(), schemas.bags_schema(2048)]
+    stored += [schemas.expression_schema(with_distance=True), schemas.bags_schema(2048)]
     names = {name for schema in stored for name in schema.names if "seconds_" not in name}
     assert {name for name in names if f"`{name}`" not in text} == set()

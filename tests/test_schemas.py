@@ -74,6 +74,9 @@ def test_vectors_are_plain_arrow_float16():
     assert not embedding.nullable
     assert schemas.expression_schema().names == ["slide_id", "cell_id", "hidden"]
     assert schemas.expression_schema().field("hidden").type.list_size == 256
+    with_distance = schemas.expression_schema(512, with_distance=True)
+    assert with_distance.names == ["slide_id", "cell_id", "hidden", "distance"]
+    assert with_distance.field("distance").type == pa.float16()
     assert schemas.bags_schema(8).field("embedding").type.value_type.list_size == 8
 
 

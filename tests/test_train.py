@@ -76,6 +76,11 @@ def test_cells_and_spots_to_a_head(small, monkeypatch):
     assert len(losses) == len(info["metrics"]["train_losses"]) == 3
     assert info["metrics"]["validation_loss"] == min(losses)
     assert losses[info["metrics"]["best_epoch"]] == min(losses)
+    assert info["domain"]["held_out"] == {
+        "s0": pytest.approx(1.0, abs=0.1),  # made alike
+        "s1": pytest.approx(1.0, abs=0.1),
+    }
+    assert info["domain"]["limit"] == max(info["domain"]["held_out"].values())
     assert (head(torch.randn(4, DIM)) > 0).all()
     text = "\n".join(said)
     assert "panel of 4 genes" in text

@@ -24,7 +24,7 @@ from scellst_ray.models.sync_norm import AllReduce
 
 Views = Sequence[tuple[Tensor, Tensor]]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MAX_ROWS = 256  # crops that collapse is measured on
+MAX_ROWS = 128  # crops that collapse is measured on
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class _FlatGradients:
 
 @torch.no_grad()
 def collapse(x_NP: Tensor) -> tuple[float, float]:
-    """Measure how far vectors have collapsed, on at most 256 rows spread over the batch.
+    """Measure how far vectors have collapsed, on at most 128 rows spread over the batch.
 
     Returns:
         Spread: the standard deviation of unit vectors, averaged over dimensions, times sqrt(P).

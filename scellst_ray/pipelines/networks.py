@@ -118,8 +118,10 @@ class Embed:
             with torch.inference_mode():
                 x_ND = torch.from_numpy(embedding_ND).to(self.device)
                 hidden_NH = stored_hidden(self.head.hidden(x_ND)).cpu().numpy()
+                distance_N = stored_distance(self.head, x_ND).cpu().numpy()
             field = schemas.vector("hidden", hidden_NH.shape[1])
             cells = cells.append_column(field, vectors(hidden_NH))
+            cells = cells.append_column(schemas.DISTANCE, pa.array(distance_N))
         return cells
 
 
@@ -199,6 +201,18 @@ def one_hot(types: pa.ChunkedArray, names: tuple[str, ...]) -> NDArray[np.float1
         message = f"types {unknown} are none of the segmenter's: {', '.join(names)}"
         raise ValueError(message)
     return np.asarray(np.eye(len(names), dtype=np.float16)[number_N.to_numpy()])
+
+
+def stored_distance(head: MilHead, x_ND: Tensor) -> Tensor:
+    """Return how far cells lie from the training instances, float16 [N].
+
+    The root mean square of standardised features (domain_shift.py); what is beyond float16, or
+    not finite, is its largest number: as far as can be.
+    """
+    z_ND = (x_ND.float() - head.mean_D) / head.std_D
+    most = torch.finfo(torch.float16).max
+    distance_N = z_ND.square().mean(1).sqrt().nan_to_num(nan=most, posinf=most)
+    return distance_N.clamp(max=most).half()
 
 
 def vectors(values: np.ndarray) -> pa.FixedSizeListArray:

@@ -148,6 +148,10 @@ def test_a_head_adds_its_hidden_layer(tmp_path, few_rows, cells_spec, embed_stag
         with torch.no_grad():
             expected = stored_hidden(head.hidden(torch.from_numpy(embedding))).numpy()
         np.testing.assert_array_equal(row["cells"]["hidden"].to_pylist(), expected)
+        # The head standardises by nothing yet.
+        distance = np.sqrt((embedding.astype(float) ** 2).mean(axis=1))
+        np.testing.assert_allclose(row["cells"]["distance"].to_numpy(), distance, rtol=1e-3)
+        assert row["cells"].schema.field("distance").equals(schemas.DISTANCE)
 
 
 def test_a_tile_that_cannot_be_read_costs_no_other(

@@ -1,0 +1,168 @@
+"""How far the cells of a slide lie from those a head was trained on.
+
+A cell's distance is the root mean square over features of (x - mean) / std, with the mean and
+deviation of the training instances that the head holds: about 1 for a cell like those. A slide's
+score is the root mean square of its cells' distances; the limit is the highest score that a
+training slide had when it was left out. Shape letters: L instances of a slide, N cells, D features.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+
+BLOCK = 4096
+# What remains of a feature that never varies; the head's own rule (MilHead.standardise).
+CONSTANT = 1e-6
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How many instances there are, and mean and variance (over L) of each feature.
+
+    Attributes:
+        count: L.
+        mean_D: float64 [D].
+        var_D: float64 [D].
+    """
+
+    count: int
+    mean_D: NDArray[np.float64]
+    var_D: NDArray[np.float64]
+
+
+def pooled(parts: Iterable[Moments]) -> Moments:
+    """Return the moments of several sets of instances together.
+
+    Raises:
+        ValueError: no set, or none with instances.
+    """
+    some = list(parts)
+    count = sum(part.count for part in some)
+    if count == 0:
+        message = f"{len(some)} sets hold no instances, expected at least one: link cells to spots."
+        raise ValueError(message)
+    mean_D = np.sum([part.count * part.mean_D for part in some], axis=0) / count
+    # Deviations from the common mean, not squares minus its square: nothing cancels.
+    square_D = [part.count * (part.var_D + (part.mean_D - mean_D) ** 2) for part in some]
+    return Moments(count, mean_D, np.sum(square_D, axis=0) / count)
+
+
+def moments(x_LD: NDArray[np.floating]) -> Moments:
+    """Return the moments of instances of any float type [L, D], in float64 by blocks."""
+
+    def blocks() -> Iterator[Moments]:
+        for start in range(0, len(x_LD), BLOCK):
+            block = x_LD[start : start + BLOCK].astype(np.float64)
+            yield Moments(len(block), block.mean(axis=0), block.var(axis=0))
+
+    return pooled(blocks())
+
+
+def score_under(cells: Moments, reference: Moments) -> float:
+    """Return the score of cells standardised by a reference, from moments alone.
+
+    The mean over cells of ((x - mean) / std)^2 is (var + (mean of cells - mean)^2) / std^2.
+    """
+    std_D = np.sqrt(reference.var_D)
+    constant_D = std_D <= CONSTANT * np.maximum(np.abs(reference.mean_D), CONSTANT)
+    std_D = np.where(constant_D, 1.0, std_D)
+    square_D = (cells.var_D + (cells.mean_D - reference.mean_D) ** 2) / std_D**2
+    return float(np.sqrt(square_D.mean()))
+
+
+def held_out(slides: Mapping[str, Moments]) -> dict[str, Any]:
+    """Return what a head stores of its domain.
+
+    Args:
+        slides: The moments of each training slide's instances, by slide_id.
+
+    Returns:
+        held_out: the score of each slide under all others; limit: the highest, None where a single
+        slide leaves nothing to compare with.
+    """
+    scores = {}
+    if len(slides) > 1:
+        for slide_id, mine in sorted(slides.items()):
+            others = pooled(part for other, part in slides.items() if other != slide_id)
+            scores[slide_id] = score_under(mine, others)
+    return {"held_out": scores, "limit": max(scores.values(), default=None)}
+
+
+def domain_of_bags(uris: Mapping[str, str]) -> dict[str, Any]:
+    """Return `held_out` of BAGS files, by slide_id, holding one at a time."""
+    slides = {}
+    for slide_id, uri in uris.items():
+        bags = storage.read_table(uri, ["embedding"])["embedding"].combine_chunks()
+        flat = bags.flatten()
+        slides[slide_id] = moments(np.asarray(flat.flatten()).reshape(len(flat), -1))
+    return held_out(slides)
+
+
+class SlideScore:
+    """The score of a slide, gathered while its cells go by."""
+
+    def __init__(self) -> None:
+        """Begin without cells."""
+        self.sum_squares, self.num_cells = 0.0, 0
+
+    def seen(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Yield the tables, whose column `distance` counts."""
+        for table in tables:
+            distance_N = table["distance"].to_numpy().astype(np.float64)
+            self.sum_squares += float(distance_N @ distance_N)
+            self.num_cells += len(distance_N)
+            yield table
+
+    def judged(self, limit: float | None) -> dict[str, Any] | None:
+        """Return `domain_shift` of the slide's record; None if it has no cells."""
+        if not self.num_cells:
+            return None
+        score = float(np.sqrt(self.sum_squares / self.num_cells))
+        beyond = None if limit is None else score > limit
+        return {"score": score, "limit": limit, "beyond": beyond}
+
+
+def limit_of_head(uri: str) -> float | None:
+    """Read a head's limit from the header of its file; None if the head does not know it."""
+    with fsspec.open(uri, "rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+    limit = json.loads(header["__metadata__"]["info"]).get("domain", {}).get("limit")
+    return None if limit is None else float(limit)
+
+
+def warnings(records: Mapping[str, Mapping[str, Any]], at_most: int = 10) -> list[str]:
+    """Return what a person should know about the domain of a run's slides, a line each.
+
+    Args:
+        records: The slides' records.
+        at_most: So many slides are named, the farthest first; the others are counted.
+    """
+    shifts = {s: r["domain_shift"] for s, r in records.items() if r.get("domain_shift")}
+    beyond = sorted((s for s in shifts if shifts[s]["beyond"]), key=lambda s: -shifts[s]["score"])
+    lines = [
+        f"warning: {slide_id}: its cells look unlike those the head was trained on: score "
+        f"{shifts[slide_id]['score']:.2f}, held-out training slides at most "
+        f"{shifts[slide_id]['limit']:.2f}; do not trust expression there without checking stain "
+        "and resolution"
+        for slide_id in beyond[:at_most]
+    ]
+    if len(beyond) > at_most:
+        lines.append(
+            f"warning: so do those of {len(beyond) - at_most} more slides: see domain_shift in the "
+            "records"
+        )
+    if any(shift["limit"] is None for shift in shifts.values()):
+        lines.append(
+            "note: no limit of domain shift is known: it takes a head trained on two slides or "
+            "more, by this release; scores are in the records"
+        )
+    return lines
