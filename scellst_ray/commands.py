@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from scellst_ray import domain_shift
+from scellst_ray.crossvalidate import CrossvalidateConfig
+from scellst_ray.crossvalidate_report import run_crossvalidate
 from scellst_ray.demo import DemoConfig, demo
 from scellst_ray.doctor import DoctorConfig, doctor
 from scellst_ray.evaluate import EvaluateSegmentationConfig
@@ -27,6 +29,8 @@ from scellst_ray.pretrain import ENCODER_FILE, PretrainConfig, pretrain_encoder
 from scellst_ray.progress import shown_progress
 from scellst_ray.reading import open_run
 from scellst_ray.runs import FINISHED
+from scellst_ray.simulate import SimulateConfig
+from scellst_ray.simulate_report import run_simulate
 from scellst_ray.train import TrainConfig, train
 
 Job = tuple[type, Callable[[Any], int]]
@@ -60,6 +64,8 @@ def jobs() -> dict[str, Job]:
         "evaluate segmentation": (EvaluateSegmentationConfig, run_evaluate_segmentation),
         "evaluate encoder": (EvaluateEncoderConfig, run_evaluate_encoder),
         "evaluate expression": (EvaluateExpressionConfig, run_evaluate_expression),
+        "crossvalidate": (CrossvalidateConfig, run_crossvalidate),
+        "simulate": (SimulateConfig, run_simulate),
         "manifest hest": (ManifestHestConfig, write_hest_manifest),
         "models": (ModelsConfig, list_models),
         "models fetch": (ModelsFetchConfig, fetch_model),

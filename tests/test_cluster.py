@@ -20,8 +20,8 @@ from packaging.utils import canonicalize_name
 from scellst_ray import __version__, cli, commands
 
 ROOT = Path(__file__).resolve().parents[1]
-JOBS = ("extract", "train", "predict", "export", "demo", "doctor")
-EXAMPLES = ("extract", "train", "predict")
+JOBS = ("extract", "pretrain", "train", "crossvalidate", "predict", "export", "demo", "doctor")
+EXAMPLES = ("extract", "pretrain", "train", "crossvalidate", "predict")
 
 
 def read_pins():
@@ -223,7 +223,8 @@ def test_constraints_hold_versions_only():
 
 def test_there_is_a_script_for_every_command():
     # A person's, not the cluster's.
-    here = {"evaluate segmentation", "manifest hest", "models", "models fetch"}
+    here = {"evaluate segmentation", "evaluate encoder", "evaluate expression", "simulate"}
+    here |= {"manifest hest", "models", "models fetch"}
     assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == set(commands.jobs()) - here
     assert set(JOBS) <= set(commands.jobs())
 

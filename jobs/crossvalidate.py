@@ -1,0 +1,11 @@
+"""Heads trained on some slides and scored on others, over a grid, as a Ray job.
+
+ray job submit --working-dir . -- python jobs/crossvalidate.py --config jobs/crossvalidate.yaml
+"""
+
+import sys
+
+from scellst_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["crossvalidate", *sys.argv[1:]]))
