@@ -67,7 +67,7 @@ class PretrainConfig:
     """Turn of the hue, -+ this in whole turns."""
     min_crop_scale: float = 0.6
     """Least area of a random crop, as a share of the whole."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the networks; auto takes bfloat16 where the driver's device has it, or gpus is true."""
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more time (resnets)."""
@@ -180,7 +180,8 @@ def _precision(config: PretrainConfig) -> str:
     if config.precision != "auto":
         return config.precision
     gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
-    return best_precision("cuda" if gpus else "cpu")
+    best = best_precision("cuda" if gpus else "cpu")
+    return "float32" if best == "float16" else best  # float16 would lose small gradients
 
 
 def _init_digest(config: PretrainConfig) -> str:

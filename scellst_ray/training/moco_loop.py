@@ -40,7 +40,7 @@ class Recipe:
         base_lr: Learning rate for 256 crops; it grows with the batch.
         optimiser: 'lars' or 'adamw'.
         weight_decay: Of the optimiser.
-        precision: Of the networks: 'float32', 'bfloat16' or 'float16'.
+        precision: Of the networks: 'float32' or 'bfloat16'.
         recompute: Recompute activations in the backward pass, to save memory.
         seed: Fixes weights, order and augmentation.
     """
@@ -112,8 +112,15 @@ def run_steps(
         Each step, after it was taken.
 
     Raises:
+        ValueError: there are more workers than lanes.
         FloatingPointError: loss or gradient is not finite; nothing was changed.
     """
+    if collective.world_size > order.num_lanes:
+        message = (
+            f"there are {collective.world_size} workers, and a batch of {recipe.batch} is shared "
+            f"by at most {order.num_lanes}; use fewer workers, or a batch that 64 divides"
+        )
+        raise ValueError(message)
     device = next(model.parameters()).device
     num_steps = recipe.epochs * order.steps_per_epoch
     lanes = range(collective.rank, order.num_lanes, collective.world_size)
