@@ -222,8 +222,8 @@ def learn(settings: TrialSettings, slides: Sequence[SlideData]) -> Learnt:
     slide_ids = [data.slide_id for data in slides for _ in data.kept]
     train_spots, val_spots = split_spots(slide_ids, config.val_share, config.seed)
     device = "cuda" if settings.use_gpu else "cpu"
-    train, val = bags.take(train_spots), bags.take(val_spots)
     started = time.monotonic()
+    train, val = bags.take(train_spots), bags.take(val_spots)
     head = new_head(train, config.seed, config.formula()).to(device)
     result = fit_head(head, train.to(device), val.to(device), config)
     info = {
