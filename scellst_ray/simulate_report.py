@@ -221,11 +221,10 @@ def draw(path: Path, conditions: Sequence[dict[str, Any]]) -> None:
                 error_kw={"elinewidth": 0.8, "capsize": 1.5},
                 label=f"{inputs}, {supervision}",
             )
-            for x, y in zip(place, height, strict=True):
-                axis.annotate(
-                    f"{y:.2f}", (x, max(y, 0)), (0, 5), textcoords="offset points", ha="center",
-                    fontsize=6.5,
-                )  # fmt: skip
+            for x, y, top in zip(place, height, height + above, strict=True):
+                style = {"textcoords": "offset points", "ha": "center", "fontsize": 6.5}
+                # Adding 0 after rounding makes -0.00 a plain 0.00.
+                axis.annotate(f"{round(y, 2) + 0:.2f}", (x, max(top, 0)), (0, 3), **style)
         axis.axhline(0, color="black", linewidth=0.6)
         genes = max(
             found[panel, scenario, *bar]["num_genes"] for scenario in SCENARIOS for bar in BARS
