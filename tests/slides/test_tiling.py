@@ -45,13 +45,15 @@ def test_every_point_lies_in_exactly_one_core(size0, ratio, core_px, data):
 def test_cores_and_halos_have_the_size_asked_for(size0, ratio, core_px, halo_px):
     tiles = plan_tiles(size0, ratio, *everywhere(size0), core_px, halo_px)
     assert [tile.tile_id for tile in tiles] == list(range(len(tiles)))
+    # The core's edge is rounded (0.5), the read inwards (1), the box grown by a whole number (2).
+    rounding = 3.5
     for tile in tiles:
         # The halo, up to rounding, on every side.
         near, far = tile.read, tile.core.grown(math.ceil(halo_px * ratio) + 1)
-        assert 0 <= near.x0 - far.x0 <= 2.5 + ratio
-        assert 0 <= near.y0 - far.y0 <= 2.5 + ratio
-        assert 0 <= (far.x0 + far.w0) - (near.x0 + near.w0) <= 3.5 + ratio
-        assert 0 <= (far.y0 + far.h0) - (near.y0 + near.h0) <= 3.5 + ratio
+        assert 0 <= near.x0 - far.x0 <= rounding
+        assert 0 <= near.y0 - far.y0 <= rounding
+        assert 0 <= (far.x0 + far.w0) - (near.x0 + near.w0) <= rounding
+        assert 0 <= (far.y0 + far.h0) - (near.y0 + near.h0) <= rounding
         assert 0 < tile.core.w0 <= core_px * ratio + 1
         assert 0 < tile.core.h0 <= core_px * ratio + 1
         if tile.core.x0 + tile.core.w0 < size0[0]:

@@ -1,6 +1,6 @@
 """How pretraining scales over workers: measured on CPU, and a paper model of a GPU cluster.
 
-    python benchmarks/pretrain_scaling.py [--workers 1 2 4] [--json results/scaling.json]
+    python benchmarks/moco_scaling.py [--workers 1 2 4] [--json results/scaling.json]
 
 Measured: processes that talk by gloo take the same steps of a small network, one thread each, with
 the batch growing with the workers (so much work for each) and with the batch fixed. Where there are
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="crops of one worker")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument(
-        "--json", type=Path, default=Path("benchmarks/results/pretrain_scaling.json")
+        "--json", type=Path, default=Path("benchmarks/results/moco_scaling.json")
     )
     options = parser.parse_args()
     measured = []

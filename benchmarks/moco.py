@@ -1,7 +1,7 @@
 """Time a pretraining step: ours beside lightly's MoCo parts with a standard DataLoader.
 
     pip install --no-deps --target lightly_here lightly==1.5.22 aenum
-    PYTHONPATH=lightly_here python benchmarks/pretrain.py [--arch resnet18] [--batch 128]
+    PYTHONPATH=lightly_here python benchmarks/moco.py [--arch resnet18] [--batch 128]
         [--steps 4] [--rounds 3] [--threads 2] [--json pretrain.json]
 
 A step is two views of every crop, both encoders, backward, LARS and the momentum update. Both have
