@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scellst_ray.analysis.cell_truth import cell_truth, pair_cells
 from scellst_ray.analysis.colour_baseline import (
     ColourRidge,
+    colours_around,
     fit_colour_ridge,
     slide_colours,
     slide_mpp,
@@ -50,7 +51,8 @@ class EvaluateExpressionConfig:
     slides: list[str] | None = None
     """slide_ids to evaluate (a,b); by default every row with spots or xenium."""
     colour: bool = True
-    """Compare with the colour-only ridge; it reads the discs of all spots."""
+    """Compare with the colour-only ridge; it reads the discs of all spots, and of single cells one
+    of that size around each."""
     radius_um: float = 5.0
     """For single cells: centroids within this distance may be one cell."""
     bootstraps: int = 200
@@ -125,10 +127,12 @@ class Baselines:
     Attributes:
         mean_G: Mean scaled expression of the training spots.
         ridge: From their colours; None if it is not asked for.
+        radius_um: Of their discs: a cell's colours are those a spot around it would have.
     """
 
     mean_G: NDArray[np.float64]
     ridge: ColourRidge | None = None
+    radius_um: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -230,12 +234,16 @@ def compare_cells(
     pairs = pair_cells(xy0, measured.xy0, config.radius_um / mpp)
     truth, kept = cell_truth(measured, pairs.measured, run.genes)
     columns = _shared(run.genes, truth.genes, f"slide {slide_id}: xenium")
-    ids = cells["cell_id"].to_numpy()[pairs.found[kept]]
+    found = pairs.found[kept]
+    ids = cells["cell_id"].to_numpy()[found]
     values_NG = run.expression_numpy(truth.genes, slide_id, ids)
     models = {
         OURS: units.predicted(values_NG, columns),
         MEAN: np.tile(baselines.mean_G[columns], (len(ids), 1)),
     }
+    if baselines.ridge is not None:
+        colours_NC = colours_around(row, xy0[found], baselines.radius_um / mpp)
+        models[COLOUR] = baselines.ridge.predict(colours_NC)[:, columns]
     scaled = Truth(truth.values_SG / units.scale_G[columns], truth.log_depth_S, truth.genes)
     about = {
         "cells": len(xy0),
@@ -279,9 +287,11 @@ def _learn(run: Run, rows: list[SlideRow], *, colour: bool) -> tuple[Units, Base
     info = run.last_layer.info
     filters = info.get("supervision", {}).get("filters")
     limits = CountFilter(**filters) if filters else CountFilter()
-    scaled, colours, libraries = [], [], []
+    scaled, colours, libraries, radii_um = [], [], [], []
     for row in rows:
-        spots = read_spots({**row.columns, "slide_id": row.slide_id}, slide_mpp(row))
+        mpp = slide_mpp(row)
+        spots = read_spots({**row.columns, "slide_id": row.slide_id}, mpp)
+        radii_um.append(spots.radius0 * mpp)
         targets = make_targets(spots, run.genes, f"slide {row.slide_id}", limits)
         scaled.append(targets.values_KP / np.asarray(info["scaling"][row.slide_id]))
         libraries.append(float(np.median(targets.library_K)))
@@ -292,7 +302,8 @@ def _learn(run: Run, rows: list[SlideRow], *, colour: bool) -> tuple[Units, Base
     per_rate = 1e4 / float(np.mean(libraries)) if counts else None
     scale_G = np.mean([info["scaling"][row.slide_id] for row in rows], axis=0)
     ridge = fit_colour_ridge(np.concatenate(colours), targets_SG) if colour else None
-    return Units(scale_G, per_rate, limits), Baselines(targets_SG.mean(axis=0), ridge)
+    baselines = Baselines(targets_SG.mean(axis=0), ridge, float(np.mean(radii_um)))
+    return Units(scale_G, per_rate, limits), baselines
 
 
 def _mpp(run: Run, slide_id: str) -> float:

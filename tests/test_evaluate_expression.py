@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import cv2
 import h5py
@@ -15,13 +16,19 @@ from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 
 from scellst_ray import schemas, storage
-from scellst_ray.analysis.colour_baseline import PENALTIES, slide_colours
+from scellst_ray.analysis.colour_baseline import (
+    PENALTIES,
+    disc_colours,
+    fit_colour_ridge,
+    slide_colours,
+)
 from scellst_ray.cli import main
 from scellst_ray.cohort import read_manifest
 from scellst_ray.evaluate_expression import EvaluateExpressionConfig, evaluate_expression
 from scellst_ray.models.mil import MilHead, formula_of, save_head
 from scellst_ray.pipelines.networks import vectors
 from scellst_ray.runs import RunFolder
+from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.synthetic import SyntheticConfig, make_tissue, truth_table
 from scellst_ray.slides.synthetic_spots import write_space_ranger
 from scellst_ray.spots.read import read_spots
@@ -226,7 +233,7 @@ def test_spots_equal_a_slow_loop(study, loss):
 
 def test_single_cells_equal_a_slow_loop(study):
     folder, _, wanted, (rows, counts) = study
-    config = config_of(folder, manifest=str(folder / "cells.csv"), colour=False)
+    config = config_of(folder, manifest=str(folder / "cells.csv"))
     (part,) = evaluate_expression(config).slides["s2"]
     assert part.level == "cells"
     measured = [column for column in PANEL if column < 6]
@@ -240,6 +247,30 @@ def test_single_cells_equal_a_slow_loop(study):
     for gene in range(len(measured)):
         expected = stats.spearmanr(predicted[:, gene], truth[:, gene])[0]
         assert part.scores["ours"].by_gene["scc"][gene] == pytest.approx(expected, abs=0.03)
+
+
+def test_colours_of_a_cell_are_those_of_a_spot_around_it(study):
+    folder, tissue, _, (rows, counts) = study
+    config = config_of(folder, manifest=str(folder / "cells.csv"))
+    (part,) = evaluate_expression(config).slides["s2"]
+    train = list(read_manifest(str(folder / "train.csv")))
+    colours, truths = [], []
+    for row in train:
+        spots = read_spots({**row.columns, "slide_id": row.slide_id}, row.mpp)
+        kept = np.flatnonzero(np.asarray(spots.counts.sum(1)).ravel() >= 5)
+        colours.append(slide_colours(row, spots.select(kept)))
+        truths.append(log_counts(spots, kept)[0] / SCALING[row.slide_id])
+    ridge = fit_colour_ridge(np.concatenate(colours), np.concatenate(truths))
+    (row,) = read_manifest(str(folder / "cells.csv"))
+    xy0 = tissue.layout.nuclei.centroid_um[rows][counts.sum(1) > 0] / row.mpp
+    with Slide(Path(row.uri), row.uri, row.mpp) as slide:
+        seen = np.stack([disc_colours(slide, point, 25 / row.mpp) for point in xy0])
+    total = counts.sum(1)
+    column = next(column for column in PANEL if column < 6)
+    truth = np.log1p(1e4 * counts[:, column][total > 0] / total[total > 0])
+    predicted = ridge.predict(seen)[:, PANEL.index(column)]
+    expected = stats.pearsonr(predicted, truth)[0]
+    assert part.scores["colour_ridge"].by_gene["pcc"][0] == pytest.approx(expected, abs=0.03)
 
 
 def test_command_prints_and_writes(study, tmp_path, capsys):

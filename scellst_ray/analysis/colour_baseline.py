@@ -63,14 +63,16 @@ def slide_mpp(row: SlideRow) -> float:
 
 
 def slide_colours(row: SlideRow, spots: Spots) -> NDArray[np.float64]:
-    """Open a slide and return spot_colours of these spots [S, 18]."""
+    """Open a slide and return the colour statistics of every spot's disc [S, 18]."""
+    return colours_around(row, spots.xy0, spots.radius0)
+
+
+def colours_around(
+    row: SlideRow, xy0_S2: NDArray[np.float64], radius0: float
+) -> NDArray[np.float64]:
+    """Open a slide and return disc_colours around these points [S, 18]."""
     with hold(row.uri) as held, Slide(held.path, held.name, row.mpp) as slide:
-        return spot_colours(slide, spots)
-
-
-def spot_colours(slide: Slide, spots: Spots) -> NDArray[np.float64]:
-    """Return the colour statistics of every spot's disc [S, 18]."""
-    colours = [disc_colours(slide, xy0, spots.radius0) for xy0 in spots.xy0]
+        colours = [disc_colours(slide, xy0, radius0) for xy0 in xy0_S2]
     return np.stack(colours) if colours else np.zeros((0, NUM_STATISTICS))
 
 
