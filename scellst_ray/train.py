@@ -77,6 +77,9 @@ class TrainConfig:
     """Training processes; the result does not depend on it, but for the dropout of published."""
     max_failures: int = 3
     """How often workers that died are started again, from the last epoch."""
+    memory_gb: float = 8.0
+    """Embeddings of more than so many GB are read, batch by batch, from a file in each worker's
+    temporary folder, which needs the room; the result is the same."""
     cpus_per_worker: int | None = None
     """CPUs of each; by default all there are, shared out, but at most 4."""
     gpus: bool | None = None
@@ -87,7 +90,7 @@ class TrainConfig:
         self.fit_config()
         parse_rule(self.genes)
         self.rules()
-        for name, least in (("workers", 1), ("max_failures", 0)):
+        for name, least in (("workers", 1), ("max_failures", 0), ("memory_gb", 0)):
             if getattr(self, name) < least:
                 message = f"{name} is {getattr(self, name)}; it must be at least {least}"
                 raise ValueError(message)
@@ -191,7 +194,7 @@ def _workers(config: TrainConfig, cluster: Cluster) -> Workers:
     # A worker's CPUs must all be on one node.
     share = max(1, min(cluster.num_cpus // config.workers, cluster.num_cpus_of_largest_node))
     cpus = config.cpus_per_worker or min(4, share)
-    return Workers(config.workers, cpus, gpus, config.max_failures)
+    return Workers(config.workers, cpus, gpus, config.max_failures, config.memory_gb)
 
 
 def _metrics(result: FitResult) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from scellst_ray.pipelines.bags import choose_panel, make_bags
 from scellst_ray.pipelines.networks import vectors
 from scellst_ray.pipelines.supervision import training_slides
 from scellst_ray.session import ray_session
-from scellst_ray.training.fit_mil import load_bags
+from scellst_ray.training.bag_files import load_bags
 
 LOOSE = {
     "min_gene_counts": 5,

@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 import ray.train
 import torch
-from numpy.typing import NDArray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 
 from scellst_ray import storage
-from scellst_ray.models.bags import BagSet, split_spots
+from scellst_ray.models.bags import BagSet
 from scellst_ray.models.mil import MilHead
 from scellst_ray.models.mil_fit import Fit, FitConfig, FitResult, fit_head, new_head
+from scellst_ray.training.bag_files import load_split
 
 RESULT = "fit.pt"
 # Storing where a fit is takes at most this share of its time; what was not stored is done again.
@@ -45,54 +45,14 @@ class Workers:
         cpus_per_worker: CPUs of each.
         use_gpu: One GPU each.
         max_failures: How often workers that died are started again.
+        memory_gb: A worker whose embeddings take more (10^9 bytes) has them in a file.
     """
 
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
     max_failures: int = 3
-
-
-def load_bags(uris: Sequence[str], *, counts: bool = False) -> tuple[BagSet, list[str]]:
-    """Read BAGS files, in order, into one set; return it with each spot's slide_id.
-
-    Args:
-        uris: The files.
-        counts: Take counts and size factors as targets, for a likelihood of counts.
-
-    Raises:
-        ValueError: files of an earlier release, which hold no counts.
-    """
-    wanted = ("counts", "size_factor") if counts else ("target",)
-    tables = []
-    for uri in uris:
-        missing = set(wanted) - set(storage.read_schema(uri).names)
-        if missing:
-            message = (
-                f"{uri}: these bags have no {', '.join(sorted(missing))}: an earlier release made "
-                "them. Run `scellst-ray train` again into another folder, or use loss mse."
-            )
-            raise ValueError(message)
-        tables.append(storage.read_table(uri, ["slide_id", "embedding", *wanted]))
-    table = pa.concat_tables(tables).combine_chunks()
-    bags = table["embedding"].combine_chunks()
-    flat = bags.flatten()
-    embeddings_LD = np.asarray(flat.flatten()).reshape(len(flat), -1)
-    offsets = np.asarray(bags.offsets).astype(np.int64)
-    factors = np.asarray(table["size_factor"], np.float32) if counts else None
-    bag_set = BagSet(
-        torch.from_numpy(embeddings_LD.copy()),
-        torch.from_numpy(offsets - offsets[0]),
-        torch.from_numpy(_matrix(table[wanted[0]])),
-        None if factors is None else torch.from_numpy(factors.copy()),
-    )
-    return bag_set, table["slide_id"].to_pylist()
-
-
-def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """Return a column of lists of equal length as a float32 matrix of its own."""
-    lists = column.combine_chunks()
-    return np.array(lists.flatten(), np.float32).reshape(len(lists), -1)
+    memory_gb: float = 8.0
 
 
 def fit(
@@ -121,6 +81,7 @@ def fit(
         "uris": list(uris),
         "config": asdict(config),
         "num_threads": workers.cpus_per_worker,
+        "memory_bytes": workers.memory_gb * 1e9,
         "each_epoch": each_epoch,
         "storage_path": storage_path,
         "result": storage.join(storage_path, name, RESULT),
@@ -169,11 +130,8 @@ def _train_loop(loop: dict[str, Any]) -> None:
     torch.set_num_threads(loop["num_threads"])
     context, device = ray.train.get_context(), get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    formula = config.formula()
-    bags, slide_ids = load_bags(loop["uris"], counts=formula.counts)
-    train_spots, val_spots = split_spots(slide_ids, config.val_share, config.seed)
-    train, val = bags.take(train_spots), bags.take(val_spots)
-    head = new_head(train, config.seed, formula).to(device)
+    train, val = load_split(loop["uris"], config, loop["memory_bytes"])
+    head = new_head(train, config.seed, config.formula()).to(device)
     kept = Kept(storage.join(loop["storage_path"], f".fit-{_digest(config, train, val)}.pt"))
     state = kept.load()  # by all workers, before any can go on: the next line waits for all
     model = prepare_model(head, move_to_device=False) if world_size > 1 else head

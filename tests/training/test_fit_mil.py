@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,8 @@ from scellst_ray.models.bags import split_spots
 from scellst_ray.models.mil_fit import FitConfig, fit_head, new_head
 from scellst_ray.pipelines.networks import vectors
 from scellst_ray.session import ray_session
-from scellst_ray.training.fit_mil import Kept, Workers, fit, load_bags
+from scellst_ray.training.bag_files import load_bags, load_split
+from scellst_ray.training.fit_mil import Kept, Workers, fit
 
 DIM, GENES = 16, 5
 # 32 training spots in batches of 9: the last has 5, which two workers cannot share evenly.
@@ -115,6 +117,28 @@ def test_bags_of_an_earlier_release_have_no_counts(bags, tmp_path):
         load_bags([bags[0][1], uri], counts=True)
 
 
+@pytest.mark.parametrize("loss", ["mse", "nb"])
+@pytest.mark.parametrize("memory_bytes", [0, 1e9])
+def test_bags_are_split_file_by_file_in_memory_or_not(
+    bags, tmp_path, monkeypatch, loss, memory_bytes
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = replace(CONFIG, loss=loss, seed=3)
+    whole, slide_ids = load_bags(bags[0], counts=loss == "nb")
+    wanted = [whole.take(part) for part in split_spots(slide_ids, config.val_share, config.seed)]
+    found = load_split(bags[0], config, memory_bytes)
+    maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
+    assert ("scellst_ray_bags_" in maps) == (memory_bytes == 0 and maps != "")
+    assert list(tmp_path.iterdir()) == []
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine.embeddings_LD, theirs.embeddings_LD)
+        assert torch.equal(mine.offsets, theirs.offsets)
+        assert torch.equal(mine.targets_SG, theirs.targets_SG)
+        if loss == "nb":
+            assert torch.equal(mine.size_factors_S, theirs.size_factors_S)
+    del mine, found
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(
@@ -138,7 +162,7 @@ def test_workers_one_of_them_killed_reach_the_head_of_one_process(
             if first and len(progress.history) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    workers = Workers(num_workers, 1, use_gpu=False, max_failures=1)
+    workers = Workers(num_workers, 1, use_gpu=False, max_failures=1, memory_gb=0.0)
     head, result = fit(bags[0], config, workers, str(stored), kill_once)
     plain_head, start, plain = plain_fit(bags, config)
     assert head.formula == config.formula()
