@@ -1,11 +1,12 @@
 """Measure what a grid of trials costs beyond its fits.
 
-    python benchmarks/mil_grid.py [--slides 5] [--seeds 20] [--epochs 15] [--json grid.json]
+    python benchmarks/mil_grid.py [--slides 5] [--seeds 20] [--epochs 25] [--json grid.json]
 
 Slides are made up in memory; each is left out once per seed: 100 trials by default. Overhead is
 (seconds of the grid x trials side by side) / (sum of the fits) - 1: choosing genes, putting bags
 together, baselines, scores and Ray. Starting Ray is told apart. A fit counts from the first epoch
-to the last. Under `twin`: the same trials one after another in this process.
+to the last; 25 epochs are few, since patience alone is 20 by default. Under `twin`: the same
+trials one after another in this process.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--genes", type=int, default=250)
     parser.add_argument("--measured", type=int, default=2000, help="genes measured")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--twin", type=int, default=0, help="trials to do in this process, too")
     parser.add_argument("--json", type=Path)

@@ -1,4 +1,4 @@
-"""`ray job submit` of jobs/predict.py on a cluster started for the test."""
+"""`ray job submit` of jobs/predict.py and jobs/train.py on a cluster started for the test."""
 
 import json
 import os
@@ -6,14 +6,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from small_run import write_small_run
 
 import scellst_ray
-from scellst_ray.models.mil import MilHead, save_head
+from scellst_ray.models.mil import MilHead, load_head, save_head
+from scellst_ray.models.mil_fit import FitConfig, fit_head, new_head
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.training.bag_files import load_split
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +52,8 @@ def ray_head(tmp_path_factory):
             "--node-ip-address=127.0.0.1",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={DASHBOARD}",
+            # Else all heads of a machine listen on one port, and all but the first take no jobs.
+            f"--dashboard-agent-listen-port={DASHBOARD + 1}",
             "--disable-usage-stats",
         ],
         env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"},
@@ -54,14 +61,16 @@ def ray_head(tmp_path_factory):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    yield ray, environment
-    process.terminate()
-    process.wait(timeout=60)
-    shutil.rmtree(environment["RAY_TMPDIR"])
+    try:
+        wait_until_up(ray, environment)
+        yield ray, environment, process.pid
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        shutil.rmtree(environment["RAY_TMPDIR"])
 
 
 def test_predict_as_a_job(ray_head, tmp_path):
-    ray, environment = ray_head
     paths = write_synthetic_slide(
         tmp_path / "s0", SyntheticConfig(seed=5, width_um=200.0, height_um=160.0, num_genes=4)
     )
@@ -86,26 +95,7 @@ def test_predict_as_a_job(ray_head, tmp_path):
         "memory_gb": 0.5,
         "tiles_per_task": 2,
     }
-    (tmp_path / "predict.yaml").write_text(json.dumps(settings))
-    wait_until_up(ray, environment)
-    submitted = subprocess.run(
-        [
-            ray,
-            "job",
-            "submit",
-            "--",
-            sys.executable,
-            str(ROOT / "jobs" / "predict.py"),
-            "--config",
-            str(tmp_path / "predict.yaml"),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-        cwd=tmp_path,
-    )
+    submitted = submit(ray_head, tmp_path, "predict", settings)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "succeeded" in submitted.stdout
     run = scellst_ray.open_run(str(tmp_path / "run"))
@@ -116,12 +106,80 @@ def test_predict_as_a_job(ray_head, tmp_path):
     assert (values > 0).all()
 
 
-def wait_until_up(ray, environment):
-    """Wait for the job server to answer."""
-    for _ in range(60):
-        listed = subprocess.run(
-            [ray, "job", "list"], env=environment, capture_output=True, timeout=60, check=False
+def submit(ray_head, folder, job, settings, *words):
+    """Submit a job and wait for its end, or with `--no-wait` for its start."""
+    ray, environment, _ = ray_head
+    config = folder / f"{job}.yaml"
+    config.write_text(json.dumps(settings))
+    script = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--config", str(config)]
+    return subprocess.run(
+        [ray, "job", "submit", *words, "--", *script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        cwd=folder,
+    )
+
+
+@pytest.mark.parametrize(("loss", "ending"), [("mse", "the job"), ("nb", "its worker")])
+def test_train_as_a_job_goes_on_after_a_kill(ray_head, tmp_path, loss, ending):
+    ray, environment, head_pid = ray_head
+    small, out = write_small_run(tmp_path), tmp_path / "head"
+    settings = {"manifest": str(small.manifest), "cells": small.run.uri, "out": str(out)}
+    settings |= {"genes": "variable:4", "loss": loss, "batch_spots": 8, "cpus_per_worker": 1}
+    settings |= {"max_epochs": 400, "patience": 400}
+    name = f"train-{loss}"
+    started = submit(ray_head, tmp_path, "train", settings, "--no-wait", "--submission-id", name)
+    assert started.returncode == 0, started.stdout + started.stderr
+    (kept,) = wait_for(lambda: list(out.glob(".fit-*.pt")))
+    if ending == "the job":
+        subprocess.run(
+            [ray, "job", "stop", name], env=environment, capture_output=True, timeout=60, check=True
         )
-        if listed.returncode == 0:
+        assert kept.exists()
+        assert not (out / "head.safetensors").exists()
+        again = submit(ray_head, tmp_path, "train", settings)
+        assert again.returncode == 0, again.stdout + again.stderr
+    else:
+        (worker,) = (
+            process
+            for process in psutil.Process(head_pid).children(recursive=True)
+            if "RayTrainWorker" in " ".join(process.cmdline())
+        )
+        worker.kill()
+        wait_for((out / "head.safetensors").exists)
+    assert not kept.exists()
+    head, info = load_head(str(out / "head.safetensors"))
+    config = FitConfig(loss=loss, batch_spots=8, max_epochs=400, patience=400)
+    uris = [str(out / "bags" / f"{slide_id}.parquet") for slide_id in ("s0", "s1")]
+    train, val = load_split(uris, config, 1e9)
+    plain = new_head(train, 0, config.formula())
+    result = fit_head(plain, train, val, config)
+    assert info["metrics"]["best_epoch"] == result.best_epoch > 20
+    for key, value in head.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-4, atol=1e-4)
+
+
+def wait_for(condition):
+    """Return what a condition gives once that is something."""
+    for _ in range(6000):
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.02)
+    return pytest.fail("waited for two minutes")
+
+
+def wait_until_up(ray, environment):
+    """Wait until a job can be submitted: the server answers before the node's agent is there."""
+    command = [ray, "job", "submit", "--no-wait", "--", "true"]
+    for _ in range(60):
+        tried = subprocess.run(
+            command, env=environment, capture_output=True, timeout=120, check=False
+        )
+        if tried.returncode == 0:
             return
-    pytest.fail(f"no job server within 60 tries: {listed.stderr.decode()[-500:]}")
+        time.sleep(1)
+    pytest.fail(f"no job server within 60 tries: {tried.stderr.decode()[-500:]}")
