@@ -2,7 +2,7 @@
 
     pip install --no-deps --target lightly_here lightly==1.5.22 aenum
     PYTHONPATH=lightly_here python benchmarks/moco.py [--arch resnet18] [--batch 128]
-        [--steps 4] [--rounds 3] [--threads 2] [--json pretrain.json]
+        [--steps 4] [--rounds 3] [--threads 2] [--json moco.json]
 
 A step is two views of every crop, both encoders, backward, LARS and the momentum update. Both have
 the same backbone, heads, batch and float32, and make views with the same parameters: lightly's from
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="that count, after one that does not")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=Path("pretrain.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/moco.json"))
     options = parser.parse_args()
     if importlib.util.find_spec("lightly") is None:
         sys.exit(f"lightly is not installed; it is no dependency of this project: {HOW}.")
@@ -261,6 +261,7 @@ def main() -> None:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {options.json}")
 

@@ -57,9 +57,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--batch", type=int, default=64, help="crops of one worker")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument(
-        "--json", type=Path, default=Path("benchmarks/results/moco_scaling.json")
-    )
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/moco_scaling.json"))
     options = parser.parse_args()
     measured = []
     for grows in (True, False):
