@@ -9,6 +9,7 @@ import torch
 from scellst_ray import storage
 from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
 from scellst_ray.crop_format import CropSample
+from scellst_ray.crop_store import colours_by_slide
 from scellst_ray.lease import held
 from scellst_ray.models.catalogue import is_catalogued
 from scellst_ray.models.cellvit_inference import tile_bytes
@@ -19,24 +20,14 @@ from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops,
 from scellst_ray.pipelines.driver import Driver, Progress, Report
 from scellst_ray.pipelines.networks import local_weights
 from scellst_ray.pipelines.receipts import Resources, receipts_dataset
+from scellst_ray.pipelines.segmenter_settings import WITHOUT_FILE, segmenter_problems
+from scellst_ray.pipelines.sources import sources_of
 from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS
 from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.runs import FINISHED, RunFolder, check_manifest_unchanged, open_run
 from scellst_ray.session import ray_session
-from scellst_ray.slides.reader import GRID_PX
-from scellst_ray.slides.tiling import NETWORK_NATIVE_MPP
 
 WORKER_GB = 2.0
-# Encoders that are no weights of their own.
-WITHOUT_FILE = ("none", "tokens", "types")
-
-
-TYPES_UNKNOWN = {
-    "hematoxylin": "encoder 'types' needs nuclei that have types, and segmenter hematoxylin gives "
-    "none; use segmenter cellvit",
-    "imported": "encoder 'types' needs all type names before the first nucleus is read, and those "
-    "of imported nuclei are not known then; use segmenter cellvit, or an encoder of crops",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +54,9 @@ class ExtractConfig:
     """Weights: a file, 'imagenet' (downloaded by torchvision), 'timm:NAME' (by timm) or
     'random:SEED'; 'tokens' for CellViT's own, 'types' for its type as one-hot, 'none' for no
     embeddings."""
+    colours_from: str | None = None
+    """Run folder with crops of these slides: each slide's own mean and deviation of RGB normalise
+    its crops, not the encoder's; for slides of another scanner or stain (sCellST's 'self')."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the networks; auto takes bfloat16 where the driver's device has it, or gpus is true."""
     store_embeddings: bool = True
@@ -106,41 +100,10 @@ class ExtractConfig:
         problems = segmenter_problems(self)
         if self.crops is None and (self.crops_per_slide or self.crops_per_type):
             problems.append("crops_per_slide and crops_per_type need crops: how many in all")
+        if self.colours_from is not None and self.encoder in WITHOUT_FILE:
+            problems.append(f"colours_from is for encoders of crops; this is {self.encoder}")
         if problems:
             raise ValueError("; ".join(problems))
-
-
-def segmenter_problems(config: ExtractConfig) -> list[str]:
-    """Return what is wrong with the settings of the segmenter, a sentence each."""
-    weights, window_px = config.segmenter_weights, config.segmenter_window_px
-    if config.segmenter != "cellvit":
-        given = {"segmenter_weights": weights, "segmenter_window_px": window_px}
-        wrong = [name for name, value in given.items() if value is not None]
-        wrong += ["encoder 'tokens'"] * (config.encoder == "tokens")
-        problems = [
-            f"{name} is only for segmenter cellvit; this is {config.segmenter}" for name in wrong
-        ]
-        return problems + [TYPES_UNKNOWN[config.segmenter]] * (config.encoder == "types")
-    problems = []
-    if weights is None:
-        problems.append(
-            "segmenter cellvit needs segmenter_weights: a checkpoint, or a name that `scellst-ray "
-            "models` lists"
-        )
-    low, high = NETWORK_NATIVE_MPP
-    if config.read_mpp is not None and not low <= config.read_mpp <= high:
-        problems.append(
-            f"read_mpp is {config.read_mpp}; CellViT was trained at 0.25: give {low} to {high}"
-        )
-    side = config.core_px + 2 * config.halo_px
-    if side % 16 or config.core_px % GRID_PX or config.halo_px % GRID_PX:
-        problems.append(
-            f"core_px {config.core_px} and two halo_px {config.halo_px} make {side} px; CellViT "
-            f"needs a multiple of 16 of them, and multiples of {GRID_PX} of each (960 and 32)"
-        )
-    if window_px is not None and window_px < 64:
-        problems.append(f"segmenter_window_px is {window_px}; it must be at least 64")
-    return problems
 
 
 def extract(config: ExtractConfig, report: Report = lambda _: None) -> dict[str, dict[str, Any]]:
@@ -205,16 +168,6 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
     return CheckedNetworks(found, type_names, bytes_on_cpu)
 
 
-def _source(slide: SlideRow, *, imported: bool) -> dict[str, Any]:
-    """Return what says which image a slide_id stands for."""
-    source = {"uri": slide.uri, "mpp": slide.mpp, "bytes": storage.content_size(slide.uri)}
-    segmentation = slide.columns.get("segmentation") if imported else None
-    if segmentation is None:
-        return source
-    size = storage.content_size(segmentation)
-    return source | {"segmentation": segmentation, "segmentation_bytes": size}
-
-
 def _settled(config: ExtractConfig) -> ExtractConfig:
     """Return the configuration with what must be the same in every process decided, once.
 
@@ -258,15 +211,18 @@ def run_cells(
     settings = ("segmenter", "read_mpp", "core_px", "halo_px", "store_embeddings", "precision")
     identity = networks.identity | {name: getattr(config, name) for name in settings}
     identity["segmenter_version"] = SEGMENTER_VERSIONS[config.segmenter]
+    colours = None
+    if config.colours_from is not None:
+        colours = colours_by_slide(config.colours_from)
+        identity["colours"] = "of each slide"
     run = open_run(config.out, job, identity, asdict(config))
     prepare()
     imported = config.segmenter == "imported"
-    sources = {slide.slide_id: _source(slide, imported=imported) for slide in slides}
-    check_manifest_unchanged(run, sources)
+    check_manifest_unchanged(run, sources_of(slides, colours, imported=imported))
     sample = _sample(config)
     if sample is not None:
         check_sample(run, sample)
-    spec = _spec(config, networks, head_uri)
+    spec = replace(_spec(config, networks, head_uri), colours=colours)
     progress = Progress(len(slides))
     pending = _pending(run, slides, progress)
     report(progress)

@@ -14,7 +14,7 @@ from scellst_ray.crop_format import (
     draw,
     index_uri,
 )
-from scellst_ray.crop_store import open_store, read_crops
+from scellst_ray.crop_store import colours_by_slide, open_store, read_crops
 from scellst_ray.pipelines.cells import ExtractConfig, extract
 from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
 from scellst_ray.pipelines.cutting import CropSet, cut_slide
@@ -150,9 +150,22 @@ def test_extract_with_crops(small_cohort, tmp_path):
     assert Path(store.files[0].uri).stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="another sample"):
         extract(ExtractConfig(**config, crops=21))
+    # Their colours may stand in for the encoder's: of each slide, and noted with it.
+    own = config | {"out": str(tmp_path / "own"), "encoder": "random:0:resnet18"}
+    records = extract(ExtractConfig(**own, colours_from=str(tmp_path)))
+    assert {record["status"] for record in records.values()} == {"done"}
+    noted = storage.read_json(f"{own['out']}/slides.json")
+    for slide_id, colours in colours_by_slide(str(tmp_path)).items():
+        assert noted[slide_id]["colours"] == [list(part) for part in colours]
+    with pytest.raises(ValueError, match="colours"):
+        extract(ExtractConfig(**own))
 
 
 def test_flags_that_cannot_work_are_refused():
-    for flags, told in (({"crops": 0}, "crops is 0"), ({"crops_per_type": 5}, "need crops")):
+    for flags, told in (
+        ({"crops": 0}, "crops is 0"),
+        ({"crops_per_type": 5}, "need crops"),
+        ({"colours_from": "run", "encoder": "none"}, "colours_from is for encoders of crops"),
+    ):
         with pytest.raises(ValueError, match=told):
             ExtractConfig(manifest="m.csv", out="o", **flags)
