@@ -148,6 +148,10 @@ class Cutoff:
         return int(below[-1]) if len(below) else 0
 
 
+# Mean and standard deviation of red, green and blue, 0-1.
+Colours = tuple[tuple[float, ...], tuple[float, ...]]
+
+
 @dataclass
 class Moments:
     """Sums over the px of crops' centres: exact, so they add up to the same in any order.
@@ -175,7 +179,7 @@ class Moments:
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
         self.squares = [a + b for a, b in zip(self.squares, squares, strict=True)]
 
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def mean_std(self) -> Colours:
         """Return mean and standard deviation of each channel, over all pixels, in 0-1."""
         num = max(self.num_px, 1)
         pairs = list(zip(self.sums, self.squares, strict=True))

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scellst_ray import schemas, storage
-from scellst_ray.crop_format import Moments, decode_into, file_uri, index_uri
+from scellst_ray.crop_format import Colours, Moments, decode_into, file_uri, index_uri
 from scellst_ray.remote import redacted, retried
 
 
@@ -112,6 +112,23 @@ def open_store(uris: Sequence[str]) -> CropStore:
         failed,
         tuple(files[slide_id] for slide_id in sorted(files)),
     )
+
+
+def colours_by_slide(uri: str) -> dict[str, Colours]:
+    """Return the colours of each slide's crops (their centres, which encoders see), by slide_id.
+
+    Args:
+        uri: A run folder with crops.
+
+    Raises:
+        ValueError: it has none, or they are not finished, or of a newer release.
+    """
+    slides = _index(storage.absolute(uri))["slides"]
+    return {
+        slide_id: Moments(**found["centre"]).mean_std()
+        for slide_id, found in slides.items()
+        if found["num_crops"]
+    }
 
 
 def _index(uri: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from crop_runs import numbers_of, write_crop_run
 
 from scellst_ray import storage
 from scellst_ray.crop_format import ROW_GROUP, index_uri
-from scellst_ray.crop_store import open_store, read_crops
+from scellst_ray.crop_store import colours_by_slide, open_store, read_crops
 
 COUNTS = {"s1": 300, "s0": 7, "s2": ROW_GROUP}
 
@@ -39,6 +39,23 @@ def test_the_statistics_are_those_of_all_centres(tmp_path):
     turned = open_store(uris[::-1])
     assert turned.digest == store.digest
     assert turned.files == store.files
+
+
+def test_each_slide_has_its_own_colours(tmp_path):
+    rng = np.random.default_rng(4)
+    images = {
+        "a": rng.integers(0, 256, (5, 72, 72, 3), np.uint8),
+        "b": rng.integers(90, 110, (3, 72, 72, 3), np.uint8),
+    }
+    write_crop_run(tmp_path, {name: len(crops) for name, crops in images.items()}, images)
+    found = colours_by_slide(str(tmp_path))
+    assert set(found) == {"a", "b"}
+    with pytest.raises(ValueError, match="has no crops"):
+        colours_by_slide(str(tmp_path / "elsewhere"))
+    for slide_id, (mean, std) in found.items():
+        centres = images[slide_id][:, 12:60, 12:60].reshape(-1, 3) / 255
+        np.testing.assert_allclose(mean, centres.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(std, centres.std(0), rtol=1e-9)
 
 
 def test_the_digest_is_that_of_the_content(run, tmp_path):

@@ -5,6 +5,7 @@ On rows, like the stages of pipelines/stages.py. Shape letters: N nuclei, D embe
 
 import logging
 import os
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scellst_ray import schemas, storage
+from scellst_ray.logs import named
 from scellst_ray.models.catalogue import is_catalogued, weights_path
 from scellst_ray.models.cellvit_inference import pack_maps, segment_tiles, tokens_of
 from scellst_ray.models.cellvit_weights import load_cellvit
@@ -103,12 +105,28 @@ class Embed:
                     embedding_ND = one_hot(row["cells"]["nucleus_type"], self.spec.type_names)
                 else:
                     crops = row.pop("crops")
-                    embedding_ND = embed_crops(
-                        self.encoder, crops, self.device, self.spec.precision
-                    )
+                    encoder = self._normalising(self.encoder, row["slide_id"])
+                    embedding_ND = embed_crops(encoder, crops, self.device, self.spec.precision)
                 row["cells"] = self._with_vectors(row["cells"], embedding_ND)
             end_process_if_broken(self.device, row)
         return rows
+
+    def _normalising(self, encoder: Encoder, slide_id: str) -> Encoder:
+        """Return the encoder with the colours of this slide, if slides have their own.
+
+        Raises:
+            ValueError: this slide's are not known.
+        """
+        if self.spec.colours is None:
+            return encoder
+        if slide_id not in self.spec.colours:
+            message = (
+                f"colours_from has no crops of slide {slide_id!r}: run `extract --crops` on that "
+                "folder first, with this slide in its manifest"
+            )
+            raise ValueError(message)
+        mean, std = self.spec.colours[slide_id]
+        return replace(encoder, mean=mean, std=std)
 
     def _with_vectors(self, cells: pa.Table, embedding_ND: NDArray[np.float16]) -> pa.Table:
         if self.spec.store_embeddings:
@@ -165,6 +183,7 @@ def end_process_if_broken(device: Device, row: Row) -> None:
             row["slide_id"],
             row["tile_id"],
             row["error"],
+            extra=named(row["slide_id"], row["tile_id"], row["stage"]),
         )
         os._exit(1)
 

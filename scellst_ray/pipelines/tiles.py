@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from scellst_ray import node_cache, schemas, storage
+from scellst_ray.crop_format import Colours
 from scellst_ray.geometry import Box, Frame
+from scellst_ray.logs import about
 from scellst_ray.node_cache import hold
 from scellst_ray.nuclei.imported import check_within, publish_by_tile, read_segmentation
 from scellst_ray.slides.reader import Slide
@@ -51,6 +53,8 @@ class CellsSpec:
         weights_digest: What the network's weights must be; None: not checked.
         encoder_digest: What the encoder's weights must be; None: not checked.
         window_px: Neighbourhood for the network's edge maps in px read; None: the whole tile.
+        colours: By slide_id, the mean and deviation that its crops are normalised with; None: the
+            encoder's for all.
     """
 
     segmenter: str
@@ -67,6 +71,7 @@ class CellsSpec:
     weights_digest: str | None = None
     encoder_digest: str | None = None
     window_px: int | None = None
+    colours: dict[str, Colours] | None = None
 
     @property
     def needs_crops(self) -> bool:
@@ -84,7 +89,8 @@ def guarded(row: Row, stage: str) -> Iterator[None]:
     """Time a stage of one tile, and turn what it raises into values of its row."""
     started = time.perf_counter()
     try:
-        yield
+        with about(row.get("slide_id"), row.get("tile_id"), stage):
+            yield
     except Exception as error:  # noqa: BLE001 - the one place where a tile's failure is caught
         notes = " ".join(getattr(error, "__notes__", ()))
         row |= {

@@ -115,12 +115,7 @@ def run_steps(
         ValueError: there are more workers than lanes.
         FloatingPointError: loss or gradient is not finite; nothing was changed.
     """
-    if collective.world_size > order.num_lanes:
-        message = (
-            f"there are {collective.world_size} workers, and a batch of {recipe.batch} is shared "
-            f"by at most {order.num_lanes}; use fewer workers, or a batch that 64 divides"
-        )
-        raise ValueError(message)
+    _check_workers(collective, order, recipe)
     device = next(model.parameters()).device
     num_steps = recipe.epochs * order.steps_per_epoch
     lanes = range(collective.rank, order.num_lanes, collective.world_size)
@@ -151,6 +146,15 @@ def run_steps(
                     precision=recipe.precision,
                 )
                 yield Step(epoch, number, lr, result, batches.waited_s)
+
+
+def _check_workers(collective: Collective, order: CropOrder, recipe: Recipe) -> None:
+    if collective.world_size > order.num_lanes:
+        message = (
+            f"there are {collective.world_size} workers, and a batch of {recipe.batch} is shared "
+            f"by at most {order.num_lanes}; use fewer workers, or a batch that 64 divides"
+        )
+        raise ValueError(message)
 
 
 def _views(

@@ -5,9 +5,11 @@ from dataclasses import replace
 import cellvit_weights
 import numpy as np
 import pytest
+import torch
 
 from scellst_ray import schemas, storage
 from scellst_ray.compaction import finish_slide
+from scellst_ray.models.encoder import load_encoder
 from scellst_ray.models.mil import MilHead, save_head
 from scellst_ray.pipelines import networks
 from scellst_ray.pipelines.networks import Embed, Network
@@ -175,6 +177,28 @@ def test_other_weights_than_the_runs_are_refused(network_spec, cells_spec):
         Network(replace(network_spec, weights_digest="sha256:other"), "cpu")
     with pytest.raises(ValueError, match="the run was started with sha256:other"):
         Embed(replace(cells_spec, encoder_digest="sha256:other"), "cpu")
+
+
+def test_crops_are_normalised_by_their_slide(cells_spec):
+    colours = {"pale": ((0.8, 0.7, 0.8), (0.1, 0.2, 0.1))}
+    spec = replace(cells_spec, encoder="random:0:resnet18", colours=colours)
+    crops = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), np.uint8)
+    inputs = {"crops": crops, "cells": schemas.cells_schema(None).empty_table()}
+    rows = [
+        {"slide_id": slide_id, "tile_id": 0, "num_tiles": 1, "error": None} | inputs
+        for slide_id in ("pale", "other")
+    ]
+    stage = Embed(spec, "cpu")
+    seen = []
+    stage._with_vectors = lambda _, embedding_ND: seen.append(embedding_ND)
+    rows = stage(rows)
+    own = load_encoder("random:0:resnet18")
+    by_hand = ((crops / 255 - colours["pale"][0]) / colours["pale"][1]).astype(np.float32)
+    with torch.inference_mode():
+        expected = own.network(torch.from_numpy(by_hand).permute(0, 3, 1, 2)).numpy()
+    assert len(seen) == 1
+    np.testing.assert_allclose(seen[0], expected, rtol=2e-3, atol=2e-3)
+    assert "no crops of slide 'other'" in rows[1]["error"]
 
 
 def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch):
