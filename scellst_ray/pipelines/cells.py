@@ -1,7 +1,7 @@
 """CELLS: the `extract` job, and the run that `extract` and `predict` share."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -238,14 +238,14 @@ def run_cells(
     with held(run.uri) as lease:
         run.write_config(asdict(config))
         prepare()
-        imported = config.segmenter == "imported"
-        check_manifest_unchanged(run, sources_of(slides, colours, imported=imported))
+        sources = sources_of(slides, colours, imported=config.segmenter == "imported")
+        check_manifest_unchanged(run, sources)
         sample = _sample(config)
         if sample is not None:
             check_sample(run, sample)
         progress = Progress(len(slides))
         driver = Driver(run, progress, report, lease.check)
-        pending = _pending(run, slides, progress)
+        pending = _largest_first(_pending(run, slides, progress), sources)
         report(progress)
         if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
             return progress.records
@@ -274,6 +274,16 @@ def _pending(run: RunFolder, slides: list[SlideRow], progress: Progress) -> list
     finished = {s: record for s, record in records.items() if record["status"] in FINISHED}
     progress.records |= {s: record for s, record in finished.items() if s in wanted}
     return [slide for slide in slides if slide.slide_id not in progress.records]
+
+
+def _largest_first(
+    slides: list[SlideRow], sources: Mapping[str, Mapping[str, Any]]
+) -> list[SlideRow]:
+    """Return slides by size, so that no large one is begun when the others are done.
+
+    Where sizes are not known, the order of the manifest stays.
+    """
+    return sorted(slides, key=lambda slide: -(sources[slide.slide_id]["bytes"] or 0))
 
 
 def _spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:
