@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test test-slow lint bench clean
 
 help:
 	@echo "make demo   synthetic slides to single-cell expression, on this machine, into demo/"
-	@echo "make test   lint, then all tests; what .ci/run calls"
+	@echo "make test   lint, then all tests but the slow; what .ci/run calls"
+	@echo "make test-slow  lint, then the tests that take minutes each"
 	@echo "make lint   ruff, mypy --strict, codespell"
 	@echo "make bench  throughput end to end, against the same kernels in a bare loop"
 	@echo "make venv   only set up .venv with the pinned versions of constraints.txt"
@@ -30,6 +31,9 @@ demo: venv
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: lint
+	$(BIN)/python -m pytest -m slow
 
 lint: venv
 	$(BIN)/ruff check .

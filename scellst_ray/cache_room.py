@@ -178,12 +178,12 @@ def _described(root: Path, folder: Path) -> _Copy | None:
     lock = lock_path(root, identity)
     last_use = lock.stat().st_mtime_ns if lock.exists() else 0
     try:
-        paths = list(folder.iterdir())
+        paths = [path for path in folder.rglob("*") if path.is_file()]
         stats = [path.stat() for path in paths]
     except FileNotFoundError:
         # A download has just failed, or was renamed: it will look otherwise now.
         return _described(root, folder) if folder.exists() else None
-    is_whole = any(not path.name.startswith(".") for path in paths)
+    is_whole = any(path.parent == folder and not path.name.startswith(".") for path in paths)
     written = sum(stat.st_blocks * _BLOCK for stat in stats)
     num_bytes = max(promised, sum(stat.st_size for stat in stats))
     to_come = 0 if is_whole else max(0, promised - written)

@@ -17,10 +17,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from scellst_ray import __version__
+from scellst_ray.logs import log_to_stderr
+from scellst_ray.remote import refuse_credentials
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PROG = "scellst-ray"
+TRUTHS = ("true", "false", "True", "False")
 DESCRIPTION = "Single-cell gene expression from cohorts of H&E slides, on Ray."
 
 
@@ -50,12 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: all slides done or empty (or the job succeeded). 1: some slide is partial or failed, or the
     job could not be done. 2: the command line is wrong.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("scellst_ray").setLevel(logging.INFO)
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["--version"]:  # before the jobs, and with them torch and Ray, are imported
         print(f"scellst-ray {__version__}")  # noqa: T201
         return 0
+    try:
+        log_to_stderr(logging.INFO)
+    except ValueError as error:
+        _refuse(PROG, str(error))
     from scellst_ray import commands  # noqa: PLC0415 - keeps `scellst-ray --version` quick
 
     jobs = commands.jobs()
@@ -75,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(_spelled(words[len(name.split()) :], config_class)).as_dict()
     try:
         config = config_class(**{f.name: given[f.name] for f in fields(config_class)})
+        refuse_credentials(given)
         return run(config)
     except (ValueError, OSError) as error:
         # What users can mend: bad input, in one line. Anything else is ours, with its traceback.
@@ -135,23 +141,28 @@ def _spelled(words: Sequence[str], config_class: type) -> list[str]:
     """Spell a job's words the way jsonargparse takes them.
 
     --read-mpp is --read_mpp, `--seed -1e3` is --seed=-1e3, --slides a,b is a list of strings,
-    `fetch NAME` is --name=NAME, and --config comes first, since of two that set a key the later
-    wins.
+    `fetch NAME` is --name=NAME, `status RUN` is --run=RUN, --json is --json=true, and --config
+    comes first, since of two that set a key the later wins.
     """
     known = {f.name: f.type for f in fields(config_class)}
     lists = {name for name, kind in known.items() if kind == (list[str] | None)}
     configs: list[str] = []
     spelled: list[str] = []
     rest = list(words)
-    if "name" in known and rest and not rest[0].startswith("-"):
-        rest[0] = f"--name={rest[0]}"
+    bare = next((name for name in ("name", "run") if name in known), None)
+    if any(word.partition("=")[0] == f"--{bare}" for word in rest):
+        bare = None
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         key = name[2:].replace("-", "_")
         if not name.startswith("--") or not key:
-            spelled.append(word)
+            is_bare = bare is not None and not word.startswith("-")
+            spelled.append(f"--{bare}={word}" if is_bare else word)
+            bare = None if is_bare else bare
             continue
+        if not equals and known.get(key) is bool:
+            equals, value = "=", rest.pop(0) if rest and rest[0] in TRUTHS else "true"
         if not equals and (key in known or key == "config") and rest and _is_value(rest[0]):
             equals, value = "=", rest.pop(0)
         if key in lists and equals and value[:1] not in {"[", ""} and value != "null":

@@ -11,6 +11,8 @@ import fsspec
 import polars as pl
 from fsspec.implementations.local import LocalFileSystem
 
+from scellst_ray.remote import redacted, retried, secret_in
+
 MIN_MPP, MAX_MPP = 0.1, 1.2
 ALIASES = {"path": "uri", "wsi": "uri", "wsi_mpp": "mpp"}
 PATH_COLUMNS = ("spots", "spot_positions", "segmentation", "xenium", "xenium_alignment")
@@ -98,17 +100,40 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
     return rows
 
 
+def chosen(slides: list[SlideRow], slide_ids: list[str] | None) -> list[SlideRow]:
+    """Return the slides of these ids, in the order of the manifest; all if None.
+
+    Raises:
+        ValueError: an id is not in the manifest.
+    """
+    if slide_ids is None:
+        return slides
+    there = [slide.slide_id for slide in slides]
+    unknown = sorted(set(slide_ids) - set(there))
+    if unknown:
+        near = get_close_matches(unknown[0], there, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        message = f"slides: the manifest has no slide_id {', '.join(map(repr, unknown))}{hint}"
+        raise ValueError(message)
+    return [slide for slide in slides if slide.slide_id in set(slide_ids)]
+
+
 def _read_frame(uri: str) -> pl.DataFrame:
     fs, path = fsspec.core.url_to_fs(uri)
-    if not fs.isfile(path):
+    is_local = isinstance(fs, LocalFileSystem)
+    if is_local and not fs.isfile(path):
         message = f"{uri}: no such manifest"
         raise FileNotFoundError(message)
+
+    def read() -> bytes:
+        return bytes(fs.cat_file(path))
+
+    content = read() if is_local else retried(read, redacted(uri))
     try:
-        with fs.open(path, "rb") as handle:
-            if uri.endswith((".parquet", ".pq")):
-                return pl.read_parquet(handle)
-            # Strings first: a slide_id of "007" must stay one.
-            frame = pl.read_csv(handle.read(), infer_schema=False)
+        if uri.endswith((".parquet", ".pq")):
+            return pl.read_parquet(content)
+        # Strings first: a slide_id of "007" must stay one.
+        frame = pl.read_csv(content, infer_schema=False)
     except pl.exceptions.PolarsError as error:
         reason = str(error).partition("\n")[0]
         message = f"{uri}: cannot be read as a manifest ({reason}); expected CSV or Parquet"
@@ -157,5 +182,7 @@ def _problems(rows: list[SlideRow]) -> list[str]:
             problems.append(f"row {number}: slide_id {row.slide_id!r} is there twice; rename one")
         if not row.uri:
             problems.append(f"row {number}: slide {row.slide_id!r} has no uri")
+        texts = (row.uri, *(text for text in row.columns.values() if isinstance(text, str)))
+        problems += [f"row {number}: {reason}" for reason in map(secret_in, texts) if reason]
         seen.add(row.slide_id)
     return problems

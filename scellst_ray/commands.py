@@ -25,12 +25,17 @@ from scellst_ray.manifest_hest import ManifestHestConfig, write_hest_manifest
 from scellst_ray.models_command import ModelsConfig, ModelsFetchConfig, fetch_model, list_models
 from scellst_ray.pipelines.cells import ExtractConfig, extract
 from scellst_ray.pipelines.expression import PredictConfig, predict
+from scellst_ray.plan import PlanConfig
+from scellst_ray.plan_report import run_plan
 from scellst_ray.pretrain import ENCODER_FILE, PretrainConfig, pretrain_encoder
 from scellst_ray.progress import shown_progress
 from scellst_ray.reading import open_run
+from scellst_ray.retry import RetryConfig, retry
 from scellst_ray.runs import FINISHED
 from scellst_ray.simulate import SimulateConfig
 from scellst_ray.simulate_report import run_simulate
+from scellst_ray.status import StatusConfig, status
+from scellst_ray.sweep import GcConfig, gc
 from scellst_ray.train import TrainConfig, train
 
 Job = tuple[type, Callable[[Any], int]]
@@ -60,6 +65,10 @@ def jobs() -> dict[str, Job]:
         "pretrain": (PretrainConfig, run_pretrain),
         "train": (TrainConfig, run_train),
         "predict": (PredictConfig, run_predict),
+        "plan": (PlanConfig, run_plan),
+        "status": (StatusConfig, status),
+        "retry": (RetryConfig, run_retry),
+        "gc": (GcConfig, gc),
         "export": (ExportConfig, run_export),
         "evaluate segmentation": (EvaluateSegmentationConfig, run_evaluate_segmentation),
         "evaluate encoder": (EvaluateEncoderConfig, run_evaluate_encoder),
@@ -86,6 +95,13 @@ def run_predict(config: PredictConfig) -> int:
     with shown_progress() as report:
         records = predict(config, report)
     return summarise(records, config.out)
+
+
+def run_retry(config: RetryConfig) -> int:
+    """Run `retry`; 0 only if every slide that it was about is done or empty."""
+    with shown_progress() as report:
+        records = retry(config, report)
+    return summarise(records, config.run)
 
 
 def run_pretrain(config: PretrainConfig) -> int:

@@ -7,7 +7,7 @@ are the same however the tiles were shared out, retried or resumed.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from scellst_ray.nuclei.imported_table import import_report
 from scellst_ray.runs import RunFolder
 
 ROW_GROUP = 16_384
+Stretch = tuple[str, int, int]
 GEO = {
     "version": "1.1.0",
     "primary_column": "polygon",
@@ -46,13 +47,16 @@ class Written:
     domain_shift: dict[str, Any] | None = None
 
 
-def finish_slide(run: RunFolder, slide_id: str, receipts: pa.Table) -> dict[str, Any]:
+def finish_slide(
+    run: RunFolder, slide_id: str, receipts: pa.Table, *, imported: bool = False
+) -> dict[str, Any]:
     """Write a slide's tables from its shards, then its record; return the record.
 
     Args:
         run: The run.
         slide_id: The slide.
         receipts: RECEIPTS of this slide, one per tile, all of them.
+        imported: Whether its nuclei came from a file: the record tells what became of them.
     """
     receipts = receipts.sort_by("tile_id")
     failed = receipts.filter(pc.is_valid(receipts["error"]))
@@ -62,7 +66,9 @@ def finish_slide(run: RunFolder, slide_id: str, receipts: pa.Table) -> dict[str,
     elif storage.exists(run.failures_uri(slide_id)):
         storage.remove_tree(run.failures_uri(slide_id))
     written = _write_tables(run, slide_id, receipts)
-    record = _record(slide_id, receipts, failed, written) | _imported(run, slide_id)
+    record = _record(slide_id, receipts, failed, written)
+    if imported:
+        record |= _imported(run, slide_id)
     storage.publish_json(run.record_uri(slide_id), record)
     if not len(failed):
         # A partial slide keeps its shards: a later run adds only the tiles that failed.
@@ -71,7 +77,7 @@ def finish_slide(run: RunFolder, slide_id: str, receipts: pa.Table) -> dict[str,
 
 
 def _imported(run: RunFolder, slide_id: str) -> dict[str, Any]:
-    """Return what became of the nuclei that came from a file; nothing if the slide has none."""
+    """Return what became of the nuclei that came from a file; nothing if there was none."""
     uris = storage.list_files(run.shards_uri(slide_id))
     files = [uri for uri in uris if uri.rsplit("/", 1)[-1].startswith("imported-")]
     if not files:
@@ -80,7 +86,7 @@ def _imported(run: RunFolder, slide_id: str) -> dict[str, Any]:
     return {"imported": report}
 
 
-def unfinished_record(slide_id: str, error: BaseException) -> dict[str, Any]:
+def unfinished_record(slide_id: str, error_type: str, error: str) -> dict[str, Any]:
     """Return the record, not published, of a slide whose tables could not be written."""
     return {
         "slide_id": slide_id,
@@ -89,8 +95,8 @@ def unfinished_record(slide_id: str, error: BaseException) -> dict[str, Any]:
         "num_failed_tiles": 0,
         "num_cells": 0,
         "stage": "finish",
-        "error_type": type(error).__name__,
-        "error": str(error),
+        "error_type": error_type,
+        "error": error,
     }
 
 
@@ -130,26 +136,38 @@ def _record(
 
 def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table) -> Written:
     """Write CELLS, and EXPRESSION if the shards hold hidden vectors, each nucleus once."""
-    shards = [name for name in receipts["shard"].to_pylist() if name]
-    if not shards:
+    stretches = list(_stretches(receipts))
+    if not stretches:
         return Written()
+    num_cells = pc.sum(receipts["num_cells"]).as_py()
+    folder = run.shards_uri(slide_id)
+    # The shards of a small slide are read once, and not once for each of its tables.
+    kept: dict[str, pa.Table] = {}
 
-    def tiles(columns: list[str]) -> Iterator[pa.Table]:
-        return _tiles_in_order(run, slide_id, receipts, columns)
+    def read(name: str, columns: list[str]) -> pa.Table:
+        if num_cells > ROW_GROUP:
+            return storage.read_table(storage.join(folder, name), columns)
+        if name not in kept:
+            kept[name] = storage.read_table(storage.join(folder, name))
+        return kept[name].select(columns)
 
-    found = seams.resolve(lambda: _seam_cells(tiles(["cell_id", "seam", "polygon"])))
-    shard = storage.read_schema(storage.join(run.shards_uri(slide_id), shards[0]))
+    def cells(columns: list[str]) -> Iterator[pa.Table]:
+        return _cells_in_order(stretches, lambda name: read(name, columns))
+
+    found = seams.resolve(lambda: _seam_cells(cells(["cell_id", "seam", "polygon"])))
+    first = stretches[0][0]
+    shard = kept[first].schema if kept else storage.read_schema(storage.join(folder, first))
     dim = shard.field("embedding").type.list_size if "embedding" in shard.names else None
     geo = {b"geo": json.dumps(GEO).encode()}
     schema = schemas.signed(schemas.cells_schema(dim), "CELLS", run.digest, geo)
-    _write(run.cells_uri(slide_id), schema, _without(found.dropped, tiles(schema.names)))
+    _write(run.cells_uri(slide_id), schema, _without(found.dropped, cells(schema.names)))
     tables, shift = ["CELLS"], None
     if "hidden" in shard.names:
         schema = _expression_schema(run, shard)
-        rows = _without(found.dropped, tiles(schema.names))
+        rows = _without(found.dropped, cells(schema.names))
         shift = _write_expression(run, slide_id, schema, rows)
         tables.append("EXPRESSION")
-    num_cells = pc.sum(receipts["num_cells"]).as_py() - len(found.dropped)
+    num_cells -= len(found.dropped)
     return Written(tuple(tables), num_cells, found.num_doubled, found.num_adopted, shift)
 
 
@@ -172,36 +190,48 @@ def _write_expression(
     return score.judged(limit_of_head(storage.join(run.uri, HEAD_FILE)))
 
 
-def _seam_cells(tiles: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:
-    """Yield what is needed of the nuclei of each tile that other tiles may also have found."""
-    for tile in tiles:
-        near = tile.filter(pc.greater(tile["seam"], 0))
+def _seam_cells(cells: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:
+    """Yield what is needed of the nuclei of each part that other tiles may also have found."""
+    for part in cells:
+        near = part.filter(pc.greater(part["seam"], 0))
         if len(near):
             cell_id, seam, polygon = (near[n].to_numpy() for n in ("cell_id", "seam", "polygon"))
             yield seams.SeamCells(cell_id, seam, polygon)
 
 
-def _without(dropped: NDArray[np.int64], tiles: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the cells of each tile whose ids are not among those dropped (ascending)."""
-    for tile in tiles:
-        cell_id = tile["cell_id"].to_numpy()
+def _without(dropped: NDArray[np.int64], cells: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the cells of each part whose ids are not among those dropped (ascending)."""
+    for part in cells:
+        cell_id = part["cell_id"].to_numpy()
         start, end = np.searchsorted(dropped, [cell_id[0], cell_id[-1] + 1])
-        yield tile.filter(pa.array(~np.isin(cell_id, dropped[start:end]))) if end > start else tile
+        yield part.filter(pa.array(~np.isin(cell_id, dropped[start:end]))) if end > start else part
 
 
-def _tiles_in_order(
-    run: RunFolder, slide_id: str, receipts: pa.Table, columns: list[str]
+def _cells_in_order(
+    stretches: list[Stretch], read: Callable[[str], pa.Table]
 ) -> Iterator[pa.Table]:
-    """Yield the cells of each tile, in tile order, holding one shard at a time."""
-    open_name, shard = None, None
-    for row in receipts.select(["shard", "shard_row", "num_cells"]).to_pylist():
-        if not row["num_cells"]:
+    """Yield the cells of all tiles, in tile order, holding one shard at a time."""
+    open_name, shard = "", pa.table({})
+    for name, start, num_cells in stretches:
+        if name != open_name:
+            open_name, shard = name, read(name)
+        yield shard.slice(start, num_cells)
+
+
+def _stretches(receipts: pa.Table) -> Iterator[Stretch]:
+    """Yield shard, first row and number of rows of tiles whose cells follow each other there."""
+    name, start, end = "", 0, 0
+    columns = (receipts[n].to_pylist() for n in ("shard", "shard_row", "num_cells"))
+    for shard, row, num_cells in zip(*columns, strict=True):
+        if not num_cells:
             continue
-        if row["shard"] != open_name:
-            open_name = row["shard"]
-            shard = storage.read_table(storage.join(run.shards_uri(slide_id), open_name), columns)
-        assert shard is not None
-        yield shard.slice(row["shard_row"], row["num_cells"])
+        if (shard, row) != (name, end):
+            if end > start:
+                yield name, start, end - start
+            name, start = shard, row
+        end = row + num_cells
+    if end > start:
+        yield name, start, end - start
 
 
 def _write(uri: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:

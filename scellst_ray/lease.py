@@ -139,7 +139,7 @@ class Lease:
         """
         with _exclusive(self.uri) as file:
             found = _content(file.read())
-            if found is not None and not _is_over(found):
+            if found is not None and not is_over(found):
                 if found["machine"] == self._holder["machine"] or (seen and found != seen):
                     raise LeaseError(self._refusal(found))
                 if seen is None or unrenewed_s < found["seconds"]:
@@ -284,7 +284,7 @@ def _content(text: bytes) -> dict[str, Any] | None:
     return found
 
 
-def _is_over(found: dict[str, Any]) -> bool:
+def is_over(found: dict[str, Any]) -> bool:
     """Tell whether a lease is over for certain."""
     here = found["machine"] == _machine()
     if here and _process(found["pid"]) not in (found["process"], ""):

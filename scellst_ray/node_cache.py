@@ -6,9 +6,12 @@ Below `scellst_ray_cache_UID` in $SCELLST_RAY_CACHE_DIR (the temporary folder wh
     locks/IDENTITY               one per object ever fetched, empty, never removed; its time is
                                  that of the last use
     files/IDENTITY-BYTES/NAME    the copy; .NAME.part while it comes
+    files/IDENTITY-BYTES/STEM/   of a slide in MRXS, NAME being STEM.mrxs, the folder that holds its
+                                 pixels; .STEM.part while it comes
 
 IDENTITY is made from the URI and the store's own mark of the content (its ETag; size and times
-where it gives none), so a changed object is another entry. The protocol, in terms of flock(2):
+where it gives none; for MRXS of all its files), so a changed object is another entry. The protocol,
+in terms of flock(2):
 
 - A reader holds locks/IDENTITY shared for as long as it has the file open, since OpenSlide opens
   some formats bit by bit. Several processes and threads may.
@@ -45,6 +48,7 @@ from scellst_ray.remote import DISK_FULL, TRIES, redacted, retried
 
 # Of an object's name: a file name has at most 255 bytes, a character up to 4.
 LONGEST_NAME = 48
+MRXS = ".mrxs"
 
 
 class Held:
@@ -162,14 +166,28 @@ def identity(uri: str) -> str | None:
 
 
 @dataclass(frozen=True)
+class _File:
+    """One of an entry's files: its path in the store, its name below the entry, and its bytes."""
+
+    remote: str
+    local: str
+    num_bytes: int | None
+
+
+@dataclass(frozen=True)
 class _Entry:
-    """An object as its store describes it now, and where its copy lies."""
+    """An object as its store describes it now, and where its copy lies.
+
+    Attributes:
+        beside: What else it consists of, in a folder beside it.
+    """
 
     fs: fsspec.AbstractFileSystem
     remote: str
     uri: str
     identity: str
-    num_bytes: int | None
+    main: _File
+    beside: tuple[_File, ...]
     root: Path
 
     @property
@@ -181,21 +199,44 @@ class _Entry:
         return cache_room.lock_path(self.root, self.identity)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all its files; what the store does not tell counts as none."""
+        return sum(file.num_bytes or 0 for file in (self.main, *self.beside))
+
+    @property
+    def folder(self) -> Path:
+        return cache_room.entry_folder(self.root, self.identity, self.num_bytes)
+
+    @property
     def file(self) -> Path:
-        folder = cache_room.entry_folder(self.root, self.identity, self.num_bytes or 0)
-        name = redacted(self.remote).rsplit("/", 1)[-1]
-        return folder / (name[-LONGEST_NAME:].lstrip(".") or "file")
+        return self.folder / self.main.local
 
     @property
     def part(self) -> Path:
         return self.file.with_name(f".{self.file.name}.part")
 
+    @property
+    def beside_part(self) -> Path:
+        return self.file.with_name(f".{self.file.stem}.part")
+
     def is_whole(self) -> bool:
-        return self.file.is_file() and self.num_bytes in (None, self.file.stat().st_size)
+        # It gets its name last, after the folder beside it.
+        return self.file.is_file() and self.main.num_bytes in (None, self.file.stat().st_size)
+
+    def parts(self) -> list[tuple[_File, Path]]:
+        """Return its files and where they lie while it comes."""
+        beside = [(file, self.beside_part / file.local) for file in self.beside]
+        return [*beside, (self.main, self.part)]
+
+    def give_names(self) -> None:
+        """Make what came the copy."""
+        if self.beside:
+            self.beside_part.replace(self.file.with_suffix(""))
+        self.part.replace(self.file)
 
 
 def _asked(fs: fsspec.AbstractFileSystem, path: str, uri: str) -> _Entry:
-    """Ask the store for an object: one request."""
+    """Ask the store for an object: one request, or two for MRXS."""
 
     def ask() -> dict[str, Any]:
         fs.invalidate_cache(path)
@@ -205,12 +246,46 @@ def _asked(fs: fsspec.AbstractFileSystem, path: str, uri: str) -> _Entry:
     if info.get("type") == "directory":
         message = f"{redacted(uri)}: a folder; give a file"
         raise IsADirectoryError(message)
+    beside = _beside(fs, path) if path.endswith(MRXS) else {}
+    marks = [_mark(info), *(f"{name} {_mark(beside[name])}" for name in sorted(beside))]
+    identity = hashlib.sha256("\n".join([uri, *marks]).encode()).hexdigest()[:32]
+    name = redacted(path).rsplit("/", 1)[-1][-LONGEST_NAME:].lstrip(".") or "file"
+    files = [_File(str(beside[name]["name"]), name, beside[name].get("size")) for name in beside]
+    main = _File(path, name, info.get("size"))
+    return _Entry(fs, path, uri, identity, main, tuple(files), cache_room.cache_root())
+
+
+def _mark(info: dict[str, Any]) -> str:
+    """Return what tells the content of an object from another's."""
     # Not fsspec's own `ukey`: it is the same for all versions of an http file, and for S3 depends
     # on how the object was asked for. Redirects are often signed, so to another url each time.
     mark = info.get("ETag") or info.get("etag")
-    mark = mark or sorted((key, str(info[key])) for key in info if key not in ("name", "url"))
-    identity = hashlib.sha256(f"{uri}\n{mark}".encode()).hexdigest()[:32]
-    return _Entry(fs, path, uri, identity, info.get("size"), cache_room.cache_root())
+    return str(mark or sorted((key, str(info[key])) for key in info if key not in ("name", "url")))
+
+
+def _beside(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    """List the folder that an MRXS slide's pixels lie in, by name below it.
+
+    Raises:
+        FileNotFoundError: it is not there, or is empty.
+        OSError: a name in it would lie elsewhere on a disk.
+    """
+    folder = path.removesuffix(MRXS) + "/"
+
+    def ask() -> dict[str, dict[str, Any]]:
+        fs.invalidate_cache(folder)
+        return dict(fs.find(folder, detail=True))
+
+    listed = retried(ask, redacted(folder)).items()
+    found = {name[len(folder) :]: info for name, info in listed if name.startswith(folder)}
+    if not found:
+        message = f"{redacted(folder)}: nothing there; it holds the pixels of the .mrxs beside it"
+        raise FileNotFoundError(message)
+    for name in found:
+        if ".." in name.split("/") or name.startswith("/"):
+            message = f"{redacted(folder)}: {name!r} cannot be a file below it; rename the object"
+            raise OSError(message)
+    return found
 
 
 def _fetched(entry: _Entry) -> _Entry:
@@ -218,39 +293,41 @@ def _fetched(entry: _Entry) -> _Entry:
 
     If that is another one, the object changed meanwhile, and what came is thrown away.
     """
-    folder = entry.file.parent
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed download left
+    shutil.rmtree(entry.folder, ignore_errors=True)  # what a killed download left
     try:
         _download(entry)
         now = _asked(entry.fs, entry.remote, entry.uri)
         if now.identity == entry.identity:
-            entry.part.replace(entry.file)
+            entry.give_names()
         return now
     finally:
         if not entry.file.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(entry.folder, ignore_errors=True)
 
 
 def _download(entry: _Entry) -> None:
-    """Fill the part; if the disk runs full, once more with nothing else kept."""
-    promise = (entry.root, entry.identity, entry.num_bytes or 0, entry.name)
+    """Fill the parts; if the disk runs full, once more with nothing else kept."""
+    promise = (entry.root, entry.identity, entry.num_bytes, entry.name)
     for drop_all in (False, True):
         cache_room.make_room(*promise, drop_all=drop_all)
         try:
-            retried(partial(_copy, entry), entry.name)
+            for file, part in entry.parts():
+                retried(partial(_copy, entry.fs, file, part), entry.name)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            entry.part.unlink(missing_ok=True)
+            for _, part in entry.parts():
+                part.unlink(missing_ok=True)
         else:
             return
-    raise cache_room.disk_full(entry.root, entry.num_bytes or 0, entry.name)
+    raise cache_room.disk_full(entry.root, entry.num_bytes, entry.name)
 
 
-def _copy(entry: _Entry) -> None:
-    entry.part.unlink(missing_ok=True)
-    entry.fs.get_file(entry.remote, str(entry.part))
-    came = entry.part.stat().st_size
-    if entry.num_bytes not in (None, came):
-        message = f"{came:,} of {entry.num_bytes:,} bytes came"
+def _copy(fs: fsspec.AbstractFileSystem, file: _File, part: Path) -> None:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.unlink(missing_ok=True)
+    fs.get_file(file.remote, str(part))
+    came = part.stat().st_size
+    if file.num_bytes not in (None, came):
+        message = f"{came:,} of {file.num_bytes:,} bytes came"
         raise ConnectionError(message)

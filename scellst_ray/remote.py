@@ -11,7 +11,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 logger = logging.getLogger("scellst_ray")
@@ -54,6 +54,12 @@ ROOTS = (
     ("google.auth.exceptions", "GoogleAuthError"),
     ("azure.core.exceptions", "AzureError"),
 )
+# Queries that open an object to whoever has them: how S3, Google and Azure sign, and common words.
+SECRET_QUERY = re.compile(
+    r"[?&](x-amz-|x-goog-|awsaccesskeyid|googleaccessid|sig=|signature|key=|api[_-]?key|"
+    r"access[_-]?key|account[_-]?key|secret|(\w*[_-])?token|sas|password|credential)",
+    re.IGNORECASE,
+)
 # In Azure's addresses what stands before the @ is the container.
 CONTAINER_FIRST = ("abfs", "abfss", "wasb", "wasbs")
 
@@ -72,6 +78,38 @@ def _without_user(match: re.Match[str]) -> str:
     scheme, user = match[1], match[2]
     kept = scheme[:-3] in CONTAINER_FIRST and ":" not in user
     return scheme + user if kept else scheme
+
+
+def secret_in(text: str) -> str | None:
+    """Return why a URI may not be given, fit to print; None if it holds no secret.
+
+    What is given is stored beside the results, for others to read: so it may hold no user name,
+    with or without a password, and no signature.
+    """
+    user = re.search(r"([A-Za-z0-9+.-]+://)([^/\s?#]*@)", text)
+    query = "://" in text and SECRET_QUERY.search(text)
+    if not query and (user is None or _without_user(user).endswith("@")):
+        return None
+    return (
+        f"{redacted(text)} was given with credentials, which would be stored with the results; "
+        "take them out, and set them on every node by the store's own means: a role or service "
+        "account, or the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING)"
+    )
+
+
+def refuse_credentials(config: Mapping[str, object]) -> None:
+    """Refuse a configuration with a secret in any of its texts or lists of texts.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for key, value in config.items():
+        texts = value if isinstance(value, list | tuple) else [value]
+        reasons = [secret_in(text) for text in texts if isinstance(text, str)]
+        for reason in filter(None, reasons):
+            message = f"{key}: {reason}"
+            raise ValueError(message)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -8,18 +8,23 @@ published last. Whatever a crash leaves beside that is never read.
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
 from scellst_ray import __version__, schemas, storage
+from scellst_ray.remote import refuse_credentials
 
 FINISHED = ("done", "empty")
+# Small files read at a time: on object storage each takes a round trip.
+NUM_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class RunFolder:
     def records(self) -> dict[str, dict[str, Any]]:
         """Read all slide records, by slide_id."""
         uris = storage.list_files(storage.join(self.uri, "records"))
-        values = (storage.read_json(uri) for uri in uris)
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            values = list(readers.map(storage.read_json, uris))
         return {str(value["slide_id"]): value for value in values}
 
     def log_receipts(self, receipts: pa.Table) -> None:
@@ -67,21 +73,56 @@ class RunFolder:
         table = schemas.conform(receipts, schemas.RECEIPTS, "RECEIPTS", self.digest)
         storage.publish_table(storage.join(self.uri, "receipts", name), table)
 
-    def receipts(self) -> pa.Table:
-        """Read the receipts log: the last receipt of each tile, errors included."""
+    def receipts(self, slide_ids: Collection[str] | None = None) -> pa.Table:
+        """Read the receipts log: the last receipt of each tile, errors included.
+
+        Args:
+            slide_ids: Only of these; None: of all slides.
+        """
         uris = storage.list_files(storage.join(self.uri, "receipts"))
-        tables = [storage.read_table(uri) for uri in uris]
-        if not tables:
-            return schemas.RECEIPTS.empty_table()
-        table = pa.concat_tables(tables)
-        table = table.append_column("order", pa.array(range(len(table)), pa.int64()))
-        last = table.group_by(["slide_id", "tile_id"]).aggregate([("order", "max")])
-        order = pc.take(last["order_max"], pc.sort_indices(last["order_max"]))
-        return table.take(order).drop_columns("order")
+        wanted = None if slide_ids is None else pa.array(list(slide_ids), pa.string())
+
+        def read(uri: str) -> pa.Table:
+            table = storage.read_table(uri)
+            return table if wanted is None else table.filter(pc.is_in(table["slide_id"], wanted))
+
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            tables = list(readers.map(read, uris))
+        return last_of_each_tile(pa.concat_tables(tables or [schemas.RECEIPTS.empty_table()]))
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Keep the configuration of the command that works on this folder, for people.
+
+        Raises:
+            ValueError: it holds credentials.
+        """
+        refuse_credentials(config)
+        settings = yaml.safe_dump(dict(config), sort_keys=False)
+        storage.publish_text(storage.join(self.uri, "config.yaml"), settings)
+
+
+def last_of_each_tile(receipts: pa.Table) -> pa.Table:
+    """Return the last receipt of each tile, in the order of the receipts."""
+    numbered = receipts.append_column("order", pa.array(np.arange(len(receipts))))
+    last = numbered.group_by(["slide_id", "tile_id"]).aggregate([("order", "max")])["order_max"]
+    if len(last) == len(receipts):
+        return receipts
+    return receipts.take(np.sort(last.to_numpy()))
+
+
+def split_by_slide(receipts: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """Yield each run of receipts of one slide."""
+    if not len(receipts):
+        return
+    runs = pc.run_end_encode(receipts["slide_id"].combine_chunks())
+    start = 0
+    for slide_id, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+        yield slide_id, receipts.slice(start, end - start)
+        start = end
 
 
 def open_run(
-    uri: str, job: str, identity: Mapping[str, Any], config: Mapping[str, Any]
+    uri: str, job: str, identity: Mapping[str, Any], config: Mapping[str, Any] | None = None
 ) -> RunFolder:
     """Create a run folder, or open one that was made by the same job with the same identity.
 
@@ -89,7 +130,8 @@ def open_run(
         uri: The folder; created if absent.
         job: Which command.
         identity: Everything that changes results; its hash is the run's digest.
-        config: The resolved configuration, kept beside the output for people.
+        config: The resolved configuration, kept beside the output for people; None: a driver that
+            may yet be refused writes it later.
 
     Raises:
         ValueError: the folder holds another run (the message says what differs) or other files.
@@ -110,11 +152,12 @@ def open_run(
             message = f"{uri}: holds files that are no run of scellst_ray; give an empty folder"
             raise ValueError(message)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        run = {"digest": digest, "identity": identity, "created": created}
-        storage.publish_json(run_uri, run | {"format_version": schemas.FORMAT_VERSION})
-    settings = yaml.safe_dump(dict(config), sort_keys=False)
-    storage.publish_text(storage.join(uri, "config.yaml"), settings)
-    return RunFolder(uri, digest)
+        told = {"digest": digest, "identity": identity, "created": created}
+        storage.publish_json(run_uri, told | {"format_version": schemas.FORMAT_VERSION})
+    run = RunFolder(uri, digest)
+    if config is not None:
+        run.write_config(config)
+    return run
 
 
 def _other_run(uri: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -148,4 +191,6 @@ def check_manifest_unchanged(run: RunFolder, slides: Mapping[str, Mapping[str, A
             "manifest as it was"
         )
         raise ValueError(message)
-    storage.publish_json(uri, known | {key: dict(row) for key, row in slides.items()})
+    now = known | {key: dict(row) for key, row in slides.items()}
+    if now != known:
+        storage.publish_json(uri, now)

@@ -1,15 +1,23 @@
 """Files and URIs: one way to read, list and publish, local or through fsspec.
 
 Nothing is ever visible half-written: a file is written in full to a local temporary name, then
-renamed (local) or uploaded in one go (object storage).
+renamed (local) or uploaded, large ones in parts that become an object at the end (object storage).
+
+A request that an object store fails to answer is sent again: a few times at once by the store's own
+library, which tells parts of a file from each other, then by `remote.retried`, which outlasts an
+outage. All that is done here can be done twice: an upload that came through but whose answer was
+lost puts the same bytes under the same name again.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -17,10 +25,20 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from scellst_ray import node_cache
+from scellst_ray.remote import redacted, retried
+
+T = TypeVar("T")
 
 COMPRESSION = "zstd"
 # Dictionaries pay for names only; on float16 vectors they cost twice the reading time.
 DICTIONARY = ["slide_id", "nucleus_type", "spot_id"]
+# Have no folders: to make one would cost a request and, on S3, may make the bucket.
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
+# Bytes of a part of an upload, where the store's library lets them be chosen (by default 50 MiB,
+# ten at once): what is sent again when one fails, and a tenth of what is held in memory.
+PART_BYTES = 16 * 2**20
+MOST_PARTS = 10_000  # that S3 takes
+CHOOSE_PARTS = {"s3", "s3a", "gs", "gcs"}
 
 
 def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -53,10 +71,37 @@ def is_local(uri: str) -> bool:
     return isinstance(resolve(uri)[0], LocalFileSystem)
 
 
-def exists(uri: str) -> bool:
-    """Tell whether a file or folder is there."""
+def _tried(uri: str, call: Callable[[], T]) -> T:
+    """Call; for a remote URI again as long as the error may pass, and with nothing remembered.
+
+    Raises:
+        OSError: as `remote.retried` does.
+    """
     fs, path = resolve(uri)
-    return bool(fs.exists(path))
+    if isinstance(fs, LocalFileSystem):
+        return call()
+
+    def ask() -> T:
+        fs.invalidate_cache(path)  # others write there too
+        return call()
+
+    return retried(ask, redacted(uri))
+
+
+def exists(uri: str) -> bool:
+    """Tell whether a file or folder is there.
+
+    Raises:
+        OSError: the store does not say. fsspec's own answer to any error would be that it is not.
+    """
+    fs, path = resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        return bool(fs.exists(path))
+    try:
+        _tried(uri, partial(fs.info, path))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def list_files(uri: str) -> list[str]:
@@ -65,13 +110,14 @@ def list_files(uri: str) -> list[str]:
     Temporary names (a leading dot) are left out: they are unpublished.
     """
     fs, path = resolve(uri)
-    fs.invalidate_cache()
-    if not fs.isdir(path):
+    try:
+        entries = _tried(uri, partial(fs.ls, path, detail=True))
+    except FileNotFoundError:
         return []
-    names = [
-        str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True)
-    ]
-    return [join(uri, name) for name in sorted(names) if not name.startswith(".")]
+    # Of a file, and of an object that stands for an empty folder, itself is listed.
+    paths = {str(entry["name"]).rstrip("/") for entry in entries} - {path.rstrip("/")}
+    names = sorted(path.rsplit("/", 1)[-1] for path in paths)
+    return [join(uri, name) for name in names if not name.startswith(".")]
 
 
 def publish(uri: str, write: Callable[[Path], None]) -> None:
@@ -83,25 +129,39 @@ def publish(uri: str, write: Callable[[Path], None]) -> None:
     """
     fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(descriptor)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            with temporary.open("rb+") as handle:
-                os.fsync(handle.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _publish_here(Path(path), write)
         return
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "upload"
         write(temporary)
+        _tried(uri, partial(_upload, fs, temporary, path))
+
+
+def _publish_here(target: Path, write: Callable[[Path], None]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _upload(fs: fsspec.AbstractFileSystem, file: Path, path: str) -> None:
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if not protocols & OBJECT_STORES:
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        fs.put_file(str(temporary), path)
+    options = {}
+    if protocols & CHOOSE_PARTS:
+        # Google takes multiples of 256 KiB.
+        least = math.ceil(file.stat().st_size / MOST_PARTS / 2**18) * 2**18
+        options["chunksize"] = max(PART_BYTES, least)
+    fs.put_file(str(file), path, **options)
 
 
 def _umask() -> int:
@@ -134,28 +194,58 @@ def publish_table(uri: str, table: pa.Table) -> None:
     )
 
 
+def read_bytes(uri: str) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+    """
+    fs, path = resolve(uri)
+    return _tried(uri, lambda: bytes(fs.cat_file(path)))
+
+
+def read_text(uri: str) -> str:
+    """Read a whole text file in UTF-8."""
+    return read_bytes(uri).decode()
+
+
 def read_json(uri: str) -> Any:  # noqa: ANN401 - whatever the document holds
     """Read a JSON document."""
-    with fsspec.open(uri, "r", encoding="utf-8") as handle:
-        return json.load(handle)
+    return json.loads(read_bytes(uri))
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file; the file's own schema metadata is kept."""
-    fs, path = resolve(uri)
-    return pq.read_table(path, columns=columns, filesystem=fs, partitioning=None)
+    read = partial(pq.read_table, columns=columns, partitioning=None)
+    return _tried(uri, lambda: _read_parquet(uri, read))
 
 
 def read_schema(uri: str) -> pa.Schema:
     """Read the Arrow schema of a Parquet file, metadata included."""
+    return _tried(uri, lambda: _read_parquet(uri, pq.read_schema))
+
+
+def _read_parquet(uri: str, read: Callable[[Any], T]) -> T:
     fs, path = resolve(uri)
-    return pq.read_schema(path, filesystem=fs)
+    if isinstance(fs, LocalFileSystem):
+        return read(path)
+    # Opened here: pyarrow takes a store that does not answer for a file that is not there. It asks
+    # for whole columns at once, so nothing need be read ahead.
+    with fs.open(path, "rb", cache_type="none") as handle:
+        return read(handle)
 
 
 def remove_tree(uri: str) -> None:
     """Remove a folder and all below it, if it is there."""
-    fs, path = resolve(uri)
-    if fs.exists(path):
+    if exists(uri):
+        fs, path = resolve(uri)
+        _tried(uri, partial(_remove, fs, path))
+
+
+def _remove(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    # Gone already: by another, or by a request whose answer was lost.
+    with suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
 
 

@@ -13,20 +13,21 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 # What each part may import of the package, besides itself: the layers from the bottom up.
 BOTTOM = {"geometry", "schemas"}
-FILES_HERE = {"remote", "cache_room", "node_cache"}
+FILES_HERE = {"logs", "remote", "cache_room", "node_cache"}
 GROUND = BOTTOM | FILES_HERE | {"cohort", "storage", "__version__"}
 KNOWLEDGE = GROUND | {"slides", "nuclei", "spots", "models", "expression"}
 CROPS = {"crop_format", "crop_store", "crop_order"}
-RECORDS = {"runs", "lease", "compaction", "reading"} | CROPS
+RECORDS = {"runs", "lease", "compaction", "reading", "run_state", "run_summary"} | CROPS
 SINKS = {"analysis", "export"}
 MAY_IMPORT = {
     "geometry": set(),
     "schemas": set(),
-    "cohort": BOTTOM,
+    "cohort": BOTTOM | {"remote"},
+    "logs": set(),
     "remote": set(),
     "cache_room": set(),
     "node_cache": {"remote", "cache_room"},
-    "storage": BOTTOM | {"node_cache"},
+    "storage": BOTTOM | {"node_cache", "remote"},
     "slides": GROUND,
     "nuclei": GROUND,
     "spots": GROUND,
@@ -40,10 +41,14 @@ MAY_IMPORT = {
     "crop_format": GROUND,
     "crop_store": GROUND | {"crop_format"},
     "crop_order": GROUND | {"crop_format", "crop_store"},
+    "run_state": GROUND | {"crop_format", "lease", "reading", "runs"},
+    "run_summary": GROUND | {"run_state"},
     "session": set(),
+    "preflight": GROUND,
+    "node_facts": GROUND | {"models", "preflight"},
     "analysis": KNOWLEDGE | RECORDS,
     "export": KNOWLEDGE | RECORDS | {"analysis"},
-    "pipelines": KNOWLEDGE | RECORDS | {"session"},
+    "pipelines": KNOWLEDGE | RECORDS | {"session", "preflight", "node_facts"},
     "training": KNOWLEDGE | RECORDS | {"session"},
 }
 # Modules beside these (cli, commands, train, ...) are the top: they may import everything.

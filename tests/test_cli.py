@@ -1,5 +1,6 @@
 """The command line: what it takes, what it refuses, and what a person is told."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -202,6 +203,37 @@ def test_commands_of_two_words(seen, tmp_path):
     for words in ([name], ["--name", name], [f"--name={name}"]):
         assert main(["models", "fetch", *words, "--url", "http://mirror/w"]) == 0
         assert seen[-1] == commands.ModelsFetchConfig(name=name, url="http://mirror/w")
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        (["status", "runs/a"], {}),
+        (["status", "--run", "runs/a"], {}),
+        (["status", "--json", "runs/a"], {"json": True}),
+        (["status", "runs/a", "--json", "--write=true"], {"json": True, "write": True}),
+        (["status", "runs/a", "--json", "false"], {"json": False}),
+        (["gc", "--dry-run", "runs/a"], {"dry_run": True}),
+        (["retry", "runs/a", "--failed", "--memory-gb", "4"], {"failed": True, "memory_gb": 4.0}),
+        (["retry", "--slides", "P1,007", "runs/a"], {"slides": ["P1", "007"]}),
+    ],
+)
+def test_a_run_may_stand_without_its_flag_and_a_switch_without_its_value(seen, words, flags):
+    assert main(words) == 0
+    assert seen == [commands.jobs()[words[0]][0](run="runs/a", **flags)]
+
+
+@pytest.mark.usefixtures("seen")
+@pytest.mark.parametrize("words", [["runs/a", "runs/b"], ["--run=runs/a", "runs/b"], []])
+def test_one_run_and_no_more(capsys, words):
+    refused(capsys, ["status", *words])
+
+
+@pytest.mark.usefixtures("seen")
+def test_a_format_of_logs_that_is_none(capsys, monkeypatch):
+    monkeypatch.setenv("SCELLST_RAY_LOG", "xml")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert "set it to text or json" in refused(capsys, ["status", "runs/a"])
 
 
 @pytest.mark.usefixtures("seen")

@@ -24,7 +24,7 @@ NAME = "resnet50-imagenet"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SCELLST_RAY_CACHE", str(tmp_path))
+    monkeypatch.setenv("SCELLST_RAY_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return tmp_path / "models"
 

@@ -259,3 +259,51 @@ def test_a_slide_is_held_while_it_is_open(
     read.slides.drop(uri, rows[0]["mpp"])
     use(put("b", b"b"))
     assert copies(cache) == ["b"]
+
+
+# Slides in MRXS; on S3 in test_storage_s3.py.
+
+
+def test_a_file_that_would_lie_elsewhere_is_refused(put, monkeypatch, cache):
+    uri = put("s.mrxs", b"jpeg")
+    put("s/Index.dat", b"index")
+    path = uri.removeprefix("memory:/").removesuffix(".mrxs")
+    wrong = {f"{path}/../../evil": {"name": "x", "size": 1}}
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: wrong)
+    with pytest.raises(OSError, match=r"'\.\./\.\./evil' cannot be a file below it"):
+        hold(uri)
+    assert not list(cache.rglob("evil"))
+
+
+def test_the_folder_counts_and_goes_with_its_slide(put, monkeypatch, cache):
+    uri = put("s.mrxs", b"s" * 10)
+    put("s/Data0000.dat", b"d" * 300)
+    put("s/Data0001.dat", b"d" * 300)
+    limit(monkeypatch, 1000)
+    assert use(uri) == b"s" * 10
+    assert sum(path.is_file() for path in cache.rglob("files/**/*")) == 3
+    use(put("small", b"x" * 300))
+    assert copies(cache) == ["s", "s.mrxs", "small"]
+    with hold(uri) as held:  # held: nothing of it may go
+        use(put("large", b"x" * 700))
+        assert (held.path.parent / "s" / "Data0001.dat").stat().st_size == 300
+    use(put("larger", b"x" * 900))
+    assert copies(cache) == ["larger"]
+
+
+def test_a_slide_in_mrxs_with_one_bad_file_leaves_nothing(put, monkeypatch, cache):
+    uri = put("s.mrxs", b"jpeg")
+    put("s/Data0000.dat", b"d" * 300)
+    fetch = MemoryFileSystem.get_file
+
+    def refuse(self, remote_path, path, **kwargs):
+        if remote_path.endswith(".dat"):
+            message = "no"
+            raise PermissionError(message)
+        fetch(self, remote_path, path, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", refuse)
+    with pytest.raises(PermissionError):
+        hold(uri)
+    assert copies(cache) == []
+    monkeypatch.undo()

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-CACHE_VARIABLE = "SCELLST_RAY_CACHE"
+from scellst_ray.cache_room import DIR_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,13 @@ CATALOGUE = {
 
 
 def cache_folder() -> Path:
-    """Return where fetched weights are: $SCELLST_RAY_CACHE/models or ~/.cache/scellst_ray/models.
+    """Return where fetched weights are.
+
+    $SCELLST_RAY_CACHE_DIR/models, beside copies of slides, or ~/.cache/scellst_ray/models.
 
     Nothing is created.
     """
-    given = os.environ.get(CACHE_VARIABLE)
+    given = os.environ.get(DIR_VARIABLE)
     base = Path(given).expanduser() if given else Path.home() / ".cache" / "scellst_ray"
     return base / "models"
 

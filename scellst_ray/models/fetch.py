@@ -223,7 +223,7 @@ def _check_room(part: Path, missing: int) -> None:
     if missing > free:
         message = (
             f"{part.parent}: {missing:,} bytes to come, {free:,} free; make room, or set "
-            "SCELLST_RAY_CACHE to a folder on a larger disk"
+            "SCELLST_RAY_CACHE_DIR to a folder on a larger disk"
         )
         raise OSError(message)
 

@@ -16,7 +16,8 @@ successor reads there what it died of:
    more, the worker leaves the slide's other tiles too: a rotten slide would keep it for days.
 5. A batch that takes longer than `timeout_s` for each of its tiles ends its own process: no thread
    can interrupt a call into C. The note then says so, and the attempt counts like any other.
-6. A session is one pipeline of one driver: a driver that takes up a run begins with fresh counts.
+6. Slides that fail one after another on one GPU are its fault: see pipelines/gpu_watch.py.
+7. A session is one pipeline of one driver: a driver that takes up a run begins with fresh counts.
 
 Planning a slide is guarded in the same way, as the slide's tile -1. What succeeds at a later
 attempt is what would have come of the first.
@@ -37,6 +38,8 @@ from typing import Any, TypeVar
 import ray
 
 from scellst_ray import storage
+from scellst_ray.logs import named_tiles
+from scellst_ray.pipelines.gpu_watch import GpuWatch
 from scellst_ray.pipelines.tiles import Row, guarded
 from scellst_ray.runs import RunFolder
 
@@ -100,6 +103,8 @@ class Attempts:
         timeout_s: float | None,
         host: str = "",
         is_lost: Callable[[str], bool] = lambda _: False,
+        *,
+        on_gpu: bool = False,
     ) -> None:
         """Take up what the predecessors left.
 
@@ -109,7 +114,9 @@ class Attempts:
             timeout_s: Seconds a tile may take; None: for ever.
             host: Where this process runs.
             is_lost: Tells whether a host is gone.
+            on_gpu: Whether this worker has a GPU.
         """
+        self.gpu = GpuWatch(on_gpu=on_gpu)
         self.uri, self.max_attempts, self.timeout_s, self.host = uri, max_attempts, timeout_s, host
         self.ended: dict[Key, Ended] = {}
         self._writing = threading.Lock()
@@ -121,6 +128,7 @@ class Attempts:
         _warn(outcome, f"{uri}: cannot be read, earlier attempts are forgotten")
         for slide_id, tile_id, ended in note.get("ended", []):
             self.ended[slide_id, tile_id] = Ended(**ended)
+        self.gpu.failed_slides = note.get("failed_slides", [])
         if note.get("begun"):
             self._count(note, on_lost_host=is_lost(note["host"]))
             # Written down at once: this process, too, may end before its first batch.
@@ -135,9 +143,10 @@ class Attempts:
             rows: Of tiles; those with an error or without a tile are nobody's fault.
             work: Takes rows, and a function to call with the name of each stage it begins.
         """
-        for row in rows:
-            if _is_live(row):
-                self._give_up_if_due(row)
+        live = [row for row in rows if _is_live(row)]
+        for row in live:
+            self._give_up_if_due(row)
+        self.gpu.look([row for row in live if row.get("error") is not None])
         if not any(_is_live(row) and _key(row) in self.ended for row in rows):
             return [self._attempt(rows, work)]
         # In the order of the rows: Ray takes what a retried batch gives by its place.
@@ -152,7 +161,9 @@ class Attempts:
         suspected = len(live) == 1 and _key(live[0]) in self.ended
         seconds = None if self.timeout_s is None else self.timeout_s * len(live)
         with deadline(seconds, lambda: self._expired(seconds)):
-            return work(rows, self._enter if suspected else lambda _: None)
+            done = work(rows, self._enter if suspected else lambda _: None)
+        self.gpu.look(live)
+        return done
 
     def _begin(self, keys: list[Key]) -> None:
         self.begun = keys
@@ -167,7 +178,8 @@ class Attempts:
     def _expired(self, seconds: float | None) -> None:
         """Note why the process is about to end."""
         self.reason = f"took longer than {seconds:g} s"
-        logger.error("%s: %s in stage %s", _named(self.begun), self.reason, self.stage or "unknown")
+        told = (_named(self.begun), self.reason, self.stage or "unknown")
+        logger.error("%s: %s in stage %s", *told, extra=named_tiles(self.begun, self.stage))
         self._write()
 
     def _count(self, note: dict[str, Any], *, on_lost_host: bool) -> None:
@@ -181,7 +193,9 @@ class Attempts:
             ended.stage, ended.reason = note["stage"], note["reason"]
         what = "was lost with its host" if on_lost_host else "ended"
         why = note["reason"] or "no reason known"
-        logger.warning("%s: the worker's process %s meanwhile: %s", _named(keys), what, why)
+        told = (_named(keys), what, why)
+        extra = named_tiles(keys, note["stage"])
+        logger.warning("%s: the worker's process %s meanwhile: %s", *told, extra=extra)
 
     def _is_given_up(self, ended: Ended) -> bool:
         return ended.alone and ended.attempts() >= self.max_attempts
@@ -219,6 +233,7 @@ class Attempts:
             "stage": self.stage,
             "reason": self.reason,
             "ended": [[*key, asdict(ended)] for key, ended in self.ended.items()],
+            "failed_slides": self.gpu.failed_slides,
         }
         outcome: Row = {}
         with self._writing, guarded(outcome, "note"):
@@ -298,17 +313,21 @@ def forget_attempts(run: RunFolder) -> None:
     storage.remove_tree(storage.join(run.uri, FOLDER))
 
 
-def of_this_actor(folder: str, max_attempts: int, timeout_s: float | None) -> Attempts:
+def of_this_actor(
+    folder: str, max_attempts: int, timeout_s: float | None, *, on_gpu: bool = False
+) -> Attempts:
     """Return the attempts of the Ray actor this is called in, its earlier processes' included.
 
     Args:
         folder: The session's.
         max_attempts: As in `Limits`.
         timeout_s: Seconds a tile may take; None: for ever.
+        on_gpu: Whether the actor has a GPU.
     """
     context = ray.get_runtime_context()
     uri = storage.join(folder, f"{context.get_actor_id()}.json")
-    return Attempts(uri, max_attempts, timeout_s, context.get_node_id(), _is_lost)
+    node_id = context.get_node_id()
+    return Attempts(uri, max_attempts, timeout_s, node_id, _is_lost, on_gpu=on_gpu)
 
 
 def _is_lost(node_id: str) -> bool:

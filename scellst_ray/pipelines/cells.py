@@ -1,33 +1,31 @@
 """CELLS: the `extract` job, and the run that `extract` and `predict` share."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from scellst_ray import storage
-from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, read_manifest
+from scellst_ray.cohort import MAX_MPP, MIN_MPP, SlideRow, chosen, read_manifest
 from scellst_ray.crop_format import CropSample
 from scellst_ray.crop_store import colours_by_slide
 from scellst_ray.lease import held
 from scellst_ray.models.catalogue import is_catalogued
-from scellst_ray.models.cellvit_inference import tile_bytes
-from scellst_ray.models.cellvit_weights import load_cellvit
-from scellst_ray.models.encoder import best_precision, encoder_digest, encoder_dim, is_named
 from scellst_ray.pipelines.attempts import Limits, forget_attempts
 from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
 from scellst_ray.pipelines.driver import Driver, Progress, Report
-from scellst_ray.pipelines.networks import local_weights
-from scellst_ray.pipelines.receipts import Resources, receipts_dataset
+from scellst_ray.pipelines.receipts import Resources, Work, receipts_dataset
+from scellst_ray.pipelines.run_metrics import watched
 from scellst_ray.pipelines.segmenter_settings import WITHOUT_FILE, segmenter_problems
 from scellst_ray.pipelines.sources import sources_of
 from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS
 from scellst_ray.pipelines.tiles import CellsSpec
+from scellst_ray.run_summary import write_summary
 from scellst_ray.runs import FINISHED, RunFolder, check_manifest_unchanged, open_run
 from scellst_ray.session import ray_session
 
 WORKER_GB = 2.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +36,8 @@ class ExtractConfig:
     """Slides: CSV or Parquet with slide_id, uri and, where the file lacks it, mpp."""
     out: str
     """Run folder; the same command on it does only what is missing."""
+    slides: list[str] | None = None
+    """Only these slide_ids of the manifest (a,b)."""
     segmenter: Literal["hematoxylin", "cellvit", "imported"] = "hematoxylin"
     """How nuclei are found: without weights, by CellViT, or in files the manifest names."""
     segmenter_weights: str | None = None
@@ -113,7 +113,7 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> dict[str,
         ValueError: the manifest, the weights or the output folder cannot be used.
     """
     slides = read_manifest(config.manifest)
-    return run_cells("extract", config, slides, check_networks(config), None, report)
+    return run_cells("extract", config, slides, check_networks(config), report)
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,13 @@ class CheckedNetworks:
         identity: What decides results: digests of their weights, length of embeddings.
         type_names: Nucleus types of the segmenting network, by number; empty without one.
         bytes_on_cpu: Memory the segmenting network takes where there is no GPU.
+        head_uri: The expression head, or None.
     """
 
     identity: dict[str, Any]
     type_names: tuple[str, ...] = ()
     bytes_on_cpu: int = 0
+    head_uri: str | None = None
 
 
 def check_networks(config: ExtractConfig) -> CheckedNetworks:
@@ -137,6 +139,14 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
     Raises:
         ValueError: weights that are not there, or not what they should be.
     """
+    # Torch takes half a gigabyte, which a driver without networks need not.
+    if config.segmenter != "cellvit" and config.encoder in WITHOUT_FILE:
+        return CheckedNetworks({"encoder": config.encoder, "embedding_dim": None})
+    from scellst_ray.models.cellvit_inference import tile_bytes  # noqa: PLC0415
+    from scellst_ray.models.cellvit_weights import load_cellvit  # noqa: PLC0415
+    from scellst_ray.models.encoder import encoder_digest, encoder_dim  # noqa: PLC0415
+    from scellst_ray.pipelines.networks import local_weights  # noqa: PLC0415
+
     found: dict[str, Any] = {"encoder": config.encoder, "embedding_dim": None}
     type_names: tuple[str, ...] = ()
     bytes_on_cpu = 0
@@ -173,16 +183,24 @@ def _settled(config: ExtractConfig) -> ExtractConfig:
 
     Files of weights get absolute names, and `auto` precision becomes that of the driver.
     """
-    named = is_named(config.encoder) or is_catalogued(config.encoder)
-    if not named and config.encoder not in WITHOUT_FILE:
-        config = replace(config, encoder=storage.absolute(config.encoder))
+    if config.encoder not in WITHOUT_FILE and not is_catalogued(config.encoder):
+        from scellst_ray.models.encoder import is_named  # noqa: PLC0415 - as in check_networks
+
+        if not is_named(config.encoder):
+            config = replace(config, encoder=storage.absolute(config.encoder))
     weights = config.segmenter_weights
     if weights is not None and not is_catalogued(weights):
         config = replace(config, segmenter_weights=storage.absolute(weights))
+    # A retry reads it from the run's folder, wherever it is started.
+    config = replace(config, manifest=storage.absolute(config.manifest))
     if config.encoder == "none":
         config = replace(config, store_embeddings=False)
     if config.precision != "auto":
         return config
+    import torch  # noqa: PLC0415 - as in check_networks
+
+    from scellst_ray.models.encoder import best_precision  # noqa: PLC0415
+
     gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
     return replace(config, precision=best_precision("cuda" if gpus else "cpu"))
 
@@ -192,9 +210,9 @@ def run_cells(
     config: ExtractConfig,
     slides: list[SlideRow],
     networks: CheckedNetworks,
-    head_uri: str | None,
     report: Report,
     prepare: Callable[[], None] = lambda: None,
+    work: Work | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Open the run, do what is missing, and return the record of every slide.
 
@@ -203,11 +221,11 @@ def run_cells(
         config: The job's configuration.
         slides: The manifest.
         networks: From `check_networks`, and for `predict` the head's digest in its identity.
-        head_uri: The expression head, if any.
         report: Called with the progress after every change.
         prepare: Called once the folder is known to be this run's.
+        work: What is done to slides and tiles, where that is not the pipeline's own.
     """
-    config = _settled(config)
+    config, slides = _settled(config), chosen(slides, config.slides)
     settings = ("segmenter", "read_mpp", "core_px", "halo_px", "store_embeddings", "precision")
     identity = networks.identity | {name: getattr(config, name) for name in settings}
     identity["segmenter_version"] = SEGMENTER_VERSIONS[config.segmenter]
@@ -215,33 +233,37 @@ def run_cells(
     if config.colours_from is not None:
         colours = colours_by_slide(config.colours_from)
         identity["colours"] = "of each slide"
-    run = open_run(config.out, job, identity, asdict(config))
-    prepare()
-    imported = config.segmenter == "imported"
-    check_manifest_unchanged(run, sources_of(slides, colours, imported=imported))
-    sample = _sample(config)
-    if sample is not None:
-        check_sample(run, sample)
-    spec = replace(_spec(config, networks, head_uri), colours=colours)
-    progress = Progress(len(slides))
-    pending = _pending(run, slides, progress)
-    report(progress)
-    if pending or (sample is not None and crops_missing(run, progress.records, sample)):
-        with held(run.uri) as lease, ray_session() as cluster:
-            # Once more, now that no other driver can change it.
-            pending = _pending(run, slides, progress)
+    run = open_run(config.out, job, identity)
+    # Nothing else is written, and Ray does not start, before other drivers are kept out.
+    with held(run.uri) as lease:
+        run.write_config(asdict(config))
+        prepare()
+        sources = sources_of(slides, colours, imported=config.segmenter == "imported")
+        check_manifest_unchanged(run, sources)
+        sample = _sample(config)
+        if sample is not None:
+            check_sample(run, sample)
+        progress = Progress(len(slides))
+        driver = Driver(run, progress, report, lease.check)
+        pending = _largest_first(_pending(run, slides, progress), sources)
+        report(progress)
+        if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
+            return progress.records
+        with ray_session() as cluster:
             forget_attempts(run)
-            driver = Driver(run, progress, report, lease.check)
-            rows = driver.resume(pending, spec)
+            driver.report = watched(run, report)
+            spec = replace(_spec(config, networks), colours=colours)
             resources = _resources(config, networks)
+            rows = driver.resume(pending, spec)
             if rows:
-                driver.consume(receipts_dataset(rows, spec, run, resources, cluster))
+                driver.consume(receipts_dataset(rows, spec, run, resources, cluster, work))
             driver.finish()
             if sample is not None:
                 of_slides = (slides, progress.records)
                 made = make_crops(run, *of_slides, sample, resources, cluster, lease.check)
                 progress.records = with_crops(progress.records, made)
             forget_attempts(run)
+        write_summary(run.uri, progress.records)
     return progress.records
 
 
@@ -254,7 +276,17 @@ def _pending(run: RunFolder, slides: list[SlideRow], progress: Progress) -> list
     return [slide for slide in slides if slide.slide_id not in progress.records]
 
 
-def _spec(config: ExtractConfig, networks: CheckedNetworks, head_uri: str | None) -> CellsSpec:
+def _largest_first(
+    slides: list[SlideRow], sources: Mapping[str, Mapping[str, Any]]
+) -> list[SlideRow]:
+    """Return slides by size, so that no large one is begun when the others are done.
+
+    Where sizes are not known, the order of the manifest stays.
+    """
+    return sorted(slides, key=lambda slide: -(sources[slide.slide_id]["bytes"] or 0))
+
+
+def _spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:
     return CellsSpec(
         segmenter=config.segmenter,
         read_mpp=config.read_mpp,
@@ -262,7 +294,7 @@ def _spec(config: ExtractConfig, networks: CheckedNetworks, head_uri: str | None
         halo_px=config.halo_px,
         encoder=config.encoder,
         precision=config.precision,
-        head_uri=head_uri,
+        head_uri=networks.head_uri,
         store_embeddings=config.store_embeddings,
         type_names=networks.type_names,
         weights=config.segmenter_weights,
@@ -274,6 +306,10 @@ def _spec(config: ExtractConfig, networks: CheckedNetworks, head_uri: str | None
 
 def _sample(config: ExtractConfig) -> CropSample | None:
     if config.crops is None:
+        return None
+    if config.slides is not None:
+        # They would take the place of those of all slides.
+        logger.warning("crops are of all slides: run the same command without slides for them")
         return None
     caps = (config.crops_per_slide, config.crops_per_type)
     return CropSample(config.crops, *caps, seed=config.crops_seed)

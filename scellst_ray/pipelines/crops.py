@@ -32,6 +32,7 @@ from scellst_ray.crop_format import (
     index_uri,
     set_uri,
 )
+from scellst_ray.logs import named
 from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.cutting import CropSet, candidates, cut_slide, record_of
 from scellst_ray.pipelines.receipts import Resources
@@ -284,7 +285,8 @@ def _publish_index(crops: CropSet, found: Records) -> None:
     done = {s: r for s, r in sorted(found.items()) if r["status"] == "done"}
     failed = {s: r for s, r in sorted(found.items()) if r["status"] == "failed"}
     for slide_id, record in failed.items():
-        logger.error("no crops of slide %s: %s", slide_id, record["error"])
+        told = (slide_id, record["error"])
+        logger.error("no crops of slide %s: %s", *told, extra=named(slide_id, None, "crops"))
     index = {
         "format_version": schemas.FORMAT_VERSION,
         "run_digest": crops.run.digest,

@@ -1,8 +1,17 @@
-"""The driver's side of a run: log receipts, finish slides, take up what an earlier driver left."""
+"""The driver's side of a run: log receipts, finish slides, take up what an earlier driver left.
+
+Receipts come in on the caller's thread. A second one writes them to the log every few seconds,
+and has those slides finished that are whole in the log: many at a time where they are small, by as
+many tasks as the cluster has cores to spare. So a slow disk, and a slow slide, hold nobody up.
+"""
 
 import logging
+import math
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +24,23 @@ import ray.exceptions
 from scellst_ray import schemas, storage
 from scellst_ray.cohort import SlideRow
 from scellst_ray.compaction import finish_slide, unfinished_record
-from scellst_ray.pipelines.tiles import CellsSpec, imported_name
-from scellst_ray.runs import RunFolder
+from scellst_ray.logs import about, named
+from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded, imported_name
+from scellst_ray.runs import NUM_READERS, RunFolder, last_of_each_tile, split_by_slide
 
-LOG_EVERY_S = 5.0
+# A dead driver's successor redoes what came in meanwhile; in long runs fewer files are worth more.
+LOG_EVERY_S = (5.0, 30.0)
+LONG_RUN_S = 3600.0
+TEND_EVERY_S = 0.2
+# What one finishing task takes, at most: small slides share its start, large ones their nodes.
+SLIDES_PER_TASK, CELLS_PER_TASK = 64, 200_000
+THREADS_PER_TASK = 4
+# Receipts of slides to be finished, in memory: beyond it the pipeline waits.
+MAX_WAITING_TILES = 200_000
+# Tables of receipts of one slide, before they are joined: each takes ten kilobytes of its own.
+MAX_PARTS = 32
 Report = Callable[["Progress"], None]
+Whole = tuple[str, pa.Table]
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +57,42 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
 
 
-_finish_slide = ray.remote(num_cpus=0, max_retries=3)(finish_slide)
+def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list[dict[str, Any]]:
+    """Finish some slides; return their records, unpublished ones of those that failed.
+
+    Args:
+        run: The run.
+        receipts: RECEIPTS of whole slides, one slide after another.
+        imported: As `finish_slide` takes it.
+    """
+
+    def finish(whole: Whole) -> dict[str, Any]:
+        slide_id, of_slide = whole
+        outcome: Row = {}
+        with about(slide_id), guarded(outcome, "finish"):
+            outcome["record"] = finish_slide(run, slide_id, of_slide, imported=imported)
+        if "record" in outcome:
+            return dict(outcome["record"])
+        # Its shards and receipts stay: the next run finishes it.
+        return unfinished_record(slide_id, outcome["error_type"], outcome["error"])
+
+    with ThreadPoolExecutor(THREADS_PER_TASK) as pool:
+        return list(pool.map(finish, split_by_slide(receipts)))
+
+
+class Finisher:
+    """A process that finishes slides: tasks of no core would get a new one each."""
+
+    def finish(self, run: RunFolder, receipts: pa.Table, imported: bool) -> list[dict[str, Any]]:  # noqa: FBT001 - by position through Ray
+        """Do as `finish_slides` does."""
+        return finish_slides(run, receipts, imported=imported)
+
+
+# Anywhere, beside the workers: they have all the cores.
+_remote: Any = ray.remote(
+    num_cpus=0, max_restarts=-1, max_task_retries=3, scheduling_strategy="SPREAD"
+)
+_Finisher = _remote(Finisher)
 
 
 class Driver:
@@ -51,30 +107,36 @@ class Driver:
     ) -> None:
         """Start with nothing received; `check` raises if the run is no longer this driver's."""
         self.run, self.progress, self.report, self.check = run, progress, report, check
+        # Of slides that are not whole; both threads work on what is below, with the lock.
         self.receipts: dict[str, list[pa.Table]] = {}
+        self.whole: set[str] = set()
         self.unlogged: list[pa.Table] = []
-        self.logged_at = time.monotonic()
-        self.finishing: dict[Any, str] = {}
+        self.unlogged_whole: list[Whole] = []
+        self.waiting: deque[Whole] = deque()
+        self.num_waiting = 0
+        self.alone: set[str] = set()
+        self.imported = False
+        self.lock = threading.Lock()
+        self.logged_at = self.started = time.monotonic()
+        self.finishers: list[Any] = []
+        self.finishing: dict[Any, tuple[Any, list[Whole]]] = {}
 
     def resume(self, pending: list[SlideRow], spec: CellsSpec) -> list[dict[str, Any]]:
         """Take up the receipts of an earlier driver; return the slides that still need work.
 
         Each is a row as `plan_slide` takes it.
         """
-        log = self.run.receipts()
+        self.imported = spec.segmenter == "imported"
+        log = self.run.receipts({slide.slide_id for slide in pending})
         log = log.filter(pc.and_(pc.is_null(log["error"]), pc.greater_equal(log["tile_id"], 0)))
+        log = log.sort_by("slide_id")
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            found = dict(readers.map(self._with_shards, split_by_slide(log)))
         rows = []
         for slide in pending:
-            done = log.filter(pc.equal(log["slide_id"], slide.slide_id))
-            # A receipt whose shard is gone is worth nothing.
-            uris = storage.list_files(self.run.shards_uri(slide.slide_id)) if len(done) else []
-            names = pa.array([uri.rsplit("/", 1)[-1] for uri in uris], pa.string())
-            there = pc.is_in(done["shard"], value_set=names)
-            done = done.filter(pc.or_(there, pc.equal(done["num_cells"], 0)))
-            if len(done):
-                self._add(slide.slide_id, done)
-                self.progress.num_cells_before = self.progress.num_cells
-            if slide.slide_id in self.receipts or not len(done):
+            done = found.get(slide.slide_id, log.slice(0, 0))
+            self._add(slide.slide_id, done)
+            if slide.slide_id not in self.whole:
                 rows.append(
                     {
                         "slide_id": slide.slide_id,
@@ -85,7 +147,17 @@ class Driver:
                         **self._imported(slide, spec),
                     }
                 )
+        self.progress.num_cells_before = self.progress.num_cells
+        self.report(self.progress)
         return rows
+
+    def _with_shards(self, whole: Whole) -> Whole:
+        """Return those receipts of a slide whose shard is there: others are worth nothing."""
+        slide_id, receipts = whole
+        uris = storage.list_files(self.run.shards_uri(slide_id))
+        names = pa.array([uri.rsplit("/", 1)[-1] for uri in uris], pa.string())
+        there = pc.is_in(receipts["shard"], value_set=names)
+        return slide_id, receipts.filter(pc.or_(there, pc.equal(receipts["num_cells"], 0)))
 
     def _imported(self, slide: SlideRow, spec: CellsSpec) -> dict[str, str | None]:
         """Return where a slide's imported nuclei are, and where they shall lie sorted by tile."""
@@ -101,60 +173,144 @@ class Driver:
     def consume(self, dataset: ray.data.Dataset) -> None:
         """Run the pipeline to its end."""
         batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        try:
-            for batch in batches:
-                receipts: pa.Table = batch.select(schemas.RECEIPTS.names)  # type: ignore[union-attr]
-                receipts = receipts.cast(schemas.RECEIPTS)
-                self.unlogged.append(receipts)
-                if time.monotonic() - self.logged_at > LOG_EVERY_S:
-                    self._log()
-                for slide_id in pc.unique(receipts["slide_id"]).to_pylist():
-                    self._add(slide_id, receipts.filter(pc.equal(receipts["slide_id"], slide_id)))
-                self._collect(timeout=0)
-        finally:
-            self._log()
+        ended = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            tending = pool.submit(self._tend_until, ended)
+            try:
+                for batch in batches:
+                    receipts: pa.Table = batch.select(schemas.RECEIPTS.names)  # type: ignore[union-attr]
+                    self._take(receipts.cast(schemas.RECEIPTS))
+                    while self.num_waiting > MAX_WAITING_TILES and not tending.done():
+                        time.sleep(TEND_EVERY_S)
+                    if tending.done():  # it ends early only if it failed
+                        break
+            finally:
+                ended.set()
+                tending.result()
+                self._log()
 
     def finish(self) -> None:
         """Wait for the slides being finished."""
-        while self.finishing:
+        self._log()
+        while self.waiting or self.finishing:
+            self._submit()
             self._collect(timeout=1)
 
-    def _log(self) -> None:
-        self.check()
-        if self.unlogged:
-            self.run.log_receipts(pa.concat_tables(self.unlogged))
-        self.unlogged, self.logged_at = [], time.monotonic()
+    def _take(self, receipts: pa.Table) -> None:
+        """Take receipts as they come; what comes late of a slide that is whole is dropped."""
+        with self.lock:
+            for slide_id, part in split_by_slide(receipts):
+                if slide_id in self.whole:
+                    told = (slide_id, len(part))
+                    logger.warning("slide %s: %d receipts came twice", *told, extra=named(slide_id))
+                    continue
+                self.unlogged.append(part)
+                self._add(slide_id, part)
+        self.report(self.progress)
 
     def _add(self, slide_id: str, receipts: pa.Table) -> None:
-        """Take receipts of one slide; start finishing it when they are all there."""
+        """Take receipts of one slide; if they are all there now, it can be finished."""
+        if not len(receipts):
+            return
         parts = self.receipts.setdefault(slide_id, [])
         num_tiles = receipts["num_tiles"][0].as_py()
         self.progress.num_tiles_known += 0 if parts else num_tiles
         parts.append(receipts)
-        self.progress.num_tiles += len(receipts) if num_tiles else 0
-        self.progress.num_cells += pc.sum(receipts["num_cells"]).as_py()
-        if sum(len(part) for part in parts) >= max(1, num_tiles):
-            # The tables are named in the log before they are used up.
-            self._log()
-            whole = pa.concat_tables(self.receipts.pop(slide_id))
-            self.finishing[_finish_slide.remote(self.run, slide_id, whole)] = slide_id
-        self.report(self.progress)
+        self._count(receipts, 1)
+        num = sum(map(len, parts))
+        if len(parts) > MAX_PARTS or num >= max(1, num_tiles):
+            joined = pa.concat_tables(parts).combine_chunks()
+            parts[:] = [joined]
+            if pc.count_distinct(joined["tile_id"]).as_py() < num:
+                # A tile that came twice is one tile.
+                parts[:] = [last_of_each_tile(joined)]
+                self._count(joined, -1)
+                self._count(parts[0], 1)
+        if len(parts[0]) >= max(1, num_tiles):
+            self.whole.add(slide_id)
+            self.unlogged_whole.append((slide_id, *self.receipts.pop(slide_id)))
+
+    def _count(self, receipts: pa.Table, sign: int) -> None:
+        """Add receipts to what is shown, or take them back."""
+        self.progress.num_tiles += sign * pc.sum(pc.greater(receipts["num_tiles"], 0)).as_py()
+        self.progress.num_cells += sign * pc.sum(receipts["num_cells"]).as_py()
+
+    def _tend_until(self, ended: threading.Event) -> None:
+        """Log receipts and have slides finished, until there is no more to come."""
+        while not ended.wait(TEND_EVERY_S):
+            now = time.monotonic()
+            least, most = LOG_EVERY_S
+            if now - self.logged_at > min(most, least * (1 + (now - self.started) / LONG_RUN_S)):
+                self._log()
+            self._submit()
+            self._collect(timeout=0)
+
+    def _log(self) -> None:
+        """Write the log; slides that are whole in it may be finished from then on."""
+        self.check()
+        with self.lock:
+            tables, self.unlogged = self.unlogged, []
+            whole, self.unlogged_whole = self.unlogged_whole, []
+        if tables:
+            self.run.log_receipts(pa.concat_tables(tables))
+        self.logged_at = time.monotonic()
+        # The tables are named in the log before they are used up.
+        self.waiting.extend(whole)
+        self.num_waiting += sum(len(receipts) for _, receipts in whole)
+
+    def _submit(self) -> None:
+        """Start tasks that finish slides, a few at a time."""
+        if not self.waiting:
+            return
+        cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
+        most = max(2, int(cpus) // 4)
+        while self.waiting and len(self.finishing) < most:
+            share = math.ceil(len(self.waiting) / (most - len(self.finishing)))
+            slides = self._next_slides(min(SLIDES_PER_TASK, share))
+            receipts = pa.concat_tables([table for _, table in slides])
+            finisher = self.finishers.pop() if self.finishers else _Finisher.remote()
+            task = finisher.finish.remote(self.run, receipts, self.imported)
+            self.finishing[task] = finisher, slides
+
+    def _next_slides(self, most: int) -> list[Whole]:
+        """Return the next slides that one task shall finish."""
+        slides = [self.waiting.popleft()]
+        num_cells = _num_cells(slides[0])
+        while self.waiting and len(slides) < most and slides[0][0] not in self.alone:
+            num_cells += _num_cells(self.waiting[0])
+            if num_cells > CELLS_PER_TASK or self.waiting[0][0] in self.alone:
+                break
+            slides.append(self.waiting.popleft())
+        return slides
 
     def _collect(self, timeout: float) -> None:
         """Take the records of slides that have been finished meanwhile."""
         if not self.finishing:
             return
         refs = list(self.finishing)
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
+        ready, _ = ray.wait(refs, num_returns=1 if timeout else len(refs), timeout=timeout)
         for ref in ready:
-            slide_id = self.finishing.pop(ref)
+            finisher, slides = self.finishing.pop(ref)
+            self.finishers.append(finisher)
             try:
-                record = ray.get(ref)
+                records = ray.get(ref)
             except ray.exceptions.RayError as error:
-                # Its shards and receipts stay: the next run finishes it.
-                cause = getattr(error, "cause", error)
-                record = unfinished_record(slide_id, cause)
-                logger.error("slide %s could not be finished: %s", slide_id, cause)
-            self.progress.records[slide_id] = record
+                if len(slides) > 1:
+                    # One of them ended the process: each by itself, then.
+                    self.alone |= {slide_id for slide_id, _ in slides}
+                    self.waiting.extendleft(slides)
+                    continue
+                records = [unfinished_record(slides[0][0], type(error).__name__, str(error))]
+            self.num_waiting -= sum(len(receipts) for _, receipts in slides)
+            for record in records:
+                if record.get("stage") == "finish":
+                    told = (record["slide_id"], record["error_type"], record["error"])
+                    text, extra = "slide %s could not be finished: %s: %s", named(told[0])
+                    logger.error(text, *told, extra=extra)
+                self.progress.records[record["slide_id"]] = record
         if ready:
             self.report(self.progress)
+
+
+def _num_cells(whole: Whole) -> int:
+    return int(pc.sum(whole[1]["num_cells"]).as_py())

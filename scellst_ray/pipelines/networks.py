@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scellst_ray import schemas, storage
+from scellst_ray.logs import named
 from scellst_ray.models.catalogue import is_catalogued, weights_path
 from scellst_ray.models.cellvit_inference import pack_maps, segment_tiles, tokens_of
 from scellst_ray.models.cellvit_weights import load_cellvit
@@ -182,6 +183,7 @@ def end_process_if_broken(device: Device, row: Row) -> None:
             row["slide_id"],
             row["tile_id"],
             row["error"],
+            extra=named(row["slide_id"], row["tile_id"], row["stage"]),
         )
         os._exit(1)
 

@@ -19,6 +19,10 @@ ARRAYS: dict[str, Any] = {
 }
 
 
+# A column that only fills a block.
+PADDING = "padding"
+
+
 def pack(rows: list[Row]) -> pa.Table:
     """Put rows between two stages into a table, one row per tile, cells as a nested column."""
     timing = [pa.field(f"seconds_{stage}", pa.float32()) for stage in schemas.STAGES]
@@ -38,6 +42,8 @@ def pack(rows: list[Row]) -> pa.Table:
 
 def unpack(table: pa.Table) -> list[Row]:
     """Undo `pack`; a table of plain rows passes as it is. Arrays are read-only."""
+    if PADDING in table.column_names:
+        table = table.drop_columns(PADDING)
     nested = [n for n in ("cells", "frame", *ARRAYS) if n in table.column_names]
     shapes = [f"{name}_shape" for name in nested if name in ARRAYS]
     rows: list[Row] = table.drop_columns([*nested, *shapes]).to_pylist()

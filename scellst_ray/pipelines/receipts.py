@@ -9,27 +9,68 @@ actor's process is kept to the tile it happened on: see pipelines/attempts.py.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
+from scellst_ray.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
-from scellst_ray.pipelines.packing import pack, unpack
+from scellst_ray.pipelines.packing import PADDING, pack, unpack
+from scellst_ray.pipelines.run_metrics import WorkerMetrics
 from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
 from scellst_ray.pipelines.tiles import PLANNED, CellsSpec, Row, plan_slide
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import Cluster
 
 logger = logging.getLogger(__name__)
-# Of a row of TILES, at least, and of RECEIPTS: blocks must not hold more rows than a task takes, or
-# one would do several in turn and hand back its receipts only after the last.
-TILE_ROW_BYTES = 120
+# Ray Data cuts blocks by bytes, and takes work to where a block lies only if that is the object
+# store, not if it is so small that it travels with the message (100 KiB). So blocks of tiles are
+# padded: each is what one task takes, and stays where its slides were planned, and are cached.
+BLOCK_BYTES = 100 * 2**10
+PADDED_BYTES = BLOCK_BYTES * 6 // 5
 # Tiles a GPU gets at a time: enough for the batch of a segmenting network.
 GPU_TILES = 8
+Stage = Callable[[Any], Any]
+Plan = Callable[[Row, CellsSpec], list[Row]]
+
+
+def make_stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Stage:
+    """Return one stage of the pipeline, by its name, as `stage_groups` gives it."""
+    if name == "read":
+        return Read(spec)
+    if name == "find":
+        return FindNuclei(spec)
+    if name == "write":
+        return WriteShards(run)
+    # Imported where they run: torch takes seconds and half a gigabyte, which readers need not.
+    from scellst_ray.pipelines.networks import Embed, Network, device_for  # noqa: PLC0415
+
+    device = device_for(on_gpu=on_gpu)
+    return Network(spec, device) if name == "network" else Embed(spec, device)
+
+
+class MakeStage(Protocol):
+    """Makes one stage of a worker."""
+
+    def __call__(self, name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Stage:
+        """Return the stage of this name."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to slides and tiles; simulations put something else in its place.
+
+    Attributes:
+        plan: Takes a slide to its tiles, as `plan_slide`.
+        stage: Makes a stage of a worker, as `make_stage`.
+    """
+
+    plan: Plan = plan_slide
+    stage: MakeStage = make_stage
 
 
 @dataclass(frozen=True)
@@ -59,6 +100,7 @@ def receipts_dataset(
     run: RunFolder,
     resources: Resources,
     cluster: Cluster,
+    work: Work | None = None,
 ) -> ray.data.Dataset:
     """Build the lazy pipeline from slides still to do to RECEIPTS.
 
@@ -68,43 +110,59 @@ def receipts_dataset(
         run: Where to write.
         resources: What the workers may use.
         cluster: What there is.
+        work: What is done to slides and tiles, where that is not the pipeline's own.
     """
-    _set_context(resources.tiles_per_task)
+    work = work or Work()
+    _set_context()
     session = attempts.new_session(run)
-    tiles = ray.data.from_arrow([_slide_table(row) for row in rows]).map_batches(
-        PlanTiles,
-        fn_constructor_kwargs={"spec": spec, "session": session, "limits": resources.limits},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=max(1, cluster.num_cpus // 8)),
-        # No CPU slot: the workers hold them all, and planning would wait for one for ever.
-        num_cpus=0,
-    )
+    how = {"spec": spec, "session": session, "limits": resources.limits}
+    per_task = resources.tiles_per_task
+    planners = max(len(cluster.node_memory), cluster.num_cpus // 8)
+    dataset = _planned(rows, planners, how | {"plan": work.plan, "tiles_per_task": per_task})
     gpus = cluster.num_gpus > 0 if resources.gpus is None else resources.gpus
     memory = int((resources.memory_gb + (0 if gpus else resources.network_gb)) * 2**30)
     groups = stage_groups(spec, gpus=gpus)
-    dataset = tiles
     for names in groups:
         place = _place(names, groups, resources.workers, cluster, memory, gpus=gpus)
-        per_task = resources.tiles_per_task
+        # The first takes blocks as they were planned.
+        size = None if names == groups[0] else per_task
         dataset = dataset.map_batches(
             Stages,
-            fn_constructor_kwargs={
-                "names": names,
-                "spec": spec,
-                "run": run,
-                "on_gpu": place.num_gpus > 0,
-                "session": session,
-                "limits": resources.limits,
-            },
+            fn_constructor_kwargs=how
+            | {"names": names, "run": run, "on_gpu": place.num_gpus > 0, "make": work.stage},
             compute=place.pool,
             num_cpus=place.num_cpus,
             num_gpus=place.num_gpus or None,
             memory=memory,
-            batch_size=max(per_task, GPU_TILES) if names == ("network",) else per_task,
+            batch_size=max(per_task, GPU_TILES) if names == ("network",) else size,
             batch_format="pyarrow",
         )
     return dataset
+
+
+def _planned(rows: list[dict[str, Any]], planners: int, how: dict[str, Any]) -> ray.data.Dataset:
+    """Return the lazy first part: slides to TILES."""
+    slides = [_slide_table(part) for part in _planned_together(rows, planners)]
+    return ray.data.from_arrow(slides).map_batches(
+        PlanTiles,
+        fn_constructor_kwargs=how,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=planners),
+        # No CPU slot: the workers hold them all, and planning would wait for one for ever.
+        num_cpus=0,
+    )
+
+
+SLIDES_PER_PLAN, TASKS_PER_PLANNER = 16, 8
+SLIDES = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("slide_id", "uri", "mpp_error")),
+        *(pa.field(name, pa.string()) for name in ("segmentation", "imported_uri")),
+        pa.field("mpp", pa.float64()),
+        pa.field("done_tiles", pa.list_(pa.int64())),
+    ]
+)
 
 
 class _Place(NamedTuple):
@@ -175,47 +233,73 @@ def stage_groups(spec: CellsSpec, *, gpus: bool) -> list[tuple[str, ...]]:
     return [*groups, last] if embed else [*groups[:-1], (*groups[-1], *last)]
 
 
-def _set_context(tiles_per_task: int) -> None:
+def _set_context() -> None:
     """Set what Ray Data takes from its context and not from arguments."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    # A slide's tiles must leave the planner in small blocks, or one worker would get them all.
-    context.target_max_block_size = TILE_ROW_BYTES * tiles_per_task
+    context.target_max_block_size = BLOCK_BYTES
+    # It would look at all of a worker's memory before and after each task, and say nothing.
+    context.memory_usage_poll_interval_s = None
     context.execution_options.preserve_order = False
     # A block of dense tiles can take half an hour on a slow CPU: silence is not a fault.
     context.execution_no_progress_timeout_s = -1
+    # A worker that cannot start may have met a fault that passes; one that never can fails the run.
+    context.max_consecutive_actor_init_deaths = 2
     # Said of every slide smaller than the pool.
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
 
 
-def _slide_table(row: dict[str, Any]) -> pa.Table:
-    done = pa.array([row["done_tiles"]], pa.list_(pa.int64()))
-    mpp = pa.array([row["mpp"]], pa.float64())
-    names = ("slide_id", "uri", "mpp_error", "segmentation", "imported_uri")
-    texts = {name: pa.array([row[name]], pa.string()) for name in names}
-    return pa.table(texts | {"mpp": mpp, "done_tiles": done})
+def _planned_together(rows: list[dict[str, Any]], planners: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the slides of each planning task: few enough to share them out, and to lose."""
+    size = max(1, min(SLIDES_PER_PLAN, len(rows) // (TASKS_PER_PLANNER * planners)))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _slide_table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=SLIDES)
 
 
 class PlanTiles:
     """Slides to TILES, a slide at a time: what Ray Data maps over the manifest."""
 
-    def __init__(self, spec: CellsSpec, session: str, limits: attempts.Limits) -> None:
+    def __init__(
+        self,
+        spec: CellsSpec,
+        session: str,
+        limits: attempts.Limits,
+        plan: Plan,
+        tiles_per_task: int,
+    ) -> None:
         """Plan for these settings; notes of attempts go below `session`."""
-        self.spec = spec
+        log_to_stderr(logging.WARNING)
+        self.spec, self.plan, self.tiles_per_task = spec, plan, tiles_per_task
         self.attempts = attempts.of_this_actor(session, limits.max_attempts, limits.plan_timeout_s)
 
     def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
-        """Yield the tiles of each slide of a batch of `plan_slide` rows."""
+        """Yield the tiles of a batch of `plan_slide` rows, as many as a task takes at a time."""
+        waiting: list[Row] = []
         for row in batch.to_pylist():
             (tiles,) = self.attempts.over([row | {"tile_id": -1}], self._plan)
-            yield pa.Table.from_pylist(tiles, schema=PLANNED)
+            waiting += tiles
+            while len(waiting) >= self.tiles_per_task:
+                yield _padded(waiting[: self.tiles_per_task])
+                waiting = waiting[self.tiles_per_task :]
+        if waiting:
+            yield _padded(waiting)
 
     def _plan(self, rows: list[Row], begins: Callable[[str], None]) -> list[Row]:
         (row,) = rows
         if row.get("error") is not None:
             return [{"num_tiles": 0} | {name: row.get(name) for name in FAILED_PLAN}]
         begins("plan")
-        return plan_slide(row, self.spec)
+        return self.plan(row, self.spec)
+
+
+def _padded(rows: list[Row]) -> pa.Table:
+    tiles = pa.Table.from_pylist(rows, schema=PLANNED)
+    padding = [bytes(max(0, PADDED_BYTES - tiles.nbytes)), *[b""] * (len(tiles) - 1)]
+    return tiles.append_column(PADDING, pa.array(padding, pa.binary()))
 
 
 class Stages:
@@ -228,19 +312,26 @@ class Stages:
         run: RunFolder,
         session: str,
         limits: attempts.Limits,
+        make: MakeStage,
         *,
         on_gpu: bool,
     ) -> None:
         """Make the stages; notes of attempts go below `session`."""
+        log_to_stderr(logging.WARNING)
+        self.metrics = WorkerMetrics(run)
         # First, so that it is known what ended the process before.
-        self.attempts = attempts.of_this_actor(session, limits.max_attempts, limits.tile_timeout_s)
-        self.stages = {name: _stage(name, spec, run, on_gpu=on_gpu) for name in names}
+        self.attempts = attempts.of_this_actor(
+            session, limits.max_attempts, limits.tile_timeout_s, on_gpu=on_gpu
+        )
+        self.stages = {name: make(name, spec, run, on_gpu=on_gpu) for name in names}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Take tiles as they come from the stage before to the form the next one takes."""
         done = self.attempts.over(unpack(batch), self._run)
         if isinstance(done[0], pa.Table):
-            return pa.concat_tables(done)
+            receipts = pa.concat_tables(done)
+            self.metrics.count(receipts)
+            return receipts
         return pack([row for rows in done for row in rows])
 
     def _run(self, rows: Any, begins: Callable[[str], None]) -> Any:  # noqa: ANN401
@@ -250,17 +341,3 @@ class Stages:
             begins("segment" if name == "find" else name)
             rows = stage(rows)
         return rows
-
-
-def _stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Callable[[Any], Any]:
-    if name == "read":
-        return Read(spec)
-    if name == "find":
-        return FindNuclei(spec)
-    if name == "write":
-        return WriteShards(run)
-    # Imported where they run: torch takes seconds and half a gigabyte, which readers need not.
-    from scellst_ray.pipelines.networks import Embed, Network, device_for  # noqa: PLC0415
-
-    device = device_for(on_gpu=on_gpu)
-    return Network(spec, device) if name == "network" else Embed(spec, device)

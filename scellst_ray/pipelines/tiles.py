@@ -16,6 +16,7 @@ import pyarrow as pa
 from scellst_ray import node_cache, schemas, storage
 from scellst_ray.crop_format import Colours
 from scellst_ray.geometry import Box, Frame
+from scellst_ray.logs import about
 from scellst_ray.node_cache import hold
 from scellst_ray.nuclei.imported import check_within, publish_by_tile, read_segmentation
 from scellst_ray.slides.reader import Slide
@@ -88,7 +89,8 @@ def guarded(row: Row, stage: str) -> Iterator[None]:
     """Time a stage of one tile, and turn what it raises into values of its row."""
     started = time.perf_counter()
     try:
-        yield
+        with about(row.get("slide_id"), row.get("tile_id"), stage):
+            yield
     except Exception as error:  # noqa: BLE001 - the one place where a tile's failure is caught
         notes = " ".join(getattr(error, "__notes__", ()))
         row |= {

@@ -19,7 +19,7 @@ from scellst_ray.models.catalogue import (
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SCELLST_RAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCELLST_RAY_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
 
 
@@ -62,10 +62,10 @@ def test_files_of_a_record_are_described_by_it():
 
 
 def test_the_folder_of_the_cache(monkeypatch, tmp_path):
-    monkeypatch.delenv("SCELLST_RAY_CACHE", raising=False)
+    monkeypatch.delenv("SCELLST_RAY_CACHE_DIR", raising=False)
     monkeypatch.setattr(catalogue.Path, "home", lambda: Path("/home/someone"))
     assert cache_folder() == Path("/home/someone/.cache/scellst_ray/models")
-    monkeypatch.setenv("SCELLST_RAY_CACHE", str(tmp_path / "here"))
+    monkeypatch.setenv("SCELLST_RAY_CACHE_DIR", str(tmp_path / "here"))
     assert cache_folder() == tmp_path / "here" / "models"
     assert not (tmp_path / "here").exists()
 

@@ -33,8 +33,8 @@ def started(monkeypatch):
     """Return the list of runs that were started; none is."""
     calls = []
 
-    def record(job, config, slides, networks, head_uri, _, prepare):
-        calls.append((job, config, networks.identity, head_uri))
+    def record(job, config, slides, networks, _, prepare):
+        calls.append((job, config, networks.identity, networks.head_uri))
         prepare()
         return {slide.slide_id: {} for slide in slides}
 

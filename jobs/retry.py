@@ -1,0 +1,11 @@
+"""Only what failed in a run, with its own settings, as a Ray job.
+
+ray job submit --working-dir . -- python jobs/retry.py --run s3://BUCKET/runs/cohort --failed
+"""
+
+import sys
+
+from scellst_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["retry", *sys.argv[1:]]))

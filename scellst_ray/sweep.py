@@ -1,0 +1,180 @@
+"""`scellst-ray gc`: remove what crashes left in a run folder and nothing will ever read.
+
+That is, and nothing else:
+
+- shards of slides that are done or empty: their tables are written, a crash kept the shards;
+- shards that no receipt names: their worker died before, or their driver before it logged them;
+- temporary files of writers that were killed;
+- notes of attempts: they mean something only to the driver that began them.
+
+The lease is held meanwhile, so no driver works. A shard that the last good receipt of a tile names
+stays, and so do all tables, records, receipts, crops and imported nuclei of unfinished slides.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+
+from scellst_ray import storage
+from scellst_ray.lease import LeaseError, held
+from scellst_ray.pipelines.attempts import FOLDER as ATTEMPTS
+from scellst_ray.reading import Run, open_run
+from scellst_ray.run_state import read_holder, read_log
+from scellst_ray.runs import FINISHED, last_of_each_tile
+
+SHARDS = "shards"
+FINISHED_SHARDS = "shards of finished slides"
+ORPHANS = "shards that no receipt names"
+TEMPORARY = "temporary files"
+NOTES = "notes of attempts"
+KINDS = (FINISHED_SHARDS, ORPHANS, TEMPORARY, NOTES)
+# What storage.publish calls a file until it is whole.
+TEMPORARY_NAME = re.compile(r"\..+\.(parquet|json|yaml|safetensors|md)\.[a-z0-9_]{8}")
+FOLDERS = ("cells", "crops", "expression", "failures", "receipts", "records", SHARDS)
+AT_ONCE = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcConfig:
+    """Remove what crashes left in a run folder: orphan shards, temporary files, notes."""
+
+    run: str
+    """Run folder of `extract` or `predict`; may stand without --run."""
+    dry_run: bool = False
+    """Only say what would be removed."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A file that nothing will read.
+
+    Attributes:
+        path: Within the run's filesystem.
+        kind: One of KINDS.
+        num_bytes: Its size.
+    """
+
+    path: str
+    kind: str
+    num_bytes: int
+
+
+def gc(config: GcConfig) -> int:
+    """Remove leftovers and print what they were; return 0.
+
+    Raises:
+        LeaseError: a driver works on the run.
+    """
+    found = sweep(config.run, dry_run=config.dry_run)
+    console, done = Console(), "to remove" if config.dry_run else "removed"
+    table = Table("what", "files", "bytes", title=done)
+    for kind in KINDS:
+        sizes = [leftover.num_bytes for leftover in found if leftover.kind == kind]
+        table.add_row(kind, f"{len(sizes):,}", f"{sum(sizes):,}")
+    console.print(table)
+    total = sum(leftover.num_bytes for leftover in found)
+    text = f"{config.run}: {done}: {len(found):,} files, {total:,} bytes"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def sweep(run_uri: str, *, dry_run: bool = False) -> list[Leftover]:
+    """Find what nothing will read, and remove it.
+
+    Args:
+        run_uri: The run folder.
+        dry_run: Only find it.
+
+    Raises:
+        FileNotFoundError: no run there.
+        LeaseError: a driver works on the run; what it has not logged yet would look left over.
+    """
+    run_uri = storage.absolute(run_uri)
+    run = open_run(run_uri)  # before a lease makes a folder of a mistyped name
+    if dry_run:
+        holder = read_holder(run_uri)
+        if holder.state == "alive":
+            message = (
+                f"{run_uri}: process {holder.told['pid']} on {holder.told['host']} works on this "
+                "run; wait until that driver ends, or stop it"
+            )
+            raise LeaseError(message)
+        return list(leftovers(run))
+    with held(run_uri) as lease:
+        # Once more, now that no driver can change it.
+        found = list(leftovers(open_run(run_uri)))
+        for start in range(0, len(found), AT_ONCE):
+            lease.check()
+            _remove(run_uri, [leftover.path for leftover in found[start : start + AT_ONCE]])
+        _remove_empty_folders(run_uri)
+    return found
+
+
+def leftovers(run: Run) -> Iterator[Leftover]:
+    """Yield what nothing will read, of a run on which no driver works."""
+    finished = {s for s, record in run.records.items() if record["status"] in FINISHED}
+    receipts = last_of_each_tile(read_log(run.uri, ("slide_id", "tile_id", "shard", "error")))
+    receipts = receipts.filter(
+        pc.and_(pc.is_null(receipts["error"]), pc.is_valid(receipts["shard"]))
+    )
+    columns = (receipts[name].to_pylist() for name in ("slide_id", "shard"))
+    named = set(zip(*columns, strict=True))
+    for path, num_bytes in _files(run.uri):
+        *folders, name = parts = path.removeprefix(f"{_root(run.uri)}/").split("/")
+        kind = None
+        if parts[0] == ATTEMPTS:
+            kind = NOTES
+        elif TEMPORARY_NAME.fullmatch(name) and (not folders or folders[0] in FOLDERS):
+            kind = TEMPORARY
+        elif len(parts) == 3 and parts[0] == SHARDS and not name.startswith("."):
+            slide_id = parts[1]
+            if slide_id in finished:
+                kind = FINISHED_SHARDS
+            elif (slide_id, name) not in named and not name.startswith("imported-"):
+                kind = ORPHANS
+        if kind is not None:
+            yield Leftover(path, kind, num_bytes)
+
+
+def _root(uri: str) -> str:
+    return storage.resolve(uri)[1].rstrip("/")
+
+
+def _files(uri: str) -> Iterator[tuple[str, int]]:
+    """Yield the path and the size of every file below a folder."""
+    fs, path = storage.resolve(uri)
+    fs.invalidate_cache()
+    found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    for name, about in sorted(found.items()):
+        yield name, int(about.get("size") or 0)
+
+
+def _remove(run_uri: str, paths: list[str]) -> None:
+    fs, _ = storage.resolve(run_uri)
+    if storage.is_local(run_uri):
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+    else:
+        fs.rm(paths)
+
+
+def _remove_empty_folders(run_uri: str) -> None:
+    """Remove the folders of slides and sessions that have no file any more."""
+    if not storage.is_local(run_uri):
+        return
+    root = Path(_root(run_uri))
+    for folder in _folders(root / ATTEMPTS, root / SHARDS):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _folders(*roots: Path) -> Iterable[Path]:
+    """Return all folders below these, the deepest first."""
+    found = [folder for root in roots for folder in root.rglob("*") if folder.is_dir()]
+    return sorted(found, key=lambda folder: -len(folder.parts))

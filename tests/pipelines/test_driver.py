@@ -1,0 +1,265 @@
+"""The driver alone: receipts in, log and records out, whatever comes twice, late or not at all."""
+
+import threading
+import time
+
+import pyarrow as pa
+import pytest
+import ray.data
+
+from scellst_ray import schemas, storage
+from scellst_ray.cohort import SlideRow
+from scellst_ray.lease import LeaseError, held
+from scellst_ray.pipelines import cells
+from scellst_ray.pipelines import driver as driver_module
+from scellst_ray.pipelines.driver import MAX_PARTS, Driver, Progress, finish_slides
+from scellst_ray.pipelines.stages import MAX_CELLS_PER_TILE
+from scellst_ray.runs import RunFolder, open_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return open_run(str(tmp_path / "run"), "extract", {"encoder": "none"})
+
+
+def receipts(slide_id, tiles, num_tiles, shard=None, num_cells=1):
+    """Return receipts of some tiles of a slide."""
+    rows = [
+        {
+            "slide_id": slide_id,
+            "tile_id": tile,
+            "num_tiles": num_tiles,
+            "num_cells": num_cells,
+            "shard": shard,
+            "shard_row": index * num_cells,
+        }
+        for index, tile in enumerate(tiles)
+    ]
+    return pa.Table.from_pylist(rows, schema=schemas.RECEIPTS)
+
+
+def write_shard(run, slide_id, name, tiles):
+    """Write one cell for each of some tiles."""
+    size = len(tiles)
+    columns = {
+        "slide_id": [slide_id] * size,
+        "cell_id": [tile * MAX_CELLS_PER_TILE for tile in tiles],
+        "x0": [1.0] * size,
+        "y0": [1.0] * size,
+        "area_um2": [1.0] * size,
+        "nucleus_type": ["nucleus"] * size,
+        "type_prob": [None] * size,
+        "polygon": [b""] * size,
+        "seam": [0] * size,
+    }
+    table = pa.table(columns, schema=pa.schema(schemas.SHARD_FIELDS))
+    storage.publish_table(storage.join(run.shards_uri(slide_id), name), table)
+
+
+def driver_of(run, num_slides=1, check=lambda: None):
+    return Driver(run, Progress(num_slides), lambda _: None, check)
+
+
+def take(driver, *tables):
+    for table in tables:
+        driver._take(table)
+    return driver
+
+
+def whole(driver):
+    """Return the tiles of the slides that may be finished."""
+    return {s: sorted(t["tile_id"].to_pylist()) for s, t in driver.unlogged_whole}
+
+
+def test_a_tile_that_comes_twice_is_one_tile(run):
+    driver = take(driver_of(run), receipts("a", [0, 1], 3), receipts("a", [1], 3))
+    assert whole(driver) == {}
+    assert driver.progress.num_tiles == driver.progress.num_cells == 2
+    take(driver, receipts("a", [2], 3))
+    assert whole(driver) == {"a": [0, 1, 2]}
+    # Its last receipt counts, as in the log.
+    first, last = receipts("b", [0, 1], 2, "old"), receipts("b", [1], 2, "new")
+    driver = take(driver_of(run), first.slice(1), last, first.slice(0, 1))
+    ((_, table),) = driver.unlogged_whole
+    shards = dict(zip(table["tile_id"].to_pylist(), table["shard"].to_pylist(), strict=True))
+    assert shards == {0: "old", 1: "new"}
+
+
+def test_what_comes_after_a_slide_is_whole_is_dropped(run, caplog):
+    driver = take(driver_of(run), receipts("a", [0, 1], 2), receipts("a", [1], 2))
+    assert whole(driver) == {"a": [0, 1]}
+    assert "came twice" in caplog.text
+    driver._log()
+    assert len(run.receipts()) == 2
+    assert driver.progress.num_tiles == 2
+
+
+def test_many_small_receipts_of_a_slide_stay_few_tables(run):
+    driver = take(driver_of(run), *(receipts("a", [tile], 500) for tile in range(499)))
+    assert len(driver.receipts["a"]) <= MAX_PARTS
+    assert sum(map(len, driver.receipts["a"])) == 499
+    take(driver, receipts("a", [499], 500))
+    assert whole(driver) == {"a": list(range(500))}
+    assert driver.progress.num_tiles_known == 500
+
+
+def test_slides_without_tiles_are_whole_at_once(run):
+    nothing = receipts("empty", [-1], 0, num_cells=0)
+    driver = take(driver_of(run), pa.concat_tables([nothing, receipts("a", [0], 2)]))
+    assert whole(driver) == {"empty": [-1]}
+    assert driver.progress.num_tiles == 1
+
+
+def test_a_slide_that_cannot_be_finished_costs_no_other_anything(run):
+    write_shard(run, "good", "s.parquet", [0, 1])
+    tables = [
+        receipts("good", [0, 1], 2, "s.parquet"),
+        receipts("lost", [0], 1, "gone.parquet"),
+        receipts("none", [-1], 0, num_cells=0),
+    ]
+    good, lost, none = finish_slides(run, pa.concat_tables(tables), imported=False)
+    assert (good["status"], good["num_cells"]) == ("done", 2)
+    assert (none["status"], none["num_cells"]) == ("empty", 0)
+    assert (lost["status"], lost["stage"]) == ("failed", "finish")
+    assert "gone.parquet" in lost["error"]
+    # What is not finished has no record: the next run tries again.
+    assert set(run.records()) == {"good", "none"}
+
+
+def test_resume_takes_up_what_has_a_shard(run, cells_spec):
+    write_shard(run, "half", "s.parquet", [0, 1])
+    write_shard(run, "whole", "s.parquet", [0, 1])
+    failed = receipts("half", [2], 4, num_cells=0).to_pylist()[0] | {"error": "lost"}
+    for table in (
+        receipts("other", [5], 9, "not asked for"),
+        receipts("half", [1, 0], 4, "s.parquet"),
+        receipts("whole", [0], 2, "s.parquet"),
+        receipts("gone", [0, 1], 2, "gone.parquet"),
+        pa.Table.from_pylist([failed], schema=schemas.RECEIPTS),
+        receipts("whole", [1], 2, "s.parquet"),
+        receipts("half", [3], 4, num_cells=0),
+    ):
+        run.log_receipts(table)
+    slides = [SlideRow(s, f"{s}.svs", None) for s in ("gone", "half", "new", "whole")]
+    driver = driver_of(run, 4)
+    rows = driver.resume(slides, cells_spec)
+    done = {row["slide_id"]: sorted(row["done_tiles"]) for row in rows}
+    assert done == {"gone": [], "half": [0, 1, 3], "new": []}
+    assert whole(driver) == {"whole": [0, 1]}
+    assert driver.progress.num_cells_before == driver.progress.num_cells == 4
+    # What is there is not logged again.
+    driver._log()
+    assert len(storage.list_files(f"{run.uri}/receipts")) == 7
+
+
+def test_a_refused_driver_leaves_the_folder_as_it_is(tmp_path):
+    (tmp_path / "slide.png").write_bytes(b"never opened")
+    (tmp_path / "manifest.csv").write_text("slide_id,uri,mpp\na,slide.png,0.5\n")
+    settings = {
+        "manifest": str(tmp_path / "manifest.csv"),
+        "encoder": "none",
+        "precision": "float32",
+    }
+    config = cells.ExtractConfig(out=str(tmp_path / "run"), **settings)
+    identity = {name: getattr(config, name) for name in ("segmenter", "read_mpp")}
+    identity |= {name: getattr(config, name) for name in ("core_px", "halo_px", "precision")}
+    identity |= {"encoder": "none", "embedding_dim": None, "store_embeddings": False}
+    identity["segmenter_version"] = cells.SEGMENTER_VERSIONS[config.segmenter]
+    run = open_run(config.out, "extract", identity, {"of": "the first"})
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with held(run.uri), pytest.raises(LeaseError):
+        cells.extract(config)
+    after = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert after == before
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+class TestWithRay:
+    """Through Ray Data, with real finishing."""
+
+    def test_many_slides_make_few_files_of_the_log(self, run):
+        size = 40
+        for number in range(size):
+            write_shard(run, f"s{number}", "s.parquet", [0, 1])
+        blocks = [
+            pa.concat_tables(
+                [receipts(f"s{n}", [t], 2, "s.parquet") for n in range(start, start + 8)]
+            ).set_column(
+                schemas.RECEIPTS.get_field_index("shard_row"), "shard_row", pa.array([t] * 8)
+            )
+            for start in range(0, size, 8)
+            for t in (0, 1)
+        ]
+        driver = driver_of(run, size)
+        driver.consume(ray.data.from_arrow([*blocks, blocks[0]]))
+        driver.finish()
+        assert len(driver.progress.records) == size
+        assert driver.progress.records == run.records()
+        assert {r["num_cells"] for r in driver.progress.records.values()} == {2}
+        assert driver.progress.num_tiles == driver.progress.num_cells == 2 * size
+        assert len(storage.list_files(f"{run.uri}/receipts")) <= 3
+
+    def test_a_lost_lease_ends_a_run_that_waits_for_its_next_receipt(self, run, monkeypatch):
+        monkeypatch.setattr(driver_module, "LOG_EVERY_S", (0.2, 0.2))
+        asked = threading.Event()
+
+        def check():
+            asked.set()
+            message = "somebody else has it"
+            raise LeaseError(message)
+
+        def slow(batch):
+            time.sleep(1)
+            return batch
+
+        blocks = [receipts("a", [tile], 99) for tile in range(9)]
+        dataset = ray.data.from_arrow(blocks).map_batches(slow, batch_format="pyarrow", num_cpus=2)
+        with pytest.raises(LeaseError, match="somebody else"):
+            driver_of(run, check=check).consume(dataset)
+        assert asked.is_set()
+        assert len(run.receipts()) == 0
+
+    def test_a_batch_of_slides_that_ends_the_process_is_taken_apart(self, run, monkeypatch):
+        monkeypatch.setattr(driver_module, "_Finisher", deadly_finisher())
+        for name in ("a", "b", "c"):
+            write_shard(run, name, "s.parquet", [0])
+        table = pa.concat_tables([receipts(name, [0], 1, "s.parquet") for name in ("a", "b", "c")])
+        driver = take(driver_of(run, 3), table)
+        driver.finish()
+        records = driver.progress.records
+        assert {name: record["status"] for name, record in records.items()} == {
+            "a": "done",
+            "b": "failed",
+            "c": "done",
+        }
+        assert records["b"]["stage"] == "finish"
+        assert set(run.records()) == {"a", "c"}
+
+
+def deadly_finisher():
+    """Return an actor that slide b ends."""
+
+    class Deadly:
+        def finish(self, run, receipts, imported):
+            import os
+
+            from scellst_ray.pipelines.driver import finish_slides
+
+            if "b" in receipts["slide_id"].to_pylist():
+                os._exit(1)
+            return finish_slides(run, receipts, imported=imported)
+
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=1)(Deadly)
+
+
+def test_shared_out_by_number_and_by_cells(run):
+    driver = driver_of(RunFolder(run.uri, ""))
+    driver.waiting.extend((f"s{n}", receipts(f"s{n}", [0], 1)) for n in range(10))
+    assert len(driver._next_slides(4)) == 4
+    driver.waiting.appendleft(("big", receipts("big", [0], 1, num_cells=1_000_000)))
+    assert [s for s, _ in driver._next_slides(4)] == ["big"]
+    driver.alone = {"s5"}
+    assert [s for s, _ in driver._next_slides(4)] == ["s4"]
+    assert [s for s, _ in driver._next_slides(4)] == ["s5"]
+    assert [s for s, _ in driver._next_slides(9)] == ["s6", "s7", "s8", "s9"]
