@@ -17,9 +17,9 @@ from scellst_ray.models.mil import load_head
 from scellst_ray.pipelines.cells import (
     CheckedNetworks,
     ExtractConfig,
-    _settled,
-    _spec,
+    cells_spec,
     check_networks,
+    settled,
 )
 from scellst_ray.pipelines.expression import PredictConfig, head_file
 from scellst_ray.pipelines.segmenter_settings import WITHOUT_FILE
@@ -153,7 +153,7 @@ def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None
     job, hidden_dims, head_uri = _job(config)
     notes: list[str] = []
     networks = _networks(job, head_uri, notes, read=config.calibrate is not None)
-    spec = _spec(_settled(job), networks)
+    spec = cells_spec(settled(job), networks)
     keep = config.calibrate or 0
     plans = plan_slides(slides, spec, keep, config.processes, config.plan_timeout_s, report)
     shape, cluster = _shape(job, spec, networks, hidden_dims), config.cluster()

@@ -17,6 +17,7 @@ from scellst_ray.models.augment import AugmentConfig
 from scellst_ray.models.backbones import new_backbone
 from scellst_ray.models.encoder import best_precision, encoder_digest, load_encoder, save_encoder
 from scellst_ray.models.moco import MocoConfig
+from scellst_ray.pipelines.nodes import asked_for, check_before_run
 from scellst_ray.runs import RunFolder, open_run
 from scellst_ray.session import Cluster, ray_session
 from scellst_ray.training.moco_loop import Recipe, crop_order
@@ -160,6 +161,7 @@ def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print)
         f"an epoch; {config.arch}, {dim} numbers a cell"
     )
     with held(run.uri), ray_session(dashboard=True) as cluster:
+        check_before_run(asked_for(run.uri, gpus=bool(config.gpus)), cluster)
         workers = _workers(config, cluster)
         keep = Keeping(run.uri, config.checkpoint_steps, config.keep_best)
         init = _publish_init(config, run, store)

@@ -17,6 +17,7 @@ from scellst_ray.expression import HEAD_FILE
 from scellst_ray.models.mil import save_head
 from scellst_ray.models.mil_fit import FitConfig, FitResult
 from scellst_ray.pipelines.bags import build_bags, choose_panel, provenance
+from scellst_ray.pipelines.nodes import asked_for, check_before_run
 from scellst_ray.pipelines.supervision import Rules, training_slides
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import Cluster, ray_session
@@ -149,6 +150,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     panel = chosen.genes
     say(f"panel of {len(panel)} genes: {', '.join(panel[:6])}{' ...' if len(panel) > 6 else ''}")
     with ray_session(dashboard=True) as cluster:
+        check_before_run(asked_for(out, gpus=bool(config.gpus)), cluster)
         bags = build_bags(slides, panel, run, out, cluster.num_cpus, rules)
         for slide_id, row in bags.items():
             say(

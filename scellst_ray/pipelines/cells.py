@@ -14,6 +14,7 @@ from scellst_ray.models.catalogue import is_catalogued
 from scellst_ray.pipelines.attempts import Limits, forget_attempts
 from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
 from scellst_ray.pipelines.driver import Driver, Progress, Report
+from scellst_ray.pipelines.nodes import asked_for, check_before_run
 from scellst_ray.pipelines.receipts import Resources, Work, receipts_dataset
 from scellst_ray.pipelines.run_metrics import watched
 from scellst_ray.pipelines.segmenter_settings import WITHOUT_FILE, segmenter_problems
@@ -22,7 +23,7 @@ from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS
 from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.run_summary import write_summary
 from scellst_ray.runs import FINISHED, RunFolder, check_manifest_unchanged, open_run
-from scellst_ray.session import ray_session
+from scellst_ray.session import Cluster, ray_session
 
 WORKER_GB = 2.0
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
     return CheckedNetworks(found, type_names, bytes_on_cpu)
 
 
-def _settled(config: ExtractConfig) -> ExtractConfig:
+def settled(config: ExtractConfig) -> ExtractConfig:
     """Return the configuration with what must be the same in every process decided, once.
 
     Files of weights get absolute names, and `auto` precision becomes that of the driver.
@@ -225,7 +226,7 @@ def run_cells(
         prepare: Called once the folder is known to be this run's.
         work: What is done to slides and tiles, where that is not the pipeline's own.
     """
-    config, slides = _settled(config), chosen(slides, config.slides)
+    config, slides = settled(config), chosen(slides, config.slides)
     settings = ("segmenter", "read_mpp", "core_px", "halo_px", "store_embeddings", "precision")
     identity = networks.identity | {name: getattr(config, name) for name in settings}
     identity["segmenter_version"] = SEGMENTER_VERSIONS[config.segmenter]
@@ -250,9 +251,11 @@ def run_cells(
         if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
             return progress.records
         with ray_session() as cluster:
+            if work is None:
+                _check_nodes(config, identity, run, cluster, pending)
             forget_attempts(run)
             driver.report = watched(run, report)
-            spec = replace(_spec(config, networks), colours=colours)
+            spec = replace(cells_spec(config, networks), colours=colours)
             resources = _resources(config, networks)
             rows = driver.resume(pending, spec)
             if rows:
@@ -265,6 +268,23 @@ def run_cells(
             forget_attempts(run)
         write_summary(run.uri, progress.records)
     return progress.records
+
+
+def _check_nodes(
+    config: ExtractConfig,
+    identity: Mapping[str, Any],
+    run: RunFolder,
+    cluster: Cluster,
+    slides: list[SlideRow],
+) -> None:
+    """Stop a run that cannot succeed on this cluster, before its work starts."""
+    weights = [
+        (config.encoder, identity["encoder"]),
+        (config.segmenter_weights, identity.get("segmenter_weights")),
+    ]
+    gpus = cluster.num_gpus > 0 if config.gpus is None else config.gpus
+    asked = asked_for(run.uri, weights, gpus=gpus)
+    check_before_run(asked, cluster, slides, imported=config.segmenter == "imported")
 
 
 def _pending(run: RunFolder, slides: list[SlideRow], progress: Progress) -> list[SlideRow]:
@@ -286,7 +306,8 @@ def _largest_first(
     return sorted(slides, key=lambda slide: -(sources[slide.slide_id]["bytes"] or 0))
 
 
-def _spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:
+def cells_spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:
+    """Return what to compute, of a settled configuration."""
     return CellsSpec(
         segmenter=config.segmenter,
         read_mpp=config.read_mpp,
