@@ -34,8 +34,10 @@ import shapely
 from scellst_ray import __version__, schemas, storage
 from scellst_ray.cohort import SlideRow
 from scellst_ray.geometry import Box
-from scellst_ray.pipelines.cells import CheckedNetworks, ExtractConfig, run_cells
+from scellst_ray.pipelines.cells import run_cells
+from scellst_ray.pipelines.checked_networks import CheckedNetworks
 from scellst_ray.pipelines.driver import Progress
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.pipelines.receipts import Work, make_stage
 from scellst_ray.pipelines.stages import MAX_CELLS_PER_TILE, todo
 from scellst_ray.pipelines.tiles import CellsSpec, Row, box_columns

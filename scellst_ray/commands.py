@@ -23,8 +23,9 @@ from scellst_ray.evaluate_report import run_evaluate_segmentation
 from scellst_ray.export.anndata import write_anndata
 from scellst_ray.manifest_hest import ManifestHestConfig, write_hest_manifest
 from scellst_ray.models_command import ModelsConfig, ModelsFetchConfig, fetch_model, list_models
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
 from scellst_ray.pipelines.expression import PredictConfig, predict
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.plan import PlanConfig
 from scellst_ray.plan_report import run_plan
 from scellst_ray.pretrain import ENCODER_FILE, PretrainConfig, pretrain_encoder

@@ -18,8 +18,9 @@ from scellst_ray.analysis.maps import gene_map
 from scellst_ray.analysis.metrics import pearson_by_column
 from scellst_ray.analysis.truth import Matching, cell_correlation, match_nuclei
 from scellst_ray.expression import HEAD_FILE
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
 from scellst_ray.pipelines.expression import PredictConfig, predict
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.pretrain import ENCODER_FILE, PretrainConfig, pretrain_encoder
 from scellst_ray.progress import shown_progress
 from scellst_ray.reading import Run, open_run

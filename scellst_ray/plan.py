@@ -14,14 +14,10 @@ from scellst_ray import schemas, storage
 from scellst_ray.cohort import chosen, read_manifest
 from scellst_ray.models.encoder import encoder_dim, is_named
 from scellst_ray.models.mil import load_head
-from scellst_ray.pipelines.cells import (
-    CheckedNetworks,
-    ExtractConfig,
-    cells_spec,
-    check_networks,
-    settled,
-)
+from scellst_ray.pipelines.cells import cells_spec
+from scellst_ray.pipelines.checked_networks import CheckedNetworks, check_networks
 from scellst_ray.pipelines.expression import PredictConfig, head_file
+from scellst_ray.pipelines.extract_config import ExtractConfig, settled
 from scellst_ray.pipelines.segmenter_settings import WITHOUT_FILE
 from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.plan_calibrate import calibrate

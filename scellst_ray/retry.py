@@ -8,9 +8,10 @@ from typing import Any
 from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.expression import HEAD_FILE, known
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
 from scellst_ray.pipelines.driver import Report
 from scellst_ray.pipelines.expression import PredictConfig, predict
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.reading import Run, open_run
 from scellst_ray.run_summary import read_config
 from scellst_ray.runs import FINISHED

@@ -123,6 +123,23 @@ class TrainConfig:
         )
 
 
+def _embedded_run(cells: str) -> dict[str, Any]:
+    """Return what run.json of a run with embeddings says.
+
+    Raises:
+        ValueError: there is no run, or it kept no embeddings.
+    """
+    run_uri = storage.join(cells, "run.json")
+    if not storage.exists(run_uri):
+        message = f"{cells}: no run of scellst_ray there; run `scellst-ray extract` first"
+        raise ValueError(message)
+    run_json: dict[str, Any] = storage.read_json(run_uri)
+    if not run_json["identity"].get("store_embeddings"):
+        message = f"{cells}: its cells have no embeddings; extract with store_embeddings"
+        raise ValueError(message)
+    return run_json
+
+
 def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train a head and publish it below `config.out`; return its info.
 
@@ -131,14 +148,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     """
     # Absolute, so that they mean the same in every process.
     cells, out = storage.absolute(config.cells), storage.absolute(config.out)
-    run_uri = storage.join(cells, "run.json")
-    if not storage.exists(run_uri):
-        message = f"{cells}: no run of scellst_ray there; run `scellst-ray extract` first"
-        raise ValueError(message)
-    run_json = storage.read_json(run_uri)
-    if not run_json["identity"].get("store_embeddings"):
-        message = f"{cells}: its cells have no embeddings; extract with store_embeddings"
-        raise ValueError(message)
+    run_json = _embedded_run(cells)
     head_uri = storage.join(out, HEAD_FILE)
     if storage.exists(head_uri):
         message = f"{head_uri}: there is a head already; give another --out"

@@ -9,8 +9,8 @@ import yaml
 from scellst_ray import commands
 from scellst_ray.cli import main
 from scellst_ray.models.mil import MilHead, save_head
-from scellst_ray.pipelines.cells import ExtractConfig
 from scellst_ray.pipelines.expression import PredictConfig
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.plan import PlanConfig, make_plan
 from scellst_ray.plan_costs import PlannedCluster
 

@@ -8,8 +8,8 @@ from run_folders import MISSING, make_run, record
 
 from scellst_ray import commands, storage
 from scellst_ray import retry as module
-from scellst_ray.pipelines.cells import ExtractConfig
 from scellst_ray.pipelines.expression import PredictConfig
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.retry import RetryConfig, retry
 
 RECORDS = [

@@ -12,8 +12,10 @@ from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.expression import HEAD_FILE
 from scellst_ray.models.mil import head_from_bytes
-from scellst_ray.pipelines.cells import ExtractConfig, check_networks, run_cells
+from scellst_ray.pipelines.cells import run_cells
+from scellst_ray.pipelines.checked_networks import check_networks
 from scellst_ray.pipelines.driver import Report
+from scellst_ray.pipelines.extract_config import ExtractConfig
 
 logger = logging.getLogger(__name__)
 

@@ -23,20 +23,22 @@ def extract_command(manifest, out):
         "extract",
         f"--manifest={manifest}",
         f"--out={out}",
-        "--encoder=random:0",
+        "--encoder=random:0:resnet18",
         "--core-px=128",
         "--tiles-per-task=2",
         "--memory-gb=0.5",
+        # It must last longer than receipts stay unlogged.
+        "--workers=1",
     ]
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    """Return a manifest of two slides of 20 tiles each."""
+    """Return a manifest of two slides of 35 tiles each."""
     folder = tmp_path_factory.mktemp("cohort")
     lines = ["slide_id,uri"]
     for number in range(2):
-        config = SyntheticConfig(seed=number, width_um=330.0, height_um=260.0, num_genes=4)
+        config = SyntheticConfig(seed=number, width_um=500.0, height_um=300.0, num_genes=4)
         write_synthetic_slide(folder / f"s{number}", config)
         lines.append(f"s{number},s{number}/slide.tiff")
     path = folder / "manifest.csv"

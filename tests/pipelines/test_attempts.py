@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from scellst_ray.compaction import finish_slide
 from scellst_ray.pipelines.attempts import HOSTS_PER_ATTEMPT, Attempts
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.pipelines.stages import WriteShards
 from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
 from scellst_ray.runs import RunFolder

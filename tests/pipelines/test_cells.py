@@ -12,7 +12,8 @@ from PIL import Image
 from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.compaction import finish_slide
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.pipelines.networks import Embed
 from scellst_ray.pipelines.stages import WriteShards
 from scellst_ray.pipelines.tiles import CellsSpec, plan_slide

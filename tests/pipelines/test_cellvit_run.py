@@ -13,7 +13,8 @@ from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.compaction import finish_slide
 from scellst_ray.pipelines import cells as cells_module
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.pipelines.networks import Embed, Network
 from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
 from scellst_ray.pipelines.tiles import plan_slide

@@ -15,9 +15,10 @@ from scellst_ray.crop_format import (
     index_uri,
 )
 from scellst_ray.crop_store import colours_by_slide, open_store, read_crops
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
 from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
 from scellst_ray.pipelines.cutting import CropSet, cut_slide
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.pipelines.receipts import Resources
 from scellst_ray.runs import RunFolder
 

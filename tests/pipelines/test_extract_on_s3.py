@@ -7,7 +7,8 @@ import pytest
 from s3_server import BUCKET, serving_s3
 
 from scellst_ray import storage
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.runs import RunFolder
 
 pytestmark = pytest.mark.ray

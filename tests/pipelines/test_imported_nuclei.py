@@ -11,7 +11,8 @@ import shapely
 
 from scellst_ray import storage
 from scellst_ray.compaction import finish_slide
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.pipelines.stages import WriteShards
 from scellst_ray.pipelines.tiles import plan_slide
 from scellst_ray.runs import RunFolder

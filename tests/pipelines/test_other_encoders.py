@@ -9,8 +9,10 @@ import pytest
 
 from scellst_ray.models.encoder import load_encoder, save_encoder
 from scellst_ray.models.mil import load_head
-from scellst_ray.pipelines.cells import ExtractConfig, check_networks, extract
+from scellst_ray.pipelines.cells import extract
+from scellst_ray.pipelines.checked_networks import check_networks
 from scellst_ray.pipelines.expression import PredictConfig, predict
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.pipelines.networks import Embed
 from scellst_ray.pipelines.stages import FindNuclei, Read
 from scellst_ray.pipelines.tiles import plan_slide

@@ -4,7 +4,8 @@ import pyarrow.compute as pc
 import pytest
 
 from scellst_ray import plan_calibrate
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.plan import PlanConfig, make_plan
 from scellst_ray.plan_slides import by_slide
 from scellst_ray.runs import RunFolder

@@ -12,7 +12,8 @@ import pytest
 from scellst_ray import storage
 from scellst_ray.compaction import finish_slide
 from scellst_ray.lease import LeaseError
-from scellst_ray.pipelines.cells import ExtractConfig, extract
+from scellst_ray.pipelines.cells import extract
+from scellst_ray.pipelines.extract_config import ExtractConfig
 from scellst_ray.pipelines.stages import WriteShards
 from scellst_ray.pipelines.tiles import plan_slide
 from scellst_ray.retry import RetryConfig, retry
