@@ -120,6 +120,7 @@ def _record(
         "num_failed_tiles": len(failed),
         "num_cells": written.num_cells,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "waited_s": round(pc.sum(receipts["waited_s"]).as_py() or 0.0, 3),
         "scellst_ray": __version__,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import fsspec
 import openslide
 import torch
 import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from scellst_ray import __version__
+from scellst_ray import __version__, storage
 from scellst_ray.cohort import SlideRow, read_manifest
 from scellst_ray.isolated import Died, each_isolated
 from scellst_ray.models.cellvit_weights import load_cellvit
@@ -87,8 +86,7 @@ def _with_job(config: DoctorConfig) -> DoctorConfig:
     """
     if config.job is None:
         return config
-    with fsspec.open(config.job, "r", encoding="utf-8") as handle:
-        told = yaml.safe_load(handle.read())
+    told = yaml.safe_load(storage.read_text(config.job))
     if not isinstance(told, dict):
         message = f"{config.job}: expected keys and values of a job, as its --config takes them"
         raise ValueError(message)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -132,9 +131,8 @@ class SlideScore:
 
 def limit_of_head(uri: str) -> float | None:
     """Read a head's limit from the header of its file; None if the head does not know it."""
-    with fsspec.open(uri, "rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(size))
+    size = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
+    header = json.loads(storage.read_bytes(uri, 8, 8 + size))
     limit = json.loads(header["__metadata__"]["info"]).get("domain", {}).get("limit")
     return None if limit is None else float(limit)
 

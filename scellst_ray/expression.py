@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_arrays
+
+from scellst_ray import storage
 
 # How a head file is named in the folder of `train` and in the run of `predict`.
 HEAD_FILE = "head.safetensors"
@@ -154,8 +155,7 @@ def read_last_layer(uri: str) -> LastLayer:
         FileNotFoundError: nothing there.
         ValueError: see parse_head.
     """
-    with fsspec.open(uri, "rb") as handle:
-        data = bytes(handle.read())
+    data = storage.read_bytes(uri)
     tensors, info, formula = parse_head(data, uri, parse_arrays)
     genes = [str(gene) for gene in info["genes"]]
     shape = (formula.ensemble, len(genes))

@@ -14,6 +14,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from scellst_ray.memory_limit import limit_memory
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -92,7 +94,7 @@ def _until_broken(
     context = multiprocessing.get_context("spawn")
     under_way: dict[Future[R], T] = {}
     done: deque[Future[R]] = deque()
-    with ProcessPoolExecutor(most[0], mp_context=context) as pool:
+    with ProcessPoolExecutor(most[0], context, limit_memory) as pool:
         while not suspects:
             for item in items:
                 try:

@@ -17,7 +17,7 @@ from scellst_ray.models.mil import load_head
 from scellst_ray.pipelines.cells import cells_spec
 from scellst_ray.pipelines.checked_networks import CheckedNetworks, check_networks
 from scellst_ray.pipelines.expression import PredictConfig, head_file
-from scellst_ray.pipelines.extract_config import ExtractConfig, settled
+from scellst_ray.pipelines.extract_config import ExtractConfig, settled, tiles_of_task
 from scellst_ray.pipelines.segmenter_settings import WITHOUT_FILE
 from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.plan_calibrate import calibrate
@@ -152,7 +152,8 @@ def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None
     spec = cells_spec(settled(job), networks)
     keep = config.calibrate or 0
     plans = plan_slides(slides, spec, keep, config.processes, config.plan_timeout_s, report)
-    shape, cluster = _shape(job, spec, networks, hidden_dims), config.cluster()
+    cluster = config.cluster()
+    shape = _shape(job, spec, networks, hidden_dims, gpus=bool(cluster.gpus))
     rates = _rates(config, spec, networks, plans, notes)
     unmeasured = [n for n in used(shape, cluster) if rates.sources[n] == DEFAULT]
     if unmeasured:
@@ -195,7 +196,12 @@ def _networks(
 
 
 def _shape(
-    job: ExtractConfig, spec: CellsSpec, networks: CheckedNetworks, hidden_dims: int
+    job: ExtractConfig,
+    spec: CellsSpec,
+    networks: CheckedNetworks,
+    hidden_dims: int,
+    *,
+    gpus: bool,
 ) -> Shape:
     return Shape(
         network=spec.segmenter == "cellvit",
@@ -204,7 +210,7 @@ def _shape(
         embed=spec.encoder != "none",
         side_px=spec.side_px,
         vector_dims=hidden_dims + (networks.identity["embedding_dim"] or 0),
-        tiles_per_task=job.tiles_per_task,
+        tiles_per_task=tiles_of_task(job.tiles_per_task, gpus=gpus),
         kept_crops=job.crops or 0,
     )
 
@@ -222,7 +228,8 @@ def _rates(
     if config.calibrate is not None:
         identity |= networks.identity
         on_gpu = gpus and torch.cuda.is_available()
-        sample = calibrate(by_slide(plans), spec, config.tiles_per_task, on_gpu=on_gpu)
+        per_task = tiles_of_task(config.tiles_per_task, gpus=gpus)
+        sample = calibrate(by_slide(plans), spec, per_task, on_gpu=on_gpu)
         rates = rates.replaced(sample.rates, f"{sample.num_tiles} tiles measured here")
         rates = replace(rates, densities=sample.densities)
         notes += [f"a tile of the sample failed: {error}" for error in sample.errors[:5]]

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import fsspec
 import numpy as np
 import yaml
 from numpy.typing import NDArray
@@ -158,8 +157,8 @@ def _seconds(run: Run, suffix: str) -> dict[str, float]:
 
 def _on_gpu(run: Run, notes: list[str], *, on_gpu: bool) -> bool:
     """Tell whether a run's networks were on GPUs: as its command said, else as is planned now."""
-    with fsspec.open(storage.join(run.folder.uri, "config.yaml"), "r", encoding="utf-8") as handle:
-        told = yaml.safe_load(handle.read()).get("gpus")
+    config = storage.read_text(storage.join(run.folder.uri, "config.yaml"))
+    told = yaml.safe_load(config).get("gpus")
     if told is None and on_gpu:
         notes.append(f"run {run.folder.uri}: not known whether it had GPUs; taken to have had them")
     return on_gpu if told is None else bool(told)

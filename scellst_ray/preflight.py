@@ -38,10 +38,17 @@ SHOWN_SLIDES = 3
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: where, what, and the remedy, in one line; and whether it stops the run."""
+    """Something wrong: where, what, and the remedy, in one line.
+
+    Attributes:
+        text: The line.
+        stops: Whether it stops the run.
+        node_id: The node that had better not work because of it, or None.
+    """
 
     text: str
     stops: bool = True
+    node_id: str | None = None
 
 
 @dataclass(frozen=True)

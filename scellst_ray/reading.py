@@ -46,6 +46,7 @@ SLIDES = {
     "width0": pl.Int64,
     "height0": pl.Int64,
     **{f"seconds_{stage}": pl.Float64 for stage in schemas.STAGES},
+    "waited_s": pl.Float64,
     "stage": pl.String,
     "error_type": pl.String,
     "error": pl.String,
@@ -302,8 +303,7 @@ class Run:
             return
         folder = self.folder
         uri = (folder.cells_uri if name == "CELLS" else folder.expression_uri)(slide_id)
-        fs, path = storage.resolve(uri)
-        with pq.ParquetFile(path, filesystem=fs, pre_buffer=not storage.is_local(uri)) as file:
+        with storage.open_parquet(uri) as file:
             _check_table(file.schema_arrow, name, uri, folder.digest)
             yield file
 

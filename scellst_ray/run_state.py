@@ -16,7 +16,6 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from scellst_ray import lease, schemas, storage
 from scellst_ray.crop_format import index_uri
@@ -191,9 +190,7 @@ def read_log(run_uri: str, columns: Sequence[str] = LOG_COLUMNS) -> pa.Table:
     names = list(columns)
 
     def read(uri: str) -> pa.Table:
-        fs, path = storage.resolve(uri)
-        with pq.ParquetFile(path, filesystem=fs) as file:
-            return file.read(names).replace_schema_metadata()
+        return storage.read_table(uri, names).replace_schema_metadata()
 
     with ThreadPoolExecutor(NUM_READERS) as readers:
         tables = list(readers.map(read, uris))

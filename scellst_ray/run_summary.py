@@ -12,7 +12,6 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-import fsspec
 import polars as pl
 import yaml
 
@@ -134,8 +133,7 @@ def read_config(run_uri: str) -> dict[str, Any]:
     uri = storage.join(run_uri, "config.yaml")
     if not storage.exists(uri):
         return {}
-    with fsspec.open(uri, "r", encoding="utf-8") as handle:
-        return dict(yaml.safe_load(handle) or {})
+    return dict(yaml.safe_load(storage.read_text(uri)) or {})
 
 
 def markdown(summary: dict[str, Any]) -> str:

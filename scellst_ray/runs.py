@@ -84,6 +84,8 @@ class RunFolder:
 
         def read(uri: str) -> pa.Table:
             table = storage.read_table(uri)
+            if "waited_s" not in table.column_names:  # of an earlier release
+                table = table.append_column("waited_s", pa.nulls(len(table), pa.float32()))
             return table if wanted is None else table.filter(pc.is_in(table["slide_id"], wanted))
 
         with ThreadPoolExecutor(NUM_READERS) as readers:

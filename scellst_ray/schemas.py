@@ -67,6 +67,7 @@ RECEIPTS = pa.schema(
         pa.field("error_type", pa.string()),
         pa.field("error", pa.string()),
         *[pa.field(f"seconds_{stage}", pa.float32()) for stage in STAGES],
+        pa.field("waited_s", pa.float32()),
     ]
 )
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from scellst_ray import storage
+from scellst_ray.analysis.maps import new_figure
 from scellst_ray.analysis.simulation import SCENARIOS
 from scellst_ray.simulate import CONDITION, PANELS, SimulateConfig, simulate
 
@@ -201,8 +200,7 @@ def _settings(report: dict[str, Any]) -> Iterator[str]:
 def draw(path: Path, conditions: Sequence[dict[str, Any]]) -> None:
     """Draw the bars as a PNG: a panel of genes beside the other, scenarios as groups."""
     found = by_condition(conditions)
-    figure = Figure(figsize=(10.5, 4.2), dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure(10.5, 4.2)
     axes = list(figure.subplots(1, len(PANELS), sharey=True))
     width = 0.8 / len(BARS)
     for axis, panel in zip(axes, PANELS, strict=True):

@@ -13,8 +13,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -194,15 +194,15 @@ def publish_table(uri: str, table: pa.Table) -> None:
     )
 
 
-def read_bytes(uri: str) -> bytes:
-    """Read a whole file.
+def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """Read a whole file, or the bytes from `start` to before `end` of it.
 
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be read.
     """
     fs, path = resolve(uri)
-    return _tried(uri, lambda: bytes(fs.cat_file(path)))
+    return _tried(uri, lambda: bytes(fs.cat_file(path, start=start, end=end)))
 
 
 def read_text(uri: str) -> str:
@@ -227,13 +227,39 @@ def read_schema(uri: str) -> pa.Schema:
 
 
 def _read_parquet(uri: str, read: Callable[[Any], T]) -> T:
-    fs, path = resolve(uri)
-    if isinstance(fs, LocalFileSystem):
-        return read(path)
-    # Opened here: pyarrow takes a store that does not answer for a file that is not there. It asks
-    # for whole columns at once, so nothing need be read ahead.
-    with fs.open(path, "rb", cache_type="none") as handle:
+    if is_local(uri):
+        return read(resolve(uri)[1])
+    with _opened(uri) as handle:
         return read(handle)
+
+
+def _opened(uri: str) -> Any:  # noqa: ANN401 - fsspec's files have no common type
+    """Return an open remote file for pyarrow.
+
+    Opened here: pyarrow takes a store that does not answer for a file that is not there. It asks
+    for whole columns at once, so nothing need be read ahead.
+    """
+    fs, path = resolve(uri)
+    return fs.open(path, "rb", cache_type="none")
+
+
+@contextmanager
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file whose parts are read as they are needed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+    """
+    with ExitStack() as stack:
+        if is_local(uri):
+            yield stack.enter_context(pq.ParquetFile(resolve(uri)[1]))
+            return
+
+        def opened() -> pq.ParquetFile:
+            return pq.ParquetFile(stack.enter_context(_opened(uri)), pre_buffer=True)
+
+        yield stack.enter_context(_tried(uri, opened))
 
 
 def remove_tree(uri: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import fsspec
 import yaml
 
 from scellst_ray import __version__, storage
@@ -197,8 +196,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
 
 
 def _run_config(run: RunFolder) -> str:
-    with fsspec.open(storage.join(run.uri, "config.yaml"), "r", encoding="utf-8") as handle:
-        return str(handle.read())
+    return storage.read_text(storage.join(run.uri, "config.yaml"))
 
 
 def _workers(config: TrainConfig, cluster: Cluster) -> Workers:

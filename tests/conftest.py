@@ -57,6 +57,13 @@ def write_pyramid(path, levels, mpp, mpp_y=None, **options):
     return Path(path)
 
 
+def pytest_collection_modifyitems(items):
+    """Give tests that start Ray one process and all others another: two Rays are too much."""
+    for item in items:
+        name = "ray" if item.get_closest_marker("ray") else "plain"
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory):
     """Keep copies of remote files out of the real temporary folder."""

@@ -107,18 +107,19 @@ class Quiet(WSGIRequestHandler):
 
 
 @contextmanager
-def serving_s3(attempts=5, **changes):
+def serving_s3(attempts=5, host="127.0.0.1", **changes):
     """Serve one empty bucket while the `with` lasts; yield what goes wrong and what was asked.
 
     Args:
         attempts: How often AWS's library itself sends a request; by default as it would.
+        host: Address of this machine by which clients reach it.
         changes: Of the Store.
     """
     store = Store(**changes)
     share, store.share = store.share, 0.0
     application = Faulty(DomainDispatcherApplication(create_backend_app), store)
-    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
-    store.address = f"http://127.0.0.1:{server.server_port}"
+    server = make_server(host, 0, application, threaded=True, request_handler=Quiet)
+    store.address = f"http://{host}:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     environment = {
@@ -133,7 +134,10 @@ def serving_s3(attempts=5, **changes):
         with patch.dict(os.environ, environment):
             for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
                 os.environ.pop(name, None)
+            from moto.s3.models import s3_backends
             from s3fs import S3FileSystem
+
+            s3_backends.reset()  # of the whole process: an earlier server's bucket is there
 
             S3FileSystem.clear_instance_cache()
             S3FileSystem().mkdir(BUCKET)

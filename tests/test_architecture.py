@@ -13,7 +13,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 # What each part may import of the package, besides itself: the layers from the bottom up.
 BOTTOM = {"geometry", "schemas"}
-FILES_HERE = {"logs", "remote", "cache_room", "node_cache"}
+FILES_HERE = {"logs", "memory_limit", "remote", "cache_room", "node_cache"}
 GROUND = BOTTOM | FILES_HERE | {"cohort", "storage", "__version__"}
 KNOWLEDGE = GROUND | {"slides", "nuclei", "spots", "models", "expression"}
 CROPS = {"crop_format", "crop_store", "crop_order"}
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "schemas": set(),
     "cohort": BOTTOM | {"remote"},
     "logs": set(),
+    "memory_limit": set(),
     "remote": set(),
     "cache_room": set(),
     "node_cache": {"remote", "cache_room"},
@@ -148,6 +149,12 @@ def test_importing_the_package_is_light():
     version, _, loaded = printed_by(code).partition(" ")
     assert version.count(".") == 2
     assert loaded == "[]"
+
+
+def test_the_command_line_does_not_load_what_draws():
+    # It writes to the home folder, whatever the command.
+    code = "import sys, scellst_ray.commands; print('matplotlib' in sys.modules)"
+    assert printed_by(code) == "False"
 
 
 def test_reading_pixels_starts_neither_ray_nor_torch():

@@ -78,6 +78,7 @@ def receipt(tile_id, num_tiles, count, shard=None, row=None, error=None):
         "error_type": error and "ValueError",
         "error": error,
         "seconds_read": 0.5,
+        "waited_s": 2.0,
     }
 
 
@@ -154,6 +155,7 @@ def test_a_done_slide(tmp_path, dim):
     )
     assert (record["mpp"], record["width0"], record["height0"]) == (0.5, 1000, 900)
     assert record["seconds"]["read"] == 1.5
+    assert record["waited_s"] == 6.0
     assert not storage.exists(run.shards_uri("s"))
     assert not storage.exists(run.failures_uri("s"))
     assert not storage.exists(run.expression_uri("s"))

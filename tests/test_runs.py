@@ -120,6 +120,17 @@ def test_paths():
     assert run.shards_uri("a") == "s3://b/run/shards/a"
 
 
+def test_a_log_of_an_earlier_release_is_read(run):
+    rows = receipts([("a", 0, 5, None), ("a", 1, 6, None)])
+    old = rows.slice(0, 1).drop_columns("waited_s")
+    storage.publish_table(f"{run.uri}/receipts/20240101T000000000000-0.parquet", old)
+    run.log_receipts(rows.slice(1))
+    found = run.receipts()
+    assert found["tile_id"].to_pylist() == [0, 1]
+    assert found["waited_s"].null_count == 2
+    assert found.schema.equals(schemas.RECEIPTS)
+
+
 def test_a_manifest_may_grow_but_not_change(run):
     first = {"a": {"uri": "/a.tif", "mpp": 0.5}}
     check_manifest_unchanged(run, first)

@@ -12,6 +12,7 @@ from s3fs import S3FileSystem
 
 from scellst_ray import remote, storage
 from scellst_ray.node_cache import hold
+from scellst_ray.nuclei.imported import read_tile
 
 ROOT = f"s3://{BUCKET}/run"
 MB = 2**20
@@ -111,6 +112,15 @@ def test_a_large_file_goes_in_parts_and_appears_at_the_end(s3, monkeypatch):
     assert any("partNumber=3" in query for *_, query in s3.asked)
 
 
+def opened(uri):
+    with storage.open_parquet(uri) as file:
+        return file.read()
+
+
+def tile(uri):
+    return read_tile(uri, 0)
+
+
 @pytest.mark.parametrize("fault", [fault for fault in KINDS if fault != "slow"])
 def test_each_call_survives_each_fault(s3, fault):
     table = pa.table({"a": np.arange(100)})
@@ -120,6 +130,8 @@ def test_each_call_survives_each_fault(s3, fault):
         lambda: storage.read_text(f"{ROOT}/a.txt") == "a",
         lambda: storage.read_table(f"{ROOT}/t.parquet").equals(table),
         lambda: storage.read_schema(f"{ROOT}/t.parquet").equals(table.schema),
+        lambda: opened(f"{ROOT}/t.parquet").equals(table),
+        lambda: storage.read_bytes(f"{ROOT}/t.parquet", 0, 4) == b"PAR1",
         lambda: storage.exists(f"{ROOT}/a.txt"),
         lambda: not storage.exists(f"{ROOT}/none.txt"),
         lambda: len(storage.list_files(ROOT)) == 2,
@@ -137,7 +149,7 @@ def test_each_call_survives_each_fault(s3, fault):
 def test_a_store_that_is_down_is_not_called_empty(s3, monkeypatch):
     monkeypatch.setattr(remote, "TRIES", 3)
     storage.publish_text(f"{ROOT}/a.txt", "a")
-    for call in (storage.exists, storage.list_files, storage.read_text):
+    for call in (storage.exists, storage.list_files, storage.read_text, opened, tile):
         s3.planned = [503] * 99
         with pytest.raises(ConnectionError, match="still failing after 3 tries"):
             call(f"{ROOT}/a.txt")

@@ -19,7 +19,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import cv2
-import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -112,8 +111,7 @@ def _read_map(uri: str, suffix: str) -> NDArray[np.integer]:
     Raises:
         ValueError: the file is cut or holds something else.
     """
-    with fsspec.open(uri, "rb") as handle:
-        data = handle.read()
+    data = storage.read_bytes(uri)
     found: Any  # the libraries promise arrays, and give None for what they cannot read
     try:
         if suffix == ".png":
@@ -211,8 +209,7 @@ def read_table(uri: str, needed: tuple[str, ...]) -> pl.DataFrame:
         message = f"{uri}: no such file"
         raise FileNotFoundError(message)
     separator = "\t" if uri.lower().endswith(".tsv") else ","
-    with fsspec.open(uri, "rb") as handle:
-        data = handle.read()
+    data = storage.read_bytes(uri)
     try:
         table = pl.read_csv(data, infer_schema=False, separator=separator)
     except pl.exceptions.PolarsError as error:

@@ -6,12 +6,11 @@ Shape letters: N cells, D embedding, Q queries, K neighbours, H W C crop.
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
 from scellst_ray.analysis.encoder_neighbours import Floats, Names, neighbours, unit
+from scellst_ray.analysis.maps import new_figure
 
 GAP_PX = 16
 RIM_PX = 3
@@ -92,9 +91,7 @@ def gallery(
     height, width = image.shape[:2]
     step = crops_NHWC.shape[1] * SCALE + GAP_PX
     margin = 1.3 * step
-    size = ((width + margin) / 150, (height + 0.6 * step) / 150)
-    figure = Figure(figsize=size, dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure((width + margin) / 150, (height + 0.6 * step) / 150)
     left, bottom = margin / (width + margin), 0.01
     axis = figure.add_axes((left, bottom, 1 - left, height / (height + 0.6 * step)))
     axis.imshow(image, interpolation="nearest")

@@ -1,11 +1,24 @@
 """Pictures: genes over a slide."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width_inch: float, height_inch: float) -> "Figure":
+    """Return an empty figure of 150 dots an inch that needs no display."""
+    # Imported where something is drawn: it writes to the home folder.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(width_inch, height_inch), dpi=150)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def gene_map(
@@ -27,8 +40,7 @@ def gene_map(
     """
     num_panels = len(panels) + (background is not None)
     width_mm, height_mm = (side * mpp / 1000 for side in size0)
-    figure = Figure(figsize=(4.6 * num_panels, 4.2 * height_mm / width_mm + 0.6), dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * num_panels, 4.2 * height_mm / width_mm + 0.6)
     axes = list(figure.subplots(1, num_panels, squeeze=False)[0])
     extent = (0.0, width_mm, height_mm, 0.0)
     if background is not None:

@@ -20,6 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scellst_ray import __version__, storage
+from scellst_ray.logs import named
 from scellst_ray.node_cache import hold
 from scellst_ray.reading import Run
 from scellst_ray.slides.reader import Slide
@@ -63,7 +64,8 @@ def read_thumbnail(run: Run, slide_id: str, longest_px: int = THUMBNAIL_PX) -> T
     try:
         held = hold(uri)
     except FileNotFoundError:
-        logger.warning("slide %s: %s is gone; exported with a blank picture", slide_id, uri)
+        text = "slide %s: %s is gone; exported with a blank picture"
+        logger.warning(text, slide_id, uri, extra=named(slide_id))
         return None
     with held, Slide(held.path, held.name, record["mpp"]) as slide:
         longest0 = max(slide.width0, slide.height0)
@@ -97,7 +99,8 @@ def to_anndata(
         raise ValueError(message)
     for slide_id in chosen:
         if run.records[slide_id]["status"] == "partial":
-            logger.warning("slide %s is partial: its failed tiles have no cells here", slide_id)
+            text = "slide %s is partial: its failed tiles have no cells here"
+            logger.warning(text, slide_id, extra=named(slide_id))
     wants_genes = genes is not None or run.has_expression
     names = run.choose_genes(genes) if wants_genes else []
     adata = ad.AnnData(

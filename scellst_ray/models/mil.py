@@ -26,6 +26,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scellst_ray import storage
 from scellst_ray.expression import (
     HEAD_FORMAT,
     HEAD_VERSION,
@@ -341,8 +342,7 @@ def load_head(path: str) -> tuple[MilHead, dict[str, Any]]:
         ValueError: Where there is no file, it is cut, or it is something else.
     """
     try:
-        with fsspec.open(path, "rb") as file:
-            data = bytes(file.read())
+        data = storage.read_bytes(path)
     except FileNotFoundError as error:
         message = f"{path}: no such head. Give the file that `scellst-ray train` wrote."
         raise ValueError(message) from error

@@ -251,8 +251,7 @@ def read_tile(uri: str, tile_id: int) -> pa.Table:
     Raises:
         ValueError: The file is none of `publish_by_tile`, or of a newer release.
     """
-    fs, path = storage.resolve(uri)
-    with pq.ParquetFile(path, filesystem=fs) as file:
+    with storage.open_parquet(uri) as file:
         schemas.check(file.schema_arrow, "SEGMENTATION", uri)
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         bounds = [group.column(0).statistics for group in groups]

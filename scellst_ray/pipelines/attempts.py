@@ -39,6 +39,7 @@ import ray
 
 from scellst_ray import storage
 from scellst_ray.logs import named_tiles
+from scellst_ray.memory_limit import limit_memory
 from scellst_ray.pipelines.gpu_watch import GpuWatch
 from scellst_ray.pipelines.tiles import Row, guarded
 from scellst_ray.runs import RunFolder
@@ -318,6 +319,8 @@ def of_this_actor(
 ) -> Attempts:
     """Return the attempts of the Ray actor this is called in, its earlier processes' included.
 
+    From now on its process is refused memory far beyond what it declared to Ray.
+
     Args:
         folder: The session's.
         max_attempts: As in `Limits`.
@@ -325,6 +328,9 @@ def of_this_actor(
         on_gpu: Whether the actor has a GPU.
     """
     context = ray.get_runtime_context()
+    if not on_gpu:
+        resources = context.get_assigned_resources()  # type: ignore[no-untyped-call]
+        limit_memory(resources.get("memory"))
     uri = storage.join(folder, f"{context.get_actor_id()}.json")
     node_id = context.get_node_id()
     return Attempts(uri, max_attempts, timeout_s, node_id, _is_lost, on_gpu=on_gpu)

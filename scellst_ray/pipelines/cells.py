@@ -79,12 +79,13 @@ def run_cells(
         if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
             return progress.records
         with ray_session() as cluster:
+            unfit: tuple[str, ...] = ()
             if work is None:
-                _check_nodes(config, identity, run, cluster, pending)
+                unfit = _check_nodes(config, identity, run, cluster, pending)
             forget_attempts(run)
             driver.report = watched(run, report)
             spec = replace(cells_spec(config, networks), colours=colours)
-            resources = _resources(config, networks)
+            resources = replace(_resources(config, networks), without_nodes=unfit)
             rows = driver.resume(pending, spec)
             if rows:
                 driver.consume(receipts_dataset(rows, spec, run, resources, cluster, work))
@@ -114,15 +115,15 @@ def _check_nodes(
     run: RunFolder,
     cluster: Cluster,
     slides: list[SlideRow],
-) -> None:
-    """Stop a run that cannot succeed on this cluster, before its work starts."""
+) -> tuple[str, ...]:
+    """Stop a run that cannot succeed here, before its work starts; return nodes to leave out."""
     weights = [
         (config.encoder, identity["encoder"]),
         (config.segmenter_weights, identity.get("segmenter_weights")),
     ]
     gpus = cluster.num_gpus > 0 if config.gpus is None else config.gpus
     asked = asked_for(run.uri, weights, gpus=gpus)
-    check_before_run(asked, cluster, slides, imported=config.segmenter == "imported")
+    return check_before_run(asked, cluster, slides, imported=config.segmenter == "imported")
 
 
 def _pending(run: RunFolder, slides: list[SlideRow], progress: Progress) -> list[SlideRow]:

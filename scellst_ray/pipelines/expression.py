@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from scellst_ray import storage
 from scellst_ray.cohort import read_manifest
 from scellst_ray.expression import HEAD_FILE
@@ -44,8 +42,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
     if not storage.exists(uri):
         message = f"{uri}: no such head; give the folder or file `scellst-ray train` wrote"
         raise ValueError(message)
-    with fsspec.open(uri, "rb") as handle:
-        content = bytes(handle.read())
+    content = storage.read_bytes(uri)
     _, info = head_from_bytes(content, uri)
     encoder = info["encoder"] if config.encoder == "head" else config.encoder
     config = replace(config, encoder=encoder)

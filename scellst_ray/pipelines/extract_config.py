@@ -8,6 +8,10 @@ from scellst_ray.cohort import MAX_MPP, MIN_MPP
 from scellst_ray.models.catalogue import is_catalogued
 from scellst_ray.pipelines.segmenter_settings import WITHOUT_FILE, segmenter_problems
 
+# Tiles of a task, at least, where there are GPUs: the batch of a segmenting network. Tiles are
+# quick there, and Ray's driver, which counts tasks, keeps four times as many GPUs busy as with 2.
+GPU_TILES = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
@@ -57,7 +61,7 @@ class ExtractConfig:
     memory_gb: float | None = None
     """Memory a worker declares to Ray; by default 2, and with CellViT on CPUs what it takes."""
     tiles_per_task: int = 2
-    """Tiles a worker takes at a time: the work lost when it dies."""
+    """Tiles a worker takes at a time (with GPUs at least 8): the work lost when it dies."""
     max_attempts: int = 3
     """Times a tile, or opening a slide, may end a worker's process before it counts as failed."""
     tile_timeout_s: float | None = 1800.0
@@ -85,6 +89,11 @@ class ExtractConfig:
             problems.append(f"colours_from is for encoders of crops; this is {self.encoder}")
         if problems:
             raise ValueError("; ".join(problems))
+
+
+def tiles_of_task(tiles_per_task: int, *, gpus: bool) -> int:
+    """Return how many tiles a task takes at a time, of how many were asked for."""
+    return max(tiles_per_task, GPU_TILES) if gpus else tiles_per_task
 
 
 def settled(config: ExtractConfig) -> ExtractConfig:

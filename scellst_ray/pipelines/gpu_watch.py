@@ -4,6 +4,8 @@ import socket
 
 from scellst_ray.pipelines.tiles import Row
 
+# Set to 1 by tests: workers compute on CPUs what they have GPUs for.
+PRETEND = "SCELLST_RAY_PRETEND_GPU"
 SLIDES_OF_BROKEN_GPU = 3
 STAGES = ("network", "embed")
 

@@ -23,11 +23,11 @@ from scellst_ray.models.cellvit_weights import load_cellvit
 from scellst_ray.models.encoder import Encoder, embed_crops, is_named, load_encoder
 from scellst_ray.models.mil import MilHead, load_head, stored_hidden
 from scellst_ray.nuclei import hv_maps
+from scellst_ray.pipelines.gpu_watch import PRETEND
 from scellst_ray.pipelines.stages import todo
 from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded
 
 Device = Literal["cpu", "cuda"]
-PRETEND = "SCELLST_RAY_PRETEND_GPU"
 logger = logging.getLogger(__name__)
 
 

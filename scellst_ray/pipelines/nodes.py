@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from scellst_ray import storage
 from scellst_ray.cohort import SlideRow
 from scellst_ray.node_facts import Asked, Facts, judged, node_facts, versions, write_probe
-from scellst_ray.pipelines.networks import PRETEND
+from scellst_ray.pipelines.gpu_watch import PRETEND
 from scellst_ray.preflight import SHOWN_SLIDES, FoundSlides, Problem, find_slides, stop_or_warn
 from scellst_ray.session import Cluster
 
@@ -55,8 +55,12 @@ def check_before_run(
     *,
     imported: bool = False,
     timeout_s: float = ANSWER_S,
-) -> None:
+) -> tuple[str, ...]:
     """Stop a run that cannot succeed, and tell of what will go wrong in one that can.
+
+    Returns:
+        Ids of the nodes to leave out: those whose disk has no room for the largest slide, where
+        others have.
 
     Args:
         asked: What nodes must offer; its probe and slides are filled in here.
@@ -70,7 +74,12 @@ def check_before_run(
             line each.
     """
     found = find_slides(slides, imported=imported)
-    stop_or_warn([*node_problems(asked, cluster, found, timeout_s), *found.problems], logger)
+    of_nodes = node_problems(asked, cluster, found, timeout_s)
+    stop_or_warn([*of_nodes, *found.problems], logger)
+    unfit = {problem.node_id for problem in of_nodes if problem.node_id}
+    if unfit >= {node.node_id for node in working_nodes()}:
+        return ()
+    return tuple(sorted(unfit))
 
 
 def node_problems(
@@ -104,7 +113,10 @@ def node_problems(
         else:
             gpus = node.num_gpus if asked.gpus else 0
             largest = found.largest_remote
-            problems += judged(node.name, answer, versions(), span, gpus, largest)
+            told = judged(node.name, answer, versions(), span, gpus, largest)
+            if answer.get("cache_free", largest) < largest:
+                told = [replace(p, node_id=None if p.stops else node.node_id) for p in told]
+            problems += told
     return problems
 
 

@@ -1,5 +1,6 @@
 """Rows between two stages as a table: one row per tile, its cells a nested column."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ PADDING = "padding"
 def pack(rows: list[Row]) -> pa.Table:
     """Put rows between two stages into a table, one row per tile, cells as a nested column."""
     timing = [pa.field(f"seconds_{stage}", pa.float32()) for stage in schemas.STAGES]
-    fields = [*schemas.TILES, *timing]
+    waiting = [pa.field("waited_s", pa.float32()), pa.field("queued_at", pa.float64())]
+    fields = [*schemas.TILES, *timing, *waiting]
     columns = {f.name: pa.array([row.get(f.name) for row in rows], f.type) for f in fields}
     columns["cells"] = _nested([row.get("cells") for row in rows])
     frames = [_numbers(row.get("frame")) for row in rows]
@@ -60,6 +62,27 @@ def unpack(table: pa.Table) -> list[Row]:
             if value.is_valid:
                 flat = np.frombuffer(value.as_buffer(), dtype)
                 row[name] = flat.reshape(table[f"{name}_shape"][index].as_py())
+    return rows
+
+
+def queued(rows: list[Row]) -> list[Row]:
+    """Note in rows when they are put down for another process; return them."""
+    now = time.time()
+    for row in rows:
+        row["queued_at"] = now
+    return rows
+
+
+def taken_up(rows: list[Row]) -> list[Row]:
+    """Add to the `waited_s` of rows how long they have been put down; return them.
+
+    By the clocks of both processes: where the later one is behind, a wait counts as none.
+    """
+    now = time.time()
+    for row in rows:
+        queued_at = row.pop("queued_at", None)
+        if queued_at is not None:
+            row["waited_s"] = (row.get("waited_s") or 0.0) + max(0.0, now - queued_at)
     return rows
 
 

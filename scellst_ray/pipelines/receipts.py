@@ -9,7 +9,7 @@ actor's process is kept to the tile it happened on: see pipelines/attempts.py.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -19,23 +19,20 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from scellst_ray.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
-from scellst_ray.pipelines.packing import PADDING, pack, unpack
+from scellst_ray.pipelines.extract_config import GPU_TILES, tiles_of_task
+from scellst_ray.pipelines.packing import pack, queued, taken_up, unpack
+from scellst_ray.pipelines.planning import BLOCK_BYTES, Plan, planned
 from scellst_ray.pipelines.run_metrics import WorkerMetrics
 from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
-from scellst_ray.pipelines.tiles import PLANNED, CellsSpec, Row, plan_slide
+from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import Cluster
 
 logger = logging.getLogger(__name__)
-# Ray Data cuts blocks by bytes, and takes work to where a block lies only if that is the object
-# store, not if it is so small that it travels with the message (100 KiB). So blocks of tiles are
-# padded: each is what one task takes, and stays where its slides were planned, and are cached.
-BLOCK_BYTES = 100 * 2**10
-PADDED_BYTES = BLOCK_BYTES * 6 // 5
-# Tiles a GPU gets at a time: enough for the batch of a segmenting network.
-GPU_TILES = 8
+# Shares of a GPU, by how many groups of stages are on GPUs. Ray fills one GPU before it takes the
+# next: with halves two segmenting networks would come upon one, and two embedding ones on another.
+GPU_SHARES = {1: (1.0,), 2: (0.6, 0.4)}
 Stage = Callable[[Any], Any]
-Plan = Callable[[Row, CellsSpec], list[Row]]
 
 
 def make_stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Stage:
@@ -81,9 +78,10 @@ class Resources:
         workers: Actors per stage; None: as many as CPUs and memory allow, or one per GPU.
         gpus: Whether networks run on GPUs; None: if there are any.
         memory_gb: Memory each worker declares.
-        tiles_per_task: Tiles a worker takes at a time.
+        tiles_per_task: Tiles a worker takes at a time, at least.
         network_gb: Memory the segmenting network takes on top where it runs on a CPU.
         limits: How often and how long they try.
+        without_nodes: Ids of nodes where nothing shall run.
     """
 
     workers: int | None
@@ -92,6 +90,13 @@ class Resources:
     tiles_per_task: int
     network_gb: float = 0.0
     limits: attempts.Limits = field(default_factory=attempts.Limits)
+    without_nodes: tuple[str, ...] = ()
+
+    @property
+    def elsewhere(self) -> dict[str, str] | None:
+        """Ray's label selector for all other nodes."""
+        nodes = ",".join(self.without_nodes)
+        return {"ray.io/node-id": f"!in({nodes})"} if nodes else None
 
 
 def receipts_dataset(
@@ -116,16 +121,19 @@ def receipts_dataset(
     _set_context()
     session = attempts.new_session(run)
     how = {"spec": spec, "session": session, "limits": resources.limits}
-    per_task = resources.tiles_per_task
-    planners = max(len(cluster.node_memory), cluster.num_cpus // 8)
-    dataset = _planned(rows, planners, how | {"plan": work.plan, "tiles_per_task": per_task})
     gpus = cluster.num_gpus > 0 if resources.gpus is None else resources.gpus
+    per_task = tiles_of_task(resources.tiles_per_task, gpus=gpus)
+    planners = max(len(cluster.node_memory), cluster.num_cpus // 8)
+    dataset = planned(
+        rows,
+        planners,
+        how | {"plan": work.plan, "tiles_per_task": per_task},
+        resources.elsewhere,
+    )
     memory = int((resources.memory_gb + (0 if gpus else resources.network_gb)) * 2**30)
     groups = stage_groups(spec, gpus=gpus)
     for names in groups:
         place = _place(names, groups, resources.workers, cluster, memory, gpus=gpus)
-        # The first takes blocks as they were planned.
-        size = None if names == groups[0] else per_task
         dataset = dataset.map_batches(
             Stages,
             fn_constructor_kwargs=how
@@ -134,35 +142,12 @@ def receipts_dataset(
             num_cpus=place.num_cpus,
             num_gpus=place.num_gpus or None,
             memory=memory,
-            batch_size=max(per_task, GPU_TILES) if names == ("network",) else size,
+            # The first takes blocks as they were planned.
+            batch_size=None if names == groups[0] else per_task,
             batch_format="pyarrow",
+            label_selector=resources.elsewhere,
         )
     return dataset
-
-
-def _planned(rows: list[dict[str, Any]], planners: int, how: dict[str, Any]) -> ray.data.Dataset:
-    """Return the lazy first part: slides to TILES."""
-    slides = [_slide_table(part) for part in _planned_together(rows, planners)]
-    return ray.data.from_arrow(slides).map_batches(
-        PlanTiles,
-        fn_constructor_kwargs=how,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=planners),
-        # No CPU slot: the workers hold them all, and planning would wait for one for ever.
-        num_cpus=0,
-    )
-
-
-SLIDES_PER_PLAN, TASKS_PER_PLANNER = 16, 8
-SLIDES = pa.schema(
-    [
-        *(pa.field(name, pa.string()) for name in ("slide_id", "uri", "mpp_error")),
-        *(pa.field(name, pa.string()) for name in ("segmentation", "imported_uri")),
-        pa.field("mpp", pa.float64()),
-        pa.field("done_tiles", pa.list_(pa.int64())),
-    ]
-)
 
 
 class _Place(NamedTuple):
@@ -207,14 +192,14 @@ def _place(
         return _Place(ActorPoolStrategy(size=size), 1, 0)
     if names in on_gpus:
         # The CPU it uses now and then is left by the others, not asked for.
-        return _Place(ActorPoolStrategy(size=num_gpus), 0, 1 / len(on_gpus))
+        share = GPU_SHARES[len(on_gpus)][on_gpus.index(names)]
+        return _Place(ActorPoolStrategy(size=num_gpus), 0, share)
     free = min(cluster.num_cpus, fitting - num_gpus * len(on_gpus))
     share = min(1.0, cluster.num_cpus / len(beside))
     return _Place(ActorPoolStrategy(min_size=1, max_size=max(1, free - len(beside) + 1)), share, 0)
 
 
 NETWORKS = ("network", "embed")
-FAILED_PLAN = ("slide_id", "tile_id", "uri", "stage", "error_type", "error")
 
 
 def stage_groups(spec: CellsSpec, *, gpus: bool) -> list[tuple[str, ...]]:
@@ -241,65 +226,15 @@ def _set_context() -> None:
     # It would look at all of a worker's memory before and after each task, and say nothing.
     context.memory_usage_poll_interval_s = None
     context.execution_options.preserve_order = False
+    # A tile's pixels are a block, and a worker waits while this many of its task's blocks have not
+    # been fetched; they are ten times a second. With 2 a GPU idled for a quarter of its time.
+    context._max_num_blocks_in_streaming_gen_buffer = GPU_TILES  # noqa: SLF001
     # A block of dense tiles can take half an hour on a slow CPU: silence is not a fault.
     context.execution_no_progress_timeout_s = -1
     # A worker that cannot start may have met a fault that passes; one that never can fails the run.
     context.max_consecutive_actor_init_deaths = 2
     # Said of every slide smaller than the pool.
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-
-
-def _planned_together(rows: list[dict[str, Any]], planners: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield the slides of each planning task: few enough to share them out, and to lose."""
-    size = max(1, min(SLIDES_PER_PLAN, len(rows) // (TASKS_PER_PLANNER * planners)))
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-def _slide_table(rows: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(rows, schema=SLIDES)
-
-
-class PlanTiles:
-    """Slides to TILES, a slide at a time: what Ray Data maps over the manifest."""
-
-    def __init__(
-        self,
-        spec: CellsSpec,
-        session: str,
-        limits: attempts.Limits,
-        plan: Plan,
-        tiles_per_task: int,
-    ) -> None:
-        """Plan for these settings; notes of attempts go below `session`."""
-        log_to_stderr(logging.WARNING)
-        self.spec, self.plan, self.tiles_per_task = spec, plan, tiles_per_task
-        self.attempts = attempts.of_this_actor(session, limits.max_attempts, limits.plan_timeout_s)
-
-    def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
-        """Yield the tiles of a batch of `plan_slide` rows, as many as a task takes at a time."""
-        waiting: list[Row] = []
-        for row in batch.to_pylist():
-            (tiles,) = self.attempts.over([row | {"tile_id": -1}], self._plan)
-            waiting += tiles
-            while len(waiting) >= self.tiles_per_task:
-                yield _padded(waiting[: self.tiles_per_task])
-                waiting = waiting[self.tiles_per_task :]
-        if waiting:
-            yield _padded(waiting)
-
-    def _plan(self, rows: list[Row], begins: Callable[[str], None]) -> list[Row]:
-        (row,) = rows
-        if row.get("error") is not None:
-            return [{"num_tiles": 0} | {name: row.get(name) for name in FAILED_PLAN}]
-        begins("plan")
-        return self.plan(row, self.spec)
-
-
-def _padded(rows: list[Row]) -> pa.Table:
-    tiles = pa.Table.from_pylist(rows, schema=PLANNED)
-    padding = [bytes(max(0, PADDED_BYTES - tiles.nbytes)), *[b""] * (len(tiles) - 1)]
-    return tiles.append_column(PADDING, pa.array(padding, pa.binary()))
 
 
 class Stages:
@@ -327,12 +262,12 @@ class Stages:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Take tiles as they come from the stage before to the form the next one takes."""
-        done = self.attempts.over(unpack(batch), self._run)
+        done = self.attempts.over(taken_up(unpack(batch)), self._run)
         if isinstance(done[0], pa.Table):
             receipts = pa.concat_tables(done)
             self.metrics.count(receipts)
             return receipts
-        return pack([row for rows in done for row in rows])
+        return pack(queued([row for rows in done for row in rows]))
 
     def _run(self, rows: Any, begins: Callable[[str], None]) -> Any:  # noqa: ANN401
         """Return what the last stage makes of rows: rows, or receipts."""

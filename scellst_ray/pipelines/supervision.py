@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from scellst_ray import storage
 from scellst_ray.cohort import SlideRow
+from scellst_ray.logs import named
 from scellst_ray.node_cache import hold
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.reader import Slide
@@ -192,7 +193,8 @@ def tissue_points(slide: TrainingSlide) -> NDArray[np.float64] | None:
             mpp = max(TISSUE_MPP, image.mpp)
             view, frame = image.overview(mpp)
     except (OSError, ValueError) as error:
-        logger.info("slide %s: tissue by its cells: %s", slide.row.slide_id, error)
+        told = (slide.row.slide_id, error)
+        logger.info("slide %s: tissue by its cells: %s", *told, extra=named(told[0]))
         return None
     mask = tissue_mask(view, mpp)[::TISSUE_STEP, ::TISSUE_STEP]
     rows, columns = np.nonzero(mask)

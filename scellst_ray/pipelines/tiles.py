@@ -30,7 +30,12 @@ from scellst_ray.slides.tiling import (
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
 
 Row = dict[str, Any]
-PLANNED = schemas.TILES.append(pa.field("seconds_plan", pa.float32()))
+OUT_OF_MEMORY = (
+    "(more memory than the worker may have: check the file, or give workers more with memory_gb)"
+)
+PLANNED = schemas.TILES.append(pa.field("seconds_plan", pa.float32())).append(
+    pa.field("queued_at", pa.float64())
+)
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,10 @@ def guarded(row: Row, stage: str) -> Iterator[None]:
             yield
     except Exception as error:  # noqa: BLE001 - the one place where a tile's failure is caught
         notes = " ".join(getattr(error, "__notes__", ()))
-        row |= {
-            "stage": stage,
-            "error_type": type(error).__name__,
-            "error": f"{error} {notes}".strip() or type(error).__name__,
-        }
+        kind = type(error).__name__
+        if isinstance(error, MemoryError):  # numpy and pyarrow have kinds of their own
+            kind, notes = "MemoryError", f"{notes} {OUT_OF_MEMORY}"
+        row |= {"stage": stage, "error_type": kind, "error": f"{error} {notes}".strip() or kind}
     finally:
         row[f"seconds_{stage}"] = time.perf_counter() - started
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import ray.train
@@ -210,8 +209,8 @@ def _save(uri: str, state: dict[str, Any]) -> None:
 
 def _load(uri: str) -> dict[str, Any]:
     """Read what _save wrote."""
-    with fsspec.open(uri, "rb") as file:
-        state: dict[str, Any] = torch.load(io.BytesIO(file.read()), "cpu", weights_only=True)
+    content = io.BytesIO(storage.read_bytes(uri))
+    state: dict[str, Any] = torch.load(content, "cpu", weights_only=True)
     return state
 
 

@@ -171,6 +171,7 @@ def test_a_moved_slide_costs_only_its_picture(predicted, tmp_path, caplog):
     (tmp_path / "a.png").unlink()
     adata = write_anndata(predicted, str(tmp_path / "x.h5ad"))
     assert "a.png is gone" in caplog.text
+    assert [record.slide_id for record in caplog.records] == ["a"]
     library = adata.uns["spatial"]["a"]
     assert library["metadata"]["picture"] == "blank"
     assert library["images"]["hires"].shape == (333, 500, 3)
@@ -188,6 +189,7 @@ def test_partial_slides_are_said_to_be_so(predicted, caplog):
     adata = to_anndata(open_run(predicted.uri), ["c"])
     assert adata.n_obs == 5
     assert "slide c is partial" in caplog.text
+    assert [record.slide_id for record in caplog.records] == ["c"]
 
 
 def test_what_cannot_be_exported_is_refused(predicted, tmp_path):

@@ -77,6 +77,8 @@ def test_pipeline_equals_plain_loop(small_cohort, plain, tmp_path, resources):
     for slide_id, expected in plain.items():
         assert_same(cells_of(tmp_path, slide_id), expected)
         assert records[slide_id]["num_cells"] == len(expected)
+        # In a queue at least once; for two slides of a dozen tiles, for no hour.
+        assert 0 < records[slide_id]["waited_s"] < 3600 * records[slide_id]["num_tiles"]
     assert storage.list_files(str(tmp_path / "shards")) == []
 
 

@@ -50,7 +50,7 @@ def imported_spec(cells_spec):
 
 def finished(run, rows, spec, helpers):
     receipts = WriteShards(run)(helpers.find_stage(spec)(rows))
-    return finish_slide(run, "s", receipts), storage.read_table(run.cells_uri("s"))
+    return finish_slide(run, "s", receipts, imported=True), storage.read_table(run.cells_uri("s"))
 
 
 def test_every_nucleus_once_with_its_outline_and_type(

@@ -218,7 +218,7 @@ def test_a_worker_whose_gpu_stopped_working_ends(monkeypatch, broken):
     ended = []
     monkeypatch.setattr(networks.torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(networks.os, "_exit", ended.append)
-    row = {"slide_id": "s", "tile_id": 4}
+    row = {"slide_id": "s", "tile_id": 4, "stage": "network"}
     networks.end_process_if_broken("cuda", row)
     networks.end_process_if_broken("cpu", row | {"error": "CUDA error"})
     assert ended == []

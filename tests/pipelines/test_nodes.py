@@ -85,6 +85,22 @@ def test_one_node_is_asked_without_a_task(monkeypatch, tmp_path, caplog):
     assert [path.name for path in tmp_path.iterdir()] == ["a.svs"]
 
 
+@pytest.mark.parametrize(("full", "left_out"), [((), ()), (("b",), ("b",)), (("a", "b"), ())])
+def test_nodes_without_room_are_left_out_where_others_have_it(monkeypatch, caplog, full, left_out):
+    found = FoundSlides({}, {}, [], 10**9)
+    both = [nodes.Node(name, f"host-{name}", 0) for name in ("a", "b")]
+    monkeypatch.setattr(nodes, "find_slides", lambda *_, **__: found)
+    monkeypatch.setattr(nodes, "working_nodes", lambda: both)
+    facts = nodes.node_facts(Asked())
+    free = {node.node_id: 10**6 if node.node_id in full else 10**10 for node in both}
+    answers = [(node, facts | {"cache_free": free[node.node_id]}) for node in both]
+    monkeypatch.setattr(nodes, "ask_nodes", lambda *_: answers)
+    assert check_before_run(Asked(), CLUSTER) == left_out
+    for name in full:
+        assert f"node host-{name}" in caplog.text
+    assert ("and the largest slide takes 1 GB" in caplog.text) is bool(full)
+
+
 def test_what_is_asked_for(monkeypatch):
     weights = [("random:0", "random:0"), ("s3://b/e.pth", "sha256:12"), (None, None)]
     asked = asked_for("out", [*weights, ("tokens", "tokens:sha256:34")], gpus=True)

@@ -57,3 +57,18 @@ def test_too_little_memory_is_said_and_not_waited_for(nodes, gpus, groups, worke
     # A cluster with an autoscaler may yet get the nodes.
     _place(*arguments, Cluster(8, 1, memory, 8, may_grow=True), 5 * GIB, gpus=gpus)
     assert "waiting for it to grow" in caplog.text
+
+
+def test_two_networks_never_share_a_gpu_while_another_has_none(cells_spec):
+    spec = type(cells_spec)(**vars(cells_spec) | {"segmenter": "cellvit"})
+    groups = stage_groups(spec, gpus=True)
+    cluster = Cluster(16, 4, (256 * GIB,), 16)
+    network, embed = (
+        _place(names, groups, None, cluster, 2 * GIB, gpus=True)
+        for names in groups
+        if names[0] in ("network", "embed")
+    )
+    # Ray fills a GPU before it takes the next one.
+    assert 2 * network.num_gpus > 1
+    assert network.num_gpus + embed.num_gpus == pytest.approx(1)
+    assert network.pool.max_size == embed.pool.max_size == 4

@@ -14,7 +14,7 @@ from scellst_ray.compaction import finish_slide
 from scellst_ray.models.mil import MilHead, save_head, stored_hidden
 from scellst_ray.pipelines.networks import Embed, local_weights, vectors
 from scellst_ray.pipelines.stages import WriteShards
-from scellst_ray.pipelines.tiles import plan_slide
+from scellst_ray.pipelines.tiles import guarded, plan_slide
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.reader import Slide
 
@@ -337,3 +337,12 @@ def test_receipts_add_up(finished):
     _, receipts, record = finished
     assert pc.sum(receipts["num_cells"]).as_py() >= record["num_cells"]
     assert pc.count_distinct(receipts["tile_id"]).as_py() == len(receipts)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, np._core._exceptions._ArrayMemoryError])
+def test_lack_of_memory_is_one_kind_of_error_and_says_what_to_do(kind):
+    row = {"slide_id": "s", "tile_id": 3}
+    with guarded(row, "read"):
+        raise kind if kind is MemoryError else kind((9,), np.dtype("u1"))
+    assert (row["stage"], row["error_type"]) == ("read", "MemoryError")
+    assert "memory_gb" in row["error"]

@@ -203,7 +203,7 @@ def test_a_plain_image_of_16_bits_is_refused(tmp_path):
 
 def test_a_plain_image_too_large_to_hold_is_refused(tmp_path, monkeypatch):
     Image.new("RGB", (30, 20)).save(tmp_path / "i.png")
-    monkeypatch.setattr("scellst_ray.slides.reader.MAX_PLAIN_PIXELS", 599)
+    monkeypatch.setattr("scellst_ray.slides.pixels.MAX_PLAIN_PIXELS", 599)
     with pytest.raises(ValueError, match=r"i.png: 30 x 20 px is too large.*pyramid"):
         Slide(tmp_path / "i.png", mpp=0.5)
 

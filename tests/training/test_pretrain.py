@@ -116,6 +116,7 @@ def in_a_process(function, crops, out, folder):
     return subprocess.Popen([sys.executable, script, crops, str(out)], start_new_session=True)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_where_it_was(crops, plain, tmp_path):
     out = tmp_path / "out"
     driver = in_a_process("until_killed", crops, out, tmp_path)
@@ -145,6 +146,7 @@ def until_killed(crops, out):
         pretrain([crops], RECIPE, None, ONE, Keeping(out, steps=2, num_best=2), wait_at_fourth)
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_the_workers_that_are_left(crops, plain, tmp_path):
     out = tmp_path / "out"
     # A process of its own: Ray's test cluster leaves sockets open.

@@ -1,0 +1,75 @@
+"""Faults injected into runs on several hosts, and what became of their tables.
+
+    python benchmarks/faults.py [--only SCENARIO ...] [--times N] [--json FILE]
+
+Hosts are network namespaces (root and iproute2 are needed), Ray's own processes run in each. Every
+run is compared with an undisturbed one: all cells, all records, nothing left over. Seconds lost are
+beyond the undisturbed run's, waiting for lost hosts to come back included.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from scellst_ray import __version__
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+
+
+def main() -> int:
+    """Run the matrix; print a table; return 1 if any run differs."""
+    sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
+    from scenarios import (  # type: ignore[import-not-found]
+        SCENARIOS,
+        outcomes,
+        undisturbed_run,
+    )
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
+    parser.add_argument("--times", type=int, help="runs of each fault, instead of the scenario's")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed_s = undisturbed_run(Path(folder))
+        print(f"undisturbed: {undisturbed_s:.0f} s", flush=True)
+        for name in options.only:
+            for outcome in outcomes(name, folder, options.times):
+                found.append({"scenario": name, **asdict(outcome)})
+                print(json.dumps(found[-1]), flush=True)
+    print(table(found, undisturbed_s))
+    if options.json:
+        machine = {"cpus": os.cpu_count(), "python": platform.python_version()}
+        versions = {"scellst_ray": __version__, "ray": ray.__version__}
+        told = versions | {"machine": machine, "undisturbed_s": undisturbed_s, "runs": found}
+        options.json.write_text(json.dumps(told, indent=2) + "\n")
+    return int(any(run["differences"] for run in found))
+
+
+def table(found: list[dict[str, Any]], undisturbed_s: float) -> str:
+    """Return what became of each fault, as Markdown."""
+    lines = ["| fault | runs | faults injected | equal | seconds lost, median (most) |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    kinds = dict.fromkeys((run["scenario"], run["fault"]) for run in found)
+    for kind in kinds:
+        runs = [run for run in found if (run["scenario"], run["fault"]) == kind]
+        lost = [run["seconds"] - undisturbed_s for run in runs]
+        equal = sum(not run["differences"] for run in runs)
+        faults = sum(run["num_faults"] for run in runs)
+        told = f"{np.median(lost):.0f} ({max(lost):.0f})"
+        lines.append(f"| {kind[1]} ({kind[0]}) | {len(runs)} | {faults} | {equal} | {told} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

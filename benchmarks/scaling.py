@@ -1,0 +1,326 @@
+"""How well GPUs are kept busy: simulated ones, 1 to 32 of them, and a host lost on the way.
+
+    python benchmarks/scaling.py [--gpus 1 4 16 32] [--no-loss] [--json FILE]
+
+The run is the pipeline's own from the manifest to the records, on a Ray cluster of a head and of
+nodes with 8 GPUs and 16 CPUs each, all on this machine. Stages that look at pixels sleep instead:
+as long as they take, in processes and places that Ray gave them. Two processes on one GPU share it,
+as real ones do. Work grows with the GPUs: slides of 100 tiles on average, sizes lognormal. Between
+stages a tile is as many blocks as with its pixels, though 40 times smaller, and so are the object
+stores. Every run is a process of its own.
+"""
+
+import argparse
+import json
+import logging
+import mmap
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from math import exp
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import shapely
+from gpu_time import GPU_STAGES, read_calls, summary
+from ray.cluster_utils import Cluster
+
+from scellst_ray import __version__, schemas, storage
+from scellst_ray.cohort import SlideRow
+from scellst_ray.geometry import Box
+from scellst_ray.pipelines.cells import run_cells
+from scellst_ray.pipelines.checked_networks import CheckedNetworks
+from scellst_ray.pipelines.driver import Progress
+from scellst_ray.pipelines.extract_config import ExtractConfig
+from scellst_ray.pipelines.receipts import Work, make_stage
+from scellst_ray.pipelines.stages import MAX_CELLS_PER_TILE, todo
+from scellst_ray.pipelines.tiles import CellsSpec, Row, box_columns
+from scellst_ray.runs import RunFolder
+
+# Seconds of a 1024 px tile: CellViT-SAM-H in half precision and the embeddings of its cells on an
+# H100 (assumed); reading it and finding its nuclei on a core (benchmarks/postprocess.py).
+SECONDS = {"read": 0.1, "network": 0.25, "find": 0.15, "embed": 0.05}
+PLAN_S = 1.0
+# What a stage is the last one to need.
+USED = {"read": (), "network": (), "find": ("image", "maps"), "embed": ("tokens",)}
+GPUS_PER_NODE, CPUS_PER_GPU = 8, 2
+SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 3, 100, 0.8
+STORE_BYTES = 256 * 2**20
+# More than a block of Ray Data holds, so that each tile is a block, as with its pixels.
+IMAGE, MAPS, TOKENS = (190, 190, 3), (164, 164), (54_000,)
+CELLS_PER_TILE = 25
+CORE_PX, HALO_PX, MPP = 960, 32, 0.25
+STEP_S = 0.05
+MAX_SHARERS = 16
+OUTLINE = shapely.to_wkb(shapely.box(0, 0, 20, 20))
+
+
+def main() -> None:
+    """Run every size; print and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--no-loss", action="store_true", help="leave out the run that loses one")
+    parser.add_argument("--folder", help="of one run (what the others start)")
+    parser.add_argument("--lose", action="store_true", help="lose a host half-way")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.folder:
+        print(json.dumps(one_run(Path(options.folder), options.gpus[0], lose=options.lose)))
+        return
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "ray": ray.__version__}
+    result: dict[str, Any] = {"scellst_ray": __version__, "machine": machine, "runs": []}
+    result |= {"seconds_per_tile": SECONDS}
+    cases = [(num, False) for num in options.gpus]
+    cases += [] if options.no_loss else [(options.gpus[-1], True)]
+    for num_gpus, lose in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--gpus", str(num_gpus), "--folder", folder]
+            command += ["--lose"] * lose
+            told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        result["runs"].append(json.loads(told.splitlines()[-1]))
+        print(json.dumps(result["runs"][-1]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def one_run(folder: Path, num_gpus: int, *, lose: bool) -> dict[str, Any]:
+    """Run a cohort on a cluster of its own; return where the time of its GPUs went."""
+    sizes = slide_sizes(num_gpus * SLIDES_PER_GPU)
+    slides = [empty_slide(folder, number, size) for number, size in enumerate(sizes)]
+    for name in ("calls", "gpus"):
+        (folder / name).mkdir()
+    config = ExtractConfig(
+        manifest="none",
+        out=str(folder / "run"),
+        segmenter="cellvit",
+        segmenter_weights=str(folder / "none.pth"),
+        encoder="tokens",
+        gpus=True,
+        precision="float16",
+    )
+    networks = CheckedNetworks({"encoder": "tokens", "embedding_dim": None}, ("nucleus",))
+    cluster, nodes = start_cluster(num_gpus)
+    lose_last = partial(cluster.remove_node, nodes[-1], allow_graceful=False)
+    watch = Watch(sum(sizes), lose_last if lose else None)
+    try:
+        gpus = gpus_of_nodes(nodes)
+        began = time.time()
+        work = Work(partial(plan, sizes=sizes), partial(stage, folder=str(folder)))
+        run_cells("extract", config, slides, networks, watch.report, work=work)
+    finally:
+        if watch.thread is not None:
+            watch.thread.join()
+        ray.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+    check_complete(folder, sizes)
+    gone = gpus[-GPUS_PER_NODE:] if lose else []
+    lost = {gpu: watch.lost_at if gpu in gone else None for gpu in gpus}
+    actors = Counter(path.name.split("-")[0] for path in (folder / "calls").iterdir())
+    told = {"slides": len(sizes), "tiles": sum(sizes), "largest_slide": max(sizes)}
+    return (
+        told
+        | summary(read_calls(folder / "calls"), lost, began, watch.last_record)
+        | {"actors": actors}
+    )
+
+
+def slide_sizes(num_slides: int) -> list[int]:
+    """Return tiles of each slide: lognormal, and for n slides the quantiles of n equal parts."""
+    normal = NormalDist()
+    raw = [exp(SIGMA * normal.inv_cdf((k + 0.5) / num_slides)) for k in range(num_slides)]
+    return [max(1, round(TILES_PER_SLIDE * num_slides * size / sum(raw))) for size in raw]
+
+
+def empty_slide(folder: Path, number: int, size: int) -> SlideRow:
+    """Return a slide whose file has nothing but a size, by which slides are sorted."""
+    path = folder / f"{number}.svs"
+    with path.open("wb") as handle:
+        handle.truncate(size * 2**20)
+    return SlideRow(f"s{number:06d}", str(path), None)
+
+
+def start_cluster(num_gpus: int) -> tuple[Cluster, list[Any]]:
+    """Start a head without work and nodes with GPUs; join; return the nodes."""
+    cluster = Cluster()
+    common: dict[str, Any] = {
+        "memory": 2**40,
+        "object_store_memory": STORE_BYTES,
+        "include_dashboard": False,
+    }
+    cluster.add_node(num_cpus=0, **common)
+    nodes = []
+    for first in range(0, num_gpus, GPUS_PER_NODE):
+        num = min(GPUS_PER_NODE, num_gpus - first)
+        nodes.append(cluster.add_node(num_cpus=CPUS_PER_GPU * num, num_gpus=num, **common))
+    ray.init(address=cluster.address, logging_level=logging.WARNING)
+    return cluster, nodes
+
+
+def gpus_of_nodes(nodes: list[Any]) -> list[str]:
+    """Return a name of each GPU: its node's id and its number there."""
+    by_socket = {node["RayletSocketName"]: node for node in ray.nodes()}  # type: ignore[no-untyped-call]
+    found = [by_socket[node.raylet_socket_name] for node in nodes]
+    return [f"{n['NodeID']}:{k}" for n in found for k in range(int(n["Resources"]["GPU"]))]
+
+
+class Watch:
+    """When a run's records came, and what is to happen half-way."""
+
+    def __init__(self, num_tiles: int, at_half: Callable[[], object] | None) -> None:
+        """Begin to watch; `at_half` is called, in a thread, when half of the tiles are done."""
+        self.num_tiles, self.at_half = num_tiles, at_half
+        self.num_records = 0
+        self.last_record = 0.0
+        self.lost_at: float | None = None
+        self.thread: threading.Thread | None = None
+
+    def report(self, progress: Progress) -> None:
+        """Take note of where the run stands."""
+        if len(progress.records) > self.num_records:
+            self.num_records, self.last_record = len(progress.records), time.time()
+        if self.at_half and not self.lost_at and progress.num_tiles * 2 > self.num_tiles:
+            self.lost_at = time.time()
+            self.thread = threading.Thread(target=self.at_half)
+            self.thread.start()
+
+
+def plan(row: Row, spec: CellsSpec, sizes: list[int]) -> list[Row]:
+    """Return the tiles of a slide without opening it: one row of them."""
+    time.sleep(PLAN_S)
+    num_tiles = sizes[int(row["slide_id"][1:])]
+    slide = {name: row[name] for name in ("slide_id", "uri")} | {"mpp": MPP, "read_mpp": MPP}
+    slide |= {"width0": num_tiles * CORE_PX, "height0": CORE_PX, "num_tiles": num_tiles}
+    done, tiles = set(row["done_tiles"]), []
+    for tile_id in range(num_tiles):
+        if tile_id not in done:
+            core = Box(tile_id * CORE_PX, 0, spec.core_px, spec.core_px)
+            boxes = box_columns(core, core.grown(spec.halo_px))
+            tiles.append(slide | {"tile_id": tile_id} | boxes)
+    tiles[-1]["seconds_plan"] = PLAN_S
+    return tiles
+
+
+def stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool, folder: str) -> Any:  # noqa: ANN401
+    """Return the pipeline's own writing stage, and others that sleep."""
+    if name == "write":
+        return make_stage(name, spec, run, on_gpu=on_gpu)
+    return Sleeping(name, Path(folder))
+
+
+class Sleeping:
+    """A stage that takes its time and gives what has the size of its results, in part."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        """Open this process's file of calls, and its place on its GPU."""
+        self.name, self.seconds = name, SECONDS[name]
+        context = ray.get_runtime_context()
+        self.where = context.get_node_id()
+        self.gpu: SharedGpu | None = None
+        if name in GPU_STAGES:
+            self.where += f":{ray.get_gpu_ids()[0]}"
+            self.gpu = SharedGpu(folder / "gpus" / self.where)
+        self.calls = (folder / "calls" / f"{name}-{uuid.uuid4().hex}").open("a", buffering=1)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Take as long as these tiles take."""
+        waiting = todo(rows)
+        tiles = [(row["slide_id"], row["tile_id"]) for row in waiting]
+        told = {"gpu": self.where, "stage": self.name, "gpu_s": self.seconds, "tiles": tiles}
+        self.calls.write(json.dumps(told | {"began": time.time()}) + "\n")
+        seconds = self.seconds * len(waiting)
+        if self.gpu is None:
+            time.sleep(seconds)
+        else:
+            self.gpu.work(seconds)
+        self.calls.write(json.dumps({"ended": time.time()}) + "\n")
+        for row in waiting:
+            row.update(_made(self.name, row))
+            row["seconds_segment" if self.name == "find" else f"seconds_{self.name}"] = self.seconds
+            for used in USED[self.name]:
+                row.pop(used, None)
+        return rows
+
+
+def _made(name: str, row: Row) -> Row:
+    """Return what a stage adds to a tile."""
+    if name == "read":
+        return {"image": np.zeros(IMAGE, np.uint8)}
+    if name == "network":
+        return {"maps": np.zeros(MAPS, np.uint32), "tokens": np.zeros(TOKENS, np.float16)}
+    return {"cells": _cells(row)} if name == "find" else {}
+
+
+def _cells(row: Row) -> pa.Table:
+    size = CELLS_PER_TILE
+    columns = {
+        "slide_id": pa.repeat(row["slide_id"], size),
+        "cell_id": row["tile_id"] * MAX_CELLS_PER_TILE + np.arange(size),
+        "x0": np.full(size, row["core_x0"] + 10, np.float32),
+        "y0": np.full(size, 10, np.float32),
+        "area_um2": np.full(size, 25, np.float32),
+        "nucleus_type": pa.repeat("nucleus", size),
+        "type_prob": pa.nulls(size, pa.float32()),
+        "polygon": pa.repeat(OUTLINE, size),
+        "seam": np.zeros(size, np.uint8),
+    }
+    return pa.table(columns, schema=pa.schema(schemas.SHARD_FIELDS))
+
+
+class SharedGpu:
+    """A GPU's time, in equal parts for the processes that work on it at a moment."""
+
+    def __init__(self, path: Path) -> None:
+        """Take a place among its processes: a byte of a file that says whether each works."""
+        place = 0
+        while True:
+            with suppress(FileExistsError):
+                Path(f"{path}.{place}").touch(exist_ok=False)
+                break
+            place += 1
+        self.place = place
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(descriptor, mmap.PAGESIZE)
+        self.works = mmap.mmap(descriptor, mmap.PAGESIZE)
+        os.close(descriptor)
+
+    def work(self, seconds: float) -> None:
+        """Return when so many seconds of the GPU's time have been had."""
+        self.works[self.place] = 1
+        before = time.monotonic()
+        while seconds > 0:
+            sharers = max(1, sum(self.works[:MAX_SHARERS]))
+            time.sleep(min(STEP_S, seconds * sharers))
+            now = time.monotonic()
+            seconds -= (now - before) / sharers
+            before = now
+        self.works[self.place] = 0
+
+
+def check_complete(folder: Path, sizes: list[int]) -> None:
+    """Make sure that every tile has one receipt, and every cell is there once."""
+    run = RunFolder(str(folder / "run"), "")
+    records, receipts = run.records(), run.receipts()
+    assert {record["status"] for record in records.values()} == {"done"}
+    found = {(r["slide_id"], r["tile_id"]) for r in receipts.to_pylist()}
+    assert len(receipts) == len(found) == sum(sizes)
+    for number, size in enumerate(sizes):
+        cells = storage.read_table(run.cells_uri(f"s{number:06d}"), ["cell_id"])["cell_id"]
+        assert pc.count_distinct(cells).as_py() == len(cells) == size * CELLS_PER_TILE
+
+
+if __name__ == "__main__":
+    main()

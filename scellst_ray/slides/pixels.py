@@ -1,0 +1,246 @@
+"""What is behind a slide: files OpenSlide knows, and plain images decoded whole.
+
+Files are not trusted: sizes are checked before memory is asked for, and what a damaged file makes a
+library raise becomes a ValueError that names it.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+from PIL import Image
+
+WHITE = 255
+# A plain image is held decoded in memory; larger ones belong in a pyramidal TIFF.
+MAX_PLAIN_PIXELS = 600_000_000
+# Others have no slides in them, and some (EPS) have other programs started.
+PLAIN_FORMATS = ("BMP", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Deflate and JPEG hold at most some thousand bytes in one: beyond it, a size is claimed that the
+# file cannot have. Small images need no such check.
+MAX_PACKING, MIN_PACKED_BYTES = 2000, 100_000_000
+# A tile is decoded whole, however little of it is wanted. Scanners write 240 to 4096 px.
+MAX_TILE_PIXELS = 8192**2
+# What Pillow raises on damaged files.
+DAMAGED = (
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError),
+    *(RuntimeError, ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+class Pixels(Protocol):
+    """What a backend offers: levels and boxes of level pixels."""
+
+    dimensions: tuple[int, int]
+    downsamples: list[float]
+    mpp: float | None
+    mpp_error: str | None
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
+        """Return level px [x, x + w) x [y, y + h) as RGB [h, w, 3], white outside the image."""
+        ...
+
+    def close(self) -> None:
+        """Free what was opened."""
+        ...
+
+
+def open_pixels(path: Path, uri: str) -> Pixels:
+    """Open a file (a folder for formats that are one); `uri` names it in messages.
+
+    Raises:
+        ValueError: it is no image, is cut off or damaged, or claims sizes no slide has.
+    """
+    if not (path.is_file() or path.is_dir()):
+        message = f"{uri}: neither a file nor a folder (a pipe, a device?); give an image file"
+        raise ValueError(message)
+    try:
+        if openslide.OpenSlide.detect_format(str(path)) is not None:
+            return _OpenSlidePixels(path, uri)
+    except openslide.OpenSlideError as error:
+        message = f"{uri}: OpenSlide cannot open it ({error}); the file may be cut off or damaged"
+        raise ValueError(message) from error
+    return _PlainPixels(path, uri)
+
+
+class _OpenSlidePixels:
+    """A slide OpenSlide knows."""
+
+    def __init__(self, path: Path, uri: str) -> None:
+        self._uri = uri
+        self._slide = openslide.OpenSlide(str(path))
+        self.dimensions = self._slide.dimensions
+        self._check_tiles()
+        self.downsamples = [self._exact(level) for level in range(self._slide.level_count)]
+        self.mpp, self.mpp_error = self._file_mpp()
+
+    def _check_tiles(self) -> None:
+        """Refuse a file whose tiles would not fit into memory."""
+        for level in range(self._slide.level_count):
+            names = [f"openslide.level[{level}].tile-{side}" for side in ("width", "height")]
+            sides = [int(self._slide.properties.get(name, 0)) for name in names]
+            if sides[0] * sides[1] > MAX_TILE_PIXELS:
+                self._slide.close()
+                message = (
+                    f"{self._uri}: tiles of {sides[0]} x {sides[1]} px in level {level}; the file "
+                    "is damaged, or write it anew with smaller tiles (for example `vips tiffsave "
+                    "--tile --pyramid`)"
+                )
+                raise ValueError(message)
+
+    def _exact(self, level: int) -> float:
+        """Return the level's downsample, whole where rounding the level's size explains the rest.
+
+        OpenSlide reports the mean of two rounded ratios (4.004 for 2967 -> 741), which would
+        shift the far end of a slide by several pixels.
+        """
+        whole = round(self._slide.level_downsamples[level])
+        sizes = zip(self.dimensions, self._slide.level_dimensions[level], strict=True)
+        if all(abs(size0 / whole - size) < 1 for size0, size in sizes):
+            return float(whole)
+        return float(self._slide.level_downsamples[level])
+
+    def _file_mpp(self) -> tuple[float | None, str | None]:
+        """Return the file's own um per px, or None and, where there is one, the reason."""
+        values = [
+            self._slide.properties.get(name)
+            for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+        ]
+        numbers = [float(value) for value in values if value is not None]
+        if not numbers:
+            return None, None
+        if max(numbers) > 1.02 * min(numbers):
+            return None, (
+                f"pixels are not square: mpp {numbers[0]:g} by {numbers[1]:g}; resample the "
+                "image, or give one mpp (um per level-0 px) in the manifest's mpp column"
+            )
+        return numbers[0], None
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
+        # OpenSlide rounds a negative location by up to a level px, so it is only asked for what
+        # lies in the level. It divides the location by its own downsample: multiply by that one.
+        # Where that is not whole, rounding costs at most half a level-0 px.
+        scale = self._slide.level_downsamples[level]
+
+        def inside(left: int, top: int, width: int, height: int) -> NDArray[np.uint8]:
+            location = (round(left * scale), round(top * scale))
+            rgba = np.asarray(self._slide.read_region(location, level, (width, height)))
+            alpha = rgba[..., 3:]
+            if alpha.min() == WHITE:
+                return rgba[..., :3]
+            return np.where(alpha == 0, np.uint8(WHITE), rgba[..., :3]).astype(np.uint8)
+
+        try:
+            return _on_white(self._slide.level_dimensions[level], (x, y, w, h), inside)
+        except openslide.OpenSlideError as error:
+            message = (
+                f"{self._uri}: OpenSlide cannot read {w} x {h} px at ({x}, {y}) of level {level} "
+                f"({error}); the file may be cut off or damaged: copy it anew"
+            )
+            raise ValueError(message) from error
+
+    def close(self) -> None:
+        self._slide.close()
+
+
+class _PlainPixels:
+    """A PNG, JPEG or plain TIFF, decoded whole; one level and no resolution of its own."""
+
+    mpp: float | None = None
+    mpp_error: str | None = None
+    downsamples: list[float] = [1.0]  # noqa: RUF012 - never changed
+
+    def __init__(self, path: Path, uri: str) -> None:
+        with _large_images_allowed(), ExitStack() as stack:
+            with _damage_told(uri):
+                image = stack.enter_context(Image.open(path, formats=PLAIN_FORMATS))
+            self.dimensions = image.size
+            _check_plain(image, path, uri)
+            with _damage_told(uri):
+                # A copy would take the room of the image once more.
+                whole = image if image.mode == "RGB" else image.convert("RGB")
+                self._image = np.asarray(whole)
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
+        assert level == 0
+        return _on_white(
+            self.dimensions,
+            (x, y, w, h),
+            lambda left, top, w, h: self._image[top : top + h, left : left + w],
+        )
+
+    def close(self) -> None:
+        self._image = np.empty((0, 0, 3), np.uint8)
+
+
+def _on_white(
+    size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    inside: Callable[[int, int, int, int], NDArray[np.uint8]],
+) -> NDArray[np.uint8]:
+    """Return a box of an image, white where it reaches beyond it.
+
+    Args:
+        size: (width, height) of the image.
+        box: (x, y, width, height) wanted, px of the image.
+        inside: Called with the part of the box (x, y, width, height) that lies in the image.
+    """
+    x, y, w, h = box
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
+    out = np.full((h, w, 3), WHITE, np.uint8)
+    if left < right and top < bottom:
+        part = inside(left, top, right - left, bottom - top)
+        out[top - y : bottom - y, left - x : right - x] = part
+    return out
+
+
+def _check_plain(image: Image.Image, path: Path, uri: str) -> None:
+    """Refuse, before it is decoded, an image that is too large or of another kind."""
+    width, height = image.size
+    if width * height > MAX_PLAIN_PIXELS:
+        message = (
+            f"{uri}: {width} x {height} px is too large for a plain image; convert it to a "
+            "pyramidal TIFF (for example `vips tiffsave --tile --pyramid`)"
+        )
+        raise ValueError(message)
+    num_bytes = path.stat().st_size
+    if 3 * width * height > max(MIN_PACKED_BYTES, MAX_PACKING * num_bytes):
+        message = (
+            f"{uri}: {width} x {height} px in {num_bytes:,} bytes; the file is cut off or damaged"
+        )
+        raise ValueError(message)
+    if image.mode.startswith(("I", "F")):
+        message = (
+            f"{uri}: pixels of type {image.mode!r}; expected 8 bits a channel: convert it to "
+            "8-bit RGB"
+        )
+        raise ValueError(message)
+
+
+@contextmanager
+def _damage_told(uri: str) -> Iterator[None]:
+    """Turn what Pillow raises on a damaged file into an error that names the file."""
+    try:
+        yield
+    except DAMAGED as error:
+        message = (
+            f"{uri}: neither OpenSlide nor Pillow can read it as an image ({error}); "
+            "it may be cut off, damaged or of another kind"
+        )
+        raise ValueError(message) from error
+
+
+@contextmanager
+def _large_images_allowed() -> Iterator[None]:
+    """Lift Pillow's own size limit; ours is checked before decoding."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
