@@ -173,13 +173,13 @@ class Hosts:
             words += [f"--address={self.address(HEAD)}:{PORT}", f"--num-cpus={self.num_cpus}"]
             words += [f"--num-gpus={self.num_gpus}", f"--memory={4 * 1024 * MEBIBYTE}"]
         script = f"{before}\nexec " + " ".join(words)
-        log = (self.folder / f"host{host}.log").open("ab")
-        self.started[host] = subprocess.Popen(
-            ["ip", "netns", "exec", self.space(host), "bash", "-ec", script],
-            env=self.environment | (environment or {}),
-            stdout=log,
-            stderr=log,
-        )
+        with (self.folder / f"host{host}.log").open("ab") as log:
+            self.started[host] = subprocess.Popen(
+                ["ip", "netns", "exec", self.space(host), "bash", "-ec", script],
+                env=self.environment | (environment or {}),
+                stdout=log,
+                stderr=log,
+            )
 
     @property
     def api(self):
