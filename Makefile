@@ -30,7 +30,7 @@ demo: venv
 	$(BIN)/scellst-ray demo --out demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 test-slow: lint
 	$(BIN)/python -m pytest -m slow

@@ -57,14 +57,6 @@ def write_pyramid(path, levels, mpp, mpp_y=None, **options):
     return Path(path)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items):
-    """Give tests that start Ray one process and all others another: two Rays are too much."""
-    for item in items:
-        starts_ray = item.get_closest_marker("ray") or item.get_closest_marker("e2e")
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else "plain"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory):
     """Keep copies of remote files out of the real temporary folder."""
