@@ -5,7 +5,7 @@
 The run is the pipeline's own from the manifest to the records, on a Ray cluster of a head and of
 nodes with 8 GPUs and 16 CPUs each, all on this machine. Stages that look at pixels sleep instead:
 as long as they take, in processes and places that Ray gave them. Two processes on one GPU share it,
-as real ones do. Work grows with the GPUs: slides of 100 tiles on average, sizes lognormal. Between
+as real ones do. Work grows with the GPUs: slides of 80 tiles on average, sizes lognormal. Between
 stages a tile is as many blocks as with its pixels, though 40 times smaller, and so are the object
 stores. Every run is a process of its own.
 """
@@ -58,7 +58,7 @@ PLAN_S = 1.0
 # What a stage is the last one to need.
 USED = {"read": (), "network": (), "find": ("image", "maps"), "embed": ("tokens",)}
 GPUS_PER_NODE, CPUS_PER_GPU = 8, 2
-SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 3, 100, 0.8
+SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 3, 80, 0.8
 STORE_BYTES = 256 * 2**20
 # More than a block of Ray Data holds, so that each tile is a block, as with its pixels.
 IMAGE, MAPS, TOKENS = (190, 190, 3), (164, 164), (54_000,)

@@ -112,8 +112,8 @@ def _table_bytes(run: Run, record: Mapping[str, Any]) -> int:
     """Return the bytes of a slide's tables."""
     slide_id = record["slide_id"]
     of_table = {"CELLS": run.folder.cells_uri, "EXPRESSION": run.folder.expression_uri}
-    sizes = (storage.resolve(of_table[name](slide_id)) for name in record["tables"])
-    return sum(int(fs.size(path)) for fs, path in sizes)
+    uris = (of_table[name](slide_id) for name in record["tables"])
+    return sum(sum(storage.sizes(uri).values()) for uri in uris)
 
 
 def _segmented(run: Run) -> list[tuple[float, float, float]]:

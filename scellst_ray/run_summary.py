@@ -77,7 +77,8 @@ def summarised(state: RunState) -> dict[str, Any]:
     finished = [str(record["finished"]) for record in records if "finished" in record]
     stages = [f"seconds_{stage}" for stage in schemas.STAGES]
     seconds = state.slides.select(pl.col(stages).sum()).row(0, named=True)
-    num_bytes = {name: _num_bytes(storage.join(state.run.uri, name)) for name in FOLDERS}
+    sizes = {name: storage.sizes(storage.join(state.run.uri, name)) for name in FOLDERS}
+    num_bytes = {name: sum(found.values()) for name, found in sizes.items()}
     read = state.slides["bytes"]
     logged = state.times["logged"]
     return progress_of(state) | {
@@ -225,11 +226,6 @@ def _rounded(value: float | None) -> float | None:
 
 def _iso(when: Any) -> str | None:  # noqa: ANN401 - what polars keeps in a column of times
     return when.isoformat(timespec="milliseconds") if isinstance(when, datetime) else None
-
-
-def _num_bytes(uri: str) -> int:
-    fs, path = storage.resolve(uri)
-    return int(fs.du(path)) if fs.exists(path) else 0
 
 
 def _libraries() -> dict[str, str]:

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 from rich.console import Console
@@ -125,7 +124,7 @@ def leftovers(run: Run) -> Iterator[Leftover]:
     )
     columns = (receipts[name].to_pylist() for name in ("slide_id", "shard"))
     named = set(zip(*columns, strict=True))
-    for path, num_bytes in _files(run.uri):
+    for path, num_bytes in storage.sizes(run.uri).items():
         *folders, name = parts = path.removeprefix(f"{_root(run.uri)}/").split("/")
         kind = None
         if parts[0] == ATTEMPTS:
@@ -144,15 +143,6 @@ def leftovers(run: Run) -> Iterator[Leftover]:
 
 def _root(uri: str) -> str:
     return storage.resolve(uri)[1].rstrip("/")
-
-
-def _files(uri: str) -> Iterator[tuple[str, int]]:
-    """Yield the path and the size of every file below a folder."""
-    fs, path = storage.resolve(uri)
-    fs.invalidate_cache()
-    found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
-    for name, about in sorted(found.items()):
-        yield name, int(about.get("size") or 0)
 
 
 def _remove(run_uri: str, paths: list[str]) -> None:

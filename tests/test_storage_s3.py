@@ -88,6 +88,17 @@ def test_what_another_process_wrote_is_seen():
     assert storage.exists(f"{ROOT}/b.parquet")
     assert storage.read_table(f"{ROOT}/b.parquet").equals(table)
     assert len(storage.list_files(ROOT)) == 3
+    storage.publish_text(f"{ROOT}/below/d.txt", "d")
+    size = len(storage.read_bytes(f"{ROOT}/b.parquet"))
+    before = {"cohort/run/a.txt": 1, "cohort/run/b.parquet": size, "cohort/run/below/d.txt": 1}
+    assert storage.sizes(ROOT) == before | {"cohort/run/c.parquet": size}
+    assert storage.sizes(f"{ROOT}/a.txt") == {"cohort/run/a.txt": 1}
+    # A folder that was listed before something came into it, and something went.
+    assert storage.list_files(f"{ROOT}/below") == [f"{ROOT}/below/d.txt"]
+    client.copy_object(Bucket=BUCKET, Key="run/below/e.parquet", CopySource=source)
+    client.delete_object(Bucket=BUCKET, Key="run/below/d.txt")
+    assert storage.sizes(f"{ROOT}/below") == {"cohort/run/below/e.parquet": size}
+    assert storage.sizes(f"{ROOT}/none") == {}
 
 
 def test_a_large_file_goes_in_parts_and_appears_at_the_end(s3, monkeypatch):

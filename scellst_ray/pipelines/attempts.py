@@ -145,7 +145,7 @@ class Attempts:
             work: Takes rows, and a function to call with the name of each stage it begins.
         """
         live = [row for row in rows if _is_live(row)]
-        for row in live:
+        for row in live if self.ended else ():
             self._give_up_if_due(row)
         self.gpu.look([row for row in live if row.get("error") is not None])
         if not any(_is_live(row) and _key(row) in self.ended for row in rows):

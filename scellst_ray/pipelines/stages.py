@@ -196,8 +196,11 @@ class WriteShards:
 
     def __call__(self, rows: list[Row]) -> pa.Table:
         """Publish the cells of these tiles; return RECEIPTS."""
-        for slide_id in sorted({row["slide_id"] for row in rows}):
-            self._one([r for r in rows if r["slide_id"] == slide_id and r.get("cells") is not None])
+        by_slide: dict[str, list[Row]] = {}
+        for row in rows:
+            by_slide.setdefault(row["slide_id"], []).append(row)
+        for of_slide in by_slide.values():
+            self._one(of_slide)
         for row in rows:
             failed = row.get("error") is not None
             cells = None if failed else row.get("cells")
@@ -210,13 +213,18 @@ class WriteShards:
 
     def _one(self, rows: list[Row]) -> None:
         """Write one slide's tiles; if that fails, all of them failed."""
-        rows = [row for row in rows if row.get("error") is None and len(row["cells"])]
+        rows = [
+            row
+            for row in rows
+            if row.get("error") is None and row.get("cells") is not None and len(row["cells"])
+        ]
         if not rows:
             return
         outcome: Row = {}
         name = f"{rows[0]['tile_id']}-{rows[-1]['tile_id']}-{uuid.uuid4().hex[:12]}.parquet"
         with guarded(outcome, "write"):
-            table = pa.concat_tables([row["cells"] for row in rows])
+            # One chunk is written in two thirds of the time of one a tile.
+            table = pa.concat_tables([row["cells"] for row in rows]).combine_chunks()
             uri = storage.join(self.run.shards_uri(rows[0]["slide_id"]), name)
             storage.publish_table(uri, table)
         outcome["seconds_write"] /= len(rows)

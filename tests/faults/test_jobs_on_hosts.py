@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 S3 = f"s3://{BUCKET}"
 TILES = {"core_px": 320, "memory_gb": 0.5, "precision": "float32", "workers": 2}
 ENCODER = "random:0:resnet18"
+# Small slides have few counts.
+FEW = {"min_gene_counts": 20, "min_spot_share": 0.0, "min_spot_counts": 1}
 # In this order: some need what others leave.
 JOBS = {
     "doctor": {"manifest": f"{S3}/spots.csv", "out": f"{S3}/cells", "encoder": ENCODER},
@@ -51,6 +53,7 @@ JOBS = {
         "out": f"{S3}/folds",
         "panels": ["variable:4"],
         "max_epochs": 3,
+        **FEW,
     },
     "train": {
         "manifest": f"{S3}/spots.csv",
@@ -60,6 +63,7 @@ JOBS = {
         "max_epochs": 3,
         "workers": 2,
         "cpus_per_worker": 1,
+        **FEW,
     },
     "predict": {"manifest": f"{S3}/new.csv", "out": f"{S3}/run", "head": f"{S3}/head", **TILES},
     "retry": {"run": f"{S3}/run"},

@@ -110,8 +110,11 @@ def in_a_process(function, crops, out, folder):
     script.write_text(
         "import sys\n"
         f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
-        f"from test_pretrain import {function}\n"
-        f"{function}(*sys.argv[1:])\n"
+        "import test_pretrain\n"
+        "from ray import cloudpickle\n"
+        # Workers cannot import this file.
+        "cloudpickle.register_pickle_by_value(test_pretrain)\n"
+        f"test_pretrain.{function}(*sys.argv[1:])\n"
     )
     return subprocess.Popen([sys.executable, script, crops, str(out)], start_new_session=True)
 
@@ -133,12 +136,18 @@ def test_a_killed_driver_goes_on_where_it_was(crops, plain, tmp_path):
     assert_plain(out, result, plain)
 
 
+def wait_until_kept(out):
+    """Wait until the first epoch's checkpoint, uploaded while training goes on, can be resumed."""
+    while not (Path(out) / "checkpoints" / "checkpoint_manager_snapshot.json").exists():
+        time.sleep(0.2)
+
+
 def until_killed(crops, out):
     """Train, and wait at the fourth step to be killed."""
 
     def wait_at_fourth(step):
         if (step.epoch, step.number) == (1, 0):
-            time.sleep(3)  # the checkpoint before is being uploaded
+            wait_until_kept(out)
             (Path(out) / "fourth").touch()
             time.sleep(600)
 
@@ -164,6 +173,7 @@ def until_alone(crops, out):
     def lose_a_node(step):
         context = ray.train.get_context()
         if (step.epoch, step.number, context.get_world_rank()) == (1, 0, 1):
+            wait_until_kept(out)
             lost.write_text(ray.get_runtime_context().get_node_id())
         while step.epoch == 1 and context.get_world_size() == 2:
             time.sleep(0.5)
