@@ -5,8 +5,8 @@
 The run is the pipeline's own from the manifest's rows to the records: planning tasks, attempts,
 blocks between stages, shards, receipts log, compaction, lease. Only what looks at pixels is
 replaced: a slide's size is a function of its name (100 tiles on average), and each tile has two
-nuclei. Every cohort is a process of its own, its memory sampled once a second. Of the last one a
-second run is killed (SIGKILL) when half of the slides have a record, and started again.
+nuclei. Every cohort is a process of its own, its memory sampled every other second. Of the last
+one a second run is killed (SIGKILL) when half of the slides have a record, and started again.
 """
 
 import argparse
@@ -47,6 +47,7 @@ from scellst_ray.slides.tiling import tile_edges
 CORE_PX, HALO_PX, MPP = 960, 32, 0.25
 SIDES = (8, 10, 12)
 CELLS_PER_TILE = 2
+SAMPLE_EVERY_S = 2.0
 IDLE = "other workers of Ray"
 PARTS = {
     "PlanTiles": "planner",
@@ -153,7 +154,7 @@ def one_run(folder: str, num_slides: int, tiles_per_task: int) -> dict[str, Any]
 
 
 class Watch:
-    """Memory and counts of this process, once a second."""
+    """Memory and counts of this process, every other second."""
 
     def __init__(self) -> None:
         """Begin to watch."""
@@ -189,7 +190,7 @@ class Watch:
                     self.cpu_s[process.pid] = (part, times.user + times.system)
             if self.first_new is not None and not self.cpu_s_at_start:
                 self.cpu_s_at_start = dict(self.cpu_s)
-            time.sleep(1.0)
+            time.sleep(SAMPLE_EVERY_S)
 
     def cpu_by_part(self) -> dict[str, float]:
         """Return the CPU seconds of each kind of process since the first new tiles."""

@@ -58,7 +58,8 @@ def finish_slide(
         receipts: RECEIPTS of this slide, one per tile, all of them.
         imported: Whether its nuclei came from a file: the record tells what became of them.
     """
-    receipts = receipts.sort_by("tile_id")
+    if (np.diff(receipts["tile_id"].to_numpy()) < 0).any():
+        receipts = receipts.sort_by("tile_id")
     failed = receipts.filter(pc.is_valid(receipts["error"]))
     if len(failed):
         failures = schemas.conform(failed, schemas.FAILURES, "FAILURES", run.digest)

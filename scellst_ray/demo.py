@@ -86,7 +86,14 @@ def demo(config: DemoConfig) -> int:
         if not (head / HEAD_FILE).exists():
             train(
                 TrainConfig(
-                    manifest=cells.manifest, cells=cells.out, out=str(head), genes="variable:24"
+                    manifest=cells.manifest,
+                    cells=cells.out,
+                    out=str(head),
+                    genes="variable:24",
+                    # All its genes are expressed; a small slide has few counts of each.
+                    min_gene_counts=1,
+                    min_spot_share=0.0,
+                    min_spot_counts=1,
                 ),
                 lambda text: console.print(text, highlight=False),
             )

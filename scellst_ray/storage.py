@@ -41,6 +41,8 @@ OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 PART_BYTES = 16 * 2**20
 MOST_PARTS = 10_000  # that S3 takes
 LOCAL = LocalFileSystem()
+# Up to here it takes longer to hand columns to threads than to read them.
+FEW_ROWS = 16_384
 CHOOSE_PARTS = {"s3", "s3a", "gs", "gcs"}
 
 
@@ -235,13 +237,14 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 def _read_columns(source: Any, columns: list[str] | None) -> pa.Table:  # noqa: ANN401 - path or file
     # `pq.read_table` looks for partitions first, which takes longer than to read a small file.
     with pq.ParquetFile(source, pre_buffer=not isinstance(source, str)) as file:
+        threads = file.metadata.num_rows > FEW_ROWS
         if columns is None:
-            return file.read()
+            return file.read(use_threads=threads)
         missing = set(columns) - set(file.schema_arrow.names)
         if missing:
             message = f"column(s) {sorted(missing)} missing; it has {file.schema_arrow.names}"
             raise ValueError(message)
-        return file.read(columns).select(columns)
+        return file.read(columns, use_threads=threads).select(columns)
 
 
 def read_schema(uri: str) -> pa.Schema:

@@ -6,7 +6,7 @@ id, and hands it the same batch, for ever. So a worker keeps a note outside its 
 successor reads there what it died of:
 
 1. Before a batch a worker writes `attempts/<session>/<worker>.json`: which tiles it begins. That is
-   one small write a batch; the next batch's replaces it. The driver removes all in the end.
+   one small write a batch, over the batch's before. The driver removes all in the end.
 2. A worker reads its note when it starts. Tiles found there as begun had an attempt that ended with
    the process. If its host is gone too, that says little of the tiles: four such ends count as one.
 3. A batch with such a tile is taken one tile at a time, with a note for each tile and stage: the
@@ -23,14 +23,12 @@ Planning a slide is guarded in the same way, as the slide's tile -1. What succee
 attempt is what would have come of the first.
 """
 
-import faulthandler
 import json
 import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,14 +40,12 @@ from scellst_ray.logs import named_tiles
 from scellst_ray.memory_limit import limit_memory
 from scellst_ray.pipelines.gpu_watch import GpuWatch
 from scellst_ray.pipelines.tiles import Row, guarded
+from scellst_ray.pipelines.watchdog import Watchdog
 from scellst_ray.runs import RunFolder
 
 FOLDER = "attempts"
 HOSTS_PER_ATTEMPT = 4
 TILES_OF_ROTTEN_SLIDE = 3
-# After this the process ends without a note, in C: whatever holds the interpreter or the storage.
-GRACE_S = 30.0
-STDERR = 2
 Key = tuple[str, int]
 Done = TypeVar("Done")
 Work = Callable[[list[Row], Callable[[str], None]], Done]
@@ -120,12 +116,17 @@ class Attempts:
         self.gpu = GpuWatch(on_gpu=on_gpu)
         self.uri, self.max_attempts, self.timeout_s, self.host = uri, max_attempts, timeout_s, host
         self.ended: dict[Key, Ended] = {}
+        self.watchdog = Watchdog(self._expired)
         self._writing = threading.Lock()
+        self._written = 0
         self._begin([])
         note: dict[str, Any] = {}
         outcome: Row = {}
         with guarded(outcome, "note"):
-            note = storage.read_json(uri) if storage.exists(uri) else {}
+            if storage.exists(uri):
+                content = storage.read_bytes(uri)
+                self._written = len(content)
+                note = json.loads(content)
         _warn(outcome, f"{uri}: cannot be read, earlier attempts are forgotten")
         for slide_id, tile_id, ended in note.get("ended", []):
             self.ended[slide_id, tile_id] = Ended(**ended)
@@ -161,7 +162,7 @@ class Attempts:
         self._write()
         suspected = len(live) == 1 and _key(live[0]) in self.ended
         seconds = None if self.timeout_s is None else self.timeout_s * len(live)
-        with deadline(seconds, lambda: self._expired(seconds)):
+        with self.watchdog.limit(seconds):
             done = work(rows, self._enter if suspected else lambda _: None)
         self.gpu.look(live)
         return done
@@ -176,7 +177,7 @@ class Attempts:
         self.stage = stage
         self._write()
 
-    def _expired(self, seconds: float | None) -> None:
+    def _expired(self, seconds: float) -> None:
         """Note why the process is about to end."""
         self.reason = f"took longer than {seconds:g} s"
         told = (_named(self.begun), self.reason, self.stage or "unknown")
@@ -238,7 +239,10 @@ class Attempts:
         }
         outcome: Row = {}
         with self._writing, guarded(outcome, "note"):
-            _replace(self.uri, json.dumps(note).encode())
+            # Blanks over what an earlier note had more: JSON does not mind them.
+            content = json.dumps(note).encode().ljust(self._written)
+            _overwrite(self.uri, content)
+            self._written = len(content)
         _warn(outcome, f"{self.uri}: cannot be written, no protection against crashes")
 
 
@@ -260,48 +264,26 @@ def _warn(outcome: Row, what: str) -> None:
         logger.warning("%s: %s: %s", what, outcome["error_type"], outcome["error"])
 
 
-def _replace(uri: str, content: bytes) -> None:
-    """Replace a small file that one process writes, whole or not at all.
+def _overwrite(uri: str, content: bytes) -> None:
+    """Write over a small file of this process's own, at least as long as before.
 
-    Nothing waits for the disk: what a lost host knew does not matter here.
+    Nothing waits for the disk: what a lost host knew does not matter here. A new file in its place
+    would, on file systems that keep whole what they rename.
     """
     fs, path = storage.resolve(uri)
     if not storage.is_local(uri):
         fs.pipe_file(path, content)
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}")
-    temporary.write_bytes(content)
-    temporary.replace(target)
-
-
-@contextmanager
-def deadline(seconds: float | None, expired: Callable[[], None]) -> Iterator[None]:
-    """End this process, with the stacks of its threads on stderr, if the block takes too long.
-
-    Args:
-        seconds: How long it may take; None: for ever.
-        expired: Called before the end.
-    """
-    if seconds is None:
-        yield
-        return
-    timer = threading.Timer(seconds, _end_process, [expired])
-    timer.daemon = True
-    faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=STDERR)
-    timer.start()
+    flags = os.O_WRONLY | os.O_CREAT
     try:
-        yield
+        descriptor = os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, flags, 0o666)
+    try:
+        os.pwrite(descriptor, content, 0)
     finally:
-        timer.cancel()
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _end_process(expired: Callable[[], None]) -> None:
-    faulthandler.dump_traceback(file=STDERR)
-    expired()
-    os._exit(1)
+        os.close(descriptor)
 
 
 def new_session(run: RunFolder) -> str:

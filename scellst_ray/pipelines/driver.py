@@ -34,7 +34,8 @@ LONG_RUN_S = 3600.0
 TEND_EVERY_S = 0.2
 # What one finishing task takes, at most: small slides share its start, large ones their nodes.
 SLIDES_PER_TASK, CELLS_PER_TASK = 64, 200_000
-THREADS_PER_TASK = 4
+# On a local disk threads take each other's turn in Python; a request to a store is mostly waiting.
+THREADS_HERE, THREADS_REMOTE = 2, 16
 # Receipts of slides to be finished, in memory: beyond it the pipeline waits.
 MAX_WAITING_TILES = 200_000
 # Tables of receipts of one slide, before they are joined: each takes ten kilobytes of its own.
@@ -76,7 +77,8 @@ def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list
         # Its shards and receipts stay: the next run finishes it.
         return unfinished_record(slide_id, outcome["error_type"], outcome["error"])
 
-    with ThreadPoolExecutor(THREADS_PER_TASK) as pool:
+    threads = THREADS_HERE if storage.is_local(run.uri) else THREADS_REMOTE
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(finish, split_by_slide(receipts)))
 
 
@@ -267,7 +269,8 @@ class Driver:
         while self.waiting and len(self.finishing) < most:
             share = math.ceil(len(self.waiting) / (most - len(self.finishing)))
             slides = self._next_slides(min(SLIDES_PER_TASK, share))
-            receipts = pa.concat_tables([table for _, table in slides])
+            # In one piece: a table of many takes far longer to send.
+            receipts = pa.concat_tables([table for _, table in slides]).combine_chunks()
             finisher = self.finishers.pop() if self.finishers else _Finisher.remote()
             task = finisher.finish.remote(self.run, receipts, self.imported)
             self.finishing[task] = finisher, slides

@@ -106,13 +106,12 @@ def guarded(row: Row, stage: str) -> Iterator[None]:
         row[f"seconds_{stage}"] = time.perf_counter() - started
 
 
+BOX_NAMES = tuple(f"{kind}_{name}" for kind in ("core", "read") for name in Box._fields)
+
+
 def box_columns(core: Box, read: Box) -> dict[str, int]:
     """Return a tile's boxes as columns of TILES."""
-    return {
-        f"{kind}_{name}": value
-        for kind, box in (("core", core), ("read", read))
-        for name, value in box._asdict().items()
-    }
+    return dict(zip(BOX_NAMES, (*core, *read), strict=True))
 
 
 def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:

@@ -46,22 +46,42 @@ def manifest(tmp_path_factory):
     return path
 
 
-def test_sigkill_and_resume(manifest, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(extract_command(manifest, whole), check=True, capture_output=True, timeout=300)
+def started_run(manifest, out):
+    """Start a run; return its process as soon as some receipts are logged."""
     process = subprocess.Popen(
-        extract_command(manifest, killed),
+        extract_command(manifest, out),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    # Killed as soon as some receipts are logged and before all are.
-    run = RunFolder(str(killed), "")
     deadline = time.monotonic() + 240
-    while not list(Path(killed, "receipts").glob("*.parquet")):
+    while not list(Path(out, "receipts").glob("*.parquet")):
         assert time.monotonic() < deadline, "no receipt within four minutes"
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
+    return process
+
+
+def test_a_driver_told_to_end_logs_what_it_has(manifest, tmp_path):
+    # What a preempted node, `ray job stop` and a batch system send first.
+    process = started_run(manifest, tmp_path / "told")
+    run = RunFolder(str(tmp_path / "told"), "")
+    before = len(run.receipts())
+    time.sleep(3)  # less than until the next file of the log
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    receipts = run.receipts()
+    assert before < len(receipts) < 70
+    for row in receipts.to_pylist():
+        assert not row["shard"] or Path(run.shards_uri(row["slide_id"]), row["shard"]).exists()
+    assert not (tmp_path / "told" / "lease.json").exists()
+
+
+def test_sigkill_and_resume(manifest, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(extract_command(manifest, whole), check=True, capture_output=True, timeout=300)
+    process = started_run(manifest, killed)
+    run = RunFolder(str(killed), "")
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = run.receipts()

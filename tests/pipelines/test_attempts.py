@@ -222,8 +222,8 @@ def run_python(code, *arguments):
 
 ENDLESS = """
 import ctypes, sys, time
-from scellst_ray.pipelines import attempts
-attempts.GRACE_S = 0.5
+from scellst_ray.pipelines import attempts, watchdog
+watchdog.GRACE_S = 0.5
 # PyDLL keeps the interpreter's lock: no other thread of Python runs meanwhile.
 sleep = time.sleep if sys.argv[2] == "free" else ctypes.PyDLL(None).sleep
 rows = [{"slide_id": "s", "tile_id": 7, "num_tiles": 9}]
