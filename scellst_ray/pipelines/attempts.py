@@ -145,8 +145,10 @@ class Attempts:
             rows: Of tiles; those with an error or without a tile are nobody's fault.
             work: Takes rows, and a function to call with the name of each stage it begins.
         """
+        if not self.ended:
+            return [self._attempt(rows, work)]
         live = [row for row in rows if _is_live(row)]
-        for row in live if self.ended else ():
+        for row in live:
             self._give_up_if_due(row)
         self.gpu.look([row for row in live if row.get("error") is not None])
         if not any(_is_live(row) and _key(row) in self.ended for row in rows):

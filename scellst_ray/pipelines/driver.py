@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -221,9 +222,9 @@ class Driver:
         self._count(receipts, 1)
         num = sum(map(len, parts))
         if len(parts) > MAX_PARTS or num >= max(1, num_tiles):
-            joined = pa.concat_tables(parts).combine_chunks()
+            joined = pa.concat_tables(parts).combine_chunks() if len(parts) > 1 else receipts
             parts[:] = [joined]
-            if pc.count_distinct(joined["tile_id"]).as_py() < num:
+            if len(np.unique(joined["tile_id"].to_numpy())) < num:
                 # A tile that came twice is one tile.
                 parts[:] = [last_of_each_tile(joined)]
                 self._count(joined, -1)
@@ -234,8 +235,9 @@ class Driver:
 
     def _count(self, receipts: pa.Table, sign: int) -> None:
         """Add receipts to what is shown, or take them back."""
-        self.progress.num_tiles += sign * pc.sum(pc.greater(receipts["num_tiles"], 0)).as_py()
-        self.progress.num_cells += sign * pc.sum(receipts["num_cells"]).as_py()
+        num_tiles, num_cells = (receipts[n].to_numpy() for n in ("num_tiles", "num_cells"))
+        self.progress.num_tiles += sign * int(np.count_nonzero(num_tiles))
+        self.progress.num_cells += sign * int(num_cells.sum())
 
     def _tend_until(self, ended: threading.Event) -> None:
         """Log receipts and have slides finished, until there is no more to come."""
@@ -316,4 +318,4 @@ class Driver:
 
 
 def _num_cells(whole: Whole) -> int:
-    return int(pc.sum(whole[1]["num_cells"]).as_py())
+    return int(whole[1]["num_cells"].to_numpy().sum())

@@ -43,12 +43,14 @@ def pack(rows: list[Row]) -> pa.Table:
 
 
 def unpack(table: pa.Table) -> list[Row]:
-    """Undo `pack`; a table of plain rows passes as it is. Arrays are read-only."""
-    if PADDING in table.column_names:
-        table = table.drop_columns(PADDING)
+    """Undo `pack`, or read a table of plain rows. Arrays are read-only.
+
+    What no row has is in none: most tiles have no error, and a row of few columns is made sooner.
+    """
     nested = [n for n in ("cells", "frame", *ARRAYS) if n in table.column_names]
     shapes = [f"{name}_shape" for name in nested if name in ARRAYS]
-    rows: list[Row] = table.drop_columns([*nested, *shapes]).to_pylist()
+    plain = [n for n in table.column_names if n not in {*nested, *shapes, PADDING}]
+    rows: list[Row] = table.select([n for n in plain if not _is_empty(table[n])]).to_pylist()
     if not nested:
         return rows
     cells = table["cells"].combine_chunks()
@@ -63,6 +65,10 @@ def unpack(table: pa.Table) -> list[Row]:
                 flat = np.frombuffer(value.as_buffer(), dtype)
                 row[name] = flat.reshape(table[f"{name}_shape"][index].as_py())
     return rows
+
+
+def _is_empty(column: pa.ChunkedArray) -> bool:
+    return bool(column.null_count == len(column))
 
 
 def queued(rows: list[Row]) -> list[Row]:
