@@ -5,9 +5,12 @@
 The run is the pipeline's own from the manifest to the records, on a Ray cluster of a head and of
 nodes with 8 GPUs and 16 CPUs each, all on this machine. Stages that look at pixels sleep instead:
 as long as they take, in processes and places that Ray gave them. Two processes on one GPU share it,
-as real ones do. Work grows with the GPUs: slides of 80 tiles on average, sizes lognormal. Between
+as real ones do. Work grows with the GPUs: slides of 40 tiles on average, sizes lognormal. Between
 stages a tile is as many blocks as with its pixels, though 40 times smaller, and so are the object
 stores. Every run is a process of its own.
+
+Tiles come when all actors on GPUs are there: to start a hundred processes takes these two cores
+minutes, and the nodes of a cluster no longer than one takes. `with_start` counts that time, too.
 """
 
 import argparse
@@ -51,14 +54,15 @@ from scellst_ray.pipelines.stages import MAX_CELLS_PER_TILE, todo
 from scellst_ray.pipelines.tiles import CellsSpec, Row, box_columns
 from scellst_ray.runs import RunFolder
 
-# Seconds of a 1024 px tile: CellViT-SAM-H in half precision and the embeddings of its cells on an
-# H100 (assumed); reading it and finding its nuclei on a core (benchmarks/postprocess.py).
-SECONDS = {"read": 0.1, "network": 0.25, "find": 0.15, "embed": 0.05}
+# Seconds of a 1024 px tile: CellViT-SAM-H in half precision and the embeddings of its cells on a
+# T4, the card of most spot nodes (assumed); reading it and finding its nuclei on a core
+# (benchmarks/postprocess.py).
+SECONDS = {"read": 0.1, "network": 1.6, "find": 0.15, "embed": 0.2}
 PLAN_S = 1.0
 # What a stage is the last one to need.
 USED = {"read": (), "network": (), "find": ("image", "maps"), "embed": ("tokens",)}
 GPUS_PER_NODE, CPUS_PER_GPU = 8, 2
-SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 3, 80, 0.8
+SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 3, 40, 0.8
 STORE_BYTES = 256 * 2**20
 # More than a block of Ray Data holds, so that each tile is a block, as with its pixels.
 IMAGE, MAPS, TOKENS = (190, 190, 3), (164, 164), (54_000,)
@@ -119,7 +123,8 @@ def one_run(folder: Path, num_gpus: int, *, lose: bool) -> dict[str, Any]:
     try:
         gpus = gpus_of_nodes(nodes)
         began = time.time()
-        work = Work(partial(plan, sizes=sizes), partial(stage, folder=str(folder)))
+        planned = partial(plan, sizes=sizes, places=folder / "gpus", num_places=2 * num_gpus)
+        work = Work(planned, partial(stage, folder=str(folder)))
         run_cells("extract", config, slides, networks, watch.report, work=work)
     finally:
         if watch.thread is not None:
@@ -198,8 +203,10 @@ class Watch:
             self.thread.start()
 
 
-def plan(row: Row, spec: CellsSpec, sizes: list[int]) -> list[Row]:
-    """Return the tiles of a slide without opening it: one row of them."""
+def plan(row: Row, spec: CellsSpec, sizes: list[int], places: Path, num_places: int) -> list[Row]:
+    """Return the tiles of a slide without opening it, once all actors on GPUs are there."""
+    while sum(1 for _ in places.glob("*.*")) < num_places:
+        time.sleep(1.0)
     time.sleep(PLAN_S)
     num_tiles = sizes[int(row["slide_id"][1:])]
     slide = {name: row[name] for name in ("slide_id", "uri")} | {"mpp": MPP, "read_mpp": MPP}
