@@ -64,7 +64,7 @@ def main() -> None:
     """Run every size; print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--slides", type=int, nargs="+", default=[100, 1000, 10_000])
-    parser.add_argument("--tiles-per-task", type=int, default=1000)
+    parser.add_argument("--tiles-per-task", type=int, default=4000)
     parser.add_argument("--no-resume", action="store_true", help="leave the killed run out")
     parser.add_argument("--cohort", help="of one run, in this folder (what the others start)")
     parser.add_argument("--json", type=Path)

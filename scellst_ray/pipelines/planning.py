@@ -16,9 +16,8 @@ from scellst_ray.pipelines.tiles import PLANNED, CellsSpec, Row
 # Ray Data cuts blocks by bytes, and takes work to where a block lies only if that is the object
 # store, not if it is so small that it travels with the message (100 KiB). So blocks of tiles are
 # padded: each is what one task takes, and stays where its slides were planned, and are cached.
-BLOCK_BYTES = 100 * 2**10
-PADDED_BYTES = BLOCK_BYTES * 6 // 5
-SLIDES_PER_PLAN, TASKS_PER_PLANNER = 16, 8
+LEAST_BLOCK_BYTES, TILE_BYTES = 100 * 2**10, 256
+SLIDES_PER_PLAN, TASKS_PER_PLANNER = 64, 8
 SLIDES = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("slide_id", "uri", "mpp_error")),
@@ -29,6 +28,11 @@ SLIDES = pa.schema(
 )
 FAILED_PLAN = ("slide_id", "tile_id", "uri", "stage", "error_type", "error")
 Plan = Callable[[Row, CellsSpec], list[Row]]
+
+
+def block_bytes(tiles_per_task: int) -> int:
+    """Return the bytes at which Ray Data shall cut blocks, so that a task's tiles are one."""
+    return max(LEAST_BLOCK_BYTES, TILE_BYTES * tiles_per_task)
 
 
 def planned(
@@ -92,10 +96,10 @@ class PlanTiles:
             (tiles,) = self.attempts.over([row | {"tile_id": -1}], self._plan)
             waiting += tiles
             while len(waiting) >= self.tiles_per_task:
-                yield _padded(waiting[: self.tiles_per_task])
+                yield self._padded(waiting[: self.tiles_per_task])
                 waiting = waiting[self.tiles_per_task :]
         if waiting:
-            yield _padded(waiting)
+            yield self._padded(waiting)
 
     def _plan(self, rows: list[Row], begins: Callable[[str], None]) -> list[Row]:
         (row,) = rows
@@ -104,8 +108,9 @@ class PlanTiles:
         begins("plan")
         return self.plan(row, self.spec)
 
-
-def _padded(rows: list[Row]) -> pa.Table:
-    tiles = pa.Table.from_pylist(queued(rows), schema=PLANNED)
-    padding = [bytes(max(0, PADDED_BYTES - tiles.nbytes)), *[b""] * (len(tiles) - 1)]
-    return tiles.append_column(PADDING, pa.array(padding, pa.binary()))
+    def _padded(self, rows: list[Row]) -> pa.Table:
+        tiles = pa.Table.from_pylist(queued(rows), schema=PLANNED)
+        # More than where blocks are cut, and less than half of it more, which is cut again.
+        num_bytes = block_bytes(self.tiles_per_task) * 6 // 5 - tiles.nbytes
+        padding = [bytes(max(0, num_bytes)), *[b""] * (len(tiles) - 1)]
+        return tiles.append_column(PADDING, pa.array(padding, pa.binary()))

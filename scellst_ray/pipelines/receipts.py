@@ -21,7 +21,7 @@ from scellst_ray.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.extract_config import GPU_TILES, tiles_of_task
 from scellst_ray.pipelines.packing import pack, queued, taken_up, unpack
-from scellst_ray.pipelines.planning import BLOCK_BYTES, Plan, planned
+from scellst_ray.pipelines.planning import Plan, block_bytes, planned
 from scellst_ray.pipelines.run_metrics import WorkerMetrics
 from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
 from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
@@ -118,11 +118,11 @@ def receipts_dataset(
         work: What is done to slides and tiles, where that is not the pipeline's own.
     """
     work = work or Work()
-    _set_context()
-    session = attempts.new_session(run)
-    how = {"spec": spec, "session": session, "limits": resources.limits}
     gpus = cluster.num_gpus > 0 if resources.gpus is None else resources.gpus
     per_task = tiles_of_task(resources.tiles_per_task, gpus=gpus)
+    _set_context(per_task)
+    session = attempts.new_session(run)
+    how = {"spec": spec, "session": session, "limits": resources.limits}
     planners = max(len(cluster.node_memory), cluster.num_cpus // 8)
     dataset = planned(
         rows,
@@ -218,11 +218,11 @@ def stage_groups(spec: CellsSpec, *, gpus: bool) -> list[tuple[str, ...]]:
     return [*groups, last] if embed else [*groups[:-1], (*groups[-1], *last)]
 
 
-def _set_context() -> None:
+def _set_context(tiles_per_task: int) -> None:
     """Set what Ray Data takes from its context and not from arguments."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = BLOCK_BYTES
+    context.target_max_block_size = block_bytes(tiles_per_task)
     # It would look at all of a worker's memory before and after each task, and say nothing.
     context.memory_usage_poll_interval_s = None
     context.execution_options.preserve_order = False
