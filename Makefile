@@ -29,8 +29,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/scellst-ray demo --out demo
 
+# Tests that start Ray wait for it most of the time: the others run meanwhile, in a second process,
+# and are shown when both have ended. Two Rays on a machine would be in each other's way.
 test: lint
-	$(BIN)/python -m pytest
+	@log=$$(mktemp); \
+	$(BIN)/python -m pytest -m "not slow and not ray" >"$$log" 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest -m "not slow and ray"; with_ray=$$?; \
+	wait $$others; without=$$?; cat "$$log"; rm "$$log"; \
+	exit $$((with_ray | without))
 
 test-slow: lint
 	$(BIN)/python -m pytest -m slow

@@ -39,6 +39,7 @@ SAME = (
 END_S = 420
 KILLS = 5
 CRASHING = "s9_crash"
+RAYLET = "raylet/raylet"
 
 
 @dataclass
@@ -242,7 +243,7 @@ def raylet_killed(running):
     running.until_working()
     if running.sleep(running.random.uniform(0, 5)):
         host = running.random.randrange(1, running.hosts.num + 1)
-        for process in running.hosts.titled(host, "raylet/raylet"):
+        for process in running.hosts.titled(host, RAYLET):
             process.send_signal(signal.SIGKILL)
         running.num_faults += 1
         revive(running, host)
@@ -276,10 +277,11 @@ def host_cut_off(running):
         running.num_faults += 1
         time.sleep(30)
         running.hosts.join(host)
-        # Ray may have given it up; it does not take a host back.
-        time.sleep(5)
-        if running.hosts.num_alive() <= running.hosts.num:
-            revive(running, host)
+        # Ray may give it up yet, and does not take a host back.
+        while running.sleep(1):
+            if not running.hosts.titled(host, RAYLET):
+                revive(running, host)
+                return
 
 
 def driver_killed(running, times=1):

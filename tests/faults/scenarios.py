@@ -6,6 +6,7 @@ from pathlib import Path
 
 from disturbed import (
     CRASHED,
+    RAYLET,
     Running,
     broken_command,
     command,
@@ -111,8 +112,17 @@ def outcomes(name, folder, times=None):
                 words += ["--gpus=true"] if scenario.gpus else []
                 failed = 0 if store is None else len(store.failed)
                 outcome = disturbed(hosts, fault, words, folder / "whole", seed=number)
+                start_those_given_up(hosts)
                 hosts.wait_for(hosts.num + 1)
                 yield named(outcome, name, 0 if store is None else len(store.failed) - failed)
+
+
+def start_those_given_up(hosts):
+    """Start hosts anew that Ray gave up only when the run was over: their raylets have ended."""
+    for host in range(1, hosts.num + 1):
+        if not hosts.titled(host, RAYLET):
+            hosts.kill(host)
+            hosts.start(host)
 
 
 def named(outcome, scenario, failed):
