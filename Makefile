@@ -33,7 +33,7 @@ demo: venv
 # and are shown when both have ended. Two Rays on a machine would be in each other's way.
 test: lint
 	@log=$$(mktemp); \
-	$(BIN)/python -m pytest -m "not slow and not ray" >"$$log" 2>&1 & others=$$!; \
+	nice -n 19 $(BIN)/python -m pytest -m "not slow and not ray" >"$$log" 2>&1 & others=$$!; \
 	$(BIN)/python -m pytest -m "not slow and ray"; with_ray=$$?; \
 	wait $$others; without=$$?; cat "$$log"; rm "$$log"; \
 	exit $$((with_ray | without))

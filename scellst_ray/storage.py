@@ -163,14 +163,13 @@ def publish(uri: str, write: Callable[[Path], None]) -> None:
 def _publish_here(target: Path, write: Callable[[Path], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
+    with ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
         write(temporary)
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        stack.pop_all()
 
 
 def _upload(fs: fsspec.AbstractFileSystem, file: Path, path: str) -> None:
