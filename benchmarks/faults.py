@@ -1,6 +1,6 @@
 """Faults injected into runs on several hosts, and what became of their tables.
 
-    python benchmarks/faults.py [--only SCENARIO ...] [--times N] [--json FILE]
+    python benchmarks/faults.py [--only SCENARIO ...] [--faults NAME ...] [--times N] [--json FILE]
 
 Hosts are network namespaces (root and iproute2 are needed), Ray's own processes run in each. Every
 run is compared with an undisturbed one: all cells, all records, nothing left over. Seconds lost are
@@ -36,6 +36,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
+    parser.add_argument("--faults", nargs="+", help="of those scenarios; by default all")
     parser.add_argument("--times", type=int, help="runs of each fault, instead of the scenario's")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> int:
         undisturbed_s = undisturbed_run(Path(folder))
         print(f"undisturbed: {undisturbed_s:.0f} s", flush=True)
         for name in options.only:
-            for outcome in outcomes(name, folder, options.times):
+            for outcome in outcomes(name, folder, options.times, options.faults):
                 found.append({"scenario": name, **asdict(outcome)})
                 print(json.dumps(found[-1]), flush=True)
     print(table(found, undisturbed_s))

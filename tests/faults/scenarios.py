@@ -83,13 +83,14 @@ def undisturbed_run(folder):
     return seconds
 
 
-def outcomes(name, folder, times=None):
+def outcomes(name, folder, times=None, only=None):
     """Yield the outcome of every run of a scenario.
 
     Args:
         name: Of `SCENARIOS`.
         folder: Where `undisturbed_run` has been.
         times: How often each fault is tried; by default as often as the scenario says.
+        only: Faults to try; by default all of the scenario.
     """
     scenario, folder = SCENARIOS[name], Path(folder)
     with ExitStack() as stack:
@@ -104,6 +105,8 @@ def outcomes(name, folder, times=None):
         if scenario.small_disk:
             fill_disk(hosts, hosts.num)
         for fault, repetitions in scenario.faults.items():
+            if only and fault not in only:
+                continue
             for number in range(times or repetitions):
                 out = storage.join(root, f"{name}-{fault}-{number}".replace(" ", "-"))
                 broken = fault == CRASHED
