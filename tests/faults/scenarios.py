@@ -45,21 +45,21 @@ class Scenario:
 SCENARIOS = {
     "hosts": Scenario(
         {
-            "worker killed": 2,
-            "raylet killed": 3,
-            "host lost": 3,
-            "host cut off for 30 s": 1,
+            "worker killed": 4,
+            "raylet killed": 8,
+            "host lost": 8,
+            "host cut off for 30 s": 2,
             "driver killed again and again": 4,
-            CRASHED: 2,
+            CRASHED: 3,
         }
     ),
-    "impatient": Scenario({"host cut off for 30 s": 1}, {"quick_health": True}),
+    "impatient": Scenario({"host cut off for 30 s": 2}, {"quick_health": True}),
     "gpus": Scenario(
-        {"GPU-stage actor killed": 2}, {"num_gpus": 1, "environment": {PRETEND: "1"}}, gpus=True
+        {"GPU-stage actor killed": 4}, {"num_gpus": 1, "environment": {PRETEND: "1"}}, gpus=True
     ),
-    "small store": Scenario({"object store filled by others": 1}, {"store_mib": 80}),
-    "failing s3": Scenario({"nothing": 1}, s3=True, share=0.1),
-    "full disk": Scenario({"nothing": 1}, s3=True, small_disk=True),
+    "small store": Scenario({"object store filled by others": 2}, {"store_mib": 80}),
+    "failing s3": Scenario({"nothing": 2}, s3=True, share=0.1),
+    "full disk": Scenario({"nothing": 2}, s3=True, small_disk=True),
 }
 
 
