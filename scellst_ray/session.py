@@ -2,6 +2,9 @@
 
 import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +49,7 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
     """
     # Below errors Ray Data tells of its progress bars and operators; ours is shown instead.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    joined = ray.is_initialized()
+    joined, told_to_end = ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS", "")
     if not joined and address.startswith("http"):
         message = (
@@ -65,6 +68,10 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
             dashboard_host="127.0.0.1",
             logging_level=logging.WARNING,
         )
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:
+        # Ray's own handler has the process aborted three seconds later, whatever it is still doing.
+        signal.signal(signal.SIGTERM, _end)
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
@@ -79,3 +86,11 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
     finally:
         if not joined:
             ray.shutdown()
+        if in_main:
+            signal.signal(signal.SIGTERM, told_to_end or signal.SIG_DFL)
+
+
+def _end(number: int, _frame: object) -> None:
+    """End this process in order, once: what is said again meanwhile must not break that off."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)

@@ -69,7 +69,7 @@ def test_a_driver_told_to_end_logs_what_it_has(manifest, tmp_path):
     before = len(run.receipts())
     time.sleep(3)  # less than until the next file of the log
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
     receipts = run.receipts()
     assert before < len(receipts) < 70
     for row in receipts.to_pylist():
