@@ -27,10 +27,14 @@ import ray.data
 from measuring import peak_memory
 
 from scellst_ray import __version__, schemas
+from scellst_ray.pipelines.cells import OWN_WORK
+from scellst_ray.pipelines.find import FindNuclei
 from scellst_ray.pipelines.networks import Embed
+from scellst_ray.pipelines.read import Read
 from scellst_ray.pipelines.receipts import Resources, receipts_dataset
-from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
-from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.tiles import CellsSpec
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import ray_session
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
@@ -152,7 +156,7 @@ def pipeline(
     """Run the Ray Data pipeline; the steady state starts with the first block of receipts."""
     started = time.monotonic()
     with ray_session(num_cpus=resources.workers) as cluster:
-        dataset = receipts_dataset([row], spec, run, resources, cluster)
+        dataset = receipts_dataset([row], spec, run, resources, cluster, OWN_WORK)
         me = psutil.Process()
         with peak_memory([p.pid for p in me.children(recursive=True)]) as peak:
             batches = dataset.iter_batches(

@@ -31,7 +31,9 @@ from numpy.typing import NDArray
 from scellst_ray import __version__, schemas, storage
 from scellst_ray.geometry import Box
 from scellst_ray.pipelines.driver import Driver, Progress
-from scellst_ray.pipelines.stages import FindNuclei, WriteShards, box_of
+from scellst_ray.pipelines.find import FindNuclei
+from scellst_ray.pipelines.tiles import box_of
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import ray_session
 from scellst_ray.slides.reader import box_frame

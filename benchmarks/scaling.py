@@ -49,9 +49,9 @@ from scellst_ray.pipelines.cells import run_cells
 from scellst_ray.pipelines.checked_networks import CheckedNetworks
 from scellst_ray.pipelines.driver import Progress
 from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.pipelines.receipts import Work, make_stage
-from scellst_ray.pipelines.stages import MAX_CELLS_PER_TILE, todo
-from scellst_ray.pipelines.tiles import CellsSpec, Row, box_columns
+from scellst_ray.pipelines.receipts import Work
+from scellst_ray.pipelines.stages import make_stage
+from scellst_ray.pipelines.tiles import MAX_CELLS_PER_TILE, CellsSpec, Row, box_columns, todo
 from scellst_ray.runs import RunFolder
 
 # Seconds of a 1024 px tile: CellViT-SAM-H in half precision and the embeddings of its cells on a

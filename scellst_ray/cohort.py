@@ -5,13 +5,15 @@ import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
-import polars as pl
 from fsspec.implementations.local import LocalFileSystem
 
 from scellst_ray.remote import redacted, retried, secret_in
+
+if TYPE_CHECKING:
+    import polars as pl
 
 MIN_MPP, MAX_MPP = 0.1, 1.2
 ALIASES = {"path": "uri", "wsi": "uri", "wsi_mpp": "mpp"}
@@ -118,7 +120,9 @@ def chosen(slides: list[SlideRow], slide_ids: list[str] | None) -> list[SlideRow
     return [slide for slide in slides if slide.slide_id in set(slide_ids)]
 
 
-def _read_frame(uri: str) -> pl.DataFrame:
+def _read_frame(uri: str) -> "pl.DataFrame":
+    import polars as pl  # noqa: PLC0415 - workers only know slides, and need not wait for it
+
     fs, path = fsspec.core.url_to_fs(uri)
     is_local = isinstance(fs, LocalFileSystem)
     if is_local and not fs.isfile(path):

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scellst_ray import storage
-from scellst_ray.pipelines.receipts import NETWORKS, make_stage, stage_groups
-from scellst_ray.pipelines.stages import MARGIN_UM, Read
+from scellst_ray.pipelines.find import MARGIN_UM
+from scellst_ray.pipelines.read import Read
+from scellst_ray.pipelines.stages import NETWORKS, make_stage, stage_groups
 from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded
 from scellst_ray.plan_costs import UNITS
 from scellst_ray.plan_rates import split_segment

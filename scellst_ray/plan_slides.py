@@ -16,7 +16,8 @@ from scellst_ray import storage
 from scellst_ray.cohort import SlideRow
 from scellst_ray.isolated import Died, each_isolated
 from scellst_ray.node_cache import hold
-from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded, imported_name, plan_slide
+from scellst_ray.pipelines.slide_tiles import imported_name, plan_slide
+from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded
 from scellst_ray.preflight import size_of
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask

@@ -123,7 +123,7 @@ def embed_stage(cells_spec):
 @pytest.fixture(scope="session")
 def segmented_rows(synthetic_slide, cells_spec):
     """Return a function that gives fresh rows of the synthetic slide, segmented once."""
-    from scellst_ray.pipelines.tiles import plan_slide
+    from scellst_ray.pipelines.slide_tiles import plan_slide
 
     rows = find_stage(cells_spec)(plan_slide(slide_row(synthetic_slide.slide), cells_spec))
     return lambda: [dict(row) for row in rows]
@@ -140,7 +140,8 @@ def few_rows(segmented_rows):
 
 def find_stage(spec):
     """Return reading and finding nuclei in one call: what needs no network."""
-    from scellst_ray.pipelines.stages import FindNuclei, Read
+    from scellst_ray.pipelines.find import FindNuclei
+    from scellst_ray.pipelines.read import Read
 
     read, find = Read(spec), FindNuclei(spec)
     return lambda rows: find(read(rows))

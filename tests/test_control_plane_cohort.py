@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from scellst_ray.pipelines.stages import MAX_CELLS_PER_TILE, box_of
+from scellst_ray.pipelines.tiles import MAX_CELLS_PER_TILE, box_of
 
 FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "control_plane.py"
 

@@ -244,8 +244,8 @@ def test_lasting_errors_end_and_leave_nothing(cache):
 def test_a_slide_is_held_while_it_is_open(
     synthetic_slide, put, helpers, cells_spec, cache, monkeypatch
 ):
-    from scellst_ray.pipelines.stages import Read
-    from scellst_ray.pipelines.tiles import plan_slide
+    from scellst_ray.pipelines.read import Read
+    from scellst_ray.pipelines.slide_tiles import plan_slide
 
     limit(monkeypatch, 0)
     uri = put("s.tiff", synthetic_slide.slide.read_bytes())

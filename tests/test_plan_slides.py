@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from scellst_ray.cohort import SlideRow
-from scellst_ray.pipelines.stages import box_of
-from scellst_ray.pipelines.tiles import plan_slide
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.tiles import box_of
 from scellst_ray.plan_slides import by_slide, header_of, plan_one, plan_slides, slide_row
 from scellst_ray.slides.reader import Slide
 

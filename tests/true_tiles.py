@@ -14,8 +14,9 @@ from scellst_ray.compaction import finish_slide
 from scellst_ray.geometry import Box
 from scellst_ray.nuclei.hv_maps import pack_maps
 from scellst_ray.nuclei.ideal_maps import ideal_maps
-from scellst_ray.pipelines.stages import FindNuclei, WriteShards, box_of
-from scellst_ray.pipelines.tiles import CellsSpec, box_columns
+from scellst_ray.pipelines.find import FindNuclei
+from scellst_ray.pipelines.tiles import CellsSpec, box_columns, box_of
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.reader import box_frame
 

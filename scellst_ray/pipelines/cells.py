@@ -18,14 +18,16 @@ from scellst_ray.pipelines.nodes import asked_for, check_before_run
 from scellst_ray.pipelines.receipts import Resources, Work, receipts_dataset
 from scellst_ray.pipelines.run_metrics import watched
 from scellst_ray.pipelines.segmenter_settings import WITHOUT_FILE
+from scellst_ray.pipelines.slide_tiles import plan_slide
 from scellst_ray.pipelines.sources import sources_of
-from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS
+from scellst_ray.pipelines.stages import SEGMENTER_VERSIONS, make_stage
 from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.run_summary import write_summary
 from scellst_ray.runs import FINISHED, RunFolder, check_manifest_unchanged, open_run
 from scellst_ray.session import Cluster, ray_session
 
 WORKER_GB = 2.0
+OWN_WORK = Work(plan_slide, make_stage)
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ def run_cells(
     networks: CheckedNetworks,
     report: Report,
     prepare: Callable[[], None] = lambda: None,
-    work: Work | None = None,
+    work: Work = OWN_WORK,
 ) -> dict[str, dict[str, Any]]:
     """Open the run, do what is missing, and return the record of every slide.
 
@@ -80,7 +82,7 @@ def run_cells(
             return progress.records
         with ray_session() as cluster:
             unfit: tuple[str, ...] = ()
-            if work is None:
+            if work is OWN_WORK:
                 unfit = _check_nodes(config, identity, run, cluster, pending)
             forget_attempts(run)
             driver.report = watched(run, report)

@@ -24,9 +24,11 @@ import ray.exceptions
 
 from scellst_ray import schemas, storage
 from scellst_ray.cohort import SlideRow
-from scellst_ray.compaction import finish_slide, unfinished_record
-from scellst_ray.logs import about, named
-from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded, imported_name
+from scellst_ray.compaction import unfinished_record
+from scellst_ray.logs import named
+from scellst_ray.pipelines.finishing import RemoteFinisher, Whole
+from scellst_ray.pipelines.slide_tiles import imported_name
+from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.runs import NUM_READERS, RunFolder, last_of_each_tile, split_by_slide
 
 # A dead driver's successor redoes what came in meanwhile; in long runs fewer files are worth more.
@@ -35,14 +37,11 @@ LONG_RUN_S = 3600.0
 TEND_EVERY_S = 0.2
 # What one finishing task takes, at most: small slides share its start, large ones their nodes.
 SLIDES_PER_TASK, CELLS_PER_TASK = 64, 200_000
-# On a local disk threads take each other's turn in Python; a request to a store is mostly waiting.
-THREADS_HERE, THREADS_REMOTE = 2, 16
 # Receipts of slides to be finished, in memory: beyond it the pipeline waits.
 MAX_WAITING_TILES = 200_000
 # Tables of receipts of one slide, before they are joined: each takes ten kilobytes of its own.
 MAX_PARTS = 32
 Report = Callable[["Progress"], None]
-Whole = tuple[str, pa.Table]
 logger = logging.getLogger(__name__)
 
 
@@ -57,45 +56,6 @@ class Progress:
     num_cells: int = 0
     num_cells_before: int = 0
     started: float = field(default_factory=time.monotonic)
-
-
-def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list[dict[str, Any]]:
-    """Finish some slides; return their records, unpublished ones of those that failed.
-
-    Args:
-        run: The run.
-        receipts: RECEIPTS of whole slides, one slide after another.
-        imported: As `finish_slide` takes it.
-    """
-
-    def finish(whole: Whole) -> dict[str, Any]:
-        slide_id, of_slide = whole
-        outcome: Row = {}
-        with about(slide_id), guarded(outcome, "finish"):
-            outcome["record"] = finish_slide(run, slide_id, of_slide, imported=imported)
-        if "record" in outcome:
-            return dict(outcome["record"])
-        # Its shards and receipts stay: the next run finishes it.
-        return unfinished_record(slide_id, outcome["error_type"], outcome["error"])
-
-    threads = THREADS_HERE if storage.is_local(run.uri) else THREADS_REMOTE
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(finish, split_by_slide(receipts)))
-
-
-class Finisher:
-    """A process that finishes slides: tasks of no core would get a new one each."""
-
-    def finish(self, run: RunFolder, receipts: pa.Table, imported: bool) -> list[dict[str, Any]]:  # noqa: FBT001 - by position through Ray
-        """Do as `finish_slides` does."""
-        return finish_slides(run, receipts, imported=imported)
-
-
-# Anywhere, beside the workers: they have all the cores.
-_remote: Any = ray.remote(
-    num_cpus=0, max_restarts=-1, max_task_retries=3, scheduling_strategy="SPREAD"
-)
-_Finisher = _remote(Finisher)
 
 
 class Driver:
@@ -273,7 +233,7 @@ class Driver:
             slides = self._next_slides(min(SLIDES_PER_TASK, share))
             # In one piece: a table of many takes far longer to send.
             receipts = pa.concat_tables([table for _, table in slides]).combine_chunks()
-            finisher = self.finishers.pop() if self.finishers else _Finisher.remote()
+            finisher = self.finishers.pop() if self.finishers else RemoteFinisher.remote()
             task = finisher.finish.remote(self.run, receipts, self.imported)
             self.finishing[task] = finisher, slides
 

@@ -1,6 +1,6 @@
 """The stages that run networks: maps of a segmenter, embeddings of crops, the expression head.
 
-On rows, like the stages of pipelines/stages.py. Shape letters: N nuclei, D embedding, H hidden.
+On rows, like the other stages of pipelines/stages.py. Shape letters: N nuclei, D embedding, H hidden.
 """
 
 import logging
@@ -24,8 +24,7 @@ from scellst_ray.models.encoder import Encoder, embed_crops, is_named, load_enco
 from scellst_ray.models.mil import MilHead, load_head, stored_hidden
 from scellst_ray.nuclei import hv_maps
 from scellst_ray.pipelines.gpu_watch import PRETEND
-from scellst_ray.pipelines.stages import todo
-from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded
+from scellst_ray.pipelines.tiles import CellsSpec, Row, guarded, todo
 
 Device = Literal["cpu", "cuda"]
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from scellst_ray.pipelines.extract_config import GPU_TILES, tiles_of_task
 from scellst_ray.pipelines.packing import pack, queued, taken_up, unpack
 from scellst_ray.pipelines.planning import Plan, block_bytes, planned
 from scellst_ray.pipelines.run_metrics import WorkerMetrics
-from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
-from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
+from scellst_ray.pipelines.stages import NETWORKS, Stage, stage_groups
+from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.runs import RunFolder
 from scellst_ray.session import Cluster
 
@@ -32,22 +32,6 @@ logger = logging.getLogger(__name__)
 # Shares of a GPU, by how many groups of stages are on GPUs. Ray fills one GPU before it takes the
 # next: with halves two segmenting networks would come upon one, and two embedding ones on another.
 GPU_SHARES = {1: (1.0,), 2: (0.6, 0.4)}
-Stage = Callable[[Any], Any]
-
-
-def make_stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Stage:
-    """Return one stage of the pipeline, by its name, as `stage_groups` gives it."""
-    if name == "read":
-        return Read(spec)
-    if name == "find":
-        return FindNuclei(spec)
-    if name == "write":
-        return WriteShards(run)
-    # Imported where they run: torch takes seconds and half a gigabyte, which readers need not.
-    from scellst_ray.pipelines.networks import Embed, Network, device_for  # noqa: PLC0415
-
-    device = device_for(on_gpu=on_gpu)
-    return Network(spec, device) if name == "network" else Embed(spec, device)
 
 
 class MakeStage(Protocol):
@@ -66,8 +50,8 @@ class Work:
         stage: Makes a stage of a worker, as `make_stage`.
     """
 
-    plan: Plan = plan_slide
-    stage: MakeStage = make_stage
+    plan: Plan
+    stage: MakeStage
 
 
 @dataclass(frozen=True)
@@ -105,7 +89,7 @@ def receipts_dataset(
     run: RunFolder,
     resources: Resources,
     cluster: Cluster,
-    work: Work | None = None,
+    work: Work,
 ) -> ray.data.Dataset:
     """Build the lazy pipeline from slides still to do to RECEIPTS.
 
@@ -115,9 +99,8 @@ def receipts_dataset(
         run: Where to write.
         resources: What the workers may use.
         cluster: What there is.
-        work: What is done to slides and tiles, where that is not the pipeline's own.
+        work: What is done to slides and tiles.
     """
-    work = work or Work()
     gpus = cluster.num_gpus > 0 if resources.gpus is None else resources.gpus
     per_task = tiles_of_task(resources.tiles_per_task, gpus=gpus)
     _set_context(per_task)
@@ -197,25 +180,6 @@ def _place(
     free = min(cluster.num_cpus, fitting - num_gpus * len(on_gpus))
     share = min(1.0, cluster.num_cpus / len(beside))
     return _Place(ActorPoolStrategy(min_size=1, max_size=max(1, free - len(beside) + 1)), share, 0)
-
-
-NETWORKS = ("network", "embed")
-
-
-def stage_groups(spec: CellsSpec, *, gpus: bool) -> list[tuple[str, ...]]:
-    """Return which stages a run needs, those of one actor together.
-
-    With GPUs the networks are split from the rest, but for the writing, which needs next to
-    nothing.
-    """
-    network = spec.segmenter == "cellvit"
-    embed = spec.encoder != "none"
-    names = ("read", *["network"] * network, "find", *["embed"] * embed, "write")
-    if not gpus:
-        return [names]
-    groups = [("read",), ("network",), ("find",)] if network else [("read", "find")]
-    last = ("embed", "write") if embed else ("write",)
-    return [*groups, last] if embed else [*groups[:-1], (*groups[-1], *last)]
 
 
 def _set_context(tiles_per_task: int) -> None:

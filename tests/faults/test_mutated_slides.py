@@ -23,8 +23,9 @@ from mutants import KINDS, MUTATORS, sources, write_cohort
 
 from scellst_ray.compaction import finish_slide
 from scellst_ray.pipelines.run_metrics import STATUSES
-from scellst_ray.pipelines.stages import WriteShards
-from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.tiles import CellsSpec
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.reading import open_run
 from scellst_ray.runs import RunFolder
 

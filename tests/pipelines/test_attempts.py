@@ -19,8 +19,9 @@ from scellst_ray.compaction import finish_slide
 from scellst_ray.pipelines.attempts import HOSTS_PER_ATTEMPT, Attempts
 from scellst_ray.pipelines.cells import extract
 from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.pipelines.stages import WriteShards
-from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.tiles import CellsSpec
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.runs import RunFolder
 from scellst_ray.schemas import RECEIPTS
 from scellst_ray.session import ray_session

@@ -15,9 +15,11 @@ from scellst_ray.compaction import finish_slide
 from scellst_ray.pipelines import cells as cells_module
 from scellst_ray.pipelines.cells import extract
 from scellst_ray.pipelines.extract_config import ExtractConfig
+from scellst_ray.pipelines.find import FindNuclei
 from scellst_ray.pipelines.networks import Embed, Network
-from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
-from scellst_ray.pipelines.tiles import plan_slide
+from scellst_ray.pipelines.read import Read
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.reading import open_run
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide

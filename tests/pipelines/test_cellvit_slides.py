@@ -11,7 +11,7 @@ import shapely
 from scipy.spatial import cKDTree
 from true_tiles import TYPES, Truth, counted, discs, run_slide, square_of_tiles, truth_spec
 
-from scellst_ray.pipelines.tiles import plan_slide
+from scellst_ray.pipelines.slide_tiles import plan_slide
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 
 MPPS = (0.25, 0.31, 0.4537, 0.5, 0.70)

@@ -12,8 +12,10 @@ from scellst_ray.geometry import Box
 from scellst_ray.nuclei.crops import crop_nuclei
 from scellst_ray.pipelines import cutting
 from scellst_ray.pipelines.cutting import CropSet, candidates, cut_slide, cut_window, windows
-from scellst_ray.pipelines.stages import FindNuclei, Read
-from scellst_ray.pipelines.tiles import CellsSpec, plan_slide
+from scellst_ray.pipelines.find import FindNuclei
+from scellst_ray.pipelines.read import Read
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.tiles import CellsSpec
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.reader import Slide
 

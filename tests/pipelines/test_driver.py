@@ -13,7 +13,7 @@ from scellst_ray.lease import LeaseError, held
 from scellst_ray.pipelines import cells
 from scellst_ray.pipelines import driver as driver_module
 from scellst_ray.pipelines.driver import MAX_PARTS, Driver, Progress, finish_slides
-from scellst_ray.pipelines.stages import MAX_CELLS_PER_TILE
+from scellst_ray.pipelines.tiles import MAX_CELLS_PER_TILE
 from scellst_ray.runs import RunFolder, open_run
 
 
@@ -221,7 +221,7 @@ class TestWithRay:
         assert len(run.receipts()) == 0
 
     def test_a_batch_of_slides_that_ends_the_process_is_taken_apart(self, run, monkeypatch):
-        monkeypatch.setattr(driver_module, "_Finisher", deadly_finisher())
+        monkeypatch.setattr(driver_module, "RemoteFinisher", deadly_finisher())
         for name in ("a", "b", "c"):
             write_shard(run, name, "s.parquet", [0])
         table = pa.concat_tables([receipts(name, [0], 1, "s.parquet") for name in ("a", "b", "c")])
@@ -244,7 +244,7 @@ def deadly_finisher():
         def finish(self, run, receipts, imported):
             import os
 
-            from scellst_ray.pipelines.driver import finish_slides
+            from scellst_ray.pipelines.finishing import finish_slides
 
             if "b" in receipts["slide_id"].to_pylist():
                 os._exit(1)

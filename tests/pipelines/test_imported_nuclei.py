@@ -13,8 +13,8 @@ from scellst_ray import storage
 from scellst_ray.compaction import finish_slide
 from scellst_ray.pipelines.cells import extract
 from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.pipelines.stages import WriteShards
-from scellst_ray.pipelines.tiles import plan_slide
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.runs import RunFolder
 
 
@@ -90,7 +90,7 @@ def test_tiles_done_are_not_done_again_and_the_file_is_sorted_once(
     uri = str(tmp_path / "imported-x.parquet")
     row = helpers.slide_row(synthetic_slide.slide, segmentation=str(segmentation), imported_uri=uri)
     rows = plan_slide(row, imported_spec)
-    monkeypatch.setattr("scellst_ray.pipelines.tiles.read_segmentation", None)
+    monkeypatch.setattr("scellst_ray.pipelines.slide_tiles.read_segmentation", None)
     done = [r["tile_id"] for r in rows[::2]]
     rest = plan_slide(row | {"done_tiles": done}, imported_spec)
     assert [r["tile_id"] for r in rest] == [r["tile_id"] for r in rows[1::2]]

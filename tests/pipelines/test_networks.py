@@ -12,11 +12,13 @@ from scellst_ray.compaction import finish_slide
 from scellst_ray.models.encoder import load_encoder
 from scellst_ray.models.mil import MilHead, save_head
 from scellst_ray.pipelines import networks
+from scellst_ray.pipelines.find import FindNuclei
 from scellst_ray.pipelines.networks import Embed, Network
 from scellst_ray.pipelines.packing import pack, unpack
-from scellst_ray.pipelines.receipts import stage_groups
-from scellst_ray.pipelines.stages import FindNuclei, Read, WriteShards
-from scellst_ray.pipelines.tiles import plan_slide
+from scellst_ray.pipelines.read import Read
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.stages import stage_groups
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.runs import RunFolder
 
 SIDE = 64

@@ -13,9 +13,10 @@ from scellst_ray.pipelines.cells import extract
 from scellst_ray.pipelines.checked_networks import check_networks
 from scellst_ray.pipelines.expression import PredictConfig, predict
 from scellst_ray.pipelines.extract_config import ExtractConfig
+from scellst_ray.pipelines.find import FindNuclei
 from scellst_ray.pipelines.networks import Embed
-from scellst_ray.pipelines.stages import FindNuclei, Read
-from scellst_ray.pipelines.tiles import plan_slide
+from scellst_ray.pipelines.read import Read
+from scellst_ray.pipelines.slide_tiles import plan_slide
 from scellst_ray.reading import open_run
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 from scellst_ray.train import TrainConfig, train

@@ -4,7 +4,7 @@ import pytest
 
 from scellst_ray import schemas, storage
 from scellst_ray.pipelines.packing import pack, queued, taken_up, unpack
-from scellst_ray.pipelines.stages import WriteShards
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.runs import RunFolder
 
 

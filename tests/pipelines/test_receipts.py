@@ -2,7 +2,8 @@
 
 import pytest
 
-from scellst_ray.pipelines.receipts import _place, stage_groups
+from scellst_ray.pipelines.receipts import _place
+from scellst_ray.pipelines.stages import stage_groups
 from scellst_ray.session import Cluster
 
 GIB = 2**30

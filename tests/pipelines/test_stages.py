@@ -13,8 +13,9 @@ from scellst_ray import schemas, storage
 from scellst_ray.compaction import finish_slide
 from scellst_ray.models.mil import MilHead, save_head, stored_hidden
 from scellst_ray.pipelines.networks import Embed, local_weights, vectors
-from scellst_ray.pipelines.stages import WriteShards
-from scellst_ray.pipelines.tiles import guarded, plan_slide
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.tiles import guarded
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.reader import Slide
 
@@ -194,10 +195,10 @@ def test_a_failure_at_any_later_stage(
         raise RuntimeError(message)
 
     broken = {
-        "segment": "stages.hematoxylin.segment",
-        "crop": "stages.crop_nuclei",
+        "segment": "find.hematoxylin.segment",
+        "crop": "find.crop_nuclei",
         "embed": "networks.embed_crops",
-        "write": "stages.storage.publish_table",
+        "write": "write.storage.publish_table",
     }
     rows = plan_slide(helpers.slide_row(synthetic_slide.slide), cells_spec)[:2]
     run = RunFolder(str(tmp_path), "d1g")

@@ -14,8 +14,8 @@ from scellst_ray.compaction import finish_slide
 from scellst_ray.lease import LeaseError
 from scellst_ray.pipelines.cells import extract
 from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.pipelines.stages import WriteShards
-from scellst_ray.pipelines.tiles import plan_slide
+from scellst_ray.pipelines.slide_tiles import plan_slide
+from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.retry import RetryConfig, retry
 from scellst_ray.run_state import read_state
 from scellst_ray.runs import RunFolder

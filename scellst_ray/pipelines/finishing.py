@@ -1,0 +1,56 @@
+"""Finishing slides: receipts and shards to tables and records, in processes beside the workers."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from scellst_ray import storage
+from scellst_ray.compaction import finish_slide, unfinished_record
+from scellst_ray.logs import about
+from scellst_ray.pipelines.tiles import Row, guarded
+from scellst_ray.runs import RunFolder, split_by_slide
+
+# On a local disk threads take each other's turn in Python; a request to a store is mostly waiting.
+THREADS_HERE, THREADS_REMOTE = 2, 16
+Whole = tuple[str, pa.Table]
+
+
+def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list[dict[str, Any]]:
+    """Finish some slides; return their records, unpublished ones of those that failed.
+
+    Args:
+        run: The run.
+        receipts: RECEIPTS of whole slides, one slide after another.
+        imported: As `finish_slide` takes it.
+    """
+
+    def finish(whole: Whole) -> dict[str, Any]:
+        slide_id, of_slide = whole
+        outcome: Row = {}
+        with about(slide_id), guarded(outcome, "finish"):
+            outcome["record"] = finish_slide(run, slide_id, of_slide, imported=imported)
+        if "record" in outcome:
+            return dict(outcome["record"])
+        # Its shards and receipts stay: the next run finishes it.
+        return unfinished_record(slide_id, outcome["error_type"], outcome["error"])
+
+    threads = THREADS_HERE if storage.is_local(run.uri) else THREADS_REMOTE
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(finish, split_by_slide(receipts)))
+
+
+class Finisher:
+    """A process that finishes slides: tasks of no core would get a new one each."""
+
+    def finish(self, run: RunFolder, receipts: pa.Table, imported: bool) -> list[dict[str, Any]]:  # noqa: FBT001 - by position through Ray
+        """Do as `finish_slides` does."""
+        return finish_slides(run, receipts, imported=imported)
+
+
+# Anywhere, beside the workers: they have all the cores.
+_remote: Any = ray.remote(
+    num_cpus=0, max_restarts=-1, max_task_retries=3, scheduling_strategy="SPREAD"
+)
+RemoteFinisher = _remote(Finisher)
