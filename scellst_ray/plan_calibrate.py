@@ -25,9 +25,17 @@ from scellst_ray.plan_rates import split_segment
 from scellst_ray.plan_slides import read_mpx
 from scellst_ray.runs import RunFolder
 
-# What Ray itself takes until it starts workers.
-RAY_START_S = 5.0
-IMPORTS = "import scellst_ray.pipelines.receipts, scellst_ray.pipelines.networks"
+WORKER = "from scellst_ray.pipelines import find, networks, read, receipts, write"
+# What the command does before its workers start. A cluster it would join is there already.
+COMMAND = """
+import os, scellst_ray.commands
+from scellst_ray.session import ray_session
+if "RAY_ADDRESS" in os.environ:
+    print("there", flush=True)
+else:
+    with ray_session():
+        print("there", flush=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,11 @@ def calibrate(
         seconds["open"] = sum(open_s) / len(open_s)
         rates = {name: value * share for name, value in seconds.items()}
         density, densities = _density(good, done)
-        rates |= {"start": worker.start_s} | density | _cell_bytes(worker.run, good)
+        rates |= (
+            {"start": share * _command_s(), "start_worker": worker.start_s}
+            | density
+            | _cell_bytes(worker.run, good)
+        )
     return Sample(rates, densities, len(good), errors, share)
 
 
@@ -101,7 +113,7 @@ class _Worker:
 
     Attributes:
         run: Where it writes.
-        start_s: Seconds until such a worker can begin, were the CPU its own.
+        start_s: CPU seconds until such a worker can begin.
         clocks: Seconds and CPU seconds spent in stages that only compute.
     """
 
@@ -114,8 +126,8 @@ class _Worker:
         }
         made_s = time.process_time() - started
         started = _children_s()
-        subprocess.run([sys.executable, "-c", IMPORTS], check=True)  # noqa: S603 - our own words
-        self.start_s = RAY_START_S + made_s + _children_s() - started
+        subprocess.run([sys.executable, "-c", WORKER], check=True)  # noqa: S603 - our own words
+        self.start_s = made_s + _children_s() - started
         self.clocks = [0.0, 0.0]
 
     def done(self, tiles: list[Row]) -> pa.Table:
@@ -139,6 +151,23 @@ class _Worker:
         with guarded(outcome, "open"):  # what is wrong with it, its tiles will tell
             read.slides.get(tile["uri"], tile["mpp"])
         return float(outcome["seconds_open"])
+
+
+def _command_s() -> float:
+    """Return the seconds from a command until Ray is there, by starting one.
+
+    Raises:
+        ValueError: it does not start.
+    """
+    started = time.perf_counter()
+    words = [sys.executable, "-c", COMMAND]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own words
+        first = process.stdout.readline() if process.stdout else ""
+        seconds = time.perf_counter() - started
+    if first.strip() != "there":
+        message = "Ray does not start on this machine, see above; plan without calibrate"
+        raise ValueError(message)
+    return seconds
 
 
 def _children_s() -> float:

@@ -4,9 +4,10 @@ A stage's seconds are its rate times what it goes over: pixels for reading and s
 crops and embeddings, tiles for writing. Rates come from earlier runs, from a measured sample, or
 are defaults; each keeps where it is from.
 
-The wall time is that of a pipeline whose stages overlap: the start of the workers and the first
-slide's planning, then whatever is busiest (the workers, the CPUs with all that runs on them, the
-GPUs, the planners), then the last task and the last slide's tables.
+The wall time is that of a pipeline whose stages overlap: the start of Ray, that of all workers on
+the CPUs that they share, and the first slide's planning, then whatever is busiest (the workers,
+the CPUs with all that runs on them, the GPUs, the planners), then the last task and the last
+slide's tables.
 """
 
 import math
@@ -32,7 +33,8 @@ DEFAULTS: dict[str, float] = {
     "finish": 6e-5,  # s/cell
     "finish_slide": 0.1,  # s
     "task": 0.02,  # s a task beside its stages: Ray's own work
-    "start": 15.0,  # s until workers work: Ray, imports, networks
+    "start": 15.0,  # s from the command until Ray is there
+    "start_worker": 4.0,  # CPU s until a worker works: imports, networks
     "cells_per_mm2": 1500.0,  # of tiles' cores
     "cells_per_tissue_mm2": 2500.0,
     "cell_bytes": 160.0,  # outline, place and type; vectors come on top
@@ -48,6 +50,8 @@ UNITS = {
     "write": "tiles",
 }
 CROP_BYTES = 3000
+# A planner and three actors of Ray Data's own start beside the workers, and load half as much.
+STARTED_BESIDE = 2
 # Of values as Parquet stores them compressed: float16 vectors hardly shrink.
 VECTOR_BYTES = 2 * 0.95
 
@@ -215,8 +219,11 @@ def sum_by_key(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def wall_s(work: Work, rates: Rates, shape: Shape, cluster: PlannedCluster) -> float:
     """Return the seconds a cluster takes for all slides, from the command to the last record."""
+    started = cluster.workers + cluster.gpus + STARTED_BESIDE
+    start_s = rates.values["start_worker"] * max(1.0, started / cluster.cpus)
+    start_s += rates.values["start"]
     if not work.tiles:
-        return rates.values["start"] + work.cpu_s.get("plan", 0.0)
+        return start_s + work.cpu_s.get("plan", 0.0)
     beside = ("plan", "finish")  # of processes that hold no CPU slot
     write_s = work.cpu_s["write"]
     stages_s = sum(s for name, s in work.cpu_s.items() if name not in beside)
@@ -231,7 +238,7 @@ def wall_s(work: Work, rates: Rates, shape: Shape, cluster: PlannedCluster) -> f
     task_s = (stages_s + work.all_gpu_s) * min(1.0, shape.tiles_per_task / work.tiles)
     last_s = task_s * (1 - 1 / max(cluster.workers, cluster.gpus, 1))
     once_s = (work.cpu_s["plan"] + work.cpu_s["finish"]) / work.slides
-    return rates.values["start"] + once_s + max(busy) + last_s
+    return start_s + once_s + max(busy) + last_s
 
 
 def used(shape: Shape, cluster: PlannedCluster) -> list[str]:
@@ -239,4 +246,4 @@ def used(shape: Shape, cluster: PlannedCluster) -> list[str]:
     gpu = "_gpu" if cluster.gpus else ""
     names = ["open", "read"] * shape.pixels + [f"network{gpu}"] * shape.network + ["segment"]
     names += ["crop"] * shape.crops + [f"embed{gpu}"] * shape.embed
-    return [*names, "write", "finish", "start", "cells_per_mm2"]
+    return [*names, "write", "finish", "start", "start_worker", "cells_per_mm2"]

@@ -13,8 +13,9 @@ from scellst_ray.plan_slides import plan_one, slide_row
 
 @pytest.fixture(autouse=True)
 def light_start(monkeypatch):
-    """What a worker imports is measured in a process of its own: not each time here."""
-    monkeypatch.setattr(plan_calibrate, "IMPORTS", "pass")
+    """What workers import, and Ray's start, take processes of their own: not each time here."""
+    monkeypatch.setattr(plan_calibrate, "WORKER", "pass")
+    monkeypatch.setattr(plan_calibrate, "COMMAND", "print('there')")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def test_rates_of_a_sample(tiles, cells_spec):
     assert (sample.num_tiles, sample.errors) == (len(tiles), [])
     assert 0 < sample.share <= 1
     assert set(sample.rates) <= set(DEFAULTS)
-    expected = {"read", "open", "segment", "segment_cell", "write", "start", "cells_per_mm2"}
-    expected |= {"cells_per_tissue_mm2", "stored_cell_bytes"}
+    expected = {"read", "open", "segment", "segment_cell", "write", "cells_per_mm2"}
+    expected |= {"cells_per_tissue_mm2", "stored_cell_bytes", "start", "start_worker"}
     assert expected <= set(sample.rates)
     assert not {"embed", "network", "finish"} & set(sample.rates)
     assert all(value >= 0 for value in sample.rates.values())
@@ -62,3 +63,9 @@ def test_bad_tiles_are_left_out_and_told_of(tiles, cells_spec):
         calibrate(bad, spec, 2, on_gpu=False)
     with pytest.raises(ValueError, match="no slide of this cohort has a tile"):
         calibrate([], spec, 2, on_gpu=False)
+
+
+def test_a_ray_that_does_not_start_is_told_of(tiles, cells_spec, monkeypatch):
+    monkeypatch.setattr(plan_calibrate, "COMMAND", "raise SystemExit('no room')")
+    with pytest.raises(ValueError, match="Ray does not start on this machine"):
+        calibrate(tiles[:1], replace(cells_spec, encoder="none"), 2, on_gpu=False)

@@ -46,6 +46,7 @@ ONE = {
     "finish_slide": 7.0,
     "task": 0.5,
     "start": 20.0,
+    "start_worker": 6.0,
     "cells_per_mm2": 100.0,
     "cells_per_tissue_mm2": 60.0,
     "cell_bytes": 10.0,
@@ -111,7 +112,8 @@ def test_a_slide_without_tiles_takes_its_planning():
     assert (bad.all_cpu_s, bad.tiles, bad.bytes_read) == (0, 0, 0)
     both = total([empty, bad], SHAPE)
     assert both.slides == 0
-    assert wall_s(both, RATES, SHAPE, CPUS) == 21.5
+    # Four workers, and what is as much as two beside them, start on four CPUs.
+    assert wall_s(both, RATES, SHAPE, CPUS) == 20 + 6 * (4 + 2) / 4 + 1.5
 
 
 def test_totals_are_sums_and_crops_are_bounded():
@@ -128,7 +130,7 @@ def test_wall_time_of_one_worker_is_everything_in_turn():
     everything = total(works, SHAPE)
     seconds = wall_s(everything, RATES, SHAPE, one)
     # On one CPU nothing overlaps; of planning and finishing one slide's is counted twice.
-    assert seconds == pytest.approx(20 + everything.all_cpu_s + 3 + 13)
+    assert seconds == pytest.approx(20 + 6 * 3 + everything.all_cpu_s + 3 + 13)
 
 
 def test_wall_time_is_that_of_what_is_busiest():

@@ -1,6 +1,6 @@
 """The stages that run networks: maps of a segmenter, embeddings of crops, the expression head.
 
-On rows, like the other stages of pipelines/stages.py. Shape letters: N nuclei, D embedding, H hidden.
+On rows, like the other stages (pipelines/stages.py). Letters: N nuclei, D embedding, H hidden.
 """
 
 import logging

@@ -12,7 +12,8 @@ from scellst_ray.cohort import SlideRow
 from scellst_ray.lease import LeaseError, held
 from scellst_ray.pipelines import cells
 from scellst_ray.pipelines import driver as driver_module
-from scellst_ray.pipelines.driver import MAX_PARTS, Driver, Progress, finish_slides
+from scellst_ray.pipelines.driver import MAX_PARTS, Driver, Progress
+from scellst_ray.pipelines.finishing import finish_slides
 from scellst_ray.pipelines.tiles import MAX_CELLS_PER_TILE
 from scellst_ray.runs import RunFolder, open_run
 
