@@ -9,8 +9,49 @@ import tifffile
 
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 
+STARTS_RAY_HERE, SHARES_RAY = 0, 1
 BACKGROUND = (40, 60, 80)
 DOT_SIGMA = 7.0
+
+
+def pytest_collection_modifyitems(items):
+    """Put tests that share a Ray last: those before them may start one of their own."""
+    items.sort(key=lambda item: SHARES_RAY if "local_ray" in item.fixturenames else STARTS_RAY_HERE)
+
+
+@pytest.fixture(scope="session")
+def shared_ray(tmp_path_factory):
+    """Return a function that gives a local Ray of two CPUs, the one before if it is alike.
+
+    To start one takes as long as many a test. It runs in another folder than the tests: a relative
+    path means nothing to its workers.
+    """
+    import ray
+
+    from scellst_ray.session import ray_session
+
+    running = []
+
+    def start(num_gpus=0, **environment):
+        if running != [num_gpus, environment] or not ray.is_initialized():
+            ray.shutdown()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+                for name, value in environment.items():
+                    patch.setenv(name, value)
+                ray.init(
+                    address="local",
+                    num_cpus=2,
+                    num_gpus=num_gpus,
+                    include_dashboard=False,
+                    logging_level="ERROR",
+                    log_to_driver=False,
+                )
+            running[:] = num_gpus, environment
+        return ray_session()
+
+    yield start
+    ray.shutdown()
 
 
 def draw_dots(width, height, points_x0y0):

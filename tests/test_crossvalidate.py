@@ -29,7 +29,6 @@ from scellst_ray.models.mil_fit import fit_head, new_head
 from scellst_ray.pipelines.bags import choose_panel, make_bags
 from scellst_ray.pipelines.networks import vectors
 from scellst_ray.pipelines.supervision import training_slides
-from scellst_ray.session import ray_session
 from scellst_ray.training.bag_files import load_bags
 
 LOOSE = {
@@ -50,8 +49,8 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def local_ray():
-    with ray_session(num_cpus=2) as cluster:
+def local_ray(shared_ray):
+    with shared_ray() as cluster:
         yield cluster
 
 

@@ -9,17 +9,13 @@ from small_run import DIM, IDENTITY, write_small_run
 
 from scellst_ray.expression import Formula
 from scellst_ray.models.mil import load_head
-from scellst_ray.session import ray_session
 from scellst_ray.train import TrainConfig, train
 
 
 @pytest.fixture(scope="module")
-def local_ray(tmp_path_factory):
-    """Start Ray in another folder than the tests': a relative path means nothing to its workers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
-        with ray_session(num_cpus=2) as cluster:
-            yield cluster
+def local_ray(shared_ray):
+    with shared_ray() as cluster:
+        yield cluster
 
 
 @pytest.fixture

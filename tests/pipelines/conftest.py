@@ -1,33 +1,17 @@
-"""A local Ray of two CPUs for the tests of this folder, and a small cohort."""
-
-import os
+"""A local Ray for the tests of this folder, and a small cohort."""
 
 import pytest
-import ray
 
 from scellst_ray.pipelines.networks import PRETEND
-from scellst_ray.session import ray_session
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 
 
 @pytest.fixture(scope="module")
-def local_ray():
-    """Start Ray with two CPUs (and a GPU in name only) and stop it."""
-    os.environ[PRETEND] = "1"
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=1,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
-    try:
-        with ray_session() as cluster:
-            yield cluster
-    finally:
-        ray.shutdown()
-        del os.environ[PRETEND]
+def local_ray(shared_ray):
+    """Give a Ray with two CPUs, and a GPU in name only."""
+    with pytest.MonkeyPatch.context() as patch, shared_ray(1, **{PRETEND: "1"}) as cluster:
+        patch.setenv(PRETEND, "1")
+        yield cluster
 
 
 @pytest.fixture(scope="session")

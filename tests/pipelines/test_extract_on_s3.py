@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import ray
 from s3_server import BUCKET, serving_s3
 
 from scellst_ray import storage
@@ -31,10 +32,13 @@ def store():
 
 
 @pytest.fixture(scope="module")
-def cluster(store, request):
-    """Start Ray once the environment tells where S3 is: its workers inherit that."""
+def cluster(store, shared_ray):
+    """Start Ray with what tells workers where S3 is."""
+    names = [name for name in os.environ if name.startswith("AWS_")]
     assert os.environ["AWS_ENDPOINT_URL"] == store.address
-    return request.getfixturevalue("local_ray")
+    with shared_ray(**{name: os.environ[name] for name in names}) as cluster:
+        yield cluster
+    ray.shutdown()
 
 
 def put_cohort(manifest, root):

@@ -15,7 +15,6 @@ from scellst_ray import schemas, storage
 from scellst_ray.models.bags import split_spots
 from scellst_ray.models.mil_fit import FitConfig, fit_head, new_head
 from scellst_ray.pipelines.networks import vectors
-from scellst_ray.session import ray_session
 from scellst_ray.training.bag_files import load_bags, load_split
 from scellst_ray.training.fit_mil import Kept, Workers, fit
 
@@ -25,8 +24,8 @@ CONFIG = FitConfig(lr=2e-3, batch_spots=9, max_epochs=6, patience=2, seed=3)
 
 
 @pytest.fixture(scope="module")
-def local_ray():
-    with ray_session(num_cpus=2) as cluster:
+def local_ray(shared_ray):
+    with shared_ray() as cluster:
         yield cluster
 
 

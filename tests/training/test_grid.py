@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from ray import cloudpickle
 
-from scellst_ray.session import ray_session
 from scellst_ray.training.grid import (
     Resources,
     Trial,
@@ -24,10 +23,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")
-def local_ray():
+def local_ray(shared_ray):
     # Workers cannot import this file: what is defined here travels whole.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with ray_session(num_cpus=2) as cluster:
+    with shared_ray() as cluster:
         yield cluster
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
