@@ -11,7 +11,6 @@ The lease is held meanwhile, so no driver works. A shard that the last good rece
 stays, and so do all tables, records, receipts, crops and imported nuclei of unfinished slides.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,6 @@ ORPHANS = "shards that no receipt names"
 TEMPORARY = "temporary files"
 NOTES = "notes of attempts"
 KINDS = (FINISHED_SHARDS, ORPHANS, TEMPORARY, NOTES)
-# What storage.publish calls a file until it is whole.
-TEMPORARY_NAME = re.compile(r"\..+\.(parquet|json|yaml|safetensors|md)\.[a-z0-9_]{8}")
 FOLDERS = ("cells", "crops", "expression", "failures", "receipts", "records", SHARDS)
 AT_ONCE = 1000
 
@@ -129,7 +126,7 @@ def leftovers(run: Run) -> Iterator[Leftover]:
         kind = None
         if parts[0] == ATTEMPTS:
             kind = NOTES
-        elif TEMPORARY_NAME.fullmatch(name) and (not folders or folders[0] in FOLDERS):
+        elif storage.TEMPORARY_NAME.fullmatch(name) and (not folders or folders[0] in FOLDERS):
             kind = TEMPORARY
         elif len(parts) == 3 and parts[0] == SHARDS and not name.startswith("."):
             slide_id = parts[1]

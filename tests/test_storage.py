@@ -1,5 +1,7 @@
 import os
 import stat
+import subprocess
+import sys
 
 import fsspec
 import pyarrow as pa
@@ -116,3 +118,15 @@ def test_local_copy_downloads_once_and_follows_changes(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").rglob("*.part"))
     with pytest.raises(FileNotFoundError, match="no such file"):
         storage.local_copy(f"memory://{tmp_path.name}/gone.tif")
+
+
+def test_a_killed_writers_file_is_known_by_its_name(tmp_path):
+    # As by a power cut: nothing is cleaned up.
+    code = (
+        "import os; from scellst_ray import storage; "
+        f"storage.publish({str(tmp_path / 'a.parquet')!r}, lambda path: (path.touch(), os._exit(1)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+    (left,) = tmp_path.iterdir()
+    assert storage.TEMPORARY_NAME.fullmatch(left.name)
+    assert storage.list_files(str(tmp_path)) == []

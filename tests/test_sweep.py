@@ -61,7 +61,7 @@ def littered(tmp_path):
     for name in ("cells/fine.parquet", "cells/half.parquet", "crops/set/fine.parquet"):
         put(run, name)
     # Of others: not ours to judge.
-    for name in (".nfs0000001", "cells/.DS_Store", "notes/.my.json.abcd1234", ".git/x.parquet"):
+    for name in (".nfs0000001", "cells/.DS_Store", "notes/.my.json.abcd1234abcd1234", ".git/x.parquet"):
         put(run, name)
     orphans = [put(run, "shards", "half", f"{name}.parquet", size=100) for name in "bde"]
     orphans += [put(run, "shards", "part", "a.parquet"), put(run, "shards", "new", "n.parquet")]
@@ -71,10 +71,10 @@ def littered(tmp_path):
             put(run, "shards", "fine", f"{name}.parquet") for name in ("x", "imported-1")
         ],
         TEMPORARY: [
-            put(run, "shards", "half", ".a.parquet.k3_x9abz"),
-            put(run, "cells", ".half.parquet.00000000", size=1000),
-            put(run, ".config.yaml.abcdefgh"),
-            put(run, "crops", "set", "records", ".fine.json.abcd_fgh"),
+            put(run, "shards", "half", ".a.parquet.0123456789abcdef"),
+            put(run, "cells", ".half.parquet.00000000deadbeef", size=1000),
+            put(run, ".config.yaml.fedcba9876543210"),
+            put(run, "crops", "set", "records", ".fine.json.0000000000000000"),
         ],
         NOTES: [put(run, "attempts", "s1", "w1.json"), put(run, "attempts", "s1", ".w2.json")],
     }

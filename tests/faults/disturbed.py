@@ -36,7 +36,7 @@ SAME = (
     *("slide_id", "status", "num_tiles", "num_tiles_done", "num_cells", "num_failed_tiles"),
     *("stage", "error_type", "mpp", "read_mpp"),
 )
-END_S = 420
+END_S = 900
 KILLS = 5
 CRASHING = "s9_crash"
 RAYLET = "raylet/raylet"
