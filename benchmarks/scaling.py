@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--gpus 1 4 16 32] [--no-loss] [--json FILE]
 
 The run is the pipeline's own from the manifest to the records, on a Ray cluster of a head and of
-nodes with 8 GPUs and 16 CPUs each, all on this machine. Stages that look at pixels sleep instead:
+nodes with 8 GPUs and 4 CPUs each, all on this machine. Stages that look at pixels sleep instead:
 as long as they take, in processes and places that Ray gave them. Two processes on one GPU share it,
 as real ones do. Work grows with the GPUs: slides of 40 tiles on average, sizes lognormal. Between
 stages a tile is as many blocks as with its pixels, though 40 times smaller, and so are the object
@@ -61,7 +61,8 @@ SECONDS = {"read": 0.1, "network": 1.6, "find": 0.15, "embed": 0.2}
 PLAN_S = 1.0
 # What a stage is the last one to need.
 USED = {"read": (), "network": (), "find": ("image", "maps"), "embed": ("tokens",)}
-GPUS_PER_NODE, CPUS_PER_GPU = 8, 2
+# A GPU's tiles keep 0.14 of a CPU busy. Real nodes have more; here each is a process to start.
+GPUS_PER_NODE, GPUS_PER_CPU = 8, 2
 SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 3, 40, 0.8
 STORE_BYTES = 256 * 2**20
 # More than a block of Ray Data holds, so that each tile is a block, as with its pixels.
@@ -70,6 +71,9 @@ CELLS_PER_TILE = 25
 CORE_PX, HALO_PX, MPP = 960, 32, 0.25
 STEP_S = 0.05
 MAX_SHARERS = 16
+# Of the nodes' own work, which here shares two cores: a process for each CPU that there is not, and
+# a look every five seconds at all processes of the machine.
+QUIET = {"RAY_prestart_worker_first_driver": "0", "REPORTER_UPDATE_INTERVAL_MS": "60000"}
 OUTLINE = shapely.to_wkb(shapely.box(0, 0, 20, 20))
 
 
@@ -160,6 +164,7 @@ def empty_slide(folder: Path, number: int, size: int) -> SlideRow:
 
 def start_cluster(num_gpus: int) -> tuple[Cluster, list[Any]]:
     """Start a head without work and nodes with GPUs; join; return the nodes."""
+    os.environ.update(QUIET)
     cluster = Cluster()
     common: dict[str, Any] = {
         "memory": 2**40,
@@ -170,7 +175,7 @@ def start_cluster(num_gpus: int) -> tuple[Cluster, list[Any]]:
     nodes = []
     for first in range(0, num_gpus, GPUS_PER_NODE):
         num = min(GPUS_PER_NODE, num_gpus - first)
-        nodes.append(cluster.add_node(num_cpus=CPUS_PER_GPU * num, num_gpus=num, **common))
+        nodes.append(cluster.add_node(num_cpus=max(1, num // GPUS_PER_CPU), num_gpus=num, **common))
     ray.init(address=cluster.address, logging_level=logging.WARNING)
     return cluster, nodes
 

@@ -123,10 +123,11 @@ def test_local_copy_downloads_once_and_follows_changes(tmp_path, monkeypatch):
 def test_a_killed_writers_file_is_known_by_its_name(tmp_path):
     # As by a power cut: nothing is cleaned up.
     code = (
-        "import os; from scellst_ray import storage; "
-        f"storage.publish({str(tmp_path / 'a.parquet')!r}, lambda path: (path.touch(), os._exit(1)))"
+        "import os, sys; from scellst_ray import storage; "
+        "storage.publish(sys.argv[1], lambda path: (path.touch(), os._exit(1)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+    words = [sys.executable, "-c", code, str(tmp_path / "a.parquet")]
+    assert subprocess.run(words, check=False).returncode == 1
     (left,) = tmp_path.iterdir()
     assert storage.TEMPORARY_NAME.fullmatch(left.name)
     assert storage.list_files(str(tmp_path)) == []

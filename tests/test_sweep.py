@@ -61,7 +61,12 @@ def littered(tmp_path):
     for name in ("cells/fine.parquet", "cells/half.parquet", "crops/set/fine.parquet"):
         put(run, name)
     # Of others: not ours to judge.
-    for name in (".nfs0000001", "cells/.DS_Store", "notes/.my.json.abcd1234abcd1234", ".git/x.parquet"):
+    for name in (
+        ".nfs0000001",
+        "cells/.DS_Store",
+        "notes/.my.json.abcd1234abcd1234",
+        ".git/x.parquet",
+    ):
         put(run, name)
     orphans = [put(run, "shards", "half", f"{name}.parquet", size=100) for name in "bde"]
     orphans += [put(run, "shards", "part", "a.parquet"), put(run, "shards", "new", "n.parquet")]

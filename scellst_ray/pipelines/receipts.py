@@ -125,8 +125,8 @@ def receipts_dataset(
             num_cpus=place.num_cpus,
             num_gpus=place.num_gpus or None,
             memory=memory,
-            # The first takes blocks as they were planned.
-            batch_size=None if names == groups[0] else per_task,
+            # Blocks are tasks, as they were planned.
+            batch_size=None,
             batch_format="pyarrow",
             label_selector=resources.elsewhere,
         )
@@ -190,8 +190,8 @@ def _set_context(tiles_per_task: int) -> None:
     # It would look at all of a worker's memory before and after each task, and say nothing.
     context.memory_usage_poll_interval_s = None
     context.execution_options.preserve_order = False
-    # A tile's pixels are a block, and a worker waits while this many of its task's blocks have not
-    # been fetched; they are ten times a second. With 2 a GPU idled for a quarter of its time.
+    # A planner waits while this many of its task's blocks have not been fetched; they are ten times
+    # a second.
     context._max_num_blocks_in_streaming_gen_buffer = GPU_TILES  # noqa: SLF001
     # A block of dense tiles can take half an hour on a slow CPU: silence is not a fault.
     context.execution_no_progress_timeout_s = -1
