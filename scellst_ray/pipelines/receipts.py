@@ -125,8 +125,8 @@ def receipts_dataset(
             num_cpus=place.num_cpus,
             num_gpus=place.num_gpus or None,
             memory=memory,
-            # Blocks are tasks, as they were planned.
-            batch_size=None,
+            # Blocks are tasks: as they were planned, then packed in one row.
+            batch_size=None if names == groups[0] else 1,
             batch_format="pyarrow",
             label_selector=resources.elsewhere,
         )

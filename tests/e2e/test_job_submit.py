@@ -123,10 +123,8 @@ def submit(ray_head, folder, job, settings, *words):
     )
 
 
-@pytest.mark.parametrize(
-    ("loss", "ending"),
-    [("mse", "the job"), pytest.param("nb", "its worker", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # tests/training kills the same fit without a job server
+@pytest.mark.parametrize(("loss", "ending"), [("mse", "the job"), ("nb", "its worker")])
 def test_train_as_a_job_goes_on_after_a_kill(ray_head, tmp_path, loss, ending):
     ray, environment, head_pid = ray_head
     small, out = write_small_run(tmp_path), tmp_path / "head"
