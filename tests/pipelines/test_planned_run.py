@@ -17,7 +17,8 @@ TILES = {"core_px": 96, "halo_px": 32, "encoder": "random:0:resnet18", "gpus": F
 def test_tiles_are_those_of_the_run_and_its_records_tell_the_next_plan(
     small_cohort, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(plan_calibrate, "IMPORTS", "pass")
+    monkeypatch.setattr(plan_calibrate, "WORKER", "pass")
+    monkeypatch.setattr(plan_calibrate, "COMMAND", "print('there')")
     manifest = tmp_path / "manifest.csv"
     rows = small_cohort.read_text().replace(",s", f",{small_cohort.parent}/s")
     manifest.write_text(rows + "gone,gone.tiff\n")

@@ -80,7 +80,7 @@ def litter(run):
     """Leave what crashes leave."""
     for shard in list(Path(run.uri, "shards").rglob("*.parquet")):
         shutil.copy(shard, shard.with_name("0-1-0123456789ab.parquet"))
-        shutil.copy(shard, shard.with_name(f".{shard.name}.abcd_123"))
+        shutil.copy(shard, shard.with_name(f".{shard.name}.0123456789abcdef"))
     Path(run.uri, "attempts", "old").mkdir(parents=True, exist_ok=True)
     Path(run.uri, "attempts", "old", "w.json").write_text("{}")
 
