@@ -6,8 +6,8 @@ The run is the pipeline's own from the manifest to the records, on a Ray cluster
 nodes with 8 GPUs and 4 CPUs each, all on this machine. Stages that look at pixels sleep instead:
 as long as they take, in processes and places that Ray gave them. Two processes on one GPU share it,
 as real ones do. Work grows with the GPUs: slides of 40 tiles on average, sizes lognormal. Between
-stages a tile is as many blocks as with its pixels, though 40 times smaller, and so are the object
-stores. Every run is a process of its own.
+stages goes a fortieth of the bytes of real pixels and maps, and the object stores are as much
+smaller. Every run is a process of its own.
 
 Tiles come when all actors on GPUs are there: to start a hundred processes takes these two cores
 minutes, and the nodes of a cluster no longer than one takes. `with_start` counts that time, too.
@@ -65,7 +65,7 @@ USED = {"read": (), "network": (), "find": ("image", "maps"), "embed": ("tokens"
 GPUS_PER_NODE, GPUS_PER_CPU = 8, 2
 SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 3, 40, 0.8
 STORE_BYTES = 256 * 2**20
-# More than a block of Ray Data holds, so that each tile is a block, as with its pixels.
+# A fortieth of the real ones.
 IMAGE, MAPS, TOKENS = (190, 190, 3), (164, 164), (54_000,)
 CELLS_PER_TILE = 25
 CORE_PX, HALO_PX, MPP = 960, 32, 0.25

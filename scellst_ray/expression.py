@@ -232,17 +232,18 @@ def expression_blocks(
 def row_groups(file: pq.ParquetFile, wanted: NDArray[np.int64] | None) -> Iterator[pa.Table]:
     """Yield a table's row groups, or only the rows whose cell_id is in `wanted` (ascending).
 
-    Row groups whose range of cell ids holds none of `wanted` are not read.
+    Row groups whose range of cell ids holds none of `wanted` are not read. Nearly all of a table is
+    one column: threads read it no sooner, and may let go of a row group late.
     """
     column = file.schema_arrow.names.index("cell_id")
     for group in range(file.num_row_groups):
         if wanted is None:
-            yield file.read_row_group(group)
+            yield file.read_row_group(group, use_threads=False)
             continue
         limits = file.metadata.row_group(group).column(column).statistics
         first = int(np.searchsorted(wanted, limits.min))
         if first < len(wanted) and wanted[first] <= limits.max:
-            table = file.read_row_group(group)
+            table = file.read_row_group(group, use_threads=False)
             yield table.filter(pa.array(np.isin(table["cell_id"].to_numpy(), wanted)))
 
 

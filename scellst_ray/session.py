@@ -86,7 +86,8 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
     finally:
         if not joined:
             ray.shutdown()
-        if in_main:
+        # Once told, what encloses this, such as a lease, is to end in order too.
+        if in_main and signal.getsignal(signal.SIGTERM) is _end:
             signal.signal(signal.SIGTERM, told_to_end or signal.SIG_DFL)
 
 

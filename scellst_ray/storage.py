@@ -32,7 +32,7 @@ from scellst_ray.remote import redacted, retried
 
 T = TypeVar("T")
 
-# What a file is called until it is whole.
+# What a file is called until it is whole: see _publish_here.
 TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}")
 COMPRESSION = "zstd"
 # Dictionaries pay for names only; on float16 vectors they cost twice the reading time.
@@ -165,7 +165,7 @@ def publish(uri: str, write: Callable[[Path], None]) -> None:
 
 def _publish_here(target: Path, write: Callable[[Path], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(_temporary_name(target.name))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     with ExitStack() as stack:
         stack.callback(temporary.unlink, missing_ok=True)
         write(temporary)
@@ -173,10 +173,6 @@ def _publish_here(target: Path, write: Callable[[Path], None]) -> None:
             os.fsync(handle.fileno())
         temporary.replace(target)
         stack.pop_all()
-
-
-def _temporary_name(name: str) -> str:
-    return f".{name}.{secrets.token_hex(8)}"
 
 
 def _upload(fs: fsspec.AbstractFileSystem, file: Path, path: str) -> None:

@@ -9,14 +9,13 @@ import tifffile
 
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
 
-STARTS_RAY_HERE, SHARES_RAY = 0, 1
 BACKGROUND = (40, 60, 80)
 DOT_SIGMA = 7.0
 
 
 def pytest_collection_modifyitems(items):
     """Put tests that share a Ray last: those before them may start one of their own."""
-    items.sort(key=lambda item: SHARES_RAY if "local_ray" in item.fixturenames else STARTS_RAY_HERE)
+    items.sort(key=lambda item: "local_ray" in item.fixturenames)
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +51,13 @@ def shared_ray(tmp_path_factory):
 
     yield start
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def local_ray(shared_ray):
+    """Give a Ray of two CPUs."""
+    with shared_ray() as cluster:
+        yield cluster
 
 
 def draw_dots(width, height, points_x0y0):

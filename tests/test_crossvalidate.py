@@ -49,12 +49,6 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def local_ray(shared_ray):
-    with shared_ray() as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
 def make_config(small, tmp_path_factory):
     """Return a function that makes a configuration with a folder of its own."""
 

@@ -12,12 +12,6 @@ from scellst_ray.models.mil import load_head
 from scellst_ray.train import TrainConfig, train
 
 
-@pytest.fixture(scope="module")
-def local_ray(shared_ray):
-    with shared_ray() as cluster:
-        yield cluster
-
-
 @pytest.fixture
 def no_ray(monkeypatch):
     def refuse(**_):

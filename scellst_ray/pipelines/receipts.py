@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from scellst_ray.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
-from scellst_ray.pipelines.extract_config import GPU_TILES, tiles_of_task
+from scellst_ray.pipelines.extract_config import tiles_of_task
 from scellst_ray.pipelines.packing import pack, queued, taken_up, unpack
 from scellst_ray.pipelines.planning import Plan, block_bytes, planned
 from scellst_ray.pipelines.run_metrics import WorkerMetrics
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Shares of a GPU, by how many groups of stages are on GPUs. Ray fills one GPU before it takes the
 # next: with halves two segmenting networks would come upon one, and two embedding ones on another.
 GPU_SHARES = {1: (1.0,), 2: (0.6, 0.4)}
+PLANNED_AHEAD = 8
 
 
 class MakeStage(Protocol):
@@ -191,8 +192,8 @@ def _set_context(tiles_per_task: int) -> None:
     context.memory_usage_poll_interval_s = None
     context.execution_options.preserve_order = False
     # A planner waits while this many of its task's blocks have not been fetched; they are ten times
-    # a second.
-    context._max_num_blocks_in_streaming_gen_buffer = GPU_TILES  # noqa: SLF001
+    # a second. Other stages give one block a task.
+    context._max_num_blocks_in_streaming_gen_buffer = PLANNED_AHEAD  # noqa: SLF001
     # A block of dense tiles can take half an hour on a slow CPU: silence is not a fault.
     context.execution_no_progress_timeout_s = -1
     # A worker that cannot start may have met a fault that passes; one that never can fails the run.

@@ -24,12 +24,6 @@ CONFIG = FitConfig(lr=2e-3, batch_spots=9, max_epochs=6, patience=2, seed=3)
 
 
 @pytest.fixture(scope="module")
-def local_ray(shared_ray):
-    with shared_ray() as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
 def bags(tmp_path_factory):
     """Return the addresses of two BAGS files of 24 and 16 spots, and what is in them."""
     folder, rng = tmp_path_factory.mktemp("bags"), np.random.default_rng(0)

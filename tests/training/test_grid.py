@@ -19,15 +19,14 @@ from scellst_ray.training.grid import (
     trial_uri,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("by_value", "local_ray")]
 
 
 @pytest.fixture(scope="module")
-def local_ray(shared_ray):
+def by_value():
     # Workers cannot import this file: what is defined here travels whole.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with shared_ray() as cluster:
-        yield cluster
+    yield
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
