@@ -113,10 +113,8 @@ def checked(folder: str, num_slides: int) -> dict[str, Any]:
     for slide_id in list(records)[:: max(1, num_slides // 50)]:
         cells = storage.read_table(run.cells_uri(slide_id), ["cell_id"])["cell_id"]
         assert pc.count_distinct(cells).as_py() == len(cells) == records[slide_id]["num_cells"]
-    return {
-        "log_files": len(storage.list_files(f"{folder}/receipts")),
-        "folders_of_shards": len(storage.list_files(f"{folder}/shards")),
-    }
+    assert not storage.exists(run.shards_uri)
+    return {"log_files": len(storage.list_files(f"{folder}/receipts"))}
 
 
 def resumed(num_slides: int, tiles_per_task: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How well GPUs are kept busy: simulated ones, 1 to 32 of them, and a host lost on the way.
 
-    python benchmarks/scaling.py [--gpus 1 4 16 32] [--no-loss] [--json FILE]
+    python benchmarks/scaling.py [--gpus 1 4 16 32] [--slower F] [--no-loss] [--json FILE]
 
 The run is the pipeline's own from the manifest to the records, on a Ray cluster of a head and of
 nodes with 8 GPUs and 4 CPUs each, all on this machine. Stages that look at pixels sleep instead:
@@ -8,6 +8,10 @@ as long as they take, in processes and places that Ray gave them. Two processes 
 as real ones do. Work grows with the GPUs: slides of 40 tiles on average, sizes lognormal. Between
 stages goes a fortieth of the bytes of real pixels and maps, and the object stores are as much
 smaller. Every run is a process of its own.
+
+With `--slower F` all stages take F times longer, so two cores stand for 2 F: the processes of a
+whole cluster run on them, most of which are other machines' in life. The driver is one process
+there as here: `driver_cores` is how much of a core it would take without F. Seconds told are real.
 
 Tiles come when all actors on GPUs are there: to start a hundred processes takes these two cores
 minutes, and the nodes of a cluster no longer than one takes. `with_start` counts that time, too.
@@ -63,7 +67,7 @@ PLAN_S = 1.0
 USED = {"read": (), "network": (), "find": ("image", "maps"), "embed": ("tokens",)}
 # A GPU's tiles keep 0.14 of a CPU busy. Real nodes have more; here each is a process to start.
 GPUS_PER_NODE, GPUS_PER_CPU = 8, 2
-SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 3, 40, 0.8
+SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 4, 40, 0.8
 STORE_BYTES = 256 * 2**20
 # A fortieth of the real ones.
 IMAGE, MAPS, TOKENS = (190, 190, 3), (164, 164), (54_000,)
@@ -81,13 +85,15 @@ def main() -> None:
     """Run every size; print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--slower", type=float, default=1.0, help="times stages take longer")
     parser.add_argument("--no-loss", action="store_true", help="leave out the run that loses one")
     parser.add_argument("--folder", help="of one run (what the others start)")
     parser.add_argument("--lose", action="store_true", help="lose a host half-way")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.folder:
-        print(json.dumps(one_run(Path(options.folder), options.gpus[0], lose=options.lose)))
+        found = one_run(Path(options.folder), options.gpus[0], options.slower, lose=options.lose)
+        print(json.dumps(found))
         return
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "ray": ray.__version__}
     result: dict[str, Any] = {"scellst_ray": __version__, "machine": machine, "runs": []}
@@ -97,7 +103,7 @@ def main() -> None:
     for num_gpus, lose in cases:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, "--gpus", str(num_gpus), "--folder", folder]
-            command += ["--lose"] * lose
+            command += ["--slower", str(options.slower), *["--lose"] * lose]
             told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         result["runs"].append(json.loads(told.splitlines()[-1]))
         print(json.dumps(result["runs"][-1]), flush=True)
@@ -105,7 +111,7 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def one_run(folder: Path, num_gpus: int, *, lose: bool) -> dict[str, Any]:
+def one_run(folder: Path, num_gpus: int, slower: float, *, lose: bool) -> dict[str, Any]:
     """Run a cohort on a cluster of its own; return where the time of its GPUs went."""
     sizes = slide_sizes(num_gpus * SLIDES_PER_GPU)
     slides = [empty_slide(folder, number, size) for number, size in enumerate(sizes)]
@@ -127,9 +133,11 @@ def one_run(folder: Path, num_gpus: int, *, lose: bool) -> dict[str, Any]:
     try:
         gpus = gpus_of_nodes(nodes)
         began = time.time()
-        planned = partial(plan, sizes=sizes, places=folder / "gpus", num_places=2 * num_gpus)
-        work = Work(planned, partial(stage, folder=str(folder)))
+        places: dict[str, Any] = {"places": folder / "gpus", "num_places": 2 * num_gpus}
+        planned = partial(plan, sizes=sizes, seconds=PLAN_S * slower, **places)
+        work = Work(planned, partial(stage, folder=str(folder), slower=slower))
         run_cells("extract", config, slides, networks, watch.report, work=work)
+        driver_cores = watch.cores() * slower
     finally:
         if watch.thread is not None:
             watch.thread.join()
@@ -140,8 +148,10 @@ def one_run(folder: Path, num_gpus: int, *, lose: bool) -> dict[str, Any]:
     lost = {gpu: watch.lost_at if gpu in gone else None for gpu in gpus}
     actors = Counter(path.name.split("-")[0] for path in (folder / "calls").iterdir())
     told = {"slides": len(sizes), "tiles": sum(sizes), "largest_slide": max(sizes)}
+    pace = {"slower": slower, "driver_cores": round(driver_cores, 2)}
     return (
         told
+        | pace
         | summary(read_calls(folder / "calls"), lost, began, watch.last_record)
         | {"actors": actors}
     )
@@ -197,9 +207,18 @@ class Watch:
         self.last_record = 0.0
         self.lost_at: float | None = None
         self.thread: threading.Thread | None = None
+        self.first: tuple[float, float] | None = None
+
+    def cores(self) -> float:
+        """Return the cores that this process has kept busy from the first tile on, on average."""
+        assert self.first is not None
+        cpu_s, at = (now - then for now, then in zip(_clocks(), self.first, strict=True))
+        return cpu_s / at
 
     def report(self, progress: Progress) -> None:
         """Take note of where the run stands."""
+        if progress.num_tiles and self.first is None:
+            self.first = _clocks()
         if len(progress.records) > self.num_records:
             self.num_records, self.last_record = len(progress.records), time.time()
         if self.at_half and not self.lost_at and progress.num_tiles * 2 > self.num_tiles:
@@ -208,11 +227,17 @@ class Watch:
             self.thread.start()
 
 
-def plan(row: Row, spec: CellsSpec, sizes: list[int], places: Path, num_places: int) -> list[Row]:
+def _clocks() -> tuple[float, float]:
+    return time.process_time(), time.monotonic()
+
+
+def plan(
+    row: Row, spec: CellsSpec, sizes: list[int], seconds: float, places: Path, num_places: int
+) -> list[Row]:
     """Return the tiles of a slide without opening it, once all actors on GPUs are there."""
     while sum(1 for _ in places.glob("*.*")) < num_places:
         time.sleep(1.0)
-    time.sleep(PLAN_S)
+    time.sleep(seconds)
     num_tiles = sizes[int(row["slide_id"][1:])]
     slide = {name: row[name] for name in ("slide_id", "uri")} | {"mpp": MPP, "read_mpp": MPP}
     slide |= {"width0": num_tiles * CORE_PX, "height0": CORE_PX, "num_tiles": num_tiles}
@@ -222,23 +247,25 @@ def plan(row: Row, spec: CellsSpec, sizes: list[int], places: Path, num_places: 
             core = Box(tile_id * CORE_PX, 0, spec.core_px, spec.core_px)
             boxes = box_columns(core, core.grown(spec.halo_px))
             tiles.append(slide | {"tile_id": tile_id} | boxes)
-    tiles[-1]["seconds_plan"] = PLAN_S
+    tiles[-1]["seconds_plan"] = seconds
     return tiles
 
 
-def stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool, folder: str) -> Any:  # noqa: ANN401
+def stage(
+    name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool, folder: str, slower: float
+) -> Any:  # noqa: ANN401
     """Return the pipeline's own writing stage, and others that sleep."""
     if name == "write":
         return make_stage(name, spec, run, on_gpu=on_gpu)
-    return Sleeping(name, Path(folder))
+    return Sleeping(name, SECONDS[name] * slower, Path(folder))
 
 
 class Sleeping:
     """A stage that takes its time and gives what has the size of its results, in part."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, seconds: float, folder: Path) -> None:
         """Open this process's file of calls, and its place on its GPU."""
-        self.name, self.seconds = name, SECONDS[name]
+        self.name, self.seconds = name, seconds
         context = ray.get_runtime_context()
         self.where = context.get_node_id()
         self.gpu: SharedGpu | None = None

@@ -7,6 +7,7 @@ are the same however the tiles were shared out, retried or resumed.
 """
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from scellst_ray.nuclei.imported_table import import_report
 from scellst_ray.runs import RunFolder
 
 ROW_GROUP = 16_384
+# Of small shards kept for the next table or slide that needs them.
+KEPT_BYTES = 2**27
 Stretch = tuple[str, int, int]
 GEO = {
     "version": "1.1.0",
@@ -47,15 +50,56 @@ class Written:
     domain_shift: dict[str, Any] | None = None
 
 
+class Shards:
+    """Reads shards of a run. Those of small slides are read once for all tables and slides."""
+
+    def __init__(self, run: RunFolder) -> None:
+        """Read below `run`."""
+        self.run = run
+        self.kept: dict[str, pa.Table] = {}
+        self.lock = threading.Lock()
+
+    def read(self, name: str, columns: list[str], *, keep: bool) -> pa.Table:
+        """Return some columns of a shard, which may be kept whole if it is small."""
+        table = self.kept.get(name)
+        if table is None and keep:
+            # Not with the lock: a request to a store takes its time, and others wait for none.
+            table = storage.read_small_table(self.run.shard_uri(name), ROW_GROUP)
+            if table is not None:
+                self._keep(name, table)
+        if table is None:
+            return storage.read_table(self.run.shard_uri(name), columns)
+        return table.select(columns)
+
+    def schema(self, name: str) -> pa.Schema:
+        """Return a shard's schema."""
+        table = self.kept.get(name)
+        return storage.read_schema(self.run.shard_uri(name)) if table is None else table.schema
+
+    def _keep(self, name: str, table: pa.Table) -> None:
+        with self.lock:
+            self.kept[name] = table
+            while sum(kept.nbytes for kept in self.kept.values()) > KEPT_BYTES:
+                del self.kept[next(iter(self.kept))]
+
+
 def finish_slide(
-    run: RunFolder, slide_id: str, receipts: pa.Table, *, imported: bool = False
+    run: RunFolder,
+    slide_id: str,
+    receipts: pa.Table,
+    shards: Shards | None = None,
+    *,
+    imported: bool = False,
 ) -> dict[str, Any]:
     """Write a slide's tables from its shards, then its record; return the record.
+
+    The shards stay: other slides may have cells there.
 
     Args:
         run: The run.
         slide_id: The slide.
         receipts: RECEIPTS of this slide, one per tile, all of them.
+        shards: Where to read them, if several slides are finished.
         imported: Whether its nuclei came from a file: the record tells what became of them.
     """
     if (np.diff(receipts["tile_id"].to_numpy()) < 0).any():
@@ -66,21 +110,19 @@ def finish_slide(
         storage.publish_table(run.failures_uri(slide_id), failures)
     elif storage.exists(run.failures_uri(slide_id)):
         storage.remove_tree(run.failures_uri(slide_id))
-    written = _write_tables(run, slide_id, receipts)
+    written = _write_tables(run, slide_id, receipts, shards or Shards(run))
     record = _record(slide_id, receipts, failed, written)
     if imported:
         record |= _imported(run, slide_id)
     storage.publish_json(run.record_uri(slide_id), record)
-    if not len(failed):
-        # A partial slide keeps its shards: a later run adds only the tiles that failed.
-        storage.remove_tree(run.shards_uri(slide_id))
+    if imported and not len(failed):
+        storage.remove_tree(run.imported_uri(slide_id))
     return record
 
 
 def _imported(run: RunFolder, slide_id: str) -> dict[str, Any]:
     """Return what became of the nuclei that came from a file; nothing if there was none."""
-    uris = storage.list_files(run.shards_uri(slide_id))
-    files = [uri for uri in uris if uri.rsplit("/", 1)[-1].startswith("imported-")]
+    files = storage.list_files(run.imported_uri(slide_id))
     if not files:
         return {}
     report = import_report(storage.read_schema(files[-1]).empty_table())
@@ -136,29 +178,19 @@ def _record(
     return record
 
 
-def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table) -> Written:
+def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Shards) -> Written:
     """Write CELLS, and EXPRESSION if the shards hold hidden vectors, each nucleus once."""
     stretches = list(_stretches(receipts))
     if not stretches:
         return Written()
-    num_cells = pc.sum(receipts["num_cells"]).as_py()
-    folder = run.shards_uri(slide_id)
-    # The shards of a small slide are read once, and not once for each of its tables.
-    kept: dict[str, pa.Table] = {}
-
-    def read(name: str, columns: list[str]) -> pa.Table:
-        if num_cells > ROW_GROUP:
-            return storage.read_table(storage.join(folder, name), columns)
-        if name not in kept:
-            kept[name] = storage.read_table(storage.join(folder, name))
-        return kept[name].select(columns)
+    num_offered = pc.sum(receipts["num_cells"]).as_py()
 
     def cells(columns: list[str]) -> Iterator[pa.Table]:
-        return _cells_in_order(stretches, lambda name: read(name, columns))
+        keep = num_offered <= ROW_GROUP
+        return _cells_in_order(stretches, lambda name: shards.read(name, columns, keep=keep))
 
     found = seams.resolve(lambda: _seam_cells(cells(["cell_id", "seam", "polygon"])))
-    first = stretches[0][0]
-    shard = kept[first].schema if kept else storage.read_schema(storage.join(folder, first))
+    shard = shards.schema(stretches[0][0])
     dim = shard.field("embedding").type.list_size if "embedding" in shard.names else None
     geo = {b"geo": json.dumps(GEO).encode()}
     schema = schemas.signed(schemas.cells_schema(dim), "CELLS", run.digest, geo)
@@ -169,7 +201,7 @@ def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table) -> Written:
         rows = _without(found.dropped, cells(schema.names))
         shift = _write_expression(run, slide_id, schema, rows)
         tables.append("EXPRESSION")
-    num_cells -= len(found.dropped)
+    num_cells = num_offered - len(found.dropped)
     return Written(tuple(tables), num_cells, found.num_doubled, found.num_adopted, shift)
 
 

@@ -41,6 +41,8 @@ class DemoConfig:
     """Folder for slides, runs, pictures and the report."""
     size_um: float = 1800.0
     """Side of each slide in um."""
+    crops: int = 1024
+    """Crops of cells that the encoder is pretrained on."""
     seed: int = 0
     """Fixes the slides."""
 
@@ -52,7 +54,6 @@ class DemoConfig:
 
 
 TRAINED, UNSEEN = "slide_a", "slide_b"
-NUM_CROPS = 1024
 
 
 def demo(config: DemoConfig) -> int:
@@ -74,7 +75,7 @@ def demo(config: DemoConfig) -> int:
         row["spots"] = str(files.space_ranger and files.space_ranger.absolute())
         pl.DataFrame([row]).write_csv(out / f"{name}.csv")
     with ray_session(dashboard=True):
-        encoder = _pretrained(out, console)
+        encoder = _pretrained(out, config.crops, console)
         console.rule(f"4. extract {TRAINED}: nuclei and their embeddings")
         cells = ExtractConfig(
             manifest=str(out / f"{TRAINED}.csv"), out=str(out / "extract"), encoder=encoder
@@ -111,13 +112,13 @@ def demo(config: DemoConfig) -> int:
     return 0
 
 
-def _pretrained(out: Path, console: Console) -> str:
+def _pretrained(out: Path, num_crops: int, console: Console) -> str:
     """Pretrain an encoder on crops of both slides, briefly; return its file."""
     console.rule("2. crops of cells of both slides")
     both = pl.concat([pl.read_csv(out / f"{name}.csv") for name in (TRAINED, UNSEEN)])
     both.write_csv(out / "both.csv")
     crops = ExtractConfig(
-        manifest=str(out / "both.csv"), out=str(out / "crops"), encoder="none", crops=NUM_CROPS
+        manifest=str(out / "both.csv"), out=str(out / "crops"), encoder="none", crops=num_crops
     )
     with shown_progress() as report:
         extract(crops, report)

@@ -224,9 +224,8 @@ def _density(receipts: pa.Table, tiles: list[Row]) -> tuple[dict[str, float], di
 def _cell_bytes(run: RunFolder, receipts: pa.Table) -> dict[str, float]:
     """Return the bytes of a cell in the shards of a sample, vectors included."""
     named = receipts.filter(pc.is_valid(receipts["shard"]))
-    files = set(zip(named["slide_id"].to_pylist(), named["shard"].to_pylist(), strict=True))
     num_cells = pc.sum(named["num_cells"]).as_py()
     if not num_cells:
         return {}
-    uris = [storage.join(run.shards_uri(slide_id), shard) for slide_id, shard in files]
+    uris = [run.shard_uri(name) for name in named["shard"].unique().to_pylist()]
     return {"stored_cell_bytes": sum(storage.content_size(uri) or 0 for uri in uris) / num_cells}

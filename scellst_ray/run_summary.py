@@ -22,7 +22,7 @@ from scellst_ray.run_state import RunState, read_state
 JSON_NAME, MARKDOWN_NAME = "summary.json", "SUMMARY.md"
 NUM_SLOWEST = 5
 LIBRARIES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "openslide-python", "openslide-bin")
-FOLDERS = ("cells", "expression", "crops", "failures", "records", "receipts", "shards")
+FOLDERS = ("cells", "expression", "crops", "failures", "records", "receipts", "shards", "imported")
 # What differs between two messages of one cause: names in quotes, paths and numbers.
 PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|0x[0-9a-f]+|\d[\d,.]*")
 

@@ -51,9 +51,18 @@ class RunFolder:
         """Return where a slide's FAILURES are."""
         return storage.join(self.uri, "failures", f"{slide_id}.parquet")
 
-    def shards_uri(self, slide_id: str) -> str:
-        """Return the folder of a slide's shards."""
-        return storage.join(self.uri, "shards", slide_id)
+    @property
+    def shards_uri(self) -> str:
+        """The folder of all shards."""
+        return storage.join(self.uri, "shards")
+
+    def shard_uri(self, name: str) -> str:
+        """Return where a shard is."""
+        return storage.join(self.shards_uri, name)
+
+    def imported_uri(self, slide_id: str) -> str:
+        """Return the folder of a slide's imported nuclei, while it is not finished."""
+        return storage.join(self.uri, "imported", slide_id)
 
     def record_uri(self, slide_id: str) -> str:
         """Return where a slide's record is."""
@@ -73,20 +82,20 @@ class RunFolder:
         table = schemas.conform(receipts, schemas.RECEIPTS, "RECEIPTS", self.digest)
         storage.publish_table(storage.join(self.uri, "receipts", name), table)
 
-    def receipts(self, slide_ids: Collection[str] | None = None) -> pa.Table:
+    def receipts(self, besides: Collection[str] = ()) -> pa.Table:
         """Read the receipts log: the last receipt of each tile, errors included.
 
         Args:
-            slide_ids: Only of these; None: of all slides.
+            besides: Not of these slides.
         """
         uris = storage.list_files(storage.join(self.uri, "receipts"))
-        wanted = None if slide_ids is None else pa.array(list(slide_ids), pa.string())
+        unwanted = pa.array(list(besides), pa.string())
 
         def read(uri: str) -> pa.Table:
             table = storage.read_table(uri)
             if "waited_s" not in table.column_names:  # of an earlier release
                 table = table.append_column("waited_s", pa.nulls(len(table), pa.float32()))
-            return table if wanted is None else table.filter(pc.is_in(table["slide_id"], wanted))
+            return table.filter(pc.invert(pc.is_in(table["slide_id"], unwanted)))
 
         with ThreadPoolExecutor(NUM_READERS) as readers:
             tables = list(readers.map(read, uris))

@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -236,6 +236,18 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     return _tried(uri, lambda: _read_parquet(uri, partial(_read_columns, columns=columns)))
 
 
+def read_small_table(uri: str, most_rows: int) -> pa.Table | None:
+    """Read one Parquet file, or return None if it has more than so many rows."""
+
+    def read(source: Any) -> pa.Table | None:  # noqa: ANN401 - path or file
+        with pq.ParquetFile(source, pre_buffer=not isinstance(source, str)) as file:
+            if file.metadata.num_rows > most_rows:
+                return None
+            return file.read(use_threads=False)
+
+    return _tried(uri, lambda: _read_parquet(uri, read))
+
+
 def _read_columns(source: Any, columns: list[str] | None) -> pa.Table:  # noqa: ANN401 - path or file
     # `pq.read_table` looks for partitions first, which takes longer than to read a small file.
     with pq.ParquetFile(source, pre_buffer=not isinstance(source, str)) as file:
@@ -302,6 +314,24 @@ def remove_tree(uri: str) -> None:
             shutil.rmtree(path)
         else:
             Path(path).unlink(missing_ok=True)
+
+
+def remove_files(uris: Collection[str]) -> None:
+    """Remove files of one filesystem, many with a request, that may be gone already."""
+    if not uris:
+        return
+    first = next(iter(uris))
+    if is_local(first):
+        for uri in uris:
+            Path(resolve(uri)[1]).unlink(missing_ok=True)
+        return
+    fs, _ = resolve(first)
+
+    def remove() -> None:
+        with suppress(FileNotFoundError):
+            fs.rm([resolve(uri)[1] for uri in uris])
+
+    _tried(first, remove)
 
 
 def local_copy(uri: str) -> Path:

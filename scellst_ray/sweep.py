@@ -2,8 +2,9 @@
 
 That is, and nothing else:
 
-- shards of slides that are done or empty: their tables are written, a crash kept the shards;
+- shards of slides that are all done or empty: their tables are written, a crash kept the shards;
 - shards that no receipt names: their worker died before, or their driver before it logged them;
+- imported nuclei of slides that are done or empty;
 - temporary files of writers that were killed;
 - notes of attempts: they mean something only to the driver that began them.
 
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
@@ -26,13 +28,14 @@ from scellst_ray.reading import Run, open_run
 from scellst_ray.run_state import read_holder, read_log
 from scellst_ray.runs import FINISHED, last_of_each_tile
 
-SHARDS = "shards"
+SHARDS, IMPORTED = "shards", "imported"
 FINISHED_SHARDS = "shards of finished slides"
 ORPHANS = "shards that no receipt names"
+FINISHED_IMPORTED = "imported nuclei of finished slides"
 TEMPORARY = "temporary files"
 NOTES = "notes of attempts"
-KINDS = (FINISHED_SHARDS, ORPHANS, TEMPORARY, NOTES)
-FOLDERS = ("cells", "crops", "expression", "failures", "receipts", "records", SHARDS)
+KINDS = (FINISHED_SHARDS, ORPHANS, FINISHED_IMPORTED, TEMPORARY, NOTES)
+FOLDERS = ("cells", "crops", "expression", "failures", "receipts", "records", SHARDS, IMPORTED)
 AT_ONCE = 1000
 
 
@@ -107,7 +110,9 @@ def sweep(run_uri: str, *, dry_run: bool = False) -> list[Leftover]:
         found = list(leftovers(open_run(run_uri)))
         for start in range(0, len(found), AT_ONCE):
             lease.check()
-            _remove(run_uri, [leftover.path for leftover in found[start : start + AT_ONCE]])
+            paths = (leftover.path for leftover in found[start : start + AT_ONCE])
+            below = len(_root(run_uri)) + 1
+            storage.remove_files([storage.join(run_uri, path[below:]) for path in paths])
         _remove_empty_folders(run_uri)
     return found
 
@@ -119,8 +124,9 @@ def leftovers(run: Run) -> Iterator[Leftover]:
     receipts = receipts.filter(
         pc.and_(pc.is_null(receipts["error"]), pc.is_valid(receipts["shard"]))
     )
-    columns = (receipts[name].to_pylist() for name in ("slide_id", "shard"))
-    named = set(zip(*columns, strict=True))
+    of_finished = pc.is_in(receipts["slide_id"], pa.array(list(finished), pa.string()))
+    named = set(receipts["shard"].unique().to_pylist())
+    needed = set(receipts.filter(pc.invert(of_finished))["shard"].unique().to_pylist())
     for path, num_bytes in storage.sizes(run.uri).items():
         *folders, name = parts = path.removeprefix(f"{_root(run.uri)}/").split("/")
         kind = None
@@ -128,12 +134,12 @@ def leftovers(run: Run) -> Iterator[Leftover]:
             kind = NOTES
         elif storage.TEMPORARY_NAME.fullmatch(name) and (not folders or folders[0] in FOLDERS):
             kind = TEMPORARY
-        elif len(parts) == 3 and parts[0] == SHARDS and not name.startswith("."):
-            slide_id = parts[1]
-            if slide_id in finished:
-                kind = FINISHED_SHARDS
-            elif (slide_id, name) not in named and not name.startswith("imported-"):
-                kind = ORPHANS
+        elif name.startswith("."):
+            kind = None
+        elif folders == [SHARDS] and name not in needed:
+            kind = FINISHED_SHARDS if name in named else ORPHANS
+        elif len(folders) == 2 and folders[0] == IMPORTED and folders[1] in finished:
+            kind = FINISHED_IMPORTED
         if kind is not None:
             yield Leftover(path, kind, num_bytes)
 
@@ -142,21 +148,12 @@ def _root(uri: str) -> str:
     return storage.resolve(uri)[1].rstrip("/")
 
 
-def _remove(run_uri: str, paths: list[str]) -> None:
-    fs, _ = storage.resolve(run_uri)
-    if storage.is_local(run_uri):
-        for path in paths:
-            Path(path).unlink(missing_ok=True)
-    else:
-        fs.rm(paths)
-
-
 def _remove_empty_folders(run_uri: str) -> None:
     """Remove the folders of slides and sessions that have no file any more."""
     if not storage.is_local(run_uri):
         return
     root = Path(_root(run_uri))
-    for folder in _folders(root / ATTEMPTS, root / SHARDS):
+    for folder in _folders(root / ATTEMPTS, root / IMPORTED):
         if not any(folder.iterdir()):
             folder.rmdir()
 

@@ -94,7 +94,7 @@ def write_run(folder, counts, groups, failed=(), **columns):
             tables.append(tile_cells(tile, counts[tile], **columns))
             start += counts[tile]
         if start:
-            uri = storage.join(run.shards_uri("s"), f"{number}.parquet")
+            uri = run.shard_uri(f"{number}.parquet")
             storage.publish_table(uri, pa.concat_tables(tables))
     order = np.random.default_rng(len(groups)).permutation(len(rows))
     table = pa.Table.from_pylist([rows[i] for i in order], schema=schemas.RECEIPTS)
@@ -156,7 +156,6 @@ def test_a_done_slide(tmp_path, dim):
     assert (record["mpp"], record["width0"], record["height0"]) == (0.5, 1000, 900)
     assert record["seconds"]["read"] == 1.5
     assert record["waited_s"] == 6.0
-    assert not storage.exists(run.shards_uri("s"))
     assert not storage.exists(run.failures_uri("s"))
     assert not storage.exists(run.expression_uri("s"))
     cells = storage.read_table(run.cells_uri("s"))
@@ -191,7 +190,7 @@ def test_the_record_says_how_far_the_cells_lie_from_the_training_slides(tmp_path
     counts = [30, 0, 40]
     run, receipts = write_run(tmp_path, counts, [[2], [0, 1]])
     distances = {}
-    for uri in storage.list_files(run.shards_uri("s")):
+    for uri in storage.list_files(run.shards_uri):
         shard = storage.read_table(uri)
         rng = np.random.default_rng(len(shard))
         distance_N = rng.uniform(0.5, 4, len(shard)).astype(np.float16)
@@ -230,7 +229,7 @@ def test_a_candidate_of_a_tile_without_neighbours_is_a_cell(tmp_path):
     assert record["seams"] == {"doubled": 0, "adopted": num_candidates}
 
 
-def test_a_partial_slide_keeps_its_shards_and_can_be_completed(tmp_path):
+def test_a_partial_slide_can_be_completed(tmp_path):
     counts, groups = [3, 4, 2], [[0], [1], [2]]
     run, receipts = write_run(tmp_path, counts, groups, failed=[1])
     record = compaction.finish_slide(run, "s", receipts)
@@ -242,7 +241,6 @@ def test_a_partial_slide_keeps_its_shards_and_can_be_completed(tmp_path):
         "ValueError",
         "lost",
     )
-    assert len(storage.list_files(run.shards_uri("s"))) == 2
     failures = storage.read_table(run.failures_uri("s"))
     schemas.check(failures.schema, "FAILURES", "failures")
     assert failures.to_pylist() == [
@@ -259,7 +257,6 @@ def test_a_partial_slide_keeps_its_shards_and_can_be_completed(tmp_path):
     assert record["status"] == "done"
     assert "error" not in record
     assert not storage.exists(run.failures_uri("s"))
-    assert not storage.exists(run.shards_uri("s"))
     expected = expected_cells(counts).drop_columns("hidden")
     assert storage.read_table(run.cells_uri("s")).equals(expected)
 
@@ -298,7 +295,7 @@ def test_tissue_without_cells_is_empty(tmp_path):
 
 def test_what_no_receipt_names_is_never_read(tmp_path):
     run, receipts = write_run(tmp_path, [3, 4], [[0, 1]])
-    orphan = storage.join(run.shards_uri("s"), "0-1-orphan.parquet")
+    orphan = run.shard_uri("orphan.parquet")
     storage.publish_table(orphan, tile_cells(7, 5))
     assert compaction.finish_slide(run, "s", receipts)["num_cells"] == len(expected_cells([3, 4]))
     assert len(storage.read_table(run.cells_uri("s"))) == len(expected_cells([3, 4]))

@@ -71,9 +71,9 @@ def add_slide(folder, slide_id, num_tiles=6, cells_per_tile=5, bad=(), **vectors
     for start in range(0, len(good), 2):
         ids = good[start : start + 2]
         table = shard_table(slide_id, ids, cells_per_tile, rng, **vectors_kept)
-        storage.publish_table(f"{folder.shards_uri(slide_id)}/{start}.parquet", table)
+        storage.publish_table(folder.shard_uri(f"{slide_id}-{start}.parquet"), table)
         for row, tile in enumerate(ids):
-            place = {"shard": f"{start}.parquet", "shard_row": row * cells_per_tile}
+            place = {"shard": f"{slide_id}-{start}.parquet", "shard_row": row * cells_per_tile}
             tiles.append({"tile_id": tile, "num_cells": cells_per_tile} | place)
         parts.append(table)
     compaction.finish_slide(folder, slide_id, receipts(slide_id, tiles))

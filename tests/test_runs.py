@@ -117,7 +117,8 @@ def test_paths():
     assert run.cells_uri("a") == "s3://b/run/cells/a.parquet"
     assert run.expression_uri("a") == "s3://b/run/expression/a.parquet"
     assert run.failures_uri("a") == "s3://b/run/failures/a.parquet"
-    assert run.shards_uri("a") == "s3://b/run/shards/a"
+    assert run.shard_uri("x.parquet") == "s3://b/run/shards/x.parquet"
+    assert run.imported_uri("a") == "s3://b/run/imported/a"
 
 
 def test_a_log_of_an_earlier_release_is_read(run):

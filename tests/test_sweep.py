@@ -19,7 +19,16 @@ from scellst_ray import schemas, storage
 from scellst_ray.compaction import finish_slide
 from scellst_ray.lease import LeaseError, held
 from scellst_ray.runs import RunFolder, last_of_each_tile
-from scellst_ray.sweep import FINISHED_SHARDS, NOTES, ORPHANS, TEMPORARY, GcConfig, gc, sweep
+from scellst_ray.sweep import (
+    FINISHED_IMPORTED,
+    FINISHED_SHARDS,
+    NOTES,
+    ORPHANS,
+    TEMPORARY,
+    GcConfig,
+    gc,
+    sweep,
+)
 
 WRONG = {"stage": "embed", "error_type": "OSError", "error": "lost"}
 
@@ -53,11 +62,17 @@ def littered(tmp_path):
     records = [record("fine", "done"), record("part", "partial", num_failed_tiles=1)]
     sources = dict.fromkeys(("fine", "half", "part", "new"), 1)
     part = [receipt("part", 0, 2, 4, shard="p.parquet", shard_row=0)]
-    run = make_run(tmp_path, sources, records, [(0, named), (1, again), (2, [*failed, *part])], {})
-    for name in ("a.parquet", "c.parquet", "imported-0f.parquet"):
-        put(run, "shards", "half", name)
-    put(run, "shards", "part", "p.parquet")
-    put(run, "shards", "new", "imported-11.parquet")
+    # One shard of a finished slide alone, and one that it shares with another.
+    fine = [
+        receipt("fine", t, 2, 4, shard=s, shard_row=0)
+        for t, s in enumerate(("x.parquet", "c.parquet"))
+    ]
+    log = [(0, named), (1, again), (2, [*failed, *part, *fine])]
+    run = make_run(tmp_path, sources, records, log, {})
+    for name in ("a", "c", "p"):
+        put(run, "shards", f"{name}.parquet")
+    for name in ("half", "new"):
+        put(run, "imported", name, "0f.parquet")
     for name in ("cells/fine.parquet", "cells/half.parquet", "crops/set/fine.parquet"):
         put(run, name)
     # Of others: not ours to judge.
@@ -68,15 +83,12 @@ def littered(tmp_path):
         ".git/x.parquet",
     ):
         put(run, name)
-    orphans = [put(run, "shards", "half", f"{name}.parquet", size=100) for name in "bde"]
-    orphans += [put(run, "shards", "part", "a.parquet"), put(run, "shards", "new", "n.parquet")]
     goes = {
-        ORPHANS: orphans,
-        FINISHED_SHARDS: [
-            put(run, "shards", "fine", f"{name}.parquet") for name in ("x", "imported-1")
-        ],
+        ORPHANS: [put(run, "shards", f"{name}.parquet", size=100) for name in "bden"],
+        FINISHED_SHARDS: [put(run, "shards", "x.parquet")],
+        FINISHED_IMPORTED: [put(run, "imported", "fine", f"{name}.parquet") for name in "12"],
         TEMPORARY: [
-            put(run, "shards", "half", ".a.parquet.0123456789abcdef"),
+            put(run, "shards", ".a.parquet.0123456789abcdef"),
             put(run, "cells", ".half.parquet.00000000deadbeef", size=1000),
             put(run, ".config.yaml.fedcba9876543210"),
             put(run, "crops", "set", "records", ".fine.json.0000000000000000"),
@@ -90,13 +102,13 @@ def test_what_goes_and_what_stays(littered, capsys):
     run, goes = littered
     before = every_file(run)
     assert gc(GcConfig(run=run.uri, dry_run=True)) == 0
-    assert "to remove: 13 files, 1,390 bytes" in capsys.readouterr().out
+    assert "to remove: 13 files, 1,480 bytes" in capsys.readouterr().out
     assert every_file(run) == before
     found = sweep(run.uri)
     for kind, paths in goes.items():
         assert {leftover.path for leftover in found if leftover.kind == kind} == set(paths)
     assert every_file(run) == before - set(chain(*goes.values()))
-    assert not Path(run.uri, "shards", "fine").exists()
+    assert not Path(run.uri, "imported", "fine").exists()
     assert not Path(run.uri, "attempts", "s1").exists()
     assert gc(GcConfig(run=run.uri)) == 0
     assert "removed: 0 files, 0 bytes" in capsys.readouterr().out
@@ -172,7 +184,7 @@ def tile_cells(tile_id):
 def work(run, tiles, num_tiles, name, *, logged):
     """Do some tiles as a worker does; log their receipts if the driver lives to do it."""
     table = pa.concat_tables([tile_cells(tile) for tile in tiles])
-    storage.publish_table(f"{run.shards_uri('s')}/{name}.parquet", table)
+    storage.publish_table(run.shard_uri(f"{name}.parquet"), table)
     rows, start = [], 0
     for tile in tiles:
         count = len(tile_cells(tile))
@@ -216,7 +228,7 @@ def test_an_interrupted_run_swept_at_any_moment_ends_the_same(tmp_path_factory, 
     sweep(run.uri)
     done = {row["tile_id"] for row in run.receipts().to_pylist()}
     # What is logged can be read: nothing that counts is gone.
-    there = {path.name for path in Path(run.shards_uri("s")).glob("*")}
+    there = {path.name for path in Path(run.shards_uri).glob("*")}
     named = {row["shard"] for row in run.receipts().to_pylist() if row["shard"]}
     assert there == named
     rest = [tile for tile in range(num_tiles) if tile not in done]

@@ -76,7 +76,12 @@ def run_cells(
             check_sample(run, sample)
         progress = Progress(len(slides))
         driver = Driver(run, progress, report, lease.check)
-        pending = _largest_first(_pending(run, slides, progress), sources)
+        finished = _finished(run)
+        progress.records |= {
+            s.slide_id: finished[s.slide_id] for s in slides if s.slide_id in finished
+        }
+        pending = [slide for slide in slides if slide.slide_id not in finished]
+        pending = _largest_first(pending, sources)
         report(progress)
         if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
             return progress.records
@@ -88,7 +93,7 @@ def run_cells(
             driver.report = watched(run, report)
             spec = replace(cells_spec(config, networks), colours=colours)
             resources = replace(_resources(config, networks), without_nodes=unfit)
-            rows = driver.resume(pending, spec)
+            rows = driver.resume(pending, spec, finished)
             if rows:
                 driver.consume(receipts_dataset(rows, spec, run, resources, cluster, work))
             driver.finish()
@@ -128,13 +133,9 @@ def _check_nodes(
     return check_before_run(asked, cluster, slides, imported=config.segmenter == "imported")
 
 
-def _pending(run: RunFolder, slides: list[SlideRow], progress: Progress) -> list[SlideRow]:
-    """Return the slides that are not finished; the records of the others go into `progress`."""
-    wanted = {slide.slide_id for slide in slides}
-    records = run.records()
-    finished = {s: record for s, record in records.items() if record["status"] in FINISHED}
-    progress.records |= {s: record for s, record in finished.items() if s in wanted}
-    return [slide for slide in slides if slide.slide_id not in progress.records]
+def _finished(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Return the records of all slides of this run that are finished."""
+    return {s: r for s, r in run.records().items() if r["status"] in FINISHED}
 
 
 def _largest_first(

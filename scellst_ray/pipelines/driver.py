@@ -10,9 +10,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,10 @@ from scellst_ray.cohort import SlideRow
 from scellst_ray.compaction import unfinished_record
 from scellst_ray.logs import named
 from scellst_ray.pipelines.finishing import RemoteFinisher, Whole
+from scellst_ray.pipelines.shard_uses import ShardUses
 from scellst_ray.pipelines.slide_tiles import imported_name
 from scellst_ray.pipelines.tiles import CellsSpec
-from scellst_ray.runs import NUM_READERS, RunFolder, last_of_each_tile, split_by_slide
+from scellst_ray.runs import FINISHED, RunFolder, last_of_each_tile, split_by_slide
 
 # A dead driver's successor redoes what came in meanwhile; in long runs fewer files are worth more.
 LOG_EVERY_S = (5.0, 30.0)
@@ -78,23 +80,34 @@ class Driver:
         self.waiting: deque[Whole] = deque()
         self.num_waiting = 0
         self.alone: set[str] = set()
+        self.uses = ShardUses()
         self.imported = False
         self.lock = threading.Lock()
         self.logged_at = self.started = time.monotonic()
         self.finishers: list[Any] = []
         self.finishing: dict[Any, tuple[Any, list[Whole]]] = {}
 
-    def resume(self, pending: list[SlideRow], spec: CellsSpec) -> list[dict[str, Any]]:
+    def resume(
+        self, pending: list[SlideRow], spec: CellsSpec, finished: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
         """Take up the receipts of an earlier driver; return the slides that still need work.
 
-        Each is a row as `plan_slide` takes it.
+        Args:
+            pending: The slides to finish.
+            spec: What is computed.
+            finished: All slides of this run that are. Those that are neither keep their shards.
+
+        Returns:
+            Rows as `plan_slide` takes them.
         """
         self.imported = spec.segmenter == "imported"
-        log = self.run.receipts({slide.slide_id for slide in pending})
+        log = self.run.receipts(besides=finished)
         log = log.filter(pc.and_(pc.is_null(log["error"]), pc.greater_equal(log["tile_id"], 0)))
-        log = log.sort_by("slide_id")
-        with ThreadPoolExecutor(NUM_READERS) as readers:
-            found = dict(readers.map(self._with_shards, split_by_slide(log)))
+        found = dict(split_by_slide(self._with_shards(log).sort_by("slide_id")))
+        wanted = {slide.slide_id for slide in pending}
+        for slide_id, receipts in found.items():
+            if slide_id not in wanted:
+                self._use(slide_id, receipts)
         rows = []
         for slide in pending:
             done = found.get(slide.slide_id, log.slice(0, 0))
@@ -114,20 +127,22 @@ class Driver:
         self.report(self.progress)
         return rows
 
-    def _with_shards(self, whole: Whole) -> Whole:
-        """Return those receipts of a slide whose shard is there: others are worth nothing."""
-        slide_id, receipts = whole
-        uris = storage.list_files(self.run.shards_uri(slide_id))
+    def _with_shards(self, receipts: pa.Table) -> pa.Table:
+        """Return those receipts whose shard is there: others are worth nothing."""
+        uris = storage.list_files(self.run.shards_uri)
         names = pa.array([uri.rsplit("/", 1)[-1] for uri in uris], pa.string())
         there = pc.is_in(receipts["shard"], value_set=names)
-        return slide_id, receipts.filter(pc.or_(there, pc.equal(receipts["num_cells"], 0)))
+        return receipts.filter(pc.or_(there, pc.equal(receipts["num_cells"], 0)))
+
+    def _use(self, slide_id: str, receipts: pa.Table) -> None:
+        self.uses.add(slide_id, receipts["shard"].drop_null().unique().to_pylist())
 
     def _imported(self, slide: SlideRow, spec: CellsSpec) -> dict[str, str | None]:
         """Return where a slide's imported nuclei are, and where they shall lie sorted by tile."""
         source = slide.columns.get("segmentation")
         if spec.segmenter != "imported" or source is None:
             return {"segmentation": None, "imported_uri": None}
-        folder = self.run.shards_uri(slide.slide_id)
+        folder = self.run.imported_uri(slide.slide_id)
         return {
             "segmentation": source,
             "imported_uri": storage.join(folder, imported_name(source, slide.mpp, spec)),
@@ -153,11 +168,14 @@ class Driver:
                 self._log()
 
     def finish(self) -> None:
-        """Wait for the slides being finished."""
+        """Wait for the slides being finished; remove what then is left of all shards."""
         self._log()
         while self.waiting or self.finishing:
             self._submit()
             self._collect(timeout=1)
+        if not self.uses:
+            # Of workers and drivers that died before they could tell of them.
+            _tidy(partial(storage.remove_tree, self.run.shards_uri))
 
     def _take(self, receipts: pa.Table) -> None:
         """Take receipts as they come; what comes late of a slide that is whole is dropped."""
@@ -179,6 +197,7 @@ class Driver:
         num_tiles = receipts["num_tiles"][0].as_py()
         self.progress.num_tiles_known += 0 if parts else num_tiles
         parts.append(receipts)
+        self._use(slide_id, receipts)
         self._count(receipts, 1)
         num = sum(map(len, parts))
         if len(parts) > MAX_PARTS or num >= max(1, num_tiles):
@@ -267,6 +286,7 @@ class Driver:
                     continue
                 records = [unfinished_record(slides[0][0], type(error).__name__, str(error))]
             self.num_waiting -= sum(len(receipts) for _, receipts in slides)
+            self._remove_shards(records)
             for record in records:
                 if record.get("stage") == "finish":
                     told = (record["slide_id"], record["error_type"], record["error"])
@@ -275,6 +295,24 @@ class Driver:
                 self.progress.records[record["slide_id"]] = record
         if ready:
             self.report(self.progress)
+
+    def _remove_shards(self, records: list[dict[str, Any]]) -> None:
+        """Remove the shards that were needed only by slides that are finished now.
+
+        A partial slide keeps its own: a later run adds only the tiles that failed.
+        """
+        with self.lock:
+            finished = [r["slide_id"] for r in records if r["status"] in FINISHED]
+            useless = [name for slide_id in finished for name in self.uses.finished(slide_id)]
+        _tidy(partial(storage.remove_files, [self.run.shard_uri(name) for name in useless]))
+
+
+def _tidy(remove: Callable[[], None]) -> None:
+    """Remove what nothing will read. If it stays it takes room and no more."""
+    try:
+        remove()
+    except OSError as error:
+        logger.warning("shards are left, for `scellst-ray gc` to remove: %s", error)
 
 
 def _num_cells(whole: Whole) -> int:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import ray
 
 from scellst_ray import storage
-from scellst_ray.compaction import finish_slide, unfinished_record
+from scellst_ray.compaction import Shards, finish_slide, unfinished_record
 from scellst_ray.logs import about
 from scellst_ray.pipelines.tiles import Row, guarded
 from scellst_ray.runs import RunFolder, split_by_slide
@@ -25,12 +25,13 @@ def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list
         receipts: RECEIPTS of whole slides, one slide after another.
         imported: As `finish_slide` takes it.
     """
+    shards = Shards(run)
 
     def finish(whole: Whole) -> dict[str, Any]:
         slide_id, of_slide = whole
         outcome: Row = {}
         with about(slide_id), guarded(outcome, "finish"):
-            outcome["record"] = finish_slide(run, slide_id, of_slide, imported=imported)
+            outcome["record"] = finish_slide(run, slide_id, of_slide, shards, imported=imported)
         if "record" in outcome:
             return dict(outcome["record"])
         # Its shards and receipts stay: the next run finishes it.

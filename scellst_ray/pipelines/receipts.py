@@ -180,7 +180,10 @@ def _place(
         return _Place(ActorPoolStrategy(size=num_gpus), 0, share)
     free = min(cluster.num_cpus, fitting - num_gpus * len(on_gpus))
     share = min(1.0, cluster.num_cpus / len(beside))
-    return _Place(ActorPoolStrategy(min_size=1, max_size=max(1, free - len(beside) + 1)), share, 0)
+    most = max(1, free - len(beside) + 1)
+    # Pools grow by one actor at a time, and GPUs wait meanwhile: one for each GPU from the start.
+    first = max(1, min(num_gpus, free // len(beside)))
+    return _Place(ActorPoolStrategy(min_size=1, max_size=most, initial_size=first), share, 0)
 
 
 def _set_context(tiles_per_task: int) -> None:
@@ -191,6 +194,9 @@ def _set_context(tiles_per_task: int) -> None:
     # It would look at all of a worker's memory before and after each task, and say nothing.
     context.memory_usage_poll_interval_s = None
     context.execution_options.preserve_order = False
+    # Tasks come to readers and finders in bursts: a pool that shrinks at half its use, as is Ray's
+    # habit, ends and starts a process for every other one.
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.1
     # A planner waits while this many of its task's blocks have not been fetched; they are ten times
     # a second. Other stages give one block a task.
     context._max_num_blocks_in_streaming_gen_buffer = PLANNED_AHEAD  # noqa: SLF001

@@ -95,8 +95,7 @@ def _tiles_of_nuclei(
         edges_x, edges_y = map(np.array, tile_edges(size0, ratio, spec.core_px))
         publish_by_tile(table, edges_x, edges_y, row["imported_uri"])
         for uri in storage.list_files(row["imported_uri"].rsplit("/", 1)[0]):
-            # Made of another file, or for other tiles.
-            if uri.rsplit("/", 1)[-1].startswith("imported-") and uri != row["imported_uri"]:
+            if uri != row["imported_uri"]:  # made of another file, or for other tiles
                 storage.remove_tree(uri)
     wanted = set(storage.read_table(row["imported_uri"], ["tile_id"])["tile_id"].to_pylist())
     everywhere, frame = np.ones((1, 1), np.bool_), Frame(0.0, 0.0, *map(float, size0))
@@ -110,4 +109,4 @@ def imported_name(source: str, mpp: float | None, spec: CellsSpec) -> str:
     It tells by its name what it was made of, so another file or another tiling is another name.
     """
     made_of = (source, node_cache.identity(source), mpp, spec.read_mpp, spec.core_px)
-    return f"imported-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.parquet"
+    return f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.parquet"

@@ -10,7 +10,7 @@ from scellst_ray.runs import RunFolder
 
 
 class WriteShards:
-    """Tiles to one shard per slide and task, and to receipts."""
+    """Tiles to one shard per task, whatever its slides, and to receipts."""
 
     def __init__(self, run: RunFolder) -> None:
         """Write below `run`."""
@@ -18,11 +18,7 @@ class WriteShards:
 
     def __call__(self, rows: list[Row]) -> pa.Table:
         """Publish the cells of these tiles; return RECEIPTS."""
-        by_slide: dict[str, list[Row]] = {}
-        for row in rows:
-            by_slide.setdefault(row["slide_id"], []).append(row)
-        for of_slide in by_slide.values():
-            self._one(of_slide)
+        self._publish(rows)
         for row in rows:
             failed = row.get("error") is not None
             cells = None if failed else row.get("cells")
@@ -33,8 +29,8 @@ class WriteShards:
         }
         return pa.table(columns, schema=schemas.RECEIPTS)
 
-    def _one(self, rows: list[Row]) -> None:
-        """Write one slide's tiles; if that fails, all of them failed."""
+    def _publish(self, rows: list[Row]) -> None:
+        """Write the cells of tiles that have any; if that fails, all of these tiles failed."""
         rows = [
             row
             for row in rows
@@ -43,12 +39,11 @@ class WriteShards:
         if not rows:
             return
         outcome: Row = {}
-        name = f"{rows[0]['tile_id']}-{rows[-1]['tile_id']}-{uuid.uuid4().hex[:12]}.parquet"
+        name = f"{uuid.uuid4().hex}.parquet"
         with guarded(outcome, "write"):
             # One chunk is written in two thirds of the time of one a tile.
             table = pa.concat_tables([row["cells"] for row in rows]).combine_chunks()
-            uri = storage.join(self.run.shards_uri(rows[0]["slide_id"]), name)
-            storage.publish_table(uri, table)
+            storage.publish_table(self.run.shard_uri(name), table)
         outcome["seconds_write"] /= len(rows)
         start = 0
         for row in rows:

@@ -12,7 +12,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 def test_demo_finds_nuclei_and_expression(tmp_path):
     command = [sys.executable, "-m", "scellst_ray.cli", "demo", f"--out={tmp_path}"]
     ended = subprocess.run(
-        [*command, "--size-um=900"], capture_output=True, text=True, timeout=500, check=False
+        [*command, "--size-um=900", "--crops=256"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())

@@ -43,10 +43,12 @@ def add_slide(folder, slide_id, count, *, embedding, hidden, missing_tiles=0):
         columns["embedding"] = vectors(rng.normal(size=(count, 2048)).astype(np.float16))
     if hidden:
         columns["hidden"] = vectors(rng.uniform(0, 3, (count, 256)).astype(np.float16))
-    storage.publish_table(f"{folder.shards_uri(slide_id)}/0.parquet", pa.table(columns))
+    storage.publish_table(folder.shard_uri(f"{slide_id}.parquet"), pa.table(columns))
     tile = {"slide_id": slide_id, "num_tiles": 1 + missing_tiles, "num_cells": 0, "mpp": MPP}
     tile |= {"width0": WIDTH0, "height0": HEIGHT0}
-    rows = [tile | {"tile_id": 0, "num_cells": count, "shard": "0.parquet", "shard_row": 0}]
+    rows = [
+        tile | {"tile_id": 0, "num_cells": count, "shard": f"{slide_id}.parquet", "shard_row": 0}
+    ]
     rows += [tile | {"tile_id": 1 + i, "error": "cut off"} for i in range(missing_tiles)]
     receipts = {f.name: pa.array([r.get(f.name) for r in rows], f.type) for f in schemas.RECEIPTS}
     compaction.finish_slide(folder, slide_id, pa.table(receipts, schema=schemas.RECEIPTS))

@@ -120,8 +120,7 @@ def replay_receipts(run, slide_id, share, spec, manifest, helpers):
     receipts = WriteShards(run)(Embed(spec, "cpu")(helpers.find_stage(spec)(tiles)))
     names = {name: f"kept-{name}" for name in receipts["shard"].unique().to_pylist() if name}
     for old, new in names.items():
-        folder = run.shards_uri(slide_id)
-        shutil.move(storage.join(folder, old), storage.join(folder, new))
+        shutil.move(run.shard_uri(old), run.shard_uri(new))
     shards = pa.array([names.get(name) for name in receipts["shard"].to_pylist()], pa.string())
     index = receipts.schema.get_field_index("shard")
     run.log_receipts(receipts.set_column(index, receipts.schema.field("shard"), shards))

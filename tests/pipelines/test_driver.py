@@ -39,11 +39,12 @@ def receipts(slide_id, tiles, num_tiles, shard=None, num_cells=1):
     return pa.Table.from_pylist(rows, schema=schemas.RECEIPTS)
 
 
-def write_shard(run, slide_id, name, tiles):
-    """Write one cell for each of some tiles."""
+def write_shard(run, name, **tiles_of):
+    """Write one cell for each of some tiles of some slides."""
+    tiles = [tile for tiles in tiles_of.values() for tile in tiles]
     size = len(tiles)
     columns = {
-        "slide_id": [slide_id] * size,
+        "slide_id": [slide_id for slide_id, tiles in tiles_of.items() for _ in tiles],
         "cell_id": [tile * MAX_CELLS_PER_TILE for tile in tiles],
         "x0": [1.0] * size,
         "y0": [1.0] * size,
@@ -54,7 +55,13 @@ def write_shard(run, slide_id, name, tiles):
         "seam": [0] * size,
     }
     table = pa.table(columns, schema=pa.schema(schemas.SHARD_FIELDS))
-    storage.publish_table(storage.join(run.shards_uri(slide_id), name), table)
+    storage.publish_table(run.shard_uri(name), table)
+
+
+def at(table, shard, row):
+    """Return a receipt of one tile with the place of its cell."""
+    table = table.set_column(table.schema.get_field_index("shard"), "shard", pa.array([shard]))
+    return table.set_column(table.schema.get_field_index("shard_row"), "shard_row", pa.array([row]))
 
 
 def driver_of(run, num_slides=1, check=lambda: None):
@@ -112,7 +119,7 @@ def test_slides_without_tiles_are_whole_at_once(run):
 
 
 def test_a_slide_that_cannot_be_finished_costs_no_other_anything(run):
-    write_shard(run, "good", "s.parquet", [0, 1])
+    write_shard(run, "s.parquet", good=[0, 1])
     tables = [
         receipts("good", [0, 1], 2, "s.parquet"),
         receipts("lost", [0], 1, "gone.parquet"),
@@ -128,16 +135,16 @@ def test_a_slide_that_cannot_be_finished_costs_no_other_anything(run):
 
 
 def test_resume_takes_up_what_has_a_shard(run, cells_spec):
-    write_shard(run, "half", "s.parquet", [0, 1])
-    write_shard(run, "whole", "s.parquet", [0, 1])
+    write_shard(run, "h.parquet", half=[0, 1])
+    write_shard(run, "w.parquet", whole=[0, 1])
     failed = receipts("half", [2], 4, num_cells=0).to_pylist()[0] | {"error": "lost"}
     for table in (
         receipts("other", [5], 9, "not asked for"),
-        receipts("half", [1, 0], 4, "s.parquet"),
-        receipts("whole", [0], 2, "s.parquet"),
+        receipts("half", [1, 0], 4, "h.parquet"),
+        receipts("whole", [0], 2, "w.parquet"),
         receipts("gone", [0, 1], 2, "gone.parquet"),
         pa.Table.from_pylist([failed], schema=schemas.RECEIPTS),
-        receipts("whole", [1], 2, "s.parquet"),
+        receipts("whole", [1], 2, "w.parquet"),
         receipts("half", [3], 4, num_cells=0),
     ):
         run.log_receipts(table)
@@ -182,10 +189,10 @@ class TestWithRay:
     def test_many_slides_make_few_files_of_the_log(self, run):
         size = 40
         for number in range(size):
-            write_shard(run, f"s{number}", "s.parquet", [0, 1])
+            write_shard(run, f"s{number}.parquet", **{f"s{number}": [0, 1]})
         blocks = [
             pa.concat_tables(
-                [receipts(f"s{n}", [t], 2, "s.parquet") for n in range(start, start + 8)]
+                [receipts(f"s{n}", [t], 2, f"s{n}.parquet") for n in range(start, start + 8)]
             ).set_column(
                 schemas.RECEIPTS.get_field_index("shard_row"), "shard_row", pa.array([t] * 8)
             )
@@ -224,8 +231,8 @@ class TestWithRay:
     def test_a_batch_of_slides_that_ends_the_process_is_taken_apart(self, run, monkeypatch):
         monkeypatch.setattr(driver_module, "RemoteFinisher", deadly_finisher())
         for name in ("a", "b", "c"):
-            write_shard(run, name, "s.parquet", [0])
-        table = pa.concat_tables([receipts(name, [0], 1, "s.parquet") for name in ("a", "b", "c")])
+            write_shard(run, f"{name}.parquet", **{name: [0]})
+        table = pa.concat_tables([receipts(n, [0], 1, f"{n}.parquet") for n in ("a", "b", "c")])
         driver = take(driver_of(run, 3), table)
         driver.finish()
         records = driver.progress.records
@@ -236,6 +243,44 @@ class TestWithRay:
         }
         assert records["b"]["stage"] == "finish"
         assert set(run.records()) == {"a", "c"}
+        # What is not finished keeps its cells.
+        left = storage.list_files(run.shards_uri)
+        assert left == [run.shard_uri("b.parquet")]
+
+    def test_a_shard_stays_until_no_slide_needs_it(self, run, cells_spec):
+        write_shard(run, "first.parquet", a=[0, 1], b=[0])
+        write_shard(run, "second.parquet", b=[1], c=[0])
+        write_shard(run, "orphan.parquet", c=[0])
+        half = receipts("a", [0, 1], 2, "first.parquet")
+        for row, table in enumerate((receipts("b", [0], 2), receipts("b", [1], 2)), start=2):
+            name = "first.parquet" if row == 2 else "second.parquet"
+            run.log_receipts(at(table, name, row if row == 2 else 0))
+        run.log_receipts(at(receipts("c", [0], 2), "second.parquet", 1))
+        take(driver := driver_of(run, 1), half)
+        slides = {name: SlideRow(name, f"{name}.svs", None) for name in ("a", "b", "c")}
+        # b and c have cells there, and nobody asks for them now.
+        driver.resume([slides["a"]], cells_spec)
+        driver.finish()
+        assert {r["status"] for r in run.records().values()} == {"done"}
+        assert set(run.records()) == {"a"}
+        names = {uri.rsplit("/", 1)[-1] for uri in storage.list_files(run.shards_uri)}
+        assert names == {"first.parquet", "second.parquet", "orphan.parquet"}
+
+        driver = driver_of(run, 1)
+        assert driver.resume([slides["b"]], cells_spec, finished=["a"]) == []
+        driver.finish()
+        assert storage.read_table(run.cells_uri("b"))["slide_id"].to_pylist() == ["b", "b"]
+        names = {uri.rsplit("/", 1)[-1] for uri in storage.list_files(run.shards_uri)}
+        assert names == {"second.parquet", "orphan.parquet"}
+
+        driver = driver_of(run, 1)
+        (row,) = driver.resume([slides["c"]], cells_spec, finished=["a", "b"])
+        assert row["done_tiles"] == [0]
+        take(driver, receipts("c", [1], 2, num_cells=0))
+        driver.finish()
+        assert storage.read_table(run.cells_uri("c"))["slide_id"].to_pylist() == ["c"]
+        # With the last slide goes what no receipt ever named.
+        assert not storage.exists(run.shards_uri)
 
 
 def deadly_finisher():

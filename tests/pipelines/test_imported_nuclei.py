@@ -60,7 +60,7 @@ def test_every_nucleus_once_with_its_outline_and_type(
     row = helpers.slide_row(
         synthetic_slide.slide,
         segmentation=str(segmentation),
-        imported_uri=storage.join(run.shards_uri("s"), "imported-x.parquet"),
+        imported_uri=storage.join(run.imported_uri("s"), "x.parquet"),
     )
     rows = plan_slide(row, imported_spec)
     assert len(rows) > 4
@@ -87,7 +87,7 @@ def test_every_nucleus_once_with_its_outline_and_type(
 def test_tiles_done_are_not_done_again_and_the_file_is_sorted_once(
     tmp_path, segmentation, imported_spec, synthetic_slide, helpers, monkeypatch
 ):
-    uri = str(tmp_path / "imported-x.parquet")
+    uri = str(tmp_path / "x.parquet")
     row = helpers.slide_row(synthetic_slide.slide, segmentation=str(segmentation), imported_uri=uri)
     rows = plan_slide(row, imported_spec)
     monkeypatch.setattr("scellst_ray.pipelines.slide_tiles.read_segmentation", None)
@@ -107,7 +107,7 @@ def test_tiles_done_are_not_done_again_and_the_file_is_sorted_once(
 def test_a_slide_without_its_segmentation_says_so(
     tmp_path, imported_spec, synthetic_slide, helpers, changes, reason
 ):
-    uri = str(tmp_path / "imported-x.parquet")
+    uri = str(tmp_path / "x.parquet")
     row = helpers.slide_row(synthetic_slide.slide, imported_uri=uri, **changes)
     (planned,) = plan_slide(row, imported_spec)
     assert planned["stage"] == "plan"
@@ -147,4 +147,4 @@ def test_extract_takes_the_segmentation_the_manifest_names(
     assert records["good"]["num_cells"] >= 0.95 * len(truth)
     cells = pq.read_table(tmp_path / "run" / "cells" / "good.parquet")
     assert pa.types.is_binary(cells.schema.field("polygon").type)
-    assert not (tmp_path / "run" / "shards" / "good").exists()
+    assert not (tmp_path / "run" / "imported" / "good").exists()

@@ -104,7 +104,7 @@ def test_receipts_and_shards_are_those_of_the_plain_loop(tmp_path, few_rows, row
         assert found[name].equals(expected[name])
     contents = []
     for run in (loop, packed):
-        (uri,) = storage.list_files(run.shards_uri("s"))
+        (uri,) = storage.list_files(run.shards_uri)
         contents.append(storage.read_table(uri))
     assert contents[0].equals(contents[1])
     assert contents[0].num_rows > 0

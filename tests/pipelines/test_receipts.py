@@ -25,10 +25,22 @@ def test_every_pool_gets_its_first_actors(cells_spec, num_cpus, num_gpus):
             cpus = sum(n * p.num_cpus for n, p in zip(least, places, strict=True))
             gpus = sum(n * p.num_gpus for n, p in zip(least, places, strict=True))
             assert cpus <= num_cpus
+            first = [p.pool.initial_size * p.num_cpus for p in places]
+            assert sum(first) <= max(cpus, num_cpus), "all can start"
             assert gpus <= num_gpus
             assert all(p.pool.max_size >= p.pool.min_size >= 1 for p in places)
             if any(p.num_gpus for p in places):
                 assert gpus == pytest.approx(num_gpus), "no GPU is left idle"
+
+
+def test_readers_and_finders_are_there_for_every_gpu_from_the_start(cells_spec):
+    spec = type(cells_spec)(**vars(cells_spec) | {"segmenter": "cellvit", "encoder": "tokens"})
+    groups = stage_groups(spec, gpus=True)
+    read = groups[0]
+    for num_cpus, num_gpus, first in [(64, 8, 8), (16, 32, 8), (2, 1, 1)]:
+        cluster = Cluster(num_cpus, num_gpus, (1024 * GIB,), num_cpus)
+        place = _place(read, groups, None, cluster, 2 * GIB, gpus=True)
+        assert place.pool.initial_size == first
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def interrupt(manifest, out):
 def litter(run):
     """Leave what crashes leave."""
     for shard in list(Path(run.uri, "shards").rglob("*.parquet")):
-        shutil.copy(shard, shard.with_name("0-1-0123456789ab.parquet"))
+        shutil.copy(shard, shard.with_name(f"copy-{shard.name}"))
         shutil.copy(shard, shard.with_name(f".{shard.name}.0123456789abcdef"))
     Path(run.uri, "attempts", "old").mkdir(parents=True, exist_ok=True)
     Path(run.uri, "attempts", "old", "w.json").write_text("{}")
