@@ -301,6 +301,33 @@ def test_what_no_receipt_names_is_never_read(tmp_path):
     assert len(storage.read_table(run.cells_uri("s"))) == len(expected_cells([3, 4]))
 
 
+def test_a_shard_of_several_small_slides_is_read_once(tmp_path, monkeypatch):
+    run = RunFolder(str(tmp_path), "d1g")
+    tables = {name: tile_cells(tile, 6) for tile, name in enumerate("abc")}
+    column = next(iter(tables.values())).schema.get_field_index("slide_id")
+    mixed = [t.set_column(column, "slide_id", pa.array([s] * 6)) for s, t in tables.items()]
+    storage.publish_table(run.shard_uri("x.parquet"), pa.concat_tables(mixed))
+    asked = []
+    read = storage.read_small_table
+    monkeypatch.setattr(storage, "read_small_table", lambda *a: asked.append(a) or read(*a))
+    shards = compaction.Shards(run)
+    for number, (name, table) in enumerate(tables.items()):
+        row = receipt(0, 1, 6, "x.parquet", 6 * number) | {"slide_id": name}
+        receipts = pa.Table.from_pylist([row], schema=schemas.RECEIPTS)
+        assert compaction.finish_slide(run, name, receipts, shards)["status"] == "done"
+        found = storage.read_table(run.cells_uri(name))
+        assert set(found["slide_id"].to_pylist()) == {name}
+        assert set(found["cell_id"].to_pylist()) <= set(table["cell_id"].to_pylist())
+        assert storage.read_table(run.expression_uri(name)).num_rows == len(found) > 0
+    assert asked == [(run.shard_uri("x.parquet"), compaction.ROW_GROUP)]
+    # What is kept is bounded: the oldest goes.
+    monkeypatch.setattr(compaction, "KEPT_BYTES", 1)
+    shards.read("x.parquet", ["cell_id"], keep=True)
+    storage.publish_table(run.shard_uri("y.parquet"), mixed[0])
+    shards.read("y.parquet", ["cell_id"], keep=True)
+    assert shards.kept == {}
+
+
 def test_geoparquet_opens_in_geopandas_without_a_crs(tmp_path):
     geopandas = pytest.importorskip("geopandas")
     run, receipts = write_run(tmp_path, [3, 2], [[0, 1]])

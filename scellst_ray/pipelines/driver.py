@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +37,8 @@ from scellst_ray.runs import FINISHED, RunFolder, last_of_each_tile, split_by_sl
 LOG_EVERY_S = (5.0, 30.0)
 LONG_RUN_S = 3600.0
 TEND_EVERY_S = 0.2
+# Said after so long without a receipt: a tile may take that, or the run waits for lost nodes.
+SILENT_S = 600.0
 # What one finishing task takes, at most: small slides share its start, large ones their nodes.
 SLIDES_PER_TASK, CELLS_PER_TASK = 64, 200_000
 # Receipts of slides to be finished, in memory: beyond it the pipeline waits.
@@ -83,7 +85,7 @@ class Driver:
         self.uses = ShardUses()
         self.imported = False
         self.lock = threading.Lock()
-        self.logged_at = self.started = time.monotonic()
+        self.logged_at = self.started = self.heard_at = time.monotonic()
         self.finishers: list[Any] = []
         self.finishing: dict[Any, tuple[Any, list[Whole]]] = {}
 
@@ -179,6 +181,7 @@ class Driver:
 
     def _take(self, receipts: pa.Table) -> None:
         """Take receipts as they come; what comes late of a slide that is whole is dropped."""
+        self.heard_at = time.monotonic()
         with self.lock:
             for slide_id, part in split_by_slide(receipts):
                 if slide_id in self.whole:
@@ -220,8 +223,12 @@ class Driver:
 
     def _tend_until(self, ended: threading.Event) -> None:
         """Log receipts and have slides finished, until there is no more to come."""
+        at_first = ray.cluster_resources()  # type: ignore[no-untyped-call]
         while not ended.wait(TEND_EVERY_S):
             now = time.monotonic()
+            if now - self.heard_at > SILENT_S:
+                self.heard_at = now
+                _say_silent(at_first)
             least, most = LOG_EVERY_S
             if now - self.logged_at > min(most, least * (1 + (now - self.started) / LONG_RUN_S)):
                 self._log()
@@ -305,6 +312,20 @@ class Driver:
             finished = [r["slide_id"] for r in records if r["status"] in FINISHED]
             useless = [name for slide_id in finished for name in self.uses.finished(slide_id)]
         _tidy(partial(storage.remove_files, [self.run.shard_uri(name) for name in useless]))
+
+
+def _say_silent(at_first: Mapping[str, float]) -> None:
+    """Say that nothing comes in, and what there is of the cluster that the run began with."""
+    now = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    kinds = [kind for kind in ("GPU", "CPU") if kind in at_first]
+    left = ", ".join(f"{now.get(k, 0):g} of {at_first[k]:g} {k}s" for k in kinds)
+    logger.warning(
+        "no tile was finished for %g minutes; of the cluster at the beginning %s are there. What lost "
+        "nodes had begun waits until there is room for it; a run that is ended goes on with the "
+        "same command",
+        SILENT_S / 60,
+        left,
+    )
 
 
 def _tidy(remove: Callable[[], None]) -> None:

@@ -31,7 +31,9 @@ from scellst_ray.session import Cluster
 logger = logging.getLogger(__name__)
 # Shares of a GPU, by how many groups of stages are on GPUs. Ray fills one GPU before it takes the
 # next: with halves two segmenting networks would come upon one, and two embedding ones on another.
-GPU_SHARES = {1: (1.0,), 2: (0.6, 0.4)}
+# A task stays with its actor, so actors of a lost node must find room: of the second group beside
+# others, at once; of the first when others have no more to do, which they give up their places for.
+GPU_SHARES = {1: (1.0,), 2: (0.6, 0.2)}
 PLANNED_AHEAD = 8
 
 
@@ -178,12 +180,14 @@ def _place(
         # The CPU it uses now and then is left by the others, not asked for.
         share = GPU_SHARES[len(on_gpus)][on_gpus.index(names)]
         return _Place(ActorPoolStrategy(size=num_gpus), 0, share)
-    free = min(cluster.num_cpus, fitting - num_gpus * len(on_gpus))
-    share = min(1.0, cluster.num_cpus / len(beside))
-    most = max(1, free - len(beside) + 1)
+    # All pools at their largest ask for half of the CPUs, so none waits for places that another
+    # holds, also when a node is lost. What they really use the system shares out.
+    share = 1 / (2 * len(beside))
+    most = min(cluster.num_cpus, (fitting - num_gpus * len(on_gpus)) // len(beside))
     # Pools grow by one actor at a time, and GPUs wait meanwhile: one for each GPU from the start.
-    first = max(1, min(num_gpus, free // len(beside)))
-    return _Place(ActorPoolStrategy(min_size=1, max_size=most, initial_size=first), share, 0)
+    first = max(1, min(num_gpus, most // len(beside)))
+    pool = ActorPoolStrategy(min_size=1, max_size=max(1, most), initial_size=first)
+    return _Place(pool, share, 0)
 
 
 def _set_context(tiles_per_task: int) -> None:

@@ -260,6 +260,14 @@ def host_lost(running):
         revive(running, host)
 
 
+def host_lost_for_good(running):
+    """Kill all that runs on a host; the run goes on without it."""
+    running.until_working()
+    if running.sleep(running.random.uniform(0, 5)):
+        running.hosts.kill(running.random.randrange(1, running.hosts.num + 1))
+        running.num_faults += 1
+
+
 def revive(running, host, after_s=3.0):
     """Start a lost host again, as whoever runs the cluster does."""
     running.sleep(after_s)
@@ -345,6 +353,7 @@ INJECTORS = {
     "GPU-stage actor killed": gpu_actor_killed,
     "raylet killed": raylet_killed,
     "host lost": host_lost,
+    "host lost for good": host_lost_for_good,
     "host cut off for 30 s": host_cut_off,
     "driver killed": driver_killed,
     "driver killed again and again": lambda running: driver_killed(running, 5),

@@ -48,6 +48,7 @@ SCENARIOS = {
             "worker killed": 4,
             "raylet killed": 8,
             "host lost": 8,
+            "host lost for good": 4,
             "host cut off for 30 s": 2,
             "driver killed again and again": 4,
             CRASHED: 3,
@@ -55,7 +56,9 @@ SCENARIOS = {
     ),
     "impatient": Scenario({"host cut off for 30 s": 2}, {"quick_health": True}),
     "gpus": Scenario(
-        {"GPU-stage actor killed": 4}, {"num_gpus": 1, "environment": {PRETEND: "1"}}, gpus=True
+        {"GPU-stage actor killed": 4, "host lost for good": 4},
+        {"num_gpus": 1, "environment": {PRETEND: "1"}},
+        gpus=True,
     ),
     "small store": Scenario({"object store filled by others": 2}, {"store_mib": 80}),
     "failing s3": Scenario({"nothing": 2}, s3=True, share=0.1),

@@ -21,16 +21,13 @@ def test_every_pool_gets_its_first_actors(cells_spec, num_cpus, num_gpus):
             )
             groups = stage_groups(spec, gpus=True)
             places = [_place(g, groups, None, cluster, 2 * GIB, gpus=True) for g in groups]
-            least = [p.pool.min_size for p in places]
-            cpus = sum(n * p.num_cpus for n, p in zip(least, places, strict=True))
-            gpus = sum(n * p.num_gpus for n, p in zip(least, places, strict=True))
-            assert cpus <= num_cpus
-            first = [p.pool.initial_size * p.num_cpus for p in places]
-            assert sum(first) <= max(cpus, num_cpus), "all can start"
+            most = [p.pool.max_size for p in places]
+            cpus = sum(n * p.num_cpus for n, p in zip(most, places, strict=True))
+            gpus = sum(n * p.num_gpus for n, p in zip(most, places, strict=True))
+            assert cpus <= max(1, num_cpus / 2), "half of the nodes may be lost"
             assert gpus <= num_gpus
-            assert all(p.pool.max_size >= p.pool.min_size >= 1 for p in places)
-            if any(p.num_gpus for p in places):
-                assert gpus == pytest.approx(num_gpus), "no GPU is left idle"
+            assert all(p.pool.max_size >= p.pool.initial_size >= p.pool.min_size for p in places)
+            assert all(p.pool.min_size == num_gpus for p in places if p.num_gpus)
 
 
 def test_readers_and_finders_are_there_for_every_gpu_from_the_start(cells_spec):
@@ -83,5 +80,6 @@ def test_two_networks_never_share_a_gpu_while_another_has_none(cells_spec):
     )
     # Ray fills a GPU before it takes the next one.
     assert 2 * network.num_gpus > 1
-    assert network.num_gpus + embed.num_gpus == pytest.approx(1)
+    # Where half of the GPUs are lost, those left hold all that embed.
+    assert network.num_gpus + 2 * embed.num_gpus == pytest.approx(1)
     assert network.pool.max_size == embed.pool.max_size == 4
