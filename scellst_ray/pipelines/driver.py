@@ -320,9 +320,9 @@ def _say_silent(at_first: Mapping[str, float]) -> None:
     kinds = [kind for kind in ("GPU", "CPU") if kind in at_first]
     left = ", ".join(f"{now.get(k, 0):g} of {at_first[k]:g} {k}s" for k in kinds)
     logger.warning(
-        "no tile was finished for %g minutes; of the cluster at the beginning %s are there. What lost "
-        "nodes had begun waits until there is room for it; a run that is ended goes on with the "
-        "same command",
+        "no tile was finished for %g minutes; of the cluster at the beginning %s are there. What "
+        "lost nodes had begun waits until there is room for it; a run that is ended goes on with "
+        "the same command",
         SILENT_S / 60,
         left,
     )

@@ -228,6 +228,23 @@ class TestWithRay:
         assert asked.is_set()
         assert len(run.receipts()) == 0
 
+    def test_a_run_to_which_nothing_comes_says_so(self, run, monkeypatch, caplog):
+        monkeypatch.setattr(driver_module, "SILENT_S", 0.5)
+
+        def slow(batch):
+            time.sleep(2)
+            return batch
+
+        blocks = [receipts("a", [tile], 2, num_cells=0) for tile in range(2)]
+        dataset = ray.data.from_arrow(blocks).map_batches(slow, batch_format="pyarrow", num_cpus=2)
+        driver = driver_of(run)
+        driver.consume(dataset)
+        driver.finish()
+        assert run.records()["a"]["status"] == "empty"
+        said = [r.message for r in caplog.records if "no tile was finished" in r.message]
+        assert said
+        assert all("2 of 2 CPUs are there" in text for text in said)
+
     def test_a_batch_of_slides_that_ends_the_process_is_taken_apart(self, run, monkeypatch):
         monkeypatch.setattr(driver_module, "RemoteFinisher", deadly_finisher())
         for name in ("a", "b", "c"):
