@@ -77,11 +77,7 @@ def run_cells(
         progress = Progress(len(slides))
         driver = Driver(run, progress, report, lease.check)
         finished = _finished(run)
-        progress.records |= {
-            s.slide_id: finished[s.slide_id] for s in slides if s.slide_id in finished
-        }
-        pending = [slide for slide in slides if slide.slide_id not in finished]
-        pending = _largest_first(pending, sources)
+        pending = _largest_first(_pending(slides, finished, progress), sources)
         report(progress)
         if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
             return progress.records
@@ -136,6 +132,15 @@ def _check_nodes(
 def _finished(run: RunFolder) -> dict[str, dict[str, Any]]:
     """Return the records of all slides of this run that are finished."""
     return {s: r for s, r in run.records().items() if r["status"] in FINISHED}
+
+
+def _pending(
+    slides: list[SlideRow], finished: Mapping[str, dict[str, Any]], progress: Progress
+) -> list[SlideRow]:
+    """Return the slides that are not finished; the records of the others go into `progress`."""
+    wanted = {slide.slide_id for slide in slides}
+    progress.records |= {s: record for s, record in finished.items() if s in wanted}
+    return [slide for slide in slides if slide.slide_id not in finished]
 
 
 def _largest_first(
