@@ -68,7 +68,7 @@ JOBS = {
     "predict": {"manifest": f"{S3}/new.csv", "out": f"{S3}/run", "head": f"{S3}/head", **TILES},
     "retry": {"run": f"{S3}/run"},
     "export": {"run": f"{S3}/run", "out": f"{S3}/cells.h5ad"},
-    "demo": {"size_um": 500},
+    "demo": {"size_um": 500, "crops": 256},
 }
 
 
