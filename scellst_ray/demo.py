@@ -32,6 +32,8 @@ from scellst_ray.spots.panel import log_normalise
 from scellst_ray.spots.space_ranger import read_space_ranger
 from scellst_ray.train import TrainConfig, train
 
+BATCH = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
@@ -47,9 +49,12 @@ class DemoConfig:
     """Fixes the slides."""
 
     def __post_init__(self) -> None:
-        """Refuse slides too small to hold spots."""
+        """Refuse slides too small to hold spots, and fewer crops than a step takes."""
         if self.size_um < 500:
             message = f"size_um is {self.size_um}; give at least 500, or there are too few spots"
+            raise ValueError(message)
+        if self.crops < BATCH:
+            message = f"crops is {self.crops}; give at least {BATCH}, a batch of pretraining"
             raise ValueError(message)
 
 
@@ -127,7 +132,7 @@ def _pretrained(out: Path, num_crops: int, console: Console) -> str:
         crops=[crops.out],
         out=str(out / "encoder"),
         arch="resnet18",
-        batch=64,
+        batch=BATCH,
         epochs=2,
         warmup_epochs=1,
         optimiser="adamw",

@@ -110,9 +110,8 @@ def sweep(run_uri: str, *, dry_run: bool = False) -> list[Leftover]:
         found = list(leftovers(open_run(run_uri)))
         for start in range(0, len(found), AT_ONCE):
             lease.check()
-            paths = (leftover.path for leftover in found[start : start + AT_ONCE])
-            below = len(_root(run_uri)) + 1
-            storage.remove_files([storage.join(run_uri, path[below:]) for path in paths])
+            paths = [_within(run_uri, each.path) for each in found[start : start + AT_ONCE]]
+            storage.remove_files([storage.join(run_uri, path) for path in paths])
         _remove_empty_folders(run_uri)
     return found
 
@@ -128,7 +127,7 @@ def leftovers(run: Run) -> Iterator[Leftover]:
     named = set(receipts["shard"].unique().to_pylist())
     needed = set(receipts.filter(pc.invert(of_finished))["shard"].unique().to_pylist())
     for path, num_bytes in storage.sizes(run.uri).items():
-        *folders, name = parts = path.removeprefix(f"{_root(run.uri)}/").split("/")
+        *folders, name = parts = _within(run.uri, path).split("/")
         kind = None
         if parts[0] == ATTEMPTS:
             kind = NOTES
@@ -146,6 +145,11 @@ def leftovers(run: Run) -> Iterator[Leftover]:
 
 def _root(uri: str) -> str:
     return storage.resolve(uri)[1].rstrip("/")
+
+
+def _within(run_uri: str, path: str) -> str:
+    """Return a path of the filesystem as one within the run folder."""
+    return path.removeprefix(f"{_root(run_uri)}/")
 
 
 def _remove_empty_folders(run_uri: str) -> None:

@@ -229,7 +229,7 @@ def test_a_candidate_of_a_tile_without_neighbours_is_a_cell(tmp_path):
     assert record["seams"] == {"doubled": 0, "adopted": num_candidates}
 
 
-def test_a_partial_slide_can_be_completed(tmp_path):
+def test_a_partial_slide_keeps_its_shards_and_can_be_completed(tmp_path):
     counts, groups = [3, 4, 2], [[0], [1], [2]]
     run, receipts = write_run(tmp_path, counts, groups, failed=[1])
     record = compaction.finish_slide(run, "s", receipts)
@@ -241,6 +241,7 @@ def test_a_partial_slide_can_be_completed(tmp_path):
         "ValueError",
         "lost",
     )
+    assert len(storage.list_files(run.shards_uri)) == 2
     failures = storage.read_table(run.failures_uri("s"))
     schemas.check(failures.schema, "FAILURES", "failures")
     assert failures.to_pylist() == [

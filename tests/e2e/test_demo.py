@@ -6,7 +6,16 @@ import sys
 
 import pytest
 
+from scellst_ray.demo import DemoConfig
+
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
+
+
+def test_what_cannot_be_learnt_from_is_refused_at_once():
+    with pytest.raises(ValueError, match="size_um is 100"):
+        DemoConfig(size_um=100)
+    with pytest.raises(ValueError, match="crops is 10; give at least 64"):
+        DemoConfig(crops=10)
 
 
 def test_demo_finds_nuclei_and_expression(tmp_path):

@@ -264,16 +264,30 @@ class TestWithRay:
         left = storage.list_files(run.shards_uri)
         assert left == [run.shard_uri("b.parquet")]
 
+    def test_a_partial_slide_keeps_its_shards_until_it_is_done(self, run, cells_spec):
+        write_shard(run, "a.parquet", a=[0])
+        failed = receipts("a", [1], 2, num_cells=0).to_pylist()[0] | {"error": "lost"}
+        failed = pa.Table.from_pylist([failed], schema=schemas.RECEIPTS)
+        driver = take(driver_of(run), receipts("a", [0], 2, "a.parquet"), failed)
+        driver.finish()
+        assert run.records()["a"]["status"] == "partial"
+        assert storage.list_files(run.shards_uri) == [run.shard_uri("a.parquet")]
+        driver = driver_of(run)
+        (row,) = driver.resume([SlideRow("a", "a.svs", None)], cells_spec)
+        assert row["done_tiles"] == [0]
+        take(driver, receipts("a", [1], 2, num_cells=0)).finish()
+        assert run.records()["a"]["status"] == "done"
+        assert not storage.exists(run.shards_uri)
+
     def test_a_shard_stays_until_no_slide_needs_it(self, run, cells_spec):
         write_shard(run, "first.parquet", a=[0, 1], b=[0])
         write_shard(run, "second.parquet", b=[1], c=[0])
         write_shard(run, "orphan.parquet", c=[0])
-        half = receipts("a", [0, 1], 2, "first.parquet")
-        for row, table in enumerate((receipts("b", [0], 2), receipts("b", [1], 2)), start=2):
-            name = "first.parquet" if row == 2 else "second.parquet"
-            run.log_receipts(at(table, name, row if row == 2 else 0))
+        whole_a = receipts("a", [0, 1], 2, "first.parquet")
+        run.log_receipts(at(receipts("b", [0], 2), "first.parquet", 2))
+        run.log_receipts(at(receipts("b", [1], 2), "second.parquet", 0))
         run.log_receipts(at(receipts("c", [0], 2), "second.parquet", 1))
-        take(driver := driver_of(run, 1), half)
+        driver = take(driver_of(run, 1), whole_a)
         slides = {name: SlideRow(name, f"{name}.svs", None) for name in ("a", "b", "c")}
         # b and c have cells there, and nobody asks for them now.
         driver.resume([slides["a"]], cells_spec)

@@ -26,7 +26,9 @@ def test_every_pool_gets_its_first_actors(cells_spec, num_cpus, num_gpus):
             gpus = sum(n * p.num_gpus for n, p in zip(most, places, strict=True))
             assert cpus <= max(1, num_cpus / 2), "half of the nodes may be lost"
             assert gpus <= num_gpus
-            assert all(p.pool.max_size >= p.pool.initial_size >= p.pool.min_size for p in places)
+            assert all(
+                p.pool.max_size >= p.pool.initial_size >= p.pool.min_size >= 1 for p in places
+            )
             assert all(p.pool.min_size == num_gpus for p in places if p.num_gpus)
 
 
