@@ -32,6 +32,7 @@ from typing import Any
 import fsspec
 
 from scellst_ray import storage
+from scellst_ray.signals import clean_exit_on_sigterm
 
 NAME = "lease.json"
 LEASE_S = 60.0
@@ -56,12 +57,13 @@ def held(run_uri: str, seconds: float = LEASE_S) -> Iterator["Lease"]:
         LeaseError: another driver holds it and is alive.
     """
     lease = Lease(run_uri, seconds)
-    lease.acquire()
-    threading.Thread(target=lease.keep, name="lease", daemon=True).start()
-    try:
-        yield lease
-    finally:
-        lease.release()
+    with clean_exit_on_sigterm():
+        lease.acquire()
+        threading.Thread(target=lease.keep, name="lease", daemon=True).start()
+        try:
+            yield lease
+        finally:
+            lease.release()
 
 
 class Lease:

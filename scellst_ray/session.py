@@ -2,14 +2,13 @@
 
 import logging
 import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+
+from scellst_ray.signals import catch_sigterm, clean_exit_on_sigterm
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
     """
     # Below errors Ray Data tells of its progress bars and operators; ours is shown instead.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    joined, told_to_end = ray.is_initialized(), signal.getsignal(signal.SIGTERM)
+    joined = ray.is_initialized()
     address = os.environ.get("RAY_ADDRESS", "")
     if not joined and address.startswith("http"):
         message = (
@@ -57,41 +56,41 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
             "unset RAY_ADDRESS to run it here"
         )
         raise ValueError(message)
-    if not joined and address:
-        ray.init(address="auto", logging_level=logging.WARNING)
-    elif not joined:
-        # "local": whatever else runs or ran on this machine is none of ours.
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            logging_level=logging.WARNING,
-        )
-    in_main = threading.current_thread() is threading.main_thread()
-    if in_main:
-        # Ray's own handler has the process aborted three seconds later, whatever it is still doing.
-        signal.signal(signal.SIGTERM, _end)
-    try:
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        nodes = ray.nodes()  # type: ignore[no-untyped-call]
-        alive = [node["Resources"] for node in nodes if node["Alive"]]
-        yield Cluster(
-            int(resources.get("CPU", 1)),
-            int(resources.get("GPU", 0)),
-            tuple(int(node.get("memory", 0)) for node in alive),
-            max(int(node.get("CPU", 0)) for node in alive),
-            may_grow=bool(address),
-        )
-    finally:
+    with clean_exit_on_sigterm():
         if not joined:
-            ray.shutdown()
-        # Once told, what encloses this, such as a lease, is to end in order too.
-        if in_main and signal.getsignal(signal.SIGTERM) is _end:
-            signal.signal(signal.SIGTERM, told_to_end or signal.SIG_DFL)
+            _init(address, num_cpus, dashboard=dashboard)
+        # Ray's own handler aborts the process three seconds after SIGTERM.
+        catch_sigterm()
+        try:
+            yield _cluster(may_grow=bool(address))
+        finally:
+            if not joined:
+                ray.shutdown()
 
 
-def _end(number: int, _frame: object) -> None:
-    """End this process in order, once: what is said again meanwhile must not break that off."""
-    signal.signal(number, signal.SIG_IGN)
-    sys.exit(128 + number)
+def _init(address: str, num_cpus: int | None, *, dashboard: bool) -> None:
+    """Join the cluster at `address`, or start one on this machine if it is empty."""
+    if address:
+        ray.init(address="auto", logging_level=logging.WARNING)
+        return
+    # "local": whatever else runs or ran on this machine is none of ours.
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=dashboard,
+        dashboard_host="127.0.0.1",
+        logging_level=logging.WARNING,
+    )
+
+
+def _cluster(*, may_grow: bool) -> Cluster:
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    return Cluster(
+        int(resources.get("CPU", 1)),
+        int(resources.get("GPU", 0)),
+        tuple(int(node.get("memory", 0)) for node in alive),
+        max(int(node.get("CPU", 0)) for node in alive),
+        may_grow=may_grow,
+    )

@@ -23,6 +23,7 @@ class Objects:
         asked: HEAD or GET, and path, of every request.
         half_sent: Set once a held-back answer has sent half of its bytes.
         go_on: Cleared by a test to hold back the second half of every answer.
+        patience_s: Seconds that an answer is held back at most.
         when: Called before a GET is answered.
     """
 
@@ -33,6 +34,7 @@ class Objects:
     asked: list = field(default_factory=list)
     half_sent: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
+    patience_s: float = 20.0
     when: object = lambda: None
 
     def gets(self, path=None):
@@ -79,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if not told.go_on.is_set():
             told.half_sent.set()
-            told.go_on.wait(20)
+            told.go_on.wait(told.patience_s)
         self.wfile.write(body[half:])
 
 

@@ -10,6 +10,7 @@
 Shape letters: N crops, D embedding.
 """
 
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ UNREADABLE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError, Safe
 PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "backbone.")
 # Counters of training steps; old checkpoints lack them, and they decide nothing.
 COUNTER = "num_batches_tracked"
+# Values of oneDNN's variable ONEDNN_MAX_CPU_ISA that keep it from native bfloat16.
+ISAS_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
 @dataclass(frozen=True)
@@ -266,11 +269,16 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def best_precision(device: str) -> Literal["float32", "bfloat16", "float16"]:
-    """Return 'bfloat16' where the device computes in it natively, else what it does quickly."""
+    """Return 'bfloat16' where the device computes in it natively, else what it does quickly.
+
+    On a CPU oneDNN computes, and ONEDNN_MAX_CPU_ISA limits what of the CPU it may use.
+    """
     if device == "cuda":
         # A driver without a GPU speaks for workers that have one: all since Ampere do bfloat16.
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native or not torch.cuda.is_available() else "float16"
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISAS_WITHOUT_BFLOAT16:
+        return "float32"
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bfloat16" if native else "float32"

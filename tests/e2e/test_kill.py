@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from object_server import serving
 
 from scellst_ray.runs import RunFolder
 from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
@@ -27,27 +28,31 @@ def extract_command(manifest, out):
         "--core-px=128",
         "--tiles-per-task=2",
         "--memory-gb=0.5",
-        # It must last longer than receipts stay unlogged.
         "--workers=1",
+        "--precision=float32",
     ]
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    """Return a manifest of two slides of 35 tiles each."""
+def cohort(tmp_path_factory):
+    """Return a manifest and the server of its second slide, the smaller, which comes second.
+
+    While the server holds that slide back no run can end, however fast the machine.
+    """
     folder = tmp_path_factory.mktemp("cohort")
-    lines = ["slide_id,uri"]
-    for number in range(2):
-        config = SyntheticConfig(seed=number, width_um=500.0, height_um=300.0, num_genes=4)
+    for number, width_um in enumerate((500.0, 400.0)):
+        config = SyntheticConfig(seed=number, width_um=width_um, height_um=300.0, num_genes=4)
         write_synthetic_slide(folder / f"s{number}", config)
-        lines.append(f"s{number},s{number}/slide.tiff")
-    path = folder / "manifest.csv"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    served = {"s1.tiff": (folder / "s1" / "slide.tiff").read_bytes()}
+    with serving(served, patience_s=600.0) as (address, server):
+        path = folder / "manifest.csv"
+        path.write_text(f"slide_id,uri\ns0,s0/slide.tiff\ns1,{address}/s1.tiff\n")
+        yield path, server
 
 
-def started_run(manifest, out):
-    """Start a run; return its process as soon as some receipts are logged."""
+def started_run(manifest, server, out):
+    """Start a run that cannot end; return its process as soon as some receipts are logged."""
+    server.go_on.clear()
     process = subprocess.Popen(
         extract_command(manifest, out),
         stdout=subprocess.DEVNULL,
@@ -62,28 +67,31 @@ def started_run(manifest, out):
     return process
 
 
-def test_a_driver_told_to_end_logs_what_it_has(manifest, tmp_path):
+def test_a_driver_told_to_end_logs_what_it_has(cohort, tmp_path):
     # What a preempted node, `ray job stop` and a batch system send first.
-    process = started_run(manifest, tmp_path / "told")
+    process = started_run(*cohort, tmp_path / "told")
     run = RunFolder(str(tmp_path / "told"), "")
     before = len(run.receipts())
     time.sleep(3)  # less than until the next file of the log
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     receipts = run.receipts()
-    assert before < len(receipts) < 70
+    assert before < len(receipts)
     for row in receipts.to_pylist():
         assert not row["shard"] or Path(run.shard_uri(row["shard"])).exists()
     assert not (tmp_path / "told" / "lease.json").exists()
 
 
-def test_sigkill_and_resume(manifest, tmp_path):
+def test_sigkill_and_resume(cohort, tmp_path):
+    manifest, server = cohort
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    server.go_on.set()
     subprocess.run(extract_command(manifest, whole), check=True, capture_output=True, timeout=300)
-    process = started_run(manifest, killed)
+    process = started_run(manifest, server, killed)
     run = RunFolder(str(killed), "")
     process.send_signal(signal.SIGKILL)
     process.wait()
+    server.go_on.set()
     before = run.receipts()
     names = {row["shard"] for row in before.to_pylist() if row["shard"]}
     done = {(row["slide_id"], row["tile_id"]) for row in before.to_pylist()}

@@ -94,7 +94,21 @@ def test_bfloat16_is_close_to_float32(encoder, crops, embedding):
     half = embed_crops(encoder, crops[:4], "cpu", "bfloat16", batch_size=4).astype(float)
     exact = embedding[:4].astype(float)
     assert np.abs(half - exact).mean() < 0.05 * np.abs(exact).mean()
-    assert best_precision("cpu") in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit", "precision"),
+    [
+        ({"avx2": True}, "", "float32"),
+        ({"avx512_bf16": True}, "", "bfloat16"),
+        ({"amx_bf16": True}, "avx512_core_amx", "bfloat16"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "avx2", "float32"),
+    ],
+)
+def test_the_precision_of_a_cpu_is_what_it_computes_natively(monkeypatch, flags, limit, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert best_precision("cpu") == precision
 
 
 def test_outputs_too_large_for_float16_are_refused(crops):

@@ -21,7 +21,13 @@ from scellst_ray.pipelines.write import WriteShards
 from scellst_ray.runs import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
-TILES = {"core_px": 96, "halo_px": 32, "encoder": "random:0", "memory_gb": 0.5}
+TILES = {
+    "core_px": 96,
+    "halo_px": 32,
+    "encoder": "random:0",
+    "memory_gb": 0.5,
+    "precision": "float32",
+}
 
 
 def spec_of(config):
@@ -69,10 +75,8 @@ def assert_same(found, expected):
     ],
 )
 def test_pipeline_equals_plain_loop(small_cohort, plain, tmp_path, resources):
-    settings = TILES | {"precision": "float32"}
-    if "gpus" not in resources:
-        resources = resources | {"gpus": False}
-    config = ExtractConfig(manifest=str(small_cohort), out=str(tmp_path), **settings, **resources)
+    settings = TILES | {"gpus": False} | resources
+    config = ExtractConfig(manifest=str(small_cohort), out=str(tmp_path), **settings)
     records = extract(config)
     assert {record["status"] for record in records.values()} == {"done"}
     for slide_id, expected in plain.items():
