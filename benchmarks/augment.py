@@ -27,8 +27,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
 
-from scellst_ray.models.augment import AugmentConfig, apply, augment, draw
-from scellst_ray.models.encoder_header import IMAGENET_MEAN, IMAGENET_STD
+from scellst_ray.models.encoder.header import IMAGENET_MEAN, IMAGENET_STD
+from scellst_ray.models.moco.augment import AugmentConfig, apply, augment, draw
 
 CROP_PX = 72
 AIM = 4.0  # times the crops a second of torchvision and PIL

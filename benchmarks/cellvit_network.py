@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scellst_ray.models.cellvit import CellViT, arch_of
-from scellst_ray.models.cellvit_inference import DTYPES, pack_maps
+from scellst_ray.models.cellvit.inference import DTYPES, pack_maps
+from scellst_ray.models.cellvit.network import CellViT, arch_of
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,20 @@ import pyarrow.compute as pc
 import ray
 import shapely
 
-from scellst_ray import __version__, schemas, storage
-from scellst_ray.cohort import SlideRow
-from scellst_ray.geometry import Box
-from scellst_ray.pipelines.cells import run_cells
-from scellst_ray.pipelines.checked_networks import CheckedNetworks
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.core.geometry import Box
+from scellst_ray.core.version import __version__
 from scellst_ray.pipelines.driver import Progress
-from scellst_ray.pipelines.extract_config import ExtractConfig
+from scellst_ray.pipelines.extract import run_cells
 from scellst_ray.pipelines.receipts import Work
-from scellst_ray.pipelines.stages import make_stage
-from scellst_ray.pipelines.tiles import MAX_CELLS_PER_TILE, CellsSpec, Row, box_columns, todo
-from scellst_ray.runs import RunFolder
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.tiling import tile_edges
+from scellst_ray.stages.checked_networks import CheckedNetworks
+from scellst_ray.stages.config import ExtractConfig
+from scellst_ray.stages.make import make_stage
+from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, Row, box_columns, todo
 
 CORE_PX, HALO_PX, MPP = 960, 32, 0.25
 SIDES = (8, 10, 12)

@@ -28,15 +28,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from scellst_ray import crop_format, schemas, storage
-from scellst_ray.crop_format import Spool, decode_into, file_uri, index_uri
-from scellst_ray.crop_order import CropOrder, prefetched
-from scellst_ray.crop_store import CropFiles, CropStore, image_bytes, open_store
-from scellst_ray.geometry import Box
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.core.geometry import Box
 from scellst_ray.nuclei.hematoxylin import segment
-from scellst_ray.pipelines.cutting import cut_window, windows
+from scellst_ray.runs import crop_files as crop_format
+from scellst_ray.runs.crop_files import Spool, decode_into, file_uri, index_uri
+from scellst_ray.runs.crop_store import CropFiles, CropStore, image_bytes, open_store
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tiling import default_read_mpp
+from scellst_ray.stages.cut_crops import cut_window, windows
+from scellst_ray.training.crop_order import CropOrder, prefetched
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
 SLIDES = {
@@ -250,7 +252,7 @@ def measure_training(store: CropStore, batch: int) -> dict[str, Any]:
     """Return rates of both ways to stream an epoch, and whether Ray Data repeats its order."""
     from ray.data import DataContext
 
-    from scellst_ray.session import ray_session
+    from scellst_ray.pipelines.session import ray_session
 
     order = CropOrder(store, batch, seed=0, threads=2)
 

@@ -26,18 +26,19 @@ import ray
 import ray.data
 from measuring import peak_memory
 
-from scellst_ray import __version__, schemas
-from scellst_ray.pipelines.cells import OWN_WORK
-from scellst_ray.pipelines.find import FindNuclei
-from scellst_ray.pipelines.networks import Embed
-from scellst_ray.pipelines.read import Read
+from scellst_ray.core import schemas
+from scellst_ray.core.version import __version__
+from scellst_ray.pipelines.extract import OWN_WORK
 from scellst_ray.pipelines.receipts import Resources, receipts_dataset
-from scellst_ray.pipelines.slide_tiles import plan_slide
-from scellst_ray.pipelines.tiles import CellsSpec
-from scellst_ray.pipelines.write import WriteShards
-from scellst_ray.runs import RunFolder
-from scellst_ray.session import ray_session
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.pipelines.session import ray_session
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from scellst_ray.stages.find import FindNuclei
+from scellst_ray.stages.networks import Embed
+from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.read import Read
+from scellst_ray.stages.tiles import CellsSpec
+from scellst_ray.stages.write import WriteShards
 
 
 def main() -> None:

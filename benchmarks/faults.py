@@ -20,20 +20,14 @@ from typing import Any
 import numpy as np
 import ray
 
-from scellst_ray import __version__
+from scellst_ray.core.version import __version__
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.faults.scenarios import SCENARIOS, outcomes, undisturbed_run
 
 
 def main() -> int:
     """Run the matrix; print a table; return 1 if any run differs."""
-    sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
-    from scenarios import (  # type: ignore[import-not-found]
-        SCENARIOS,
-        outcomes,
-        undisturbed_run,
-    )
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
     parser.add_argument("--faults", nargs="+", help="of those scenarios; by default all")

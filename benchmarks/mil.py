@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from scellst_ray.analysis.metrics import pearson_by_column, spearman_by_column
-from scellst_ray.models.bags import BagSet, epoch_batches, split_spots
-from scellst_ray.models.mil import MilHead
-from scellst_ray.models.mil_epoch import train_epoch, validation_loss
-from scellst_ray.models.mil_fit import FitConfig, new_head, new_optimiser
+from scellst_ray.evaluation.expression.metrics import pearson_by_column, spearman_by_column
+from scellst_ray.models.mil.bags import BagSet, epoch_batches, split_spots
+from scellst_ray.models.mil.epoch import train_epoch, validation_loss
+from scellst_ray.models.mil.fit import FitConfig, new_head, new_optimiser
+from scellst_ray.models.mil.head import MilHead
 
 DIM, CHUNK = 2048, (64, 128)
 Loss = Literal["mse", "nb"]

@@ -22,13 +22,13 @@ from measuring import peak_memory
 from scipy import sparse
 
 from scellst_ray import storage
-from scellst_ray.crossvalidate_folds import make_folds
-from scellst_ray.crossvalidate_trial import SlideData, TrialSettings, run_trial
-from scellst_ray.models.mil_fit import FitConfig
-from scellst_ray.pipelines.supervision import Rules
-from scellst_ray.session import ray_session
+from scellst_ray.evaluation.crossvalidation.folds import make_folds
+from scellst_ray.evaluation.crossvalidation.trial import SlideData, TrialSettings, run_trial
+from scellst_ray.models.mil.fit import FitConfig
+from scellst_ray.pipelines.session import ray_session
 from scellst_ray.spots.links import Links
 from scellst_ray.spots.table import Spots
+from scellst_ray.stages.supervision import Rules
 from scellst_ray.training.grid import Resources, Trial, prepare_inputs, run_trials, trial_uri
 
 

@@ -28,18 +28,20 @@ import shapely
 from measuring import peak_memory
 from numpy.typing import NDArray
 
-from scellst_ray import __version__, schemas, storage
-from scellst_ray.geometry import Box
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.core.geometry import Box
+from scellst_ray.core.version import __version__
 from scellst_ray.pipelines.driver import Driver, Progress
-from scellst_ray.pipelines.find import FindNuclei
-from scellst_ray.pipelines.tiles import box_of
-from scellst_ray.pipelines.write import WriteShards
-from scellst_ray.runs import RunFolder
-from scellst_ray.session import ray_session
+from scellst_ray.pipelines.session import ray_session
+from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.reader import box_frame
+from scellst_ray.stages.find import FindNuclei
+from scellst_ray.stages.tiles import box_of
+from scellst_ray.stages.write import WriteShards
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import true_tiles  # type: ignore[import-not-found]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support import true_tiles
 
 CORE_PX, HALO_PX, PITCH_PX = 960, 32, 46
 MPP = 0.25

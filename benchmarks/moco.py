@@ -38,13 +38,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from scellst_ray.models.augment import AugmentConfig, augment
-from scellst_ray.models.backbones import new_backbone
-from scellst_ray.models.encoder_header import IMAGENET_MEAN, IMAGENET_STD
-from scellst_ray.models.lars import new_moco_optimiser
-from scellst_ray.models.moco import Moco, MocoConfig
-from scellst_ray.models.moco_step import moco_step
-from scellst_ray.models.quick_conv import quicken
+from scellst_ray.models.encoder.backbones import new_backbone
+from scellst_ray.models.encoder.header import IMAGENET_MEAN, IMAGENET_STD
+from scellst_ray.models.moco.augment import AugmentConfig, augment
+from scellst_ray.models.moco.lars import new_moco_optimiser
+from scellst_ray.models.moco.network import Moco, MocoConfig
+from scellst_ray.models.moco.quick_conv import quicken
+from scellst_ray.models.moco.step import moco_step
 
 AIM = 1.5  # times lightly's crops a second
 LR, MOMENTUM = 0.3, 0.99

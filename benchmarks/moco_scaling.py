@@ -25,12 +25,12 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from scellst_ray.models.augment import AugmentConfig, augment
-from scellst_ray.models.backbones import new_moco
-from scellst_ray.models.lars import new_moco_optimiser
-from scellst_ray.models.moco import MocoConfig
-from scellst_ray.models.moco_step import Collective, moco_step, process_group
-from scellst_ray.models.sync_norm import convert
+from scellst_ray.models.moco.augment import AugmentConfig, augment
+from scellst_ray.models.moco.lars import new_moco_optimiser
+from scellst_ray.models.moco.model import new_moco
+from scellst_ray.models.moco.network import MocoConfig
+from scellst_ray.models.moco.step import Collective, moco_step, process_group
+from scellst_ray.models.moco.sync_norm import convert
 
 SMALL = MocoConfig(projector_dim=256, out_dim=64)
 PAPER_BATCH = 4096

@@ -23,15 +23,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from scellst_ray import schemas
-from scellst_ray.analysis.segmentation_metrics import score_labels
-from scellst_ray.geometry import Frame
+from scellst_ray.core import schemas
+from scellst_ray.core.geometry import Frame
+from scellst_ray.evaluation.segmentation.mask_metrics import score_labels
 from scellst_ray.nuclei.hv_maps import label_packed, nuclei_from_packed, pack_maps
-from scellst_ray.nuclei.ideal_maps import ideal_maps
 from scellst_ray.nuclei.instances import Nuclei
+from scellst_ray.slides.synthetic.ideal_maps import ideal_maps
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import full_scan  # type: ignore[import-not-found]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support import full_scan
 
 TYPES = ("Background", "Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
 Maps = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]

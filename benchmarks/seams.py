@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import true_tiles  # type: ignore[import-not-found]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support import true_tiles
 
 NUM = 150
 COLUMNS = ("jitter", "context", "window_px", "nuclei", "lost", "doubled", "settled")

@@ -27,7 +27,7 @@ from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
-from scellst_ray.analysis.segmentation_metrics import score_labels
+from scellst_ray.evaluation.segmentation.mask_metrics import score_labels
 from scellst_ray.nuclei.hematoxylin import segment_labels
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "seg_monuseg"

@@ -9,8 +9,8 @@ The same as `scellst-ray evaluate expression`, under the name older notes give.
 import argparse
 import sys
 
-from scellst_ray.evaluate_expression import EvaluateExpressionConfig
-from scellst_ray.evaluate_expression_report import run_evaluate_expression
+from scellst_ray.commands.evaluate_expression import run_evaluate_expression
+from scellst_ray.evaluation.expression.evaluate import EvaluateExpressionConfig
 
 
 def main() -> int:

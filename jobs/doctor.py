@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/doctor.py
 
 import sys
 
-from scellst_ray.cli import main
+from scellst_ray.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["doctor", *sys.argv[1:]]))

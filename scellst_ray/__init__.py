@@ -5,17 +5,18 @@ Importing this package imports neither Ray nor torch; `open_run` is loaded when 
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from scellst_ray.reading import Run, open_run
+from scellst_ray.core.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from scellst_ray.runs.reading import Run, open_run
+
 __all__ = ["Run", "__version__", "open_run"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type is that of the attribute asked for
     """Load the run reader on first use (PEP 562)."""
     if name in {"Run", "open_run"}:
-        from scellst_ray import reading  # noqa: PLC0415 - that is the point
+        from scellst_ray.runs import reading  # noqa: PLC0415 - that is the point
 
         return getattr(reading, name)
     message = f"module {__name__!r} has no attribute {name!r}"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from tests.support.paths import SHARED
 
 BACKGROUND = (40, 60, 80)
 DOT_SIGMA = 7.0
@@ -27,7 +28,7 @@ def shared_ray(tmp_path_factory):
     """
     import ray
 
-    from scellst_ray.session import ray_session
+    from scellst_ray.pipelines.session import ray_session
 
     running = []
 
@@ -136,7 +137,7 @@ def synthetic_slide(tmp_path_factory):
 @pytest.fixture(scope="session")
 def data_dir():
     """Return the folder of real slides beside the repository; skip where it is absent."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = SHARED / "data"
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}")
     return folder
@@ -145,7 +146,7 @@ def data_dir():
 @pytest.fixture(scope="session")
 def cells_spec():
     """Return what to compute in tests: small tiles, a random encoder."""
-    from scellst_ray.pipelines.tiles import CellsSpec
+    from scellst_ray.stages.tiles import CellsSpec
 
     return CellsSpec(
         segmenter="hematoxylin",
@@ -162,7 +163,7 @@ def cells_spec():
 @pytest.fixture(scope="session")
 def embed_stage(cells_spec):
     """Return the embedding stage, made once."""
-    from scellst_ray.pipelines.networks import Embed
+    from scellst_ray.stages.networks import Embed
 
     return Embed(cells_spec, "cpu")
 
@@ -170,7 +171,7 @@ def embed_stage(cells_spec):
 @pytest.fixture(scope="session")
 def segmented_rows(synthetic_slide, cells_spec):
     """Return a function that gives fresh rows of the synthetic slide, segmented once."""
-    from scellst_ray.pipelines.slide_tiles import plan_slide
+    from scellst_ray.stages.plan_slide import plan_slide
 
     rows = find_stage(cells_spec)(plan_slide(slide_row(synthetic_slide.slide), cells_spec))
     return lambda: [dict(row) for row in rows]
@@ -187,8 +188,8 @@ def few_rows(segmented_rows):
 
 def find_stage(spec):
     """Return reading and finding nuclei in one call: what needs no network."""
-    from scellst_ray.pipelines.find import FindNuclei
-    from scellst_ray.pipelines.read import Read
+    from scellst_ray.stages.find import FindNuclei
+    from scellst_ray.stages.read import Read
 
     read, find = Read(spec), FindNuclei(spec)
     return lambda rows: find(read(rows))

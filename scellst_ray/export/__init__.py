@@ -1,1 +1,1 @@
-"""Tables in the formats other tools open."""
+"""A run in the formats that other tools open."""

@@ -19,11 +19,12 @@ import pandas as pd
 import polars as pl
 from numpy.typing import NDArray
 
-from scellst_ray import __version__, storage
-from scellst_ray.logs import named
-from scellst_ray.node_cache import hold
-from scellst_ray.reading import Run
+from scellst_ray import storage
+from scellst_ray.core.logs import named
+from scellst_ray.core.version import __version__
+from scellst_ray.runs.reading import Run
 from scellst_ray.slides.reader import Slide
+from scellst_ray.storage.node_cache import hold
 
 logger = logging.getLogger(__name__)
 THUMBNAIL_PX = 2000

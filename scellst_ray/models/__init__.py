@@ -1,1 +1,1 @@
-"""Networks, in plain torch: they know nothing about slides, tables or clusters."""
+"""Networks and their files, in plain torch."""

@@ -1,1 +1,1 @@
-"""Nuclei: from a tile of pixels to outlines, and from outlines to crops."""
+"""From pixels or maps to the outlines of nuclei."""

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from scellst_ray.schemas import CROP_PX, CROP_UM
+from scellst_ray.core.schemas import CROP_PX, CROP_UM
 
 
 def crop_nuclei(

@@ -7,8 +7,8 @@ in multi-tissue histology images", section 3.2) as CellViT applies it at 0.25 um
 result. What differs is the cost: whole-map steps are few and simple, the watershed needs no queue,
 and nothing scans the map once per nucleus.
 
-`pack_maps` puts all that matters of a pixel's 10 numbers into 32 bits (schemas.py), so that this
-part may run on the network's device; `models/cellvit_inference.py` does the same there.
+`pack_maps` puts all that matters of a pixel's 10 numbers into 32 bits (core/schemas.py), so that
+this part may run on the network's device; `models/cellvit/inference.py` does the same there.
 H, W: rows, columns of the tile; C: the two channels of a map; T: types; N: nuclei, or parts;
 P: pixels of nuclei.
 """
@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from scellst_ray.core.schemas import MAP_LEVEL, MAP_NUCLEUS, MAP_TYPE_SHIFT
 from scellst_ray.nuclei.flooding import flood
 from scellst_ray.nuclei.instances import Nuclei, nuclei_from_labels
-from scellst_ray.schemas import MAP_LEVEL, MAP_NUCLEUS, MAP_TYPE_SHIFT
 
 # The published numbers, made for 0.25 um/px.
 _SOBEL_PX = 21
@@ -40,7 +40,7 @@ def pack_maps(
     types_THW: NDArray[np.float32],
     window_px: int | None = None,
 ) -> NDArray[np.uint32]:
-    """Reduce a tile's raw maps to what the nuclei depend on: the layout is in schemas.py.
+    """Reduce a tile's raw maps to what the nuclei depend on: the layout is in core/schemas.py.
 
     The published edge energy is 1 - x, where x is the lesser of the two Sobel slopes, each scaled
     from 0 to 1 between its minimum and maximum over the tile. As a float32, 1 - x is a multiple of

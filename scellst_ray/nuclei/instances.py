@@ -7,7 +7,7 @@ import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from scellst_ray.geometry import Frame
+from scellst_ray.core.geometry import Frame
 from scellst_ray.nuclei.outlines import edge_middles, pixel_chains, pixel_contour, run_offsets
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from scellst_ray.geometry import Box
+from scellst_ray.core.geometry import Box
 
 NEAR, CANDIDATE, CUT = 1, 2, 4
 TILE_BITS = 20  # cell_id = (tile_id << TILE_BITS) + index in the tile

@@ -1,1 +1,1 @@
-"""Ray Data pipelines, each named after the table it produces."""
+"""Ray Data: from a cohort to its tables, on a cluster."""

@@ -16,7 +16,7 @@ successor reads there what it died of:
    more, the worker leaves the slide's other tiles too: a rotten slide would keep it for days.
 5. A batch that takes longer than `timeout_s` for each of its tiles ends its own process: no thread
    can interrupt a call into C. The note then says so, and the attempt counts like any other.
-6. Slides that fail one after another on one GPU are its fault: see pipelines/gpu_watch.py.
+6. Slides that fail one after another on one GPU are its fault: see stages/gpu_watch.py.
 7. A session is one pipeline of one driver: a driver that takes up a run begins with fresh counts.
 
 Planning a slide is guarded in the same way, as the slide's tile -1. What succeeds at a later
@@ -36,14 +36,13 @@ from typing import Any, TypeVar
 import ray
 
 from scellst_ray import storage
-from scellst_ray.logs import named_tiles
-from scellst_ray.memory_limit import limit_memory
-from scellst_ray.pipelines.gpu_watch import GpuWatch
-from scellst_ray.pipelines.tiles import Row, guarded
-from scellst_ray.pipelines.watchdog import Watchdog
-from scellst_ray.runs import RunFolder
+from scellst_ray.core.logs import named_tiles
+from scellst_ray.core.memory_limit import limit_memory
+from scellst_ray.core.watchdog import Watchdog
+from scellst_ray.runs.folder import FOLDER, RunFolder
+from scellst_ray.stages.gpu_watch import GpuWatch
+from scellst_ray.stages.tiles import Row, guarded
 
-FOLDER = "attempts"
 HOSTS_PER_ATTEMPT = 4
 TILES_OF_ROTTEN_SLIDE = 3
 Key = tuple[str, int]

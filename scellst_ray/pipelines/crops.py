@@ -21,9 +21,13 @@ import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from scellst_ray import schemas, storage
-from scellst_ray.cohort import SlideRow
-from scellst_ray.crop_format import (
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.core.logs import named
+from scellst_ray.pipelines import attempts
+from scellst_ray.pipelines.receipts import Resources
+from scellst_ray.pipelines.session import Cluster
+from scellst_ray.runs.crop_files import (
     CODEC,
     NO_CUTOFF,
     ROW_GROUP,
@@ -32,13 +36,10 @@ from scellst_ray.crop_format import (
     index_uri,
     set_uri,
 )
-from scellst_ray.logs import named
-from scellst_ray.pipelines import attempts
-from scellst_ray.pipelines.cutting import CropSet, candidates, cut_slide, record_of
-from scellst_ray.pipelines.receipts import Resources
-from scellst_ray.pipelines.tiles import Row, guarded
-from scellst_ray.runs import RunFolder
-from scellst_ray.session import Cluster
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.slides.manifest import SlideRow
+from scellst_ray.stages.cut_crops import CropSet, candidates, cut_slide, record_of
+from scellst_ray.stages.tiles import Row, guarded
 
 logger = logging.getLogger(__name__)
 Records = Mapping[str, Mapping[str, Any]]

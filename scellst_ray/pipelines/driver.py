@@ -23,15 +23,16 @@ import ray
 import ray.data
 import ray.exceptions
 
-from scellst_ray import schemas, storage
-from scellst_ray.cohort import SlideRow
-from scellst_ray.compaction import unfinished_record
-from scellst_ray.logs import named
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.core.logs import named
 from scellst_ray.pipelines.finishing import RemoteFinisher, Whole
 from scellst_ray.pipelines.shard_uses import ShardUses
-from scellst_ray.pipelines.slide_tiles import imported_name
-from scellst_ray.pipelines.tiles import CellsSpec
-from scellst_ray.runs import FINISHED, RunFolder, last_of_each_tile, split_by_slide
+from scellst_ray.runs.compaction import unfinished_record
+from scellst_ray.runs.folder import FINISHED, RunFolder, last_of_each_tile, split_by_slide
+from scellst_ray.slides.manifest import SlideRow
+from scellst_ray.stages.plan_slide import imported_name
+from scellst_ray.stages.tiles import CellsSpec
 
 # A dead driver's successor redoes what came in meanwhile; in long runs fewer files are worth more.
 LOG_EVERY_S = (5.0, 30.0)

@@ -7,10 +7,10 @@ import pyarrow as pa
 import ray
 
 from scellst_ray import storage
-from scellst_ray.compaction import Shards, finish_slide, unfinished_record
-from scellst_ray.logs import about
-from scellst_ray.pipelines.tiles import Row, guarded
-from scellst_ray.runs import RunFolder, split_by_slide
+from scellst_ray.core.logs import about
+from scellst_ray.runs.compaction import Shards, finish_slide, unfinished_record
+from scellst_ray.runs.folder import RunFolder, split_by_slide
+from scellst_ray.stages.tiles import Row, guarded
 
 # On a local disk threads take each other's turn in Python; a request to a store is mostly waiting.
 THREADS_HERE, THREADS_REMOTE = 2, 16

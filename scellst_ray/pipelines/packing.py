@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from scellst_ray import schemas
-from scellst_ray.geometry import Frame
-from scellst_ray.pipelines.tiles import Row
+from scellst_ray.core import schemas
+from scellst_ray.core.geometry import Frame
+from scellst_ray.stages.tiles import Row
 
 # What a row may carry between stages, beside its cells: name and element type.
 ARRAYS: dict[str, Any] = {

@@ -17,16 +17,16 @@ import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from scellst_ray.logs import log_to_stderr
+from scellst_ray.core.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
-from scellst_ray.pipelines.extract_config import tiles_of_task
+from scellst_ray.pipelines.metrics import WorkerMetrics
 from scellst_ray.pipelines.packing import pack, queued, taken_up, unpack
-from scellst_ray.pipelines.planning import Plan, block_bytes, planned
-from scellst_ray.pipelines.run_metrics import WorkerMetrics
-from scellst_ray.pipelines.stages import NETWORKS, Stage, stage_groups
-from scellst_ray.pipelines.tiles import CellsSpec
-from scellst_ray.runs import RunFolder
-from scellst_ray.session import Cluster
+from scellst_ray.pipelines.planned_tiles import Plan, block_bytes, planned
+from scellst_ray.pipelines.session import Cluster
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.stages.config import tiles_of_task
+from scellst_ray.stages.make import NETWORKS, Stage, stage_groups
+from scellst_ray.stages.tiles import CellsSpec
 
 logger = logging.getLogger(__name__)
 # Shares of a GPU, by how many groups of stages are on GPUs. Ray fills one GPU before it takes the

@@ -1,1 +1,1 @@
-"""Pixels: opening slides, finding tissue, planning tiles, making synthetic slides."""
+"""The manifest, opening slides, tissue, tiles."""

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from scellst_ray.cohort import check_mpp
-from scellst_ray.geometry import Box, Frame
+from scellst_ray.core.geometry import Box, Frame, check_mpp
 from scellst_ray.slides.pixels import open_pixels
 
 STRIP_PIXELS = 16_000_000

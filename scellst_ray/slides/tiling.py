@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scellst_ray.geometry import Box, Frame
+from scellst_ray.core.geometry import Box, Frame
 
 FINEST_MPP, COARSEST_MPP = 0.25, 0.5
 # CellViT was trained at 0.25 um/px. Slides within this range are read as they are, coarser ones

@@ -1,1 +1,1 @@
-"""Supervision: spots, their counts, gene panels, and the cells under them."""
+"""Measured expression: readers, genes, links to cells."""

@@ -9,8 +9,8 @@ from anndata.io import read_elem
 from numpy.typing import NDArray
 from scipy import sparse
 
-from scellst_ray.node_cache import hold
 from scellst_ray.spots.table import Spots, check_spots, radius_px, unique_gene_names
+from scellst_ray.storage.node_cache import hold
 
 logger = logging.getLogger(__name__)
 

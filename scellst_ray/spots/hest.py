@@ -16,9 +16,9 @@ import tifffile
 from anndata.io import read_elem
 from scipy.spatial import cKDTree
 
-from scellst_ray.cohort import check_mpp
-from scellst_ray.node_cache import hold
+from scellst_ray.core.geometry import check_mpp
 from scellst_ray.spots.tenx import read_bytes
+from scellst_ray.storage.node_cache import hold
 
 SEGMENTATIONS = ("{}_cellvit_seg.parquet", "{}_cellvit_seg.geojson")
 # Two statements of a resolution agree within this share.

@@ -1,1 +1,1 @@
-"""Ray Train: fitting networks on one or many workers."""
+"""Ray Train: from crops and bags to weights."""

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scellst_ray import storage
-from scellst_ray.models.bags import BagSet, split_spots
-from scellst_ray.models.mil_fit import FitConfig
+from scellst_ray.models.mil.bags import BagSet, split_spots
+from scellst_ray.models.mil.fit import FitConfig
 
 
 def load_bags(uris: Sequence[str], *, counts: bool = False) -> tuple[BagSet, list[str]]:

@@ -23,9 +23,9 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 
 from scellst_ray import storage
-from scellst_ray.models.bags import BagSet
-from scellst_ray.models.mil import MilHead
-from scellst_ray.models.mil_fit import Fit, FitConfig, FitResult, fit_head, new_head
+from scellst_ray.models.mil.bags import BagSet
+from scellst_ray.models.mil.fit import Fit, FitConfig, FitResult, fit_head, new_head
+from scellst_ray.models.mil.head import MilHead
 from scellst_ray.training.bag_files import load_split
 
 RESULT = "fit.pt"

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scellst_ray.crop_order import CropOrder, prefetched
-from scellst_ray.crop_store import CropStore
-from scellst_ray.models.augment import AugmentConfig, apply, draw
-from scellst_ray.models.moco import Moco, MocoConfig, learning_rate_at, momentum_at
-from scellst_ray.models.moco_step import Collective, StepResult, moco_step
+from scellst_ray.models.moco.augment import AugmentConfig, apply, draw
+from scellst_ray.models.moco.network import Moco, MocoConfig, learning_rate_at, momentum_at
+from scellst_ray.models.moco.step import Collective, StepResult, moco_step
+from scellst_ray.runs.crop_store import CropStore
+from scellst_ray.training.crop_order import CropOrder, prefetched
 
 MAX_LANES = 64
 

@@ -27,13 +27,13 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from scellst_ray import storage
-from scellst_ray.crop_store import open_store
-from scellst_ray.models.backbones import new_moco
-from scellst_ray.models.encoder import load_encoder
-from scellst_ray.models.lars import new_moco_optimiser
-from scellst_ray.models.moco import Moco
-from scellst_ray.models.moco_step import process_group
-from scellst_ray.models.sync_norm import convert
+from scellst_ray.models.encoder.encoder import load_encoder
+from scellst_ray.models.moco.lars import new_moco_optimiser
+from scellst_ray.models.moco.model import new_moco
+from scellst_ray.models.moco.network import Moco
+from scellst_ray.models.moco.step import process_group
+from scellst_ray.models.moco.sync_norm import convert
+from scellst_ray.runs.crop_store import open_store
 from scellst_ray.training.moco_loop import Recipe, Step, crop_order, run_steps
 from scellst_ray.training.pretrain_log import PretrainLog, board
 

@@ -12,9 +12,11 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
 
-from scellst_ray import __version__, cli, commands
+from scellst_ray.commands import cli
+from scellst_ray.commands import table as commands
+from scellst_ray.core.version import __version__
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MANIFESTS = ("rayjob-predict", "rayjob-pretrain", "raycluster")
 CRDS = {"RayJob": "ray.io_rayjobs.yaml.gz", "RayCluster": "ray.io_rayclusters.yaml.gz"}
 

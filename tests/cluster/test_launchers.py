@@ -15,9 +15,9 @@ from moto import mock_aws
 from ray.autoscaler._private.gcp.node import GCPCompute
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from scellst_ray import __version__
+from scellst_ray.core.version import __version__
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CLOUDS = ("aws", "gcp", "azure")
 SPOT = {
     "aws": lambda node: node.get("InstanceMarketOptions", {}).get("MarketType") == "spot",

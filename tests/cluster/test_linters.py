@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 BIN = Path(sys.executable).parent
 SHELLCHECK = (BIN / "shellcheck", "--severity=style", "--shell=bash")
 HADOLINT = (BIN / "hadolint", "--failure-threshold=info", "--no-color")

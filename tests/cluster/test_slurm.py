@@ -12,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import slurm_stand_in
-from object_server import wait_until
 
-SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "slurm.sh"
+from tests.cluster import slurm_stand_in
+from tests.support.object_server import wait_until
+from tests.support.paths import ROOT
+
+SCRIPT = ROOT / "cluster" / "slurm.sh"
 BIN = Path(sys.executable).parent
 
 

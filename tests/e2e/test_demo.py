@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from scellst_ray.demo import DemoConfig
+from scellst_ray.commands.demo import DemoConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 
@@ -19,7 +19,7 @@ def test_what_cannot_be_learnt_from_is_refused_at_once():
 
 
 def test_demo_finds_nuclei_and_expression(tmp_path):
-    command = [sys.executable, "-m", "scellst_ray.cli", "demo", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "scellst_ray.commands.cli", "demo", f"--out={tmp_path}"]
     ended = subprocess.run(
         [*command, "--size-um=900", "--crops=256"],
         capture_output=True,

@@ -12,16 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from small_run import write_small_run
 
 import scellst_ray
-from scellst_ray.models.mil import MilHead, load_head, save_head
-from scellst_ray.models.mil_fit import FitConfig, fit_head, new_head
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.models.mil.fit import FitConfig, fit_head, new_head
+from scellst_ray.models.mil.head import MilHead, load_head, save_head
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
 from scellst_ray.training.bag_files import load_split
+from tests.support.paths import ROOT
+from tests.support.small_run import write_small_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
-ROOT = Path(__file__).resolve().parents[2]
 PORT, DASHBOARD = 26479, 28265
 
 

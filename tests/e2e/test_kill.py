@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from object_server import serving
 
-from scellst_ray.runs import RunFolder
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from tests.support.object_server import serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 
@@ -20,7 +20,7 @@ def extract_command(manifest, out):
     return [
         sys.executable,
         "-m",
-        "scellst_ray.cli",
+        "scellst_ray.commands.cli",
         "extract",
         f"--manifest={manifest}",
         f"--out={out}",

@@ -11,10 +11,13 @@ import pytest
 import shapely
 import torch
 
-from scellst_ray import compaction, runs, schemas, storage
+from scellst_ray import storage
+from scellst_ray.core import schemas
 from scellst_ray.export.anndata import Thumbnail, read_thumbnail, to_anndata, write_anndata
-from scellst_ray.models.mil import MilHead, save_head
-from scellst_ray.reading import open_run
+from scellst_ray.models.mil.head import MilHead, save_head
+from scellst_ray.runs import compaction
+from scellst_ray.runs import folder as runs
+from scellst_ray.runs.reading import open_run
 
 GENES = ["EPCAM", "CD3E", "ERBB2"]
 WIDTH0, HEIGHT0, MPP = 600, 400, 0.5

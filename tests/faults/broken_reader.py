@@ -31,7 +31,7 @@ def break_reader():
 
 
 def main():
-    from scellst_ray.cli import main as command_line
+    from scellst_ray.commands.cli import main as command_line
 
     ray.init(
         address="auto", runtime_env={"worker_process_setup_hook": break_reader}, logging_level=30

@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 
 from scellst_ray import storage
-from scellst_ray.runs import RunFolder
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
 
 SETTINGS = (
     "--encoder=random:0:resnet18",
@@ -82,7 +82,7 @@ def write_cohort(folder, num_slides=6):
 
 def command(manifest, out, *more):
     """Return the command of a run."""
-    words = [sys.executable, "-m", "scellst_ray.cli", "extract"]
+    words = [sys.executable, "-m", "scellst_ray.commands.cli", "extract"]
     return [*words, f"--manifest={manifest}", f"--out={out}", *SETTINGS, *more]
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from scellst_ray.slides.synthetic import SyntheticConfig, make_tissue, render
-from scellst_ray.slides.synthetic_tiff import write_slide
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, make_tissue, render
+from scellst_ray.slides.synthetic.tiff import write_slide
 
 MPP = 0.5
 TILE_PX = 128

@@ -4,7 +4,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from disturbed import (
+from scellst_ray import storage
+from scellst_ray.stages.gpu_watch import PRETEND
+from tests.faults.disturbed import (
     CRASHED,
     RAYLET,
     Running,
@@ -14,11 +16,8 @@ from disturbed import (
     disturbed,
     write_cohort,
 )
-from hosts import Hosts, Network
-from s3_server import BUCKET, serving_s3
-
-from scellst_ray import storage
-from scellst_ray.pipelines.gpu_watch import PRETEND
+from tests.faults.hosts import Hosts, Network
+from tests.support.s3_server import BUCKET, serving_s3
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Whatever is killed, cut off, filled up or failing: the tables are those of an undisturbed run."""
 
-import hosts
 import pytest
-from scenarios import SCENARIOS, outcomes, undisturbed_run
+
+from tests.faults import hosts
+from tests.faults.scenarios import SCENARIOS, outcomes, undisturbed_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(3600)]
 

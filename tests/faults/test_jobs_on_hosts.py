@@ -13,14 +13,14 @@ from pathlib import Path
 import hosts as network_hosts
 import polars as pl
 import pytest
-from s3_server import BUCKET, serving_s3
 
 import scellst_ray
 from scellst_ray import storage
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from tests.support.paths import ROOT
+from tests.support.s3_server import BUCKET, serving_s3
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(2400)]
-ROOT = Path(__file__).resolve().parents[2]
 S3 = f"s3://{BUCKET}"
 TILES = {"core_px": 320, "memory_gb": 0.5, "precision": "float32", "workers": 2}
 ENCODER = "random:0:resnet18"

@@ -19,15 +19,15 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mutants import KINDS, MUTATORS, sources, write_cohort
 
-from scellst_ray.compaction import finish_slide
-from scellst_ray.pipelines.run_metrics import STATUSES
-from scellst_ray.pipelines.slide_tiles import plan_slide
-from scellst_ray.pipelines.tiles import CellsSpec
-from scellst_ray.pipelines.write import WriteShards
-from scellst_ray.reading import open_run
-from scellst_ray.runs import RunFolder
+from scellst_ray.pipelines.metrics import STATUSES
+from scellst_ray.runs.compaction import finish_slide
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.reading import open_run
+from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.tiles import CellsSpec
+from scellst_ray.stages.write import WriteShards
+from tests.faults.mutants import KINDS, MUTATORS, sources, write_cohort
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 MARK = "SCELLST_RAY_TEST_OF_MUTANTS"
@@ -136,7 +136,7 @@ def run_extract(folder, timeout_s):
     try:
         with printed.open("w") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "scellst_ray.cli", "extract", *words],
+                [sys.executable, "-m", "scellst_ray.commands.cli", "extract", *words],
                 env=environment,
                 cwd=homes["cwd"],
                 stdout=out,

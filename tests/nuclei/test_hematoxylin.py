@@ -1,16 +1,15 @@
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 from skimage.color import rgb2hed
 
-from scellst_ray.analysis.segmentation_metrics import score_labels
+from scellst_ray.evaluation.segmentation.mask_metrics import score_labels
 from scellst_ray.nuclei import hematoxylin
 from scellst_ray.nuclei.hematoxylin import hematoxylin_threshold, segment, segment_labels
+from tests.support.paths import SHARED
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 EOSIN_RGB = (232, 180, 205)
 
 

@@ -1,17 +1,17 @@
 import json
-from pathlib import Path
 
 import cv2
-import full_scan
 import numpy as np
 import pytest
 
+from scellst_ray.core.schemas import MAP_LEVEL, MAP_NUCLEUS, MAP_TYPE_SHIFT
 from scellst_ray.nuclei.hv_maps import label_packed, nuclei_from_packed, pack_maps
-from scellst_ray.nuclei.ideal_maps import ideal_maps
 from scellst_ray.nuclei.outlines import pixel_contours
-from scellst_ray.schemas import MAP_LEVEL, MAP_NUCLEUS, MAP_TYPE_SHIFT
+from scellst_ray.slides.synthetic.ideal_maps import ideal_maps
+from tests.support import full_scan
+from tests.support.paths import SHARED
 
-ORACLE = Path(__file__).resolve().parents[3] / "shared" / "oracle" / "cellvit"
+ORACLE = SHARED / "oracle" / "cellvit"
 NAMES = [f"type {k}" for k in range(6)]
 
 

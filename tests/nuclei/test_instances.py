@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from scellst_ray.geometry import Frame
+from scellst_ray.core.geometry import Frame
 from scellst_ray.nuclei.instances import empty_nuclei, nuclei_from_labels
 
 IDENTITY = Frame(0, 0, 1, 1)

@@ -4,12 +4,7 @@ import pytest
 from scipy import ndimage
 from skimage.measure import find_contours
 
-from scellst_ray.nuclei.outlines import (
-    edge_middles,
-    pixel_chains,
-    pixel_contours,
-    run_offsets,
-)
+from scellst_ray.nuclei.outlines import edge_middles, pixel_chains, pixel_contours, run_offsets
 
 
 def blobs(seed, structure=None):

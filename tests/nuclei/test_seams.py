@@ -8,7 +8,7 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scellst_ray.geometry import Box
+from scellst_ray.core.geometry import Box
 from scellst_ray.nuclei import seams
 from scellst_ray.nuclei.seams import CANDIDATE, CUT, NEAR, SeamCells, offered, resolve
 

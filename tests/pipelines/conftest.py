@@ -2,8 +2,8 @@
 
 import pytest
 
-from scellst_ray.pipelines.networks import PRETEND
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from scellst_ray.stages.networks import PRETEND
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scellst_ray.compaction import finish_slide
+from scellst_ray.core.schemas import RECEIPTS
 from scellst_ray.pipelines.attempts import HOSTS_PER_ATTEMPT, Attempts
-from scellst_ray.pipelines.cells import extract
-from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.pipelines.slide_tiles import plan_slide
-from scellst_ray.pipelines.tiles import CellsSpec
-from scellst_ray.pipelines.write import WriteShards
-from scellst_ray.runs import RunFolder
-from scellst_ray.schemas import RECEIPTS
-from scellst_ray.session import ray_session
+from scellst_ray.pipelines.extract import extract
+from scellst_ray.pipelines.session import ray_session
+from scellst_ray.runs.compaction import finish_slide
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.stages.config import ExtractConfig
+from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.tiles import CellsSpec
+from scellst_ray.stages.write import WriteShards
 
 
 class Died(BaseException):

@@ -13,14 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import io as scipy_io
 from scipy.spatial import cKDTree
-from small_run import write_small_run
 
-from scellst_ray import schemas, storage
-from scellst_ray.cohort import read_manifest
-from scellst_ray.pipelines.bags import build_bags, choose_panel, make_bags, provenance
-from scellst_ray.pipelines.networks import vectors
-from scellst_ray.pipelines.supervision import Rules, link_slide, tissue_points, training_slides
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.pipelines.bags import build_bags
+from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.spots.panel import CountFilter
+from scellst_ray.stages.bags import choose_panel, make_bags, provenance
+from scellst_ray.stages.networks import vectors
+from scellst_ray.stages.supervision import Rules, link_slide, tissue_points, training_slides
+from tests.support.small_run import write_small_run
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,26 @@
 import pickle
 from dataclasses import replace
 
-import cellvit_weights
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from scellst_ray import storage
-from scellst_ray.cohort import read_manifest
-from scellst_ray.compaction import finish_slide
-from scellst_ray.pipelines import cells as cells_module
-from scellst_ray.pipelines.cells import extract
-from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.pipelines.find import FindNuclei
-from scellst_ray.pipelines.networks import Embed, Network
-from scellst_ray.pipelines.read import Read
-from scellst_ray.pipelines.slide_tiles import plan_slide
-from scellst_ray.pipelines.write import WriteShards
-from scellst_ray.reading import open_run
-from scellst_ray.runs import RunFolder
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.pipelines import extract as cells_module
+from scellst_ray.pipelines.extract import extract
+from scellst_ray.runs.compaction import finish_slide
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.reading import open_run
+from scellst_ray.slides.manifest import read_manifest
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from scellst_ray.stages.config import ExtractConfig
+from scellst_ray.stages.find import FindNuclei
+from scellst_ray.stages.networks import Embed, Network
+from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.read import Read
+from scellst_ray.stages.write import WriteShards
+from tests.support import cellvit_weights
 
 SETTINGS = {"segmenter": "cellvit", "encoder": "tokens", "core_px": 192, "memory_gb": 1.0}
 

@@ -9,10 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 from scipy.spatial import cKDTree
-from true_tiles import TYPES, Truth, counted, discs, run_slide, square_of_tiles, truth_spec
 
-from scellst_ray.pipelines.slide_tiles import plan_slide
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from scellst_ray.stages.plan_slide import plan_slide
+from tests.support.true_tiles import (
+    TYPES,
+    Truth,
+    counted,
+    discs,
+    run_slide,
+    square_of_tiles,
+    truth_spec,
+)
 
 MPPS = (0.25, 0.31, 0.4537, 0.5, 0.70)
 

@@ -7,15 +7,16 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from scellst_ray import schemas, storage
-from scellst_ray.cohort import SlideRow
-from scellst_ray.lease import LeaseError, held
-from scellst_ray.pipelines import cells
+from scellst_ray import storage
+from scellst_ray.core import schemas
 from scellst_ray.pipelines import driver as driver_module
+from scellst_ray.pipelines import extract as cells
 from scellst_ray.pipelines.driver import MAX_PARTS, Driver, Progress
 from scellst_ray.pipelines.finishing import finish_slides
-from scellst_ray.pipelines.tiles import MAX_CELLS_PER_TILE
-from scellst_ray.runs import RunFolder, open_run
+from scellst_ray.runs.folder import RunFolder, open_run
+from scellst_ray.runs.lease import LeaseError, held
+from scellst_ray.slides.manifest import SlideRow
+from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE
 
 
 @pytest.fixture

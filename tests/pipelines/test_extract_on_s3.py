@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from s3_server import BUCKET, serving_s3
 
 from scellst_ray import storage
-from scellst_ray.pipelines.cells import extract
-from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.runs import RunFolder
+from scellst_ray.pipelines.extract import extract
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.stages.config import ExtractConfig
+from tests.support.s3_server import BUCKET, serving_s3
 
 pytestmark = pytest.mark.ray
 SETTINGS = {

@@ -10,12 +10,12 @@ import pytest
 import shapely
 
 from scellst_ray import storage
-from scellst_ray.compaction import finish_slide
-from scellst_ray.pipelines.cells import extract
-from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.pipelines.slide_tiles import plan_slide
-from scellst_ray.pipelines.write import WriteShards
-from scellst_ray.runs import RunFolder
+from scellst_ray.pipelines.extract import extract
+from scellst_ray.runs.compaction import finish_slide
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.stages.config import ExtractConfig
+from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.write import WriteShards
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_tiles_done_are_not_done_again_and_the_file_is_sorted_once(
     uri = str(tmp_path / "x.parquet")
     row = helpers.slide_row(synthetic_slide.slide, segmentation=str(segmentation), imported_uri=uri)
     rows = plan_slide(row, imported_spec)
-    monkeypatch.setattr("scellst_ray.pipelines.slide_tiles.read_segmentation", None)
+    monkeypatch.setattr("scellst_ray.stages.plan_slide.read_segmentation", None)
     done = [r["tile_id"] for r in rows[::2]]
     rest = plan_slide(row | {"done_tiles": done}, imported_spec)
     assert [r["tile_id"] for r in rest] == [r["tile_id"] for r in rows[1::2]]

@@ -2,24 +2,24 @@
 
 from dataclasses import replace
 
-import cellvit_weights
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from scellst_ray.models.encoder import load_encoder, save_encoder
-from scellst_ray.models.mil import load_head
-from scellst_ray.pipelines.cells import extract
-from scellst_ray.pipelines.checked_networks import check_networks
-from scellst_ray.pipelines.expression import PredictConfig, predict
-from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.pipelines.find import FindNuclei
-from scellst_ray.pipelines.networks import Embed
-from scellst_ray.pipelines.read import Read
-from scellst_ray.pipelines.slide_tiles import plan_slide
-from scellst_ray.reading import open_run
-from scellst_ray.slides.synthetic import SyntheticConfig, write_synthetic_slide
-from scellst_ray.train import TrainConfig, train
+from scellst_ray.commands.train import TrainConfig, train
+from scellst_ray.models.encoder.encoder import load_encoder, save_encoder
+from scellst_ray.models.mil.head import load_head
+from scellst_ray.pipelines.extract import extract
+from scellst_ray.pipelines.predict import predict
+from scellst_ray.runs.reading import open_run
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from scellst_ray.stages.checked_networks import check_networks
+from scellst_ray.stages.config import ExtractConfig, PredictConfig
+from scellst_ray.stages.find import FindNuclei
+from scellst_ray.stages.networks import Embed
+from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.read import Read
+from tests.support import cellvit_weights
 
 MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.2)
 

@@ -2,10 +2,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from scellst_ray import schemas, storage
+from scellst_ray import storage
+from scellst_ray.core import schemas
 from scellst_ray.pipelines.packing import PACKED, pack, queued, taken_up, unpack
-from scellst_ray.pipelines.write import WriteShards
-from scellst_ray.runs import RunFolder
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.stages.write import WriteShards
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import pyarrow.compute as pc
 import pytest
 
-from scellst_ray import plan_calibrate
-from scellst_ray.pipelines.cells import extract
-from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.plan import PlanConfig, make_plan
-from scellst_ray.plan_slides import by_slide
-from scellst_ray.runs import RunFolder
+from scellst_ray.pipelines.extract import extract
+from scellst_ray.preflight import calibration as plan_calibrate
+from scellst_ray.preflight.plan import PlanConfig, make_plan
+from scellst_ray.preflight.slide_plans import by_slide
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.stages.config import ExtractConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 TILES = {"core_px": 96, "halo_px": 32, "encoder": "random:0:resnet18", "gpus": False}

@@ -3,8 +3,8 @@
 import pytest
 
 from scellst_ray.pipelines.receipts import _place
-from scellst_ray.pipelines.stages import stage_groups
-from scellst_ray.session import Cluster
+from scellst_ray.pipelines.session import Cluster
+from scellst_ray.stages.make import stage_groups
 
 GIB = 2**30
 FOUR = [("read",), ("network",), ("find",), ("embed", "write")]

@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from scellst_ray import storage
-from scellst_ray.compaction import finish_slide
-from scellst_ray.lease import LeaseError
-from scellst_ray.pipelines.cells import extract
-from scellst_ray.pipelines.extract_config import ExtractConfig
-from scellst_ray.pipelines.slide_tiles import plan_slide
-from scellst_ray.pipelines.write import WriteShards
-from scellst_ray.retry import RetryConfig, retry
-from scellst_ray.run_state import read_state
-from scellst_ray.runs import RunFolder
-from scellst_ray.status import status_of
-from scellst_ray.sweep import NOTES, ORPHANS, TEMPORARY, sweep
+from scellst_ray.commands.retry import RetryConfig, retry
+from scellst_ray.commands.status import status_of
+from scellst_ray.pipelines.extract import extract
+from scellst_ray.runs.compaction import finish_slide
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.lease import LeaseError
+from scellst_ray.runs.leftovers import NOTES, ORPHANS, TEMPORARY, sweep
+from scellst_ray.runs.state import read_state
+from scellst_ray.stages.config import ExtractConfig
+from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.write import WriteShards
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 SETTINGS = {"core_px": 96, "encoder": "none", "memory_gb": 0.5, "tiles_per_task": 2, "gpus": False}

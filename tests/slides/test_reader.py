@@ -4,7 +4,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from scellst_ray.geometry import Box
+from scellst_ray.core.geometry import Box
 from scellst_ray.slides.reader import GRID_PX, Slide
 
 WIDTH, HEIGHT, MPP = 2967, 2219, 0.25  # odd, and not square

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scellst_ray.geometry import Box, Frame
+from scellst_ray.core.geometry import Box, Frame
 from scellst_ray.slides.reader import _on_grid
 from scellst_ray.slides.tiling import default_read_mpp, network_read_mpp, plan_tiles
 

@@ -13,8 +13,9 @@ from scipy import sparse
 
 from scellst_ray.spots.h5ad import read_h5ad
 from scellst_ray.spots.read import read_spots
+from tests.support.paths import SHARED
 
-REAL = Path(__file__).parents[3] / "shared/data/visium_squidpy/test_data.h5ad"
+REAL = SHARED / "data" / "visium_squidpy" / "test_data.h5ad"
 COUNTS = np.array([[1, 0, 2], [0, 5, 0], [7, 0, 0], [3, 3, 3]])
 XY0 = np.array([[100.0, 10.0], [500.0, 50.0], [900.0, 30.0], [901.5, 31.0]])
 

@@ -9,9 +9,9 @@ import pytest
 import tifffile
 from scipy import sparse
 
-from scellst_ray.cohort import SlideRow, read_manifest
-from scellst_ray.commands import jobs
-from scellst_ray.manifest_hest import ManifestHestConfig, write_hest_manifest
+from scellst_ray.commands.manifest_hest import ManifestHestConfig, write_hest_manifest
+from scellst_ray.commands.table import jobs
+from scellst_ray.slides.manifest import SlideRow, read_manifest
 from scellst_ray.spots.hest import read_hest
 from scellst_ray.spots.read import read_spots
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import anndata
 import numpy as np
 import pytest
@@ -21,8 +19,9 @@ from scellst_ray.spots.panel import (
 )
 from scellst_ray.spots.st_array import read_st_array
 from scellst_ray.spots.table import Spots
+from tests.support.paths import SHARED
 
-HER2ST = Path(__file__).parents[3] / "shared/data/st_her2st"
+HER2ST = SHARED / "data" / "st_her2st"
 
 
 def random_spots(num_spots=57, num_genes=40, seed=0) -> Spots:

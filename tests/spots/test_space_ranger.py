@@ -10,8 +10,9 @@ from scipy import io as scipy_io
 from scipy import sparse
 
 from scellst_ray.spots.space_ranger import read_space_ranger
+from tests.support.paths import SHARED
 
-REAL = Path(__file__).parents[3] / "shared/data/visium_squidpy/spaceranger_layout_section1/outs"
+REAL = SHARED / "data" / "visium_squidpy" / "spaceranger_layout_section1" / "outs"
 BARCODES = ["AAAC-1", "AAAG-1", "AAAT-1"]
 GENES = ["EPCAM", "TBCE", "TBCE", "CD3"]
 KINDS = ["Gene Expression"] * 3 + ["Antibody Capture"]

@@ -1,7 +1,6 @@
 """Moran's I and the graph of neighbours against squidpy's; planted spatial genes."""
 
 import warnings
-from pathlib import Path
 
 import anndata
 import numpy as np
@@ -10,12 +9,13 @@ import pytest
 from scipy import sparse
 
 from scellst_ray.spots.spatial import morans_i, neighbour_graph, spatially_variable
+from tests.support.paths import SHARED
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of libraries squidpy imports
     import squidpy
 
-HER2ST = Path(__file__).parents[3] / "shared/data/st_her2st"
+HER2ST = SHARED / "data" / "st_her2st"
 
 
 def hexagons(rows=9, columns=11, pitch0=137.0, jitter=0.0, seed=0):

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 
 from scellst_ray.spots.st_array import read_st_array
+from tests.support.paths import SHARED
 
-HER2ST = Path(__file__).parents[3] / "shared/data/st_her2st"
+HER2ST = SHARED / "data" / "st_her2st"
 COUNTS = "\tEPCAM\tKRT8\tKRT8\n10x21\t1\t0\t2\n9x4\t0\t5\t0\n3x3\t1\t1\t1\n"
 POSITIONS = (
     "x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\tselected\n"

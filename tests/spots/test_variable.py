@@ -2,7 +2,6 @@
 
 import warnings
 from functools import partial
-from pathlib import Path
 
 import anndata
 import numpy as np
@@ -19,8 +18,9 @@ from scellst_ray.spots.variable import (
     normalised_variance,
     rank_over_slides,
 )
+from tests.support.paths import SHARED
 
-HER2ST = Path(__file__).parents[3] / "shared/data/st_her2st"
+HER2ST = SHARED / "data" / "st_her2st"
 
 
 def slide_counts(num_spots, num_genes, seed, dropout=0.0):

@@ -11,10 +11,11 @@ import pytest
 import ray.train
 import torch
 
-from scellst_ray import schemas, storage
-from scellst_ray.models.bags import split_spots
-from scellst_ray.models.mil_fit import FitConfig, fit_head, new_head
-from scellst_ray.pipelines.networks import vectors
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.models.mil.bags import split_spots
+from scellst_ray.models.mil.fit import FitConfig, fit_head, new_head
+from scellst_ray.stages.networks import vectors
 from scellst_ray.training.bag_files import load_bags, load_split
 from scellst_ray.training.fit_mil import Kept, Workers, fit
 

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from crop_runs import write_crop_run
-from workers import meet
 
-from scellst_ray.crop_store import open_store
-from scellst_ray.models.backbones import new_moco
-from scellst_ray.models.lars import new_moco_optimiser
-from scellst_ray.models.moco import MocoConfig
-from scellst_ray.models.moco_step import Collective
-from scellst_ray.models.sync_norm import convert
+from scellst_ray.models.moco.lars import new_moco_optimiser
+from scellst_ray.models.moco.model import new_moco
+from scellst_ray.models.moco.network import MocoConfig
+from scellst_ray.models.moco.step import Collective
+from scellst_ray.models.moco.sync_norm import convert
+from scellst_ray.runs.crop_store import open_store
 from scellst_ray.training.moco_loop import Recipe, crop_order, run_steps
+from tests.support.crop_runs import write_crop_run
+from tests.support.workers import meet
 
 RECIPE = Recipe(
     arch="timm:test_resnet",

@@ -15,14 +15,13 @@ import pytest
 import ray
 import ray.train
 import torch
-from crop_runs import write_crop_run
 from ray.cluster_utils import Cluster
 
-from scellst_ray.crop_store import open_store
-from scellst_ray.models.lars import new_moco_optimiser
-from scellst_ray.models.moco import MocoConfig
-from scellst_ray.models.moco_step import Collective
-from scellst_ray.session import ray_session
+from scellst_ray.models.moco.lars import new_moco_optimiser
+from scellst_ray.models.moco.network import MocoConfig
+from scellst_ray.models.moco.step import Collective
+from scellst_ray.pipelines.session import ray_session
+from scellst_ray.runs.crop_store import open_store
 from scellst_ray.training.moco_loop import Recipe, crop_order, run_steps
 from scellst_ray.training.pretrain import (
     Keeping,
@@ -31,6 +30,8 @@ from scellst_ray.training.pretrain import (
     new_model,
     pretrain,
 )
+from tests.support.crop_runs import write_crop_run
+from tests.support.paths import ROOT
 
 RECIPE = Recipe(
     arch="timm:test_resnet",
@@ -109,8 +110,8 @@ def in_a_process(function, crops, out, folder):
     script = folder / "run.py"
     script.write_text(
         "import sys\n"
-        f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
-        "import test_pretrain\n"
+        f"sys.path[:0] = [{str(ROOT)!r}]\n"
+        "from tests.training import test_pretrain\n"
         "from ray import cloudpickle\n"
         # Workers cannot import this file.
         "cloudpickle.register_pickle_by_value(test_pretrain)\n"

@@ -1,1 +1,0 @@
-"""What is computed from finished tables: metrics, comparison with truth, maps."""

@@ -1,0 +1,238 @@
+"""`scellst-ray demo`: the whole way on two synthetic slides, compared with the truth."""
+
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from scellst_ray import storage
+from scellst_ray.commands.pretrain import ENCODER_FILE, PretrainConfig, pretrain_encoder
+from scellst_ray.commands.progress import shown_progress
+from scellst_ray.commands.train import TrainConfig, train
+from scellst_ray.evaluation.expression.metrics import pearson_by_column
+from scellst_ray.evaluation.maps import gene_map
+from scellst_ray.evaluation.synthetic_truth import Matching, cell_correlation, match_nuclei
+from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.pipelines.extract import extract
+from scellst_ray.pipelines.predict import predict
+from scellst_ray.pipelines.session import ray_session
+from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.synthetic.slide import (
+    SyntheticConfig,
+    SyntheticPaths,
+    write_synthetic_slide,
+)
+from scellst_ray.spots.links import link_cells
+from scellst_ray.spots.panel import log_normalise
+from scellst_ray.spots.space_ranger import read_space_ranger
+from scellst_ray.stages.config import ExtractConfig, PredictConfig
+
+BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Two synthetic slides: pretrain, train on one, predict the other, compare with the truth."""
+
+    out: str = "demo"
+    """Folder for slides, runs, pictures and the report."""
+    size_um: float = 1800.0
+    """Side of each slide in um."""
+    crops: int = 1024
+    """Crops of cells that the encoder is pretrained on."""
+    seed: int = 0
+    """Fixes the slides."""
+
+    def __post_init__(self) -> None:
+        """Refuse slides too small to hold spots, and fewer crops than a step takes."""
+        if self.size_um < 500:
+            message = f"size_um is {self.size_um}; give at least 500, or there are too few spots"
+            raise ValueError(message)
+        if self.crops < BATCH:
+            message = f"crops is {self.crops}; give at least {BATCH}, a batch of pretraining"
+            raise ValueError(message)
+
+
+TRAINED, UNSEEN = "slide_a", "slide_b"
+
+
+def demo(config: DemoConfig) -> int:
+    """Run the demo, print what it found, write `report.json`; return the exit code."""
+    console, started = Console(), time.monotonic()
+    out = Path(config.out)
+    console.rule("1. two synthetic slides")
+    paths = {
+        name: write_synthetic_slide(
+            out / name,
+            SyntheticConfig(
+                seed=config.seed + i, width_um=config.size_um, height_um=config.size_um
+            ),
+        )
+        for i, name in enumerate((TRAINED, UNSEEN))
+    }
+    for name, files in paths.items():
+        row = {"slide_id": name, "uri": str(files.slide.absolute()), "mpp": None}
+        row["spots"] = str(files.space_ranger and files.space_ranger.absolute())
+        pl.DataFrame([row]).write_csv(out / f"{name}.csv")
+    with ray_session(dashboard=True):
+        encoder = _pretrained(out, config.crops, console)
+        console.rule(f"4. extract {TRAINED}: nuclei and their embeddings")
+        cells = ExtractConfig(
+            manifest=str(out / f"{TRAINED}.csv"), out=str(out / "extract"), encoder=encoder
+        )
+        with shown_progress() as report:
+            extract(cells, report)
+        console.rule(f"5. train on its spots ({TRAINED})")
+        head = out / "head"
+        if not (head / HEAD_FILE).exists():
+            train(
+                TrainConfig(
+                    manifest=cells.manifest,
+                    cells=cells.out,
+                    out=str(head),
+                    genes="variable:24",
+                    # All its genes are expressed; a small slide has few counts of each.
+                    min_gene_counts=1,
+                    min_spot_share=0.0,
+                    min_spot_counts=1,
+                ),
+                lambda text: console.print(text, highlight=False),
+            )
+        console.rule(f"6. predict {UNSEEN}, whose spots the head never saw")
+        expression = PredictConfig(
+            manifest=str(out / f"{UNSEEN}.csv"), out=str(out / "predict"), head=str(head)
+        )
+        with shown_progress() as report:
+            predict(expression, report)
+    console.rule("7. against the truth")
+    found = compare(open_run(expression.out), paths[UNSEEN], out / "genes.png")
+    found["seconds"] = round(time.monotonic() - started, 1)
+    storage.publish_json(str(out / "report.json"), found)
+    _show(console, found, out)
+    return 0
+
+
+def _pretrained(out: Path, num_crops: int, console: Console) -> str:
+    """Pretrain an encoder on crops of both slides, briefly; return its file."""
+    console.rule("2. crops of cells of both slides")
+    both = pl.concat([pl.read_csv(out / f"{name}.csv") for name in (TRAINED, UNSEEN)])
+    both.write_csv(out / "both.csv")
+    crops = ExtractConfig(
+        manifest=str(out / "both.csv"), out=str(out / "crops"), encoder="none", crops=num_crops
+    )
+    with shown_progress() as report:
+        extract(crops, report)
+    console.rule("3. pretrain an encoder on them, briefly (real cohorts take hours)")
+    config = PretrainConfig(
+        crops=[crops.out],
+        out=str(out / "encoder"),
+        arch="resnet18",
+        batch=BATCH,
+        epochs=2,
+        warmup_epochs=1,
+        optimiser="adamw",
+        base_lr=4e-3,
+        weight_decay=0.05,
+        temperature=0.2,
+        projector_dim=512,
+        flips=True,
+        cpus_per_worker=1,
+    )
+    pretrain_encoder(config, partial(console.print, highlight=False))
+    return str(out / "encoder" / ENCODER_FILE)
+
+
+def compare(run: Run, paths: SyntheticPaths, picture: Path) -> dict[str, Any]:
+    """Compare a prediction with the truth of its synthetic slide, and draw a gene map.
+
+    Returns:
+        Precision and recall of nuclei; mean Pearson r over genes for cells (and with the truth
+        shuffled over cells) and for spots.
+    """
+    genes = run.genes
+    cells = run.cells(UNSEEN)
+    predicted_NG = run.expression_numpy(genes, UNSEEN)
+    truth = pq.read_table(paths.truth)
+    expected = pq.read_table(paths.truth_expression)
+    expected_NG = np.column_stack([expected[gene].to_numpy() for gene in expected.column_names[1:]])
+    names = expected.column_names[1:]
+    matching = match_nuclei(cells["polygon"].to_pylist(), truth["polygon"].to_pylist())
+    columns = [names.index(gene) for gene in genes]
+    # Rates are normalised over all genes, then the panel is taken: as spots are.
+    pairs = predicted_NG[matching.found], expected_NG[matching.true]
+    by_gene = cell_correlation(*pairs, columns)
+    shuffled = cell_correlation(*pairs, columns, seed=0)
+    with Slide(paths.slide) as slide:
+        image, _ = slide.overview(4.0)
+        size0, mpp = (slide.width0, slide.height0), slide.mpp
+    xy0 = np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()])
+    assert paths.space_ranger is not None
+    spots = read_space_ranger(str(paths.space_ranger), mpp)
+    links = link_cells(xy0, spots)
+    filled = np.flatnonzero(links.num_cells)
+    bags = links.select(filled)
+    sums_SG = np.add.reduceat(predicted_NG[bags.cell_index], bags.offsets[:-1], axis=0)
+    measured_SG = log_normalise(spots.counts)[filled][:, [spots.genes.index(g) for g in genes]]
+    by_spot = pearson_by_column(sums_SG / bags.num_cells[:, None], measured_SG)
+    best = int(np.nanargmax(by_gene))
+    true_xy0 = np.column_stack([truth["x0"].to_numpy(), truth["y0"].to_numpy()])
+    true_values = log_normalise(expected_NG)[:, columns[best]]
+    panels = [
+        (f"{genes[best]} predicted, r = {by_gene[best]:.2f}", xy0, predicted_NG[:, best]),
+        (f"{genes[best]} true", true_xy0, true_values),
+    ]
+    gene_map(picture, panels, size0, mpp, image)
+    return _report(matching, genes, by_gene, shuffled, by_spot)
+
+
+def _report(
+    matching: Matching,
+    genes: list[str],
+    by_gene: np.ndarray,
+    shuffled: np.ndarray,
+    by_spot: np.ndarray,
+) -> dict[str, Any]:
+    return {
+        "num_true_nuclei": matching.num_true,
+        "num_found_nuclei": matching.num_found,
+        "precision": matching.precision,
+        "recall": matching.recall,
+        "cell_pearson": float(np.nanmean(by_gene)),
+        "cell_pearson_shuffled": float(np.nanmean(shuffled)),
+        "spot_pearson": float(np.nanmean(by_spot)),
+        "cell_pearson_by_gene": {g: float(r) for g, r in zip(genes, by_gene, strict=True)},
+    }
+
+
+def _show(console: Console, found: dict[str, Any], out: Path) -> None:
+    table = Table("measure", "value", title=f"{UNSEEN}: found against the truth")
+    table.add_row(
+        "nuclei found / true", f"{found['num_found_nuclei']} / {found['num_true_nuclei']}"
+    )
+    table.add_row("precision, recall", f"{found['precision']:.3f}, {found['recall']:.3f}")
+    table.add_row("cell-level Pearson r, mean over genes", f"{found['cell_pearson']:.3f}")
+    table.add_row("the same, truth shuffled over cells", f"{found['cell_pearson_shuffled']:.3f}")
+    table.add_row("spot-level Pearson r, mean over genes", f"{found['spot_pearson']:.3f}")
+    table.add_row("seconds", f"{found['seconds']}")
+    console.print(table)
+    for name in (
+        "genes.png",
+        "report.json",
+        "encoder",
+        "extract/cells",
+        "head",
+        "predict/expression",
+    ):
+        console.print(f"  {out / name}", highlight=False)
+    folder = json.dumps(str(out / "predict"))
+    command = f"import scellst_ray; print(scellst_ray.open_run({folder}).slides)"
+    console.print(f"  python -c '{command}'", highlight=False, soft_wrap=True)

@@ -1,0 +1,222 @@
+"""`scellst-ray doctor`: everything a run needs, checked before it starts, all problems at once.
+
+It checks what a run checks when it starts (preflight/checks.py, preflight/nodes.py), and what takes
+longer: it opens weights and heads, and every slide that lies on a disk.
+"""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import openslide
+import torch
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from scellst_ray import storage
+from scellst_ray.core.isolated import Died, each_isolated
+from scellst_ray.core.version import __version__
+from scellst_ray.models.cellvit.checkpoint import load_cellvit
+from scellst_ray.models.encoder.encoder import best_precision, encoder_digest, is_named
+from scellst_ray.models.encoder.weights_file import local_weights
+from scellst_ray.models.mil.head import load_head
+from scellst_ray.models.weights.digests import file_digest
+from scellst_ray.pipelines.ask_nodes import node_problems, working_nodes
+from scellst_ray.pipelines.session import ray_session
+from scellst_ray.preflight.checks import FoundSlides, Problem, find_slides
+from scellst_ray.preflight.nodes import Asked, write_probe
+from scellst_ray.preflight.slide_plans import header_of, slide_row
+from scellst_ray.slides.manifest import SlideRow, read_manifest
+from scellst_ray.stages.config import head_file
+from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
+from scellst_ray.stages.tiles import Row, guarded
+
+# Slides that are named when they are well.
+NAMED_WELL = 100
+OPEN_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Check this machine, the cluster, and what is given below, before a run."""
+
+    job: str | None = None
+    """YAML file of extract, predict, pretrain or train: what it names is checked; flags win."""
+    manifest: str | None = None
+    """Slides: each must be there, and those on disks are opened."""
+    out: str | None = None
+    """Folder that every node must see and be able to write."""
+    encoder: str | None = None
+    """Encoder weights that every node must have."""
+    segmenter_weights: str | None = None
+    """CellViT checkpoint that must be whole, and on every node: a file or a name of `models`."""
+    head: str | None = None
+    """Head that must be readable, its folder or its file."""
+    gpus: bool | None = None
+    """Whether networks are to run on GPUs, which torch must then be able to use."""
+    ray: bool = True
+    """Connect to Ray (or start it), count its CPUs and GPUs, and ask every node."""
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Run all checks; print one line each; return 0 if all passed, else 1."""
+    console = Console()
+    config = _with_job(config)
+    bad = [name for name, check in _checks(config) if _check(console, name, check)]
+    problems = len(bad)
+    slides: list[SlideRow] = []
+    if config.manifest and "manifest" not in bad:
+        slides = read_manifest(config.manifest)
+    found = find_slides(slides)
+    if config.ray:
+        problems += _nodes(console, config, found)
+    problems += _slides(console, slides, found)
+    console.print(f"{problems} problem(s)" if problems else "all well", highlight=False)
+    return 1 if problems else 0
+
+
+def _with_job(config: DoctorConfig) -> DoctorConfig:
+    """Return the configuration with what a job's file says where flags say nothing.
+
+    Raises:
+        ValueError: the file holds no keys and values.
+    """
+    if config.job is None:
+        return config
+    told = yaml.safe_load(storage.read_text(config.job))
+    if not isinstance(told, dict):
+        message = f"{config.job}: expected keys and values of a job, as its --config takes them"
+        raise ValueError(message)
+    names = [field.name for field in fields(config) if field.name not in ("job", "ray")]
+    given = {name: told[name] for name in names if name in told and getattr(config, name) is None}
+    if given.get("encoder") == "head":
+        del given["encoder"]
+    return replace(config, **given)
+
+
+def _checks(config: DoctorConfig) -> list[tuple[str, Callable[[], str]]]:
+    """Return what is checked where this command runs: names, and functions that tell or raise."""
+    checks: list[tuple[str, Callable[[], str]]] = [("versions", _versions), ("device", _device)]
+    if config.manifest:
+        manifest = config.manifest
+        checks.append(("manifest", lambda: f"{len(read_manifest(manifest))} slides"))
+    if config.encoder and config.encoder not in WITHOUT_FILE:
+        encoder = config.encoder
+        checks.append(("encoder", lambda: encoder_digest(local_weights(encoder))))
+    if config.segmenter_weights:
+        weights = config.segmenter_weights
+        checks.append(("segmenter", lambda: _cellvit(weights)))
+    if config.head:
+        head = head_file(config.head)
+        checks.append(("head", lambda: f"{len(load_head(head)[1]['genes'])} genes"))
+    if config.out:
+        out = config.out
+        checks.append(("output", lambda: _writable(out)))
+    return checks
+
+
+def _check(console: Console, name: str, check: Callable[[], str]) -> int:
+    """Print a check's finding; return 1 if it found a problem."""
+    try:
+        found = check()
+    except (ValueError, OSError, RuntimeError) as error:
+        _print(console, str(error), name)
+        return 1
+    console.print(f"[green]ok[/]  {name}: {escape(found)}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _print(console: Console, text: str, name: str | None = None) -> None:
+    """Print a problem."""
+    where = "" if name is None else f"{name}: "
+    console.print(f"[red]bad[/] {where}{escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _versions() -> str:
+    names = ("ray", "torch", "torchvision", "pyarrow", "anndata")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    ours = f"scellst-ray {__version__}, python {platform.python_version()}"
+    return ", ".join([ours, *versions, f"openslide {openslide.__library_version__}"])
+
+
+def _device() -> str:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(gpus) or 'no GPU'}; encoder precision {best_precision(device)}"
+
+
+def _cellvit(weights: str) -> str:
+    model = load_cellvit(local_weights(weights))
+    return f"CellViT-{model.arch.variant}, {', '.join(model.type_names[1:])}; {model.digest}"
+
+
+def _writable(out: str) -> str:
+    write_probe(out, keep=False)
+    return f"{out} can be written"
+
+
+def _nodes(console: Console, config: DoctorConfig, found: FoundSlides) -> int:
+    """Connect to Ray and ask every node; return how many problems there are."""
+    problems: list[Problem] = []
+
+    def ask() -> str:
+        with ray_session() as cluster:
+            problems.extend(node_problems(_asked(config), cluster, found))
+            num = len(working_nodes())
+        return f"{num} node(s), {cluster.num_cpus} CPUs, {cluster.num_gpus} GPUs"
+
+    bad = _check(console, "ray", ask)
+    for problem in problems:
+        _print(console, problem.text)
+    return bad + len(problems)
+
+
+def _asked(config: DoctorConfig) -> Asked:
+    """Return what the nodes must offer; weights that are not here have been told of."""
+    digests: list[tuple[str, str]] = []
+    for weights in (config.encoder, config.segmenter_weights):
+        if weights is None or is_named(weights) or weights in WITHOUT_FILE:
+            continue
+        outcome: Row = {}
+        with guarded(outcome, "weights"):
+            digests.append((weights, file_digest(Path(local_weights(weights)))))
+    return Asked(out=config.out, weights=tuple(digests), gpus=bool(config.gpus))
+
+
+def _slides(console: Console, slides: list[SlideRow], found: FoundSlides) -> int:
+    """Open the slides that are on disks; return how many of all have a problem."""
+    local = set(found.local)
+    rows = [slide_row(s) for s in slides if s.uri in local and s.slide_id not in found.reasons]
+    processes = max(1, min(len(rows), os.cpu_count() or 1))
+    opened = each_isolated(header_of, rows, processes, OPEN_S)
+    headers = {row["slide_id"]: header for row, header in opened}
+    num_bad = 0
+    for slide in slides:
+        reason, told = found.reasons.get(slide.slide_id), _told(slide.slide_id, headers, found)
+        header = headers.get(slide.slide_id)
+        if isinstance(header, Died):
+            reason = f"{slide.uri}: {header.reason}"
+        elif header is not None and header.get("error") is not None:
+            reason = header["error"]
+        if reason is not None:
+            _print(console, reason, f"slide {slide.slide_id}")
+            num_bad += 1
+        elif len(slides) <= NAMED_WELL:
+            text = f"[green]ok[/]  slide {slide.slide_id}: {told}"
+            console.print(text, highlight=False, soft_wrap=True)
+    if len(slides) > NAMED_WELL:
+        well = f"{len(slides) - num_bad:,} of {len(slides):,} slides, {len(rows):,} of them opened"
+        console.print(f"[green]ok[/]  {well}", highlight=False)
+    return num_bad
+
+
+def _told(slide_id: str, headers: dict[str, Row | Died], found: FoundSlides) -> str:
+    """Return what is known of a slide that is well."""
+    header = headers.get(slide_id)
+    if isinstance(header, dict) and "mpp" in header:
+        return f"{header['width0']} x {header['height0']} px, {header['mpp']:g} um/px"
+    return f"there, {found.num_bytes.get(slide_id, 0):,} bytes; not opened"

@@ -1,0 +1,149 @@
+"""What `evaluate encoder` tells: tables on the console, report.json, report.md, gallery.png."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scellst_ray import storage
+from scellst_ray.core.version import __version__
+from scellst_ray.evaluation.encoder.evaluate import (
+    EncoderEvaluation,
+    EvaluateEncoderConfig,
+    evaluate_encoder,
+)
+from scellst_ray.evaluation.encoder.galleries import gallery
+
+# A title, the headings, the rows.
+Rows = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+SCORES = {"probe": "linear probe", "knn": "nearest cells"}
+
+
+def run_evaluate_encoder(config: EvaluateEncoderConfig) -> int:
+    """Run `evaluate encoder`: print tables, write `out`; return 0."""
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    found = evaluate_encoder(config, say)
+    for title, headings, rows in tables(found, config):
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for number, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for note in found.notes:
+        say(f"note: {note}")
+    if config.out is not None:
+        write(config.out, found, config)
+        say(f"wrote {config.out}")
+    return 0
+
+
+def tables(found: EncoderEvaluation, config: EvaluateEncoderConfig) -> list[Rows]:
+    """Return what is told, as text: scores, differences, recall by type, batch effect."""
+    names = [str(name) for name in np.unique(found.cells.types_N)]
+    return [
+        (
+            "balanced accuracy on held-out slides (95 % interval over slides)",
+            ("encoder", "length", *SCORES.values()),
+            [
+                [name, str(row["dim"]), *[_with_interval(row[key]) for key in SCORES]]
+                for name, row in found.scores.items()
+            ],
+        ),
+        (
+            f"{config.encoder} above the others, on the same cells",
+            ("other", *SCORES.values()),
+            [
+                [name, *[_with_interval(row[key], sign="+") for key in SCORES]]
+                for name, row in found.differences.items()
+            ],
+        ),
+        (
+            "linear probe, recall by type",
+            ("encoder", *names),
+            [
+                [name, *[f"{row['probe']['recall'][kind]:.3f}" for kind in names]]
+                for name, row in found.scores.items()
+            ],
+        ),
+        (
+            f"the {config.neighbours} nearest cells (share expected by chance)",
+            ("encoder", "of the same slide", "of the same type, in other slides"),
+            [[name, *_purity(row["purity"])] for name, row in found.scores.items()],
+        ),
+    ]
+
+
+def write(out: str, found: EncoderEvaluation, config: EvaluateEncoderConfig) -> None:
+    """Write report.json, report.md and gallery.png below `out`."""
+    types_N, groups_N = found.cells.types_N, found.cells.groups_N
+    counts = {
+        str(group): {
+            str(kind): int((types_N[groups_N == group] == kind).sum())
+            for kind in np.unique(types_N[groups_N == group])
+        }
+        for group in np.unique(groups_N)
+    }
+    report: dict[str, Any] = {"encoders": found.scores, "differences": found.differences}
+    report |= {"cells": counts, "notes": found.notes, "config": asdict(config)}
+    storage.publish_json(storage.join(out, "report.json"), report | {"scellst_ray": __version__})
+    storage.publish_text(storage.join(out, "report.md"), markdown(found, config, counts))
+    title = f"{config.encoder}: cells and their nearest in other slides"
+    storage.publish(
+        storage.join(out, "gallery.png"),
+        lambda path: gallery(
+            path, found.cells.crops_NHWC, types_N, groups_N, found.retrieved, title
+        ),
+    )
+
+
+def markdown(
+    found: EncoderEvaluation, config: EvaluateEncoderConfig, counts: dict[str, dict[str, int]]
+) -> str:
+    """Return the report as Markdown."""
+    chance = 1 / len(np.unique(found.cells.types_N))
+    about = (
+        f"{len(found.cells.types_N):,} cells of {len(counts)} slides. Each slide is judged by a "
+        "probe, or by neighbours, of the other slides; every type counts the same, so chance is "
+        f"{chance:.3f}. `colours` are 18 statistics of the crop's red, green and blue: what "
+        "exceeds them is more than stain."
+    )
+    lines = [f"# Encoder {config.encoder}", "", about, ""]
+    for title, headings, rows in tables(found, config):
+        lines += [f"## {title}", "", _row(headings)]
+        lines += [_row(["---", *["---:"] * (len(headings) - 1)]), *map(_row, rows), ""]
+    kinds = sorted({kind for row in counts.values() for kind in row})
+    lines += ["## cells", "", _row(["slide", *kinds]), _row(["---", *["---:"] * len(kinds)])]
+    lines += [
+        _row([name, *[str(row.get(kind, 0)) for kind in kinds]]) for name, row in counts.items()
+    ]
+    lines += ["", *[f"- {note}" for note in found.notes], "", "![gallery](gallery.png)", ""]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
+
+
+def _with_interval(score: dict[str, Any], sign: str = "") -> str:
+    low, high = score["interval_slides"]
+    value = score["balanced_accuracy"]
+    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def _purity(row: dict[str, float]) -> list[str]:
+    """Return both shares beside what chance gives."""
+    return [
+        f"{row['same_slide']:.3f} ({row['same_slide_chance_of_type']:.3f})",
+        f"{row['same_type']:.3f} ({row['same_type_chance']:.3f})",
+    ]

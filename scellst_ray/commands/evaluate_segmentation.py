@@ -1,0 +1,97 @@
+"""What `evaluate segmentation` tells: tables on the console, a file of scores."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import polars as pl
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scellst_ray import storage
+from scellst_ray.core.version import __version__
+from scellst_ray.evaluation.segmentation.evaluate import (
+    EvaluateSegmentationConfig,
+    Evaluation,
+    evaluate_segmentation,
+)
+from scellst_ray.evaluation.segmentation.image_scores import as_dict
+
+ALL = "all"
+HEADINGS = {"num_true": "true", "num_predicted": "found", "precision": "prec."}
+CENTROID_SCORES = ("num_true", "num_predicted", "f1", "precision", "recall")
+MASK_SCORES = (*CENTROID_SCORES, "sq", "pq", "aji")
+TYPE_SCORES = ("num_true", "num_predicted", "detected", "f1", "precision", "recall", "pq")
+
+
+def run_evaluate_segmentation(config: EvaluateSegmentationConfig) -> int:
+    """Run `evaluate segmentation`: print tables, write `out`; return 0."""
+    found = evaluate_segmentation(config)
+    rows = {n: as_dict(s, typed=found.typed) for n, s in (*found.images.items(), (ALL, found.all))}
+    console = Console()
+    for part, title, scores in (
+        ("masks", "masks, IoU above 0.5; all: sums and means", MASK_SCORES),
+        ("centroids", f"centroids within {config.radius_um:g} um; all: sums", CENTROID_SCORES),
+    ):
+        parts = {name: row[part] for name, row in rows.items() if part in row}
+        if parts:
+            console.print(_table("image", title, parts, scores))
+    if rows[ALL].get("types"):
+        title = "types, over all images"
+        console.print(_table("type", title, rows[ALL]["types"], TYPE_SCORES))
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    if config.out is not None:
+        _write(config.out, rows, found, config)
+        console.print(f"wrote {config.out}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _table(
+    first: str, title: str, rows: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]
+) -> Table:
+    """Return a table of scores, a row each, without columns that no row has."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    shown = [name for name in names if any(name in row for row in rows.values())]
+    for name in shown:
+        heading = name.upper() if len(name) < 4 else HEADINGS.get(name, name)
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(escape(name), *[_text(row.get(key)) for key in shown])
+    return table
+
+
+def _text(value: float | None) -> str:
+    """Return a count or a score as text."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def _write(
+    out: str,
+    rows: Mapping[str, Mapping[str, Any]],
+    found: Evaluation,
+    config: EvaluateSegmentationConfig,
+) -> None:
+    """Write the scores: nested as JSON, or a row per image as CSV."""
+    if out.endswith(".json"):
+        images = {name: row for name, row in rows.items() if name in found.images}
+        text = {"images": images, ALL: rows[ALL], "notes": found.notes, "config": asdict(config)}
+        storage.publish_json(out, text | {"scellst_ray": __version__})
+        return
+    flat = [{"slide_id": name} | _flat(row) for name, row in rows.items()]
+    table = pl.DataFrame(flat, infer_schema_length=None)
+    storage.publish_text(out, table.write_csv())
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

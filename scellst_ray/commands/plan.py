@@ -1,0 +1,146 @@
+"""A plan for people and for machines."""
+
+import math
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from scellst_ray import storage
+from scellst_ray.core.version import __version__
+from scellst_ray.preflight.costs import Work
+from scellst_ray.preflight.plan import Plan, PlanConfig, make_plan
+from scellst_ray.preflight.slide_plans import SlidePlan
+
+# A line now and then while slides are opened.
+SAY_EVERY = 500
+HEAD = ("slide", "tiles", "tissue mm2", "cells", "read", "written", "CPU h", "GPU h")
+
+
+def run_plan(config: PlanConfig) -> int:
+    """Plan a run, print it and write it down; 0 only if every slide could be planned."""
+    console = Console()
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    progress = Console(stderr=True)
+
+    def report(num: int) -> None:
+        if num % SAY_EVERY == 0:
+            progress.print(f"{num} slides planned", highlight=False)
+
+    plan = make_plan(config, report)
+    for line in lines(plan):
+        say(line)
+    if config.json is not None:
+        storage.publish_json(config.json, as_json(plan))
+    return int(any(slide.error for slide in plan.slides))
+
+
+def lines(plan: Plan) -> list[str]:
+    """Return what a person is shown: a line for each slide, all together, and the cluster."""
+    rows: list[tuple[str, ...]] = [HEAD]
+    rows += [
+        _row(slide.slide_id, slide.tissue_mm2, work)
+        for slide, work in zip(plan.slides, plan.works, strict=True)
+        if slide.error is None
+    ]
+    tissue = [slide.tissue_mm2 for slide in plan.slides if slide.tissue_mm2 is not None]
+    rows.append(_row("all", sum(tissue) if tissue else None, plan.total))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+    shown = [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]
+    bad = [slide for slide in plan.slides if slide.error is not None]
+    shown += [f"cannot be planned: {slide.slide_id}: {slide.error}" for slide in bad]
+    return [*shown, *_totals(plan, len(bad)), *(f"note: {note}" for note in plan.notes)]
+
+
+def _row(name: str, tissue_mm2: float | None, work: Work) -> tuple[str, ...]:
+    return (
+        name,
+        f"{work.tiles:,}",
+        "" if tissue_mm2 is None else f"{tissue_mm2:,.1f}",
+        f"{work.cells:,.0f}",
+        _size(work.bytes_read),
+        _size(work.bytes_written),
+        f"{work.all_cpu_s / 3600:,.2f}",
+        f"{work.all_gpu_s / 3600:,.2f}",
+    )
+
+
+def _totals(plan: Plan, num_bad: int) -> list[str]:
+    work, cluster = plan.total, plan.cluster
+    gpus = f" and {cluster.gpus} GPUs" if cluster.gpus else ""
+    stages = sum_stages(work)
+    parts = ", ".join(f"{name} {seconds:,.0f}" for name, seconds in stages.items() if seconds)
+    price = "" if plan.price is None else f"; price {plan.price:,.2f}"
+    slides = (
+        f"{plan.job} of {len(plan.slides)} slides, {num_bad} of which cannot be planned: "
+        f"{work.tiles:,} tiles, about {work.cells:,.0f} cells, {_size(work.bytes_kept)} kept"
+    )
+    there = f"{cluster.cpus} CPUs ({cluster.workers} workers){gpus}"
+    took = f"on {there}: about {_duration(plan.wall_s)}{price}"
+    return [slides, f"seconds of workers: {parts}", took, *_sources(plan)]
+
+
+def sum_stages(work: Work) -> dict[str, float]:
+    """Return seconds by stage, those of GPUs among them under their device's name."""
+    return work.cpu_s | {f"{name} (GPU)": seconds for name, seconds in work.gpu_s.items()}
+
+
+def _sources(plan: Plan) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, source in plan.rates.sources.items():
+        names.setdefault(source, []).append(name)
+    return [f"{', '.join(v)}: {k}" for k, v in names.items() if k != "default"]
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON says it; what is not known is null."""
+    slides = [
+        _slide(slide) | {"work": _work(work)}
+        for slide, work in zip(plan.slides, plan.works, strict=True)
+    ]
+    rates = {
+        name: {"value": None if math.isnan(value) else value, "source": plan.rates.sources[name]}
+        for name, value in plan.rates.values.items()
+    }
+    return {
+        "job": plan.job,
+        "scellst_ray": __version__,
+        "slides": slides,
+        "total": _work(plan.total),
+        "cluster": asdict(plan.cluster),
+        "wall_s": round(plan.wall_s, 1),
+        "price": plan.price,
+        "rates": rates,
+        "notes": plan.notes,
+    }
+
+
+def _slide(slide: SlidePlan) -> dict[str, Any]:
+    return {name: value for name, value in vars(slide).items() if name != "sample"}
+
+
+def _work(work: Work) -> dict[str, Any]:
+    hours = {"cpu_hours": work.all_cpu_s / 3600, "gpu_hours": work.all_gpu_s / 3600}
+    return asdict(work) | {"cells": round(work.cells)} | hours
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,125 @@
+"""`scellst-ray retry`: go on with a run, from nothing but its folder."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from scellst_ray import storage
+from scellst_ray.commands.extract import summarise
+from scellst_ray.commands.progress import shown_progress
+from scellst_ray.core.names import known
+from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.pipelines.driver import Report
+from scellst_ray.pipelines.extract import extract
+from scellst_ray.pipelines.predict import predict
+from scellst_ray.runs.folder import FINISHED
+from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.summary import read_config
+from scellst_ray.slides.manifest import read_manifest
+from scellst_ray.stages.config import ExtractConfig, PredictConfig
+
+Records = dict[str, dict[str, Any]]
+JOBS: dict[str, tuple[type[ExtractConfig], Callable[..., Records]]] = {
+    "extract": (ExtractConfig, extract),
+    "predict": (PredictConfig, predict),
+}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryConfig:
+    """Go on with a run as it was configured: all slides not done, or some of them.
+
+    What is not given here is as in the run's config.yaml. None of it changes results.
+    """
+
+    run: str
+    """Run folder of `extract` or `predict`; may stand without --run."""
+    failed: bool = False
+    """Only slides that failed or are partial."""
+    slides: list[str] | None = None
+    """Only these slide_ids (a,b)."""
+    manifest: str | None = None
+    """Where the manifest is now."""
+    workers: int | None = None
+    """Worker actors."""
+    gpus: bool | None = None
+    """Run networks on GPUs."""
+    memory_gb: float | None = None
+    """Memory a worker declares to Ray."""
+    max_attempts: int | None = None
+    """Times a tile may end a worker's process before it counts as failed."""
+    tile_timeout_s: float | None = None
+    """Seconds a tile may take."""
+    plan_timeout_s: float | None = None
+    """Seconds opening a slide and finding its tissue may take."""
+
+    def __post_init__(self) -> None:
+        """Refuse two choices of slides."""
+        if self.failed and self.slides is not None:
+            message = "failed and slides both choose slides; give one of them"
+            raise ValueError(message)
+
+
+OF_RETRY = ("run", "failed", "slides")
+
+
+def retry(config: RetryConfig, report: Report = lambda _: None) -> Records:
+    """Run the job of a folder again; return the records of its slides, none if there was nothing.
+
+    Raises:
+        FileNotFoundError: no run there, or its manifest is gone.
+        ValueError: its configuration is of another release, or a slide is unknown or done.
+    """
+    run = open_run(storage.absolute(config.run))
+    job = str(run.info.get("identity", {}).get("job"))
+    if job not in JOBS:
+        message = f"{run.uri}: a run of {job}; only {' and '.join(JOBS)} can be run again"
+        raise ValueError(message)
+    kind, function = JOBS[job]
+    stored = read_config(run.uri)
+    names = {f.name for f in fields(kind)}
+    if not stored or not set(stored) <= names:
+        wrong = ", ".join(sorted(set(stored) - names)) or "nothing"
+        message = f"{run.uri}/config.yaml: holds {wrong}; run `scellst-ray {job}` with its flags"
+        raise ValueError(message)
+    given = {name: value for name, value in asdict(config).items() if name not in OF_RETRY}
+    values = stored | {name: value for name, value in given.items() if value is not None}
+    # The folder may have been moved, and it has the head itself.
+    values |= {"out": run.uri, "slides": None}
+    if "head" in names:
+        values["head"] = storage.join(run.uri, HEAD_FILE)
+    if config.failed or config.slides is not None:
+        values["slides"] = _chosen(run, str(values["manifest"]), config.slides)
+        if not values["slides"]:
+            return {}
+    return function(kind(**values), report)
+
+
+def _chosen(run: Run, manifest: str, slides: list[str] | None) -> list[str]:
+    """Return these slides, or those that failed or are partial, if the manifest has them.
+
+    Raises:
+        ValueError: a slide that was asked for is not in the manifest, or it is done.
+    """
+    there = {slide.slide_id for slide in read_manifest(manifest)}
+    if slides is not None:
+        chosen = known(slides, sorted(there), f"{manifest}: slide_ids")
+        done = [s for s in chosen if run.records.get(s, {}).get("status") in FINISHED]
+        if done:
+            message = f"{run.uri}: slide(s) {', '.join(done)} are done; give those that are not"
+            raise ValueError(message)
+        return chosen
+    bad = {s for s, record in run.records.items() if record["status"] not in FINISHED}
+    if bad - there:
+        text = "not in %s, so left as they are: %s"
+        logger.warning(text, manifest, ", ".join(sorted(bad - there)))
+    return sorted(bad & there)
+
+
+def run_retry(config: RetryConfig) -> int:
+    """Run `retry`; 0 only if every slide that it was about is done or empty."""
+    with shown_progress() as report:
+        records = retry(config, report)
+    return summarise(records, config.run)

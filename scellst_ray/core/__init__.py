@@ -1,0 +1,1 @@
+"""Frames, table schemas, log lines and guards of a process."""

@@ -1,0 +1,197 @@
+"""One Arrow schema per table that crosses a boundary (FORMAT.md is the prose of it).
+
+`conform` puts a table into its stored form, name, version and run digest in the schema metadata;
+`check` refuses a stored table of another name or of a version this release cannot read.
+"""
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+CROP_UM = 12.0
+CROP_PX = 48
+# As stored: rotated by any angle, the 12 um in the middle are whole.
+STORED_CROP_UM = 18.0
+STORED_CROP_PX = 72
+# Of runs that do not say: those of the first releases, by a ResNet-50.
+EMBEDDING_DIM = 2048
+HIDDEN_DIM = 256
+
+# A segmentation network's maps as they leave its device, one uint32 a pixel: bits 0-24 the edge
+# energy in steps of 2^-24 (0 to MAP_LEVEL), bit 25 set in nuclei, bits 26-31 the nucleus type.
+MAP_LEVEL = 1 << 24
+MAP_NUCLEUS = 1 << 25
+MAP_TYPE_SHIFT = 26
+
+_BOX_FIELDS = [
+    pa.field(f"{kind}_{axis}", pa.int32())
+    for kind in ("core", "read")
+    for axis in ("x0", "y0", "w0", "h0")
+]
+
+# A slide that could not be planned, or has no tissue, is one row: tile_id -1 and num_tiles 0.
+TILES = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("tile_id", pa.int64(), nullable=False),
+        pa.field("num_tiles", pa.int32(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("mpp", pa.float64()),
+        pa.field("read_mpp", pa.float64()),
+        pa.field("width0", pa.int32()),
+        pa.field("height0", pa.int32()),
+        *_BOX_FIELDS,
+        pa.field("imported", pa.string()),
+        pa.field("stage", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+STAGES = ("plan", "read", "network", "segment", "crop", "embed", "write")
+
+RECEIPTS = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("tile_id", pa.int64(), nullable=False),
+        pa.field("num_tiles", pa.int32(), nullable=False),
+        pa.field("mpp", pa.float64()),
+        pa.field("read_mpp", pa.float64()),
+        pa.field("width0", pa.int32()),
+        pa.field("height0", pa.int32()),
+        pa.field("num_cells", pa.int32(), nullable=False),
+        pa.field("shard", pa.string()),
+        pa.field("shard_row", pa.int64()),
+        pa.field("stage", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error", pa.string()),
+        *[pa.field(f"seconds_{stage}", pa.float32()) for stage in STAGES],
+        pa.field("waited_s", pa.float32()),
+    ]
+)
+
+FAILURES = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("tile_id", pa.int64(), nullable=False),
+        pa.field("stage", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+CELL_FIELDS = [
+    pa.field("slide_id", pa.string(), nullable=False),
+    pa.field("cell_id", pa.int64(), nullable=False),
+    pa.field("x0", pa.float32(), nullable=False),
+    pa.field("y0", pa.float32(), nullable=False),
+    pa.field("area_um2", pa.float32(), nullable=False),
+    pa.field("nucleus_type", pa.string(), nullable=False),
+    pa.field("type_prob", pa.float32()),
+    pa.field("polygon", pa.binary(), nullable=False),
+]
+# What a tile hands over: nuclei near its border carry bits that say how (see nuclei/seams.py).
+SHARD_FIELDS = [*CELL_FIELDS, pa.field("seam", pa.uint8(), nullable=False)]
+# From the cells the head was trained on (runs/domain_shift.py).
+DISTANCE = pa.field("distance", pa.float16(), nullable=False)
+
+CROPS = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("cell_id", pa.int64(), nullable=False),
+        pa.field("nucleus_type", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+    ]
+)
+
+
+def vector(name: str, dim: int) -> pa.Field:
+    """Return a stored vector column: float16 [dim] per cell."""
+    return pa.field(name, pa.list_(pa.field("item", pa.float16()), dim), nullable=False)
+
+
+def cells_schema(embedding_dim: int | None) -> pa.Schema:
+    """Return the CELLS schema; without an embedding column if `embedding_dim` is None."""
+    extra = [] if embedding_dim is None else [vector("embedding", embedding_dim)]
+    return pa.schema([*CELL_FIELDS, *extra])
+
+
+def expression_schema(hidden_dim: int = HIDDEN_DIM, *, with_distance: bool = False) -> pa.Schema:
+    """Return the EXPRESSION schema: the head's last hidden layer, float16 [256] per cell.
+
+    An ensemble has one after another: `hidden_dim` is a multiple of 256 then. Tables of the first
+    releases have no `distance`.
+    """
+    extra = [DISTANCE] if with_distance else []
+    return pa.schema([*CELL_FIELDS[:2], vector("hidden", hidden_dim), *extra])
+
+
+def bags_schema(embedding_dim: int, *, with_counts: bool = False) -> pa.Schema:
+    """Return the BAGS schema: one row per spot with its cells' embeddings and its target.
+
+    A bag has as many vectors as the spot has cells: offsets, no padding. Losses on counts need
+    two more columns: `with_counts`.
+    """
+    embedding = pa.list_(pa.field("item", pa.float16()), embedding_dim)
+    counts = [
+        pa.field("counts", pa.list_(pa.float32()), nullable=False),
+        pa.field("size_factor", pa.float32(), nullable=False),
+    ]
+    return pa.schema(
+        [
+            pa.field("slide_id", pa.string(), nullable=False),
+            pa.field("spot_id", pa.string(), nullable=False),
+            pa.field("x0", pa.float64(), nullable=False),
+            pa.field("y0", pa.float64(), nullable=False),
+            pa.field("cell_id", pa.list_(pa.int64()), nullable=False),
+            pa.field("embedding", pa.list_(embedding), nullable=False),
+            pa.field("target", pa.list_(pa.float32()), nullable=False),
+            *(counts if with_counts else []),
+        ]
+    )
+
+
+def conform(table: pa.Table, schema: pa.Schema, name: str, run_digest: str = "") -> pa.Table:
+    """Return `table` with exactly the columns and types of `schema`, signed with its name.
+
+    Raises:
+        ValueError: a column is missing or cannot be cast without loss.
+    """
+    missing = [column for column in schema.names if column not in table.column_names]
+    if missing:
+        message = f"{name}: column(s) {', '.join(missing)} missing; it has {table.column_names}"
+        raise ValueError(message)
+    return table.select(schema.names).cast(signed(schema, name, run_digest))
+
+
+def signed(
+    schema: pa.Schema, name: str, run_digest: str = "", extra: Mapping[bytes, bytes] | None = None
+) -> pa.Schema:
+    """Return the schema with table name, format version and run digest in its metadata."""
+    metadata = {
+        b"scellst_ray.table": name.encode(),
+        b"scellst_ray.version": str(FORMAT_VERSION).encode(),
+        b"scellst_ray.run_digest": run_digest.encode(),
+    }
+    return schema.with_metadata(metadata | dict(extra or {}))
+
+
+def check(schema: pa.Schema, name: str, source: str) -> None:
+    """Check that a stored schema is table `name` in a version this release reads.
+
+    Raises:
+        ValueError: another table, no signature, or a newer version; the message names `source`.
+    """
+    metadata = schema.metadata or {}
+    found = metadata.get(b"scellst_ray.table", b"").decode()
+    if found != name:
+        message = f"{source}: expected a scellst_ray {name} table, found {found or 'no signature'}"
+        raise ValueError(message)
+    version = int(metadata.get(b"scellst_ray.version", b"0"))
+    if version > FORMAT_VERSION:
+        message = (
+            f"{source}: written in format version {version}; this release reads up to "
+            f"{FORMAT_VERSION}. Upgrade scellst_ray."
+        )
+        raise ValueError(message)

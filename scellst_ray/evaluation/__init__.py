@@ -1,0 +1,1 @@
+"""Scores against the truth, with baselines next to them."""

@@ -1,0 +1,1 @@
+"""Every slide predicted by heads that never saw it."""

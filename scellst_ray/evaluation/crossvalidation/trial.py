@@ -1,0 +1,323 @@
+"""One trial of a grid: choose genes and fit on some slides, score on others, beside baselines.
+
+Shape letters: S spots, K spots that count (they pass the filters and have cells), N cells under
+spots, P genes of the panel, D embedding, R draws of a bootstrap.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.evaluation.expression.bootstrap import (
+    draws,
+    interval,
+    mean_over_genes,
+    pearson_of_draws,
+    times_drawn,
+)
+from scellst_ray.evaluation.expression.colour_baseline import fit_colour_ridge, slide_colours
+from scellst_ray.evaluation.expression.evaluate import COLOUR, MEAN, Units
+from scellst_ray.evaluation.expression.scores import (
+    METRICS,
+    OURS,
+    SHUFFLED,
+    Bootstrap,
+    Truth,
+    number,
+    score_models,
+)
+from scellst_ray.models.mil.bags import BagSet, split_spots
+from scellst_ray.models.mil.fit import FitConfig, fit_head, new_head
+from scellst_ray.models.mil.head import MilHead, bag_mean
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.spots.links import Links
+from scellst_ray.spots.panel import filter_counts, make_targets, robust_scale, size_factors
+from scellst_ray.spots.selection import Section, choose_genes
+from scellst_ray.spots.table import Spots, check_whole_counts
+from scellst_ray.stages.supervision import Rules, TrainingSlide, link_slide
+
+# What is compared, in the order of reports; colour only if asked for.
+MODELS = (OURS, COLOUR, MEAN, SHUFFLED)
+
+
+@dataclass(frozen=True)
+class SlideData:
+    """All that trials need of a slide, whatever they train on.
+
+    Attributes:
+        slide_id: The slide.
+        spots: All its spots and genes.
+        kept: int64 [K], the spots that count.
+        links: Their cells, as rows of embeddings_ND.
+        embeddings_ND: float16, of the cells under these spots.
+        colours_KC: Colour statistics of their discs; None if not asked for.
+    """
+
+    slide_id: str
+    spots: Spots
+    kept: NDArray[np.int64]
+    links: Links
+    embeddings_ND: NDArray[np.float16]
+    colours_KC: NDArray[np.float64] | None
+
+    @property
+    def source(self) -> str:
+        """Name it in errors."""
+        return f"slide {self.slide_id}"
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What a trial is told.
+
+    Attributes:
+        train_slides: To choose genes and fit on.
+        test_slides: To score on, each on its own.
+        genes: Rule of the panel (see choose_genes).
+        fit: How to fit.
+        rules: How spots become supervision.
+        num_draws: Bootstrap draws of spots for intervals; 0 for none.
+        num_threads: Of torch.
+        use_gpu: Fit on the GPU.
+    """
+
+    train_slides: tuple[str, ...]
+    test_slides: tuple[str, ...]
+    genes: str
+    fit: FitConfig
+    rules: Rules
+    num_draws: int = 0
+    num_threads: int = 1
+    use_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What training slides teach.
+
+    Attributes:
+        panel: Gene names.
+        head: Fitted.
+        units: From its predictions to scaled expression.
+        baselines: mean_G, and the ridge from colours if there are colours.
+        info: How the fit went.
+    """
+
+    panel: list[str]
+    head: MilHead
+    units: Units
+    mean_P: NDArray[np.float64]
+    ridge: Any
+    info: dict[str, Any]
+
+
+def prepare_slide(
+    slide: TrainingSlide, run: RunFolder, rules: Rules, *, colour: bool
+) -> tuple[dict[str, Any], SlideData]:
+    """Read a slide once for all trials; return what to tell of it, and the data.
+
+    Raises:
+        ValueError: spots that cannot be read or do not lie on the tissue, no spot has a cell,
+            counts that are needed and not whole, or embeddings that are not finite.
+    """
+    slide_id, uri = slide.row.slide_id, run.cells_uri(slide.row.slide_id)
+    cells = storage.read_table(uri, ["x0", "y0", "embedding"])
+    schemas.check(cells.schema, "CELLS", uri)
+    xy0 = np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()])
+    linked = link_slide(slide, xy0, rules, see_image=rules.check_alignment)
+    if rules.with_counts:
+        check_whole_counts(linked.spots, f"slide {slide_id}", "a loss on counts")
+    passing = filter_counts(linked.spots, f"slide {slide_id}", rules.limits)
+    passes = np.isin(linked.spots.spot_id, passing.spot_id)
+    kept = np.flatnonzero(passes & (linked.links.num_cells > 0))
+    if not len(kept):
+        message = f"slide {slide_id}: none of its {passes.sum()} spots that pass has a cell."
+        raise ValueError(message)
+    links = linked.links.select(kept)
+    rows, place = np.unique(links.cell_index, return_inverse=True)
+    vectors = cells["embedding"].combine_chunks().take(rows)
+    embeddings_ND = np.asarray(vectors.flatten()).reshape(len(rows), -1)
+    if not np.isfinite(embeddings_ND).all():
+        message = f"slide {slide_id}: embeddings hold NaN or infinity: extract it again."
+        raise ValueError(message)
+    colours = slide_colours(slide.row, linked.spots.select(kept)) if colour else None
+    data = SlideData(
+        slide_id, linked.spots, kept, Links(links.offsets, place), embeddings_ND, colours
+    )
+    return {"num_spots": len(kept), "num_cells": len(rows)}, data
+
+
+def section(data: SlideData, rules: Rules) -> Section:
+    """Return what a training slide has to say about the choice of genes."""
+    passing = filter_counts(data.spots, data.source, rules.limits)
+    chosen = np.isin(passing.spot_id, data.spots.spot_id[data.kept])
+    return Section(data.slide_id, data.spots.genes, passing.select(chosen))
+
+
+@dataclass(frozen=True)
+class SlideTargets:
+    """What the K spots of a slide that count should teach.
+
+    Attributes:
+        values_KP: float32, log-normalised expression of the panel.
+        counts_KP: float32, raw counts.
+        factors_K: float64, size factors; None without counts.
+        median_library: Of all spots that pass the filters.
+    """
+
+    values_KP: NDArray[np.float32]
+    counts_KP: NDArray[np.float32]
+    factors_K: NDArray[np.float64] | None
+    median_library: float
+
+
+def targets_of(data: SlideData, panel: Sequence[str], rules: Rules) -> SlideTargets:
+    """Return the targets of the spots that count, as `train` makes them."""
+    found = make_targets(data.spots, panel, data.source, rules.limits)
+    rows = np.searchsorted(found.kept, data.kept)
+    factors = size_factors(found.library_K, data.source)[rows] if rules.with_counts else None
+    median = float(np.median(found.library_K))
+    return SlideTargets(found.values_KP[rows], found.counts_KP[rows], factors, median)
+
+
+def run_trial(settings: TrialSettings, slides: Mapping[str, SlideData]) -> dict[str, Any]:
+    """Choose genes and fit on the training slides, score on the test slides; return JSON.
+
+    Returns:
+        `genes`, `fit` (epochs, losses, seconds), `seconds`, and by test slide and model the
+        scores: mean over genes (`pcc`, `pcc_given_depth`, `scc`, `rmse`, `mae`), intervals of the
+        correlations over spots (`pcc_low`, ...), and `by_gene` correlations.
+    """
+    started = time.monotonic()
+    torch.set_num_threads(settings.num_threads)
+    learnt = learn(settings, [slides[name] for name in settings.train_slides])
+    scores = {name: score(settings, learnt, slides[name]) for name in settings.test_slides}
+    return {
+        "genes": learnt.panel,
+        "fit": learnt.info,
+        "scores": scores,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def learn(settings: TrialSettings, slides: Sequence[SlideData]) -> Learnt:
+    """Choose genes, fit the head and the baselines, on these slides only."""
+    rules, config = settings.rules, settings.fit
+    panel = choose_genes(settings.genes, [section(data, rules) for data in slides]).genes
+    targets = [targets_of(data, panel, rules) for data in slides]
+    pairs = [robust_scale(found.values_KP) for found in targets]
+    scaled_SP = np.concatenate([scaled for scaled, _ in pairs])
+    bags = join_bags(slides, targets, scaled_SP)
+    slide_ids = [data.slide_id for data in slides for _ in data.kept]
+    train_spots, val_spots = split_spots(slide_ids, config.val_share, config.seed)
+    device = "cuda" if settings.use_gpu else "cpu"
+    started = time.monotonic()
+    train, val = bags.take(train_spots), bags.take(val_spots)
+    head = new_head(train, config.seed, config.formula()).to(device)
+    result = fit_head(head, train.to(device), val.to(device), config)
+    info = {
+        "seconds": time.monotonic() - started,
+        "num_epochs": len(result.history),
+        "best_epoch": result.best_epoch,
+        "validation_loss": result.best_loss,
+        "num_spots": len(bags),
+        "num_cells": len(bags.embeddings_LD),
+    }
+    colours = [data.colours_KC for data in slides if data.colours_KC is not None]
+    ridge = fit_colour_ridge(np.concatenate(colours), scaled_SP) if colours else None
+    library = float(np.mean([found.median_library for found in targets]))
+    scale_P = np.mean([scale for _, scale in pairs], axis=0)
+    units = Units(scale_P, 1e4 / library if rules.with_counts else None, rules.limits)
+    return Learnt(panel, head.cpu().eval(), units, scaled_SP.mean(axis=0), ridge, info)
+
+
+def join_bags(
+    slides: Sequence[SlideData], targets: Sequence[SlideTargets], scaled_SP: NDArray[np.float32]
+) -> BagSet:
+    """Return the bags of several slides as one set, with counts if there are size factors."""
+    sizes = np.concatenate([data.links.num_cells for data in slides])
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    cells_LD = np.concatenate([data.embeddings_ND[data.links.cell_index] for data in slides])
+    factors = [found.factors_K for found in targets if found.factors_K is not None]
+    if not factors:
+        return BagSet(torch.from_numpy(cells_LD), offsets, torch.from_numpy(scaled_SP))
+    counts_SP = np.concatenate([found.counts_KP for found in targets])
+    factors_S = torch.from_numpy(np.concatenate(factors).astype(np.float32))
+    return BagSet(torch.from_numpy(cells_LD), offsets, torch.from_numpy(counts_SP), factors_S)
+
+
+def score(settings: TrialSettings, learnt: Learnt, data: SlideData) -> dict[str, Any]:
+    """Score the head and the baselines on a slide's spots that count; genes it lacks are left out.
+
+    Raises:
+        ValueError: it has none of the genes.
+    """
+    there = set(data.spots.genes)
+    columns = np.array([i for i, gene in enumerate(learnt.panel) if gene in there], np.int64)
+    if not len(columns):
+        message = f"{data.source}: it has none of the {len(learnt.panel)} genes of the panel."
+        raise ValueError(message)
+    genes = [learnt.panel[column] for column in columns]
+    targets = targets_of(data, genes, settings.rules)
+    depth_S = np.log1p(np.asarray(data.spots.counts[data.kept].sum(axis=1)).ravel())
+    scaled = targets.values_KP / learnt.units.scale_G[columns]
+    predicted = spot_predictions(learnt.head, data)[:, columns]
+    models = {
+        OURS: learnt.units.predicted(predicted, columns),
+        MEAN: np.tile(learnt.mean_P[columns], (len(scaled), 1)),
+    }
+    if learnt.ridge is not None and data.colours_KC is not None:
+        models[COLOUR] = learnt.ridge.predict(data.colours_KC)[:, columns]
+    truth, bootstrap = Truth(scaled, depth_S, genes), Bootstrap(0, settings.fit.seed)
+    found = score_models(models, truth, bootstrap)
+    rows_RS = draws(len(scaled), settings.num_draws, settings.fit.seed)
+    shown = {name: _means(scores.by_gene) for name, scores in found.items()}
+    for name, predicted_SP in models.items() if settings.num_draws else ():
+        shown[name] |= _intervals(predicted_SP, truth, times_drawn(rows_RS))
+    return {"num_spots": len(scaled), "genes": genes, "models": shown}
+
+
+@torch.no_grad()
+def spot_predictions(head: MilHead, data: SlideData, block: int = 4096) -> NDArray[np.float64]:
+    """Return the mean prediction over each spot's cells [K, P]."""
+    parts = (
+        torch.from_numpy(np.array(data.embeddings_ND[start : start + block]))
+        for start in range(0, len(data.embeddings_ND), block)
+    )
+    cells_NP = torch.cat([head.from_hidden(head.hidden(part)) for part in parts])
+    # Copies, since what comes from Ray's object store cannot be written to.
+    offsets = torch.from_numpy(data.links.offsets.copy())
+    index_L = torch.from_numpy(data.links.cell_index.copy())
+    return np.asarray(bag_mean(cells_NP[index_L], offsets).double())
+
+
+def _means(by_gene: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
+    """Return the means over genes, and correlations by gene."""
+    means: dict[str, Any] = {}
+    for metric in METRICS:
+        if metric in by_gene:
+            means[metric] = number(float(mean_over_genes(by_gene[metric][None])[0]))
+    means["by_gene"] = {
+        metric: [number(value) for value in by_gene[metric]]
+        for metric in ("pcc", "pcc_given_depth")
+    }
+    return means
+
+
+def _intervals(
+    predicted_SP: NDArray[np.floating], truth: Truth, times_RS: NDArray[np.float64]
+) -> dict[str, Any]:
+    """Return 95 % intervals, over spots, of the mean correlations."""
+    found: dict[str, Any] = {}
+    for metric, covariate_S in (("pcc", None), ("pcc_given_depth", truth.log_depth_S)):
+        by_draw = pearson_of_draws(predicted_SP, truth.values_SG, times_RS, covariate_S)
+        low, high = interval(mean_over_genes(by_draw))
+        found |= {f"{metric}_low": number(float(low)), f"{metric}_high": number(float(high))}
+    return found

@@ -1,0 +1,1 @@
+"""How well embeddings tell cell types apart."""

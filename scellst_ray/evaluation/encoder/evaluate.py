@@ -1,0 +1,248 @@
+"""`scellst-ray evaluate encoder`: what embeddings tell of cell types, and what of slides.
+
+Crops are cut around annotated cells, or those of a run, as `extract` cuts them. Beside the encoder
+stand always a probe of 18 colour statistics and an untrained network of the same architecture: an
+encoder that does not beat both has learnt stain, or nothing. Scores in scores.py;
+commands/evaluate_encoder.py prints and writes them.
+
+Shape letters: N cells, D embedding, Q queries, K neighbours.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scellst_ray.evaluation.encoder.galleries import choose_queries, retrieve
+from scellst_ray.evaluation.encoder.neighbours import Floats, purity
+from scellst_ray.evaluation.encoder.scores import (
+    Predictions,
+    difference,
+    linear_probe,
+    nearest_types,
+    scores,
+)
+from scellst_ray.evaluation.encoder.typed_crops import (
+    TypedCrops,
+    TypedPoints,
+    colours,
+    crops_of,
+    points_of_manifest,
+    points_of_run,
+)
+from scellst_ray.evaluation.segmentation.detection_metrics import UNKNOWN
+from scellst_ray.models.encoder.encoder import (
+    best_precision,
+    embed_crops,
+    encoder_arch,
+    load_encoder,
+)
+from scellst_ray.models.encoder.weights_file import local_weights
+
+COLOURS = "colours"
+RETRIEVED = 10
+# Encoders that see no crops.
+WITHOUT_CROPS = ("none", "tokens", "types")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateEncoderConfig:
+    """An encoder against cell types: linear probe, neighbours, batch effect, a gallery."""
+
+    encoder: str
+    """Weights: a file, 'imagenet', 'timm:NAME' or 'random:SEED'."""
+    manifest: str | None = None
+    """Annotated images: CSV with slide_id, uri, points (.csv: x, y, type, in px of the image) and,
+    where the file lacks it, mpp."""
+    run: str | None = None
+    """Run folder whose typed cells are taken instead; its slides are read again."""
+    slides: list[str] | None = None
+    """slide_ids of run (a,b); by default all."""
+    out: str | None = None
+    """Folder for report.json, report.md and gallery.png."""
+    drop_types: list[str] | None = None
+    """Types to leave out (a,b), such as those that only say that nobody knows."""
+    also: list[str] | None = None
+    """Further encoders to set beside it (a,b)."""
+    max_cells: int = 20_000
+    """Cells at most, drawn evenly over slides and types."""
+    neighbours: int = 20
+    """Nearest cells that vote, and that purity is counted in."""
+    queries: int = 3
+    """Rows of the gallery a type."""
+    seed: int = 0
+    """Of draws, folds, the untrained network and the bootstrap."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the networks; auto takes bfloat16 where the device has it."""
+    gpus: bool | None = None
+    """Embed on a GPU; by default if there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not say what is judged, on what."""
+        message = ""
+        if (self.manifest is None) == (self.run is None):
+            message = "give either manifest (annotated images) or run (typed cells)"
+        elif self.slides is not None and self.run is None:
+            message = "slides are those of run; a manifest lists its own"
+        for name in ("max_cells", "neighbours", "queries"):
+            if getattr(self, name) < 1:
+                message = f"{name} is {getattr(self, name)}; it must be at least 1"
+        for name in (self.encoder, *(self.also or [])):
+            if name in WITHOUT_CROPS:
+                message = f"encoder {name!r} embeds no crops; give weights that do"
+        if message:
+            raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class EncoderEvaluation:
+    """What was found.
+
+    Attributes:
+        cells: The cells judged on.
+        scores: By encoder, the one in question first: what it is, probe, knn and purity.
+        differences: By the others: how far probe and knn of the first are above theirs.
+        retrieved: Queries [Q] and their neighbours [Q, K], for the gallery.
+        notes: What a person should know about the figures.
+    """
+
+    cells: TypedCrops
+    scores: dict[str, dict[str, Any]]
+    differences: dict[str, dict[str, Any]]
+    retrieved: tuple[NDArray[np.intp], NDArray[np.intp]]
+    notes: list[str]
+
+
+def evaluate_encoder(config: EvaluateEncoderConfig, say: Say = lambda _: None) -> EncoderEvaluation:
+    """Score an encoder, an untrained one and colours on the same cells and folds.
+
+    Raises:
+        ValueError: images, annotations or weights cannot be used, or there are fewer than two
+            slides or two types.
+        FileNotFoundError: a file that is not there.
+    """
+    names = _beside(config)
+    points, notes = choose_cells(config)
+    cells = crops_of(points)
+    say(f"{len(cells.types_N):,} cells of {len(points)} slides")
+    found: dict[str, dict[str, Any]] = {}
+    predicted: dict[str, dict[str, Predictions]] = {}
+    retrieved = None
+    for name in names:
+        embedding_ND, about = _embedded(name, cells, config)
+        predicted[name] = _predictions(embedding_ND, cells, config)
+        found[name] = about | {k: scores(v, config.seed) for k, v in predicted[name].items()}
+        found[name]["probe"]["strengths"] = list(predicted[name]["probe"].strengths)
+        found[name]["purity"] = purity(
+            embedding_ND, cells.types_N, cells.groups_N, config.neighbours
+        )
+        if retrieved is None:
+            queries_Q = choose_queries(cells.types_N, config.queries, config.seed)
+            retrieved = queries_Q, retrieve(embedding_ND, cells.groups_N, queries_Q, RETRIEVED)
+        say(f"{name}: probe {found[name]['probe']['balanced_accuracy']:.3f}")
+    assert retrieved is not None
+    ours = predicted[config.encoder]
+    differences = {
+        name: {key: difference(ours[key], theirs[key], config.seed) for key in ours}
+        for name, theirs in predicted.items()
+        if name != config.encoder
+    }
+    return EncoderEvaluation(cells, found, differences, retrieved, notes)
+
+
+def choose_cells(config: EvaluateEncoderConfig) -> tuple[list[TypedPoints], list[str]]:
+    """Return the cells to judge on, slide by slide, and what to say about the choice.
+
+    Raises:
+        ValueError: annotations cannot be used, or nothing is left.
+    """
+    if config.run is not None:
+        listed = points_of_run(config.run, config.slides)
+        notes = ["types are those that the run's segmenter gave, no annotation"]
+    else:
+        listed, notes = points_of_manifest(str(config.manifest)), []
+    drop, there = set(config.drop_types or []), _types(listed)
+    if drop - there:
+        message = (
+            f"drop_types names {', '.join(sorted(drop - there))}; the cells have "
+            f"{', '.join(sorted(there))}"
+        )
+        raise ValueError(message)
+    kept = [points.take(~np.isin(points.types_N, [*drop, UNKNOWN])) for points in listed]
+    dropped = _num_cells(listed) - _num_cells(kept)
+    chosen = _drawn(kept, config.max_cells, config.seed)
+    if dropped:
+        notes.append(f"{dropped:,} cells left out: of no type, or of drop_types")
+    if _num_cells(chosen) < _num_cells(kept):
+        notes.append(f"{_num_cells(chosen):,} of {_num_cells(kept):,} cells drawn (max_cells)")
+    for name in sorted(_types(chosen)):
+        homes = [points.slide_id for points in chosen if name in points.types_N]
+        if len(homes) == 1:
+            notes.append(f"only {homes[0]} has {name}: no other slide can teach it")
+    return chosen, notes
+
+
+def _types(listed: Sequence[TypedPoints]) -> set[str]:
+    return {str(name) for points in listed for name in points.types_N}
+
+
+def _num_cells(listed: Sequence[TypedPoints]) -> int:
+    return sum(len(points.types_N) for points in listed)
+
+
+def _drawn(listed: Sequence[TypedPoints], max_cells: int, seed: int) -> list[TypedPoints]:
+    """Return at most `max_cells`, as many of each type of each slide as there are, or equally."""
+    rng = np.random.default_rng(seed)
+    turn = []  # of each cell among those of its slide and type, in an order drawn
+    for points in listed:
+        turn_N = np.empty(len(points.types_N), np.int64)
+        for name in np.unique(points.types_N):
+            members = np.flatnonzero(points.types_N == name)
+            turn_N[members] = rng.permutation(len(members))
+        turn.append(turn_N)
+    every_N = np.concatenate([np.empty(0, np.int64), *turn])
+    chosen_N = np.zeros(len(every_N), np.bool_)
+    chosen_N[np.lexsort((rng.permutation(len(every_N)), every_N))[:max_cells]] = True
+    ends = np.cumsum([len(turn_N) for turn_N in turn])[:-1]
+    parts = zip(listed, np.split(chosen_N, ends), strict=True)
+    return [points.take(kept_N) for points, kept_N in parts if kept_N.any()]
+
+
+def _beside(config: EvaluateEncoderConfig) -> list[str]:
+    """Return what is scored: the encoder, others asked for, an untrained one, colours."""
+    arch = encoder_arch(local_weights(config.encoder))
+    seeds = (config.seed, config.seed + 1)
+    untrained = [f"random:{seed}" + f":{arch}" * (arch != "resnet50") for seed in seeds]
+    asked = [config.encoder, *(config.also or [])]
+    names = [*asked, *[name for name in untrained if name not in asked][:1], COLOURS]
+    return list(dict.fromkeys(names))
+
+
+def _embedded(
+    name: str, cells: TypedCrops, config: EvaluateEncoderConfig
+) -> tuple[Floats, dict[str, Any]]:
+    """Return embeddings [N, D], and what made them."""
+    if name == COLOURS:
+        embedding_NF = colours(cells.crops_NHWC)
+        return embedding_NF, {"dim": embedding_NF.shape[1]}
+    encoder = load_encoder(local_weights(name))
+    on_gpu = torch.cuda.is_available() if config.gpus is None else config.gpus
+    device = "cuda" if on_gpu else "cpu"
+    precision = best_precision(device) if config.precision == "auto" else config.precision
+    encoder.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    embedding_ND = embed_crops(encoder, cells.crops_NHWC, device, precision)
+    return embedding_ND, {"dim": encoder.dim, "digest": encoder.digest, "precision": precision}
+
+
+def _predictions(
+    embedding_ND: Floats, cells: TypedCrops, config: EvaluateEncoderConfig
+) -> dict[str, Predictions]:
+    known = cells.types_N, cells.groups_N, config.seed
+    return {
+        "probe": linear_probe(embedding_ND, *known),
+        "knn": nearest_types(embedding_ND, *known, config.neighbours),
+    }

@@ -1,0 +1,163 @@
+"""Cells of known type: where they are, their crops as `extract` cuts them, the colours in these.
+
+Shape letters: N cells, H W C crop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+from scellst_ray.core.geometry import Box
+from scellst_ray.core.schemas import CROP_PX, CROP_UM
+from scellst_ray.evaluation.segmentation.annotations import read_nuclei
+from scellst_ray.nuclei.crops import crop_nuclei
+from scellst_ray.runs.reading import open_run
+from scellst_ray.slides.manifest import absolute, read_manifest
+from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.tiling import default_read_mpp
+from scellst_ray.storage.node_cache import hold
+
+TILE_UM = 480.0
+QUANTILES = (0.05, 0.25, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class TypedPoints:
+    """The cells of one slide.
+
+    Attributes:
+        slide_id: Its name.
+        uri: Its image.
+        mpp: um per level-0 px; None: the file's own.
+        x0y0_N2: Centroids in level-0 px.
+        types_N: Type names.
+    """
+
+    slide_id: str
+    uri: str
+    mpp: float | None
+    x0y0_N2: NDArray[np.float64]
+    types_N: NDArray[np.str_]
+
+    def take(self, kept_N: NDArray[np.bool_]) -> "TypedPoints":
+        """Return some of the cells."""
+        kept = self.x0y0_N2[kept_N], self.types_N[kept_N]
+        return TypedPoints(self.slide_id, self.uri, self.mpp, *kept)
+
+
+@dataclass(frozen=True)
+class TypedCrops:
+    """N cells of several slides with their crops.
+
+    Attributes:
+        crops_NHWC: uint8, 12 um and 48 px.
+        types_N: Type names.
+        groups_N: slide_ids.
+    """
+
+    crops_NHWC: NDArray[np.uint8]
+    types_N: NDArray[np.str_]
+    groups_N: NDArray[np.str_]
+
+
+def points_of_manifest(manifest: str) -> list[TypedPoints]:
+    """Read the annotated cells that a manifest lists: slide_id, uri, points and perhaps mpp.
+
+    Raises:
+        ValueError: manifest or annotations cannot be used.
+        FileNotFoundError: a file that is not there.
+    """
+    base = storage.resolve(manifest)[1] if storage.is_local(manifest) else manifest
+    found = []
+    for row in read_manifest(manifest, ("points",)):
+        if row.mpp_error is not None or "points" not in row.columns:
+            message = row.mpp_error or f"{manifest}: slide {row.slide_id!r} has no points"
+            raise ValueError(message)
+        nuclei = read_nuclei(absolute(str(row.columns["points"]), base.rsplit("/", 1)[0]))
+        place = row.slide_id, row.uri, row.mpp
+        found.append(TypedPoints(*place, nuclei.centroid_N2, nuclei.types_N))
+    return found
+
+
+def points_of_run(uri: str, slides: Sequence[str] | None = None) -> list[TypedPoints]:
+    """Read where the cells of a run are, and the types their segmenter gave them.
+
+    Raises:
+        ValueError: no run, no such slide, or one whose image the run does not name.
+    """
+    run, found = open_run(uri), []
+    for slide_id in run.choose(slides):
+        if slide_id not in run.sources:
+            message = f"{run.uri}: its slides.json does not say where slide {slide_id!r} is"
+            raise ValueError(message)
+        source, cells = run.sources[slide_id], run.cells(slide_id, ["x0", "y0", "nucleus_type"])
+        x0y0_N2 = np.stack([cells[name].to_numpy() for name in ("x0", "y0")], axis=1)
+        types_N = np.array(cells["nucleus_type"].to_pylist(), np.str_)
+        place = slide_id, source["uri"], source["mpp"]
+        found.append(TypedPoints(*place, x0y0_N2.astype(np.float64), types_N))
+    return found
+
+
+def crops_of(listed: Sequence[TypedPoints]) -> TypedCrops:
+    """Return the crops of the cells of several slides, one slide after another.
+
+    Raises:
+        ValueError: an image cannot be read, or points lie outside it.
+    """
+    crops = [np.empty((0, CROP_PX, CROP_PX, 3), np.uint8)]
+    for points in listed:
+        with hold(points.uri) as held, Slide(held.path, held.name, points.mpp) as slide:
+            inside = (points.x0y0_N2 >= 0) & (points.x0y0_N2 <= (slide.width0, slide.height0))
+            outside = int((~inside.all(axis=1)).sum())
+            if outside:
+                message = (
+                    f"slide {points.slide_id!r}: {outside} of {len(inside)} points lie outside "
+                    f"its {slide.width0} x {slide.height0} px; give them in px of that image"
+                )
+                raise ValueError(message)
+            crops.append(crops_at(slide, points.x0y0_N2))
+    return TypedCrops(
+        np.concatenate(crops),
+        np.concatenate([np.empty(0, np.str_), *(points.types_N for points in listed)]),
+        np.repeat([p.slide_id for p in listed], [len(p.types_N) for p in listed]).astype(np.str_),
+    )
+
+
+def crops_at(slide: Slide, x0y0_N2: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Return the crops around points of a slide, read at the resolution `extract` reads at.
+
+    Args:
+        slide: Open.
+        x0y0_N2: Level-0 px.
+
+    Returns:
+        uint8 [N, 48, 48, 3], of 12 um.
+    """
+    read_mpp = default_read_mpp(slide.mpp)
+    side0, margin0 = round(TILE_UM / slide.mpp), int(np.ceil(CROP_UM / slide.mpp))
+    crops_NHWC = np.empty((len(x0y0_N2), CROP_PX, CROP_PX, 3), np.uint8)
+    tile_N2 = np.floor(x0y0_N2 / side0).astype(np.int64)
+    for tile in np.unique(tile_N2, axis=0):
+        inside = (tile_N2 == tile).all(axis=1)
+        box = Box(int(tile[0]) * side0, int(tile[1]) * side0, side0, side0).grown(margin0)
+        image, frame = slide.read(box, read_mpp)
+        px_per_um = (1 / (frame.ratio_x * slide.mpp), 1 / (frame.ratio_y * slide.mpp))
+        crops_NHWC[inside] = crop_nuclei(image, frame.from_level0(x0y0_N2[inside]), px_per_um)
+    return crops_NHWC
+
+
+def colours(crops_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return 18 statistics of each crop: of red, green and blue mean, deviation, four quantiles.
+
+    What a probe learns from these is stain and density, no shape: an encoder is worth what it
+    adds. The same family as that of benchmarks/spot_correlation.py.
+
+    Returns:
+        float32 [N, 18].
+    """
+    pixels = crops_NHWC.reshape(len(crops_NHWC), -1, 3)
+    stats = [pixels.mean(axis=1), pixels.std(axis=1), *np.quantile(pixels, QUANTILES, axis=1)]
+    return np.concatenate(stats, axis=1).astype(np.float32)

@@ -1,0 +1,325 @@
+"""`scellst-ray evaluate expression`: predicted expression, against spots and cells measured.
+
+Scores in scores.py; here is which files belong together and in which units.
+commands/evaluate_expression.py prints and writes it. Shape letters: S spots, N cells, G genes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scellst_ray.evaluation.expression.colour_baseline import (
+    ColourRidge,
+    colours_around,
+    fit_colour_ridge,
+    slide_colours,
+    slide_mpp,
+)
+from scellst_ray.evaluation.expression.measured_cells import cell_truth, pair_cells
+from scellst_ray.evaluation.expression.scores import (
+    OURS,
+    Bootstrap,
+    ModelScores,
+    Truth,
+    score_models,
+)
+from scellst_ray.models.mil.stored_head import Formula
+from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.slides.manifest import SlideRow, read_manifest
+from scellst_ray.spots.links import Links, link_cells
+from scellst_ray.spots.panel import CountFilter, make_targets
+from scellst_ray.spots.read import read_spots
+from scellst_ray.spots.xenium import read_xenium
+
+MEAN, COLOUR = "mean", "colour_ridge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateExpressionConfig:
+    """Predicted expression against spots or cells: PCC, SCC, rMSE, MAE, beside three baselines."""
+
+    run: str
+    """Run folder of `predict` on slides the head was not trained on."""
+    manifest: str
+    """These slides: slide_id, uri and spots as for `train`; or xenium (output folder) and
+    xenium_alignment (its *_he_imagealignment.csv), for single cells."""
+    train_manifest: str
+    """The slides the head was trained on, with their spots: the baselines learn from them."""
+    slides: list[str] | None = None
+    """slide_ids to evaluate (a,b); by default every row with spots or xenium."""
+    colour: bool = True
+    """Compare with the colour-only ridge; it reads the discs of all spots, and of single cells one
+    of that size around each."""
+    radius_um: float = 5.0
+    """For single cells: centroids within this distance may be one cell."""
+    bootstraps: int = 200
+    """Draws for 95 % intervals; 0 for none."""
+    seed: int = 0
+    """Fixes draws and shuffles."""
+    out: str | None = None
+    """File for all scores, .json; a table goes beside it, .md."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        message = ""
+        if not self.radius_um > 0:
+            message = f"radius_um is {self.radius_um}; it must be positive"
+        elif self.bootstraps < 0 or self.seed < 0:
+            message = f"bootstraps {self.bootstraps} and seed {self.seed} must not be negative"
+        elif self.out is not None and not self.out.endswith(".json"):
+            message = f"out is {self.out}; it must end in .json"
+        if message:
+            raise ValueError(message)
+
+    def bootstrap(self) -> Bootstrap:
+        """Return how intervals are found."""
+        return Bootstrap(self.bootstraps, self.seed)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One slide at one level.
+
+    Attributes:
+        level: spots or cells.
+        genes: Those compared.
+        about: What a person should know: numbers of rows, genes left out, ...
+        scores: By model.
+    """
+
+    level: str
+    genes: list[str]
+    about: dict[str, Any]
+    scores: dict[str, ModelScores]
+
+
+@dataclass(frozen=True)
+class Units:
+    """How the head's predictions become scaled log-normalised expression.
+
+    Attributes:
+        scale_G: What training slides' log-normalised expression was divided by, their mean.
+        per_rate: Counts per 10,000 for one count at size factor 1; None if it was trained on
+            expression.
+        limits: Filters of genes and spots in training.
+    """
+
+    scale_G: NDArray[np.float64]
+    per_rate: float | None
+    limits: CountFilter
+
+    def predicted(
+        self, values_SG: NDArray[np.floating], columns: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Return predictions of the genes at `columns` of the panel in scaled units."""
+        if self.per_rate is None:
+            return values_SG.astype(np.float64)
+        return np.asarray(np.log1p(values_SG * self.per_rate) / self.scale_G[columns])
+
+
+@dataclass
+class Baselines:
+    """What is known without seeing cells.
+
+    Attributes:
+        mean_G: Mean scaled expression of the training spots.
+        ridge: From their colours; None if it is not asked for.
+        radius_um: Of their discs: a cell's colours are those a spot around it would have.
+    """
+
+    mean_G: NDArray[np.float64]
+    ridge: ColourRidge | None = None
+    radius_um: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found: by slide, at one level or both; and what to tell beside."""
+
+    slides: dict[str, list[Comparison]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate_expression(config: EvaluateExpressionConfig) -> Evaluation:
+    """Score the predictions of a run.
+
+    Raises:
+        ValueError: files that cannot be read or compared; the message names them.
+        FileNotFoundError: a file or run that is not there.
+    """
+    run = open_run(config.run)
+    rows = _rows(config)
+    info = run.last_layer.info
+    trained = _training_rows(config, info)
+    notes = []
+    seen = sorted(set(rows) & set(info["training_slides"]))
+    if seen:
+        notes.append(f"the head was trained on {', '.join(seen)}: no measure of unseen slides")
+    units, baselines = _learn(run, trained, colour=config.colour)
+    found = Evaluation(notes=notes)
+    for slide_id, row in rows.items():
+        found.slides[slide_id] = []
+        if row.columns.get("spots"):
+            compared = compare_spots(run, row, units, baselines, config.bootstrap())
+            found.slides[slide_id].append(compared)
+        if row.columns.get("xenium"):
+            compared = compare_cells(run, row, units, baselines, config)
+            found.slides[slide_id].append(compared)
+    return found
+
+
+def compare_spots(
+    run: Run, row: SlideRow, units: Units, baselines: Baselines, bootstrap: Bootstrap
+) -> Comparison:
+    """Compare predictions with the spots of one slide that pass the filters and hold cells."""
+    slide_id = row.slide_id
+    spots = read_spots({**row.columns, "slide_id": slide_id}, _mpp(run, slide_id))
+    columns = _shared(run.genes, spots.genes, f"slide {slide_id}: spots")
+    genes = [run.genes[column] for column in columns]
+    targets = make_targets(spots, genes, f"slide {slide_id}", units.limits)
+    cells = run.cells(slide_id, ["cell_id", "x0", "y0"])
+    xy0 = np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()])
+    links = link_cells(xy0, spots).select(targets.kept)
+    filled = np.flatnonzero(links.num_cells)
+    if not len(filled):
+        message = (
+            f"slide {slide_id}: none of its {len(targets.kept)} spots that pass the filters has a "
+            "cell. Check the mpp and the spot positions."
+        )
+        raise ValueError(message)
+    kept, links = targets.kept[filled], links.select(filled)
+    rates_SG = spot_means(run, slide_id, genes, cells["cell_id"].to_numpy(), links)
+    scaled = targets.values_KP[filled] / units.scale_G[columns]
+    depth_S = np.log1p(np.asarray(spots.counts[kept].sum(axis=1)).ravel())
+    models = {
+        OURS: units.predicted(rates_SG, columns),
+        MEAN: np.tile(baselines.mean_G[columns], (len(kept), 1)),
+    }
+    if baselines.ridge is not None:
+        models[COLOUR] = baselines.ridge.predict(slide_colours(row, spots.select(kept)))[:, columns]
+    about = {
+        "spots": len(kept),
+        "spots_without_cells": len(targets.kept) - len(kept),
+        "cells": len(xy0),
+        "cells_per_spot": round(float(links.num_cells.mean()), 2),
+        "genes_not_measured": len(run.genes) - len(genes),
+    }
+    scores = score_models(models, Truth(scaled, depth_S, genes), bootstrap)
+    return Comparison("spots", genes, about, scores)
+
+
+def spot_means(
+    run: Run, slide_id: str, genes: list[str], cell_ids: NDArray[np.int64], links: Links
+) -> NDArray[np.float64]:
+    """Return the mean prediction over each spot's cells [S, G]; no spot may be empty."""
+    index, place = np.unique(links.cell_index, return_inverse=True)
+    values_NG = run.expression_numpy(genes, slide_id, cell_ids[index])
+    sums = np.add.reduceat(values_NG[place].astype(np.float64), links.offsets[:-1], axis=0)
+    return np.asarray(sums / links.num_cells[:, None])
+
+
+def compare_cells(
+    run: Run, row: SlideRow, units: Units, baselines: Baselines, config: EvaluateExpressionConfig
+) -> Comparison:
+    """Compare predictions with the cells of one slide that were measured one by one."""
+    slide_id, mpp = row.slide_id, _mpp(run, row.slide_id)
+    alignment = row.columns.get("xenium_alignment") or None
+    outs = str(row.columns["xenium"])
+    measured = read_xenium(outs, None if alignment else mpp, alignment)
+    cells = run.cells(slide_id, ["cell_id", "x0", "y0"])
+    xy0 = np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()]).astype(np.float64)
+    pairs = pair_cells(xy0, measured.xy0, config.radius_um / mpp)
+    truth, kept = cell_truth(measured, pairs.measured, run.genes)
+    columns = _shared(run.genes, truth.genes, f"slide {slide_id}: xenium")
+    found = pairs.found[kept]
+    ids = cells["cell_id"].to_numpy()[found]
+    values_NG = run.expression_numpy(truth.genes, slide_id, ids)
+    models = {
+        OURS: units.predicted(values_NG, columns),
+        MEAN: np.tile(baselines.mean_G[columns], (len(ids), 1)),
+    }
+    if baselines.ridge is not None:
+        colours_NC = colours_around(row, xy0[found], baselines.radius_um / mpp)
+        models[COLOUR] = baselines.ridge.predict(colours_NC)[:, columns]
+    scaled = Truth(truth.values_SG / units.scale_G[columns], truth.log_depth_S, truth.genes)
+    about = {
+        "cells": len(xy0),
+        "cells_measured": len(measured),
+        "pairs": len(ids),
+        "median_distance_um": round(float(np.median(pairs.distance0[kept]) * mpp), 2),
+        "genes_not_measured": len(run.genes) - len(truth.genes),
+    }
+    return Comparison("cells", truth.genes, about, score_models(models, scaled, config.bootstrap()))
+
+
+def _rows(config: EvaluateExpressionConfig) -> dict[str, SlideRow]:
+    """Return the slides to evaluate."""
+    rows = {row.slide_id: row for row in read_manifest(config.manifest)}
+    truths = {s for s, r in rows.items() if r.columns.get("spots") or r.columns.get("xenium")}
+    chosen = [s for s in rows if s in truths] if config.slides is None else config.slides
+    absent = [slide_id for slide_id in chosen if slide_id not in truths]
+    if absent or not chosen:
+        what = f"slides {absent}" if absent else "any slide"
+        message = f"{config.manifest}: no spots and no xenium for {what}; add the column and a path"
+        raise ValueError(message)
+    return {slide_id: rows[slide_id] for slide_id in chosen}
+
+
+def _training_rows(config: EvaluateExpressionConfig, info: Mapping[str, Any]) -> list[SlideRow]:
+    """Return the training slides of the head, from the training manifest."""
+    rows = {row.slide_id: row for row in read_manifest(config.train_manifest)}
+    wanted = list(info["training_slides"])
+    absent = [s for s in wanted if s not in rows or not rows[s].columns.get("spots")]
+    if absent:
+        message = (
+            f"{config.train_manifest}: no spots for {', '.join(absent)}, which the head was "
+            "trained on; give the manifest it was trained with"
+        )
+        raise ValueError(message)
+    return [rows[slide_id] for slide_id in wanted]
+
+
+def _learn(run: Run, rows: list[SlideRow], *, colour: bool) -> tuple[Units, Baselines]:
+    """Read the training slides once: units of the head, and what the baselines learn."""
+    info = run.last_layer.info
+    filters = info.get("supervision", {}).get("filters")
+    limits = CountFilter(**filters) if filters else CountFilter()
+    scaled, colours, libraries, radii_um = [], [], [], []
+    for row in rows:
+        mpp = slide_mpp(row)
+        spots = read_spots({**row.columns, "slide_id": row.slide_id}, mpp)
+        radii_um.append(spots.radius0 * mpp)
+        targets = make_targets(spots, run.genes, f"slide {row.slide_id}", limits)
+        scaled.append(targets.values_KP / np.asarray(info["scaling"][row.slide_id]))
+        libraries.append(float(np.median(targets.library_K)))
+        if colour:
+            colours.append(slide_colours(row, spots.select(targets.kept)))
+    targets_SG = np.concatenate(scaled)
+    counts = Formula(**info.get("formula", {})).counts
+    per_rate = 1e4 / float(np.mean(libraries)) if counts else None
+    scale_G = np.mean([info["scaling"][row.slide_id] for row in rows], axis=0)
+    ridge = fit_colour_ridge(np.concatenate(colours), targets_SG) if colour else None
+    baselines = Baselines(targets_SG.mean(axis=0), ridge, float(np.mean(radii_um)))
+    return Units(scale_G, per_rate, limits), baselines
+
+
+def _mpp(run: Run, slide_id: str) -> float:
+    """Return um per level-0 px of a slide of the run."""
+    run.choose([slide_id])
+    return float(run.records[slide_id]["mpp"])
+
+
+def _shared(panel: list[str], measured: list[str], source: str) -> NDArray[np.int64]:
+    """Return which genes of the panel were measured."""
+    there = set(measured)
+    columns = np.array([i for i, gene in enumerate(panel) if gene in there], np.int64)
+    if not len(columns):
+        message = (
+            f"{source} share no gene with the head: it predicts {panel[:3]}, they have "
+            f"{measured[:3]}. Use one naming (symbols or Ensembl ids) and one species."
+        )
+        raise ValueError(message)
+    return columns

@@ -1,0 +1,1 @@
+"""How well segmentations agree with annotated nuclei."""

@@ -1,0 +1,237 @@
+"""`scellst-ray evaluate segmentation`: nuclei found, against nuclei annotated.
+
+Reading in annotations.py, scores in image_scores.py; here is which files belong
+together, and in which frame. commands/evaluate_segmentation.py prints and writes it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from scellst_ray import storage
+from scellst_ray.core.geometry import Frame
+from scellst_ray.evaluation.segmentation.annotations import (
+    CELL_COLUMNS,
+    NucleiFile,
+    nuclei_of_cells,
+    read_nuclei,
+    read_table,
+)
+from scellst_ray.evaluation.segmentation.detection_metrics import UNKNOWN, common_types
+from scellst_ray.evaluation.segmentation.image_scores import (
+    Annotated,
+    ImageScores,
+    score_image,
+    summary,
+)
+from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.slides.manifest import absolute
+
+# Columns of a manifest beside slide_id; each is the setting of the same name for one image.
+FILE_COLUMNS = ("truth", "predicted", "truth_types", "predicted_types")
+COLUMNS = (*FILE_COLUMNS, "mpp", "truth_mpp", "region")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSegmentationConfig:
+    """Nuclei against annotations: F1, PQ and AJI of masks, F1 of points and of their types."""
+
+    truth: str | None = None
+    """Annotated nuclei: a label map (.png, .tif, .npy, .npz) or points (.csv, .tsv: x, y, type),
+    in px of the slide unless truth_mpp or region say otherwise."""
+    predicted: str | None = None
+    """Nuclei to judge: CELLS (.parquet), a label map or points."""
+    run: str | None = None
+    """Run folder whose CELLS are judged, instead of predicted."""
+    slide: str | None = None
+    """slide_id within run."""
+    manifest: str | None = None
+    """Many images: CSV with slide_id, truth and, where needed, predicted, mpp, truth_mpp, region,
+    truth_types, predicted_types; they go over the settings here."""
+    mpp: float | None = None
+    """um per px of the slide; a run knows its own."""
+    truth_mpp: float | None = None
+    """um per px of the annotation, if that is another."""
+    region: str | None = None
+    """X0,Y0 or X0,Y0,W0,H0: what was annotated, px of the slide; the annotation's px begin at
+    X0,Y0, and nuclei predicted outside do not count."""
+    radius_um: float = 3.0
+    """Centroids within this distance may be one nucleus."""
+    types: list[str] | None = None
+    """Type names that mean the same: annotated=predicted,...; with nothing after the =, such
+    nuclei count for detection only."""
+    truth_types: str | None = None
+    """For a label map: table of its types, columns label and type."""
+    predicted_types: str | None = None
+    """The same for a predicted label map."""
+    out: str | None = None
+    """File for the scores: .json or .csv."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not say what is compared with what."""
+        message = ""
+        if (self.truth is None) == (self.manifest is None):
+            message = "give either truth (one image) or manifest (many)"
+        elif self.run is not None and self.predicted is not None:
+            message = "give either predicted or run, not both"
+        elif self.truth is not None and self.run is None and self.predicted is None:
+            message = "say what is judged: predicted, or run and slide"
+        elif (self.slide is not None) != (self.run is not None and self.truth is not None):
+            message = "slide says which slide of run the truth is of: give both, or neither"
+        elif not self.radius_um > 0:
+            message = f"radius_um is {self.radius_um}; it must be positive"
+        elif self.out is not None and not self.out.endswith((".json", ".csv")):
+            message = f"out is {self.out}; it must end in .json or .csv"
+        if message:
+            raise ValueError(message)
+        self.same_types()
+        _region(self.region)
+
+    def same_types(self) -> list[tuple[str, str]]:
+        """Return the pairs of type names that mean the same."""
+        pairs = [entry.partition("=") for entry in self.types or []]
+        for true, equals, _ in pairs:
+            if not equals or not true.strip():
+                message = (
+                    f"types has {true + equals!r}; expected annotated=predicted, such as "
+                    "epithelial=Neoplastic"
+                )
+                raise ValueError(message)
+        return [(true.strip(), predicted.strip()) for true, _, predicted in pairs]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        images: By slide_id or file.
+        all: All images as one, see `image_scores.summary`.
+        typed: Annotations and predictions have types in common.
+        notes: What a person should know about the figures.
+    """
+
+    images: dict[str, ImageScores]
+    all: ImageScores
+    typed: bool
+    notes: list[str]
+
+
+def evaluate_segmentation(config: EvaluateSegmentationConfig) -> Evaluation:
+    """Score predicted nuclei against annotated ones.
+
+    Raises:
+        ValueError: files that cannot be read or compared; the message names them.
+        FileNotFoundError: a file or run that is not there.
+    """
+    run = open_run(config.run) if config.run is not None else None
+    names = common_types(config.same_types())
+    images, true_names, predicted_names = {}, set[str](), set[str]()
+    for name, case in _cases(config).items():
+        truth = read_nuclei(case["truth"], case.get("truth_types"))
+        predicted = _predicted(name, case, run)
+        mpp = _number(case, "mpp", name)
+        if mpp is None and run is not None:
+            mpp = run.records.get(name, {}).get("mpp")
+        annotated = _annotated(name, case, mpp)
+        images[name] = score_image(truth, predicted, annotated, names, config.radius_um)
+        true_names.update(truth.types_N.tolist())
+        predicted_names.update(predicted.types_N.tolist())
+    notes, typed = _about_types(config, true_names, predicted_names, names)
+    return Evaluation(images, summary(list(images.values())), typed, notes)
+
+
+def _cases(config: EvaluateSegmentationConfig) -> dict[str, dict[str, str]]:
+    """Return the settings of every image, by its name: those of its row, else the common ones."""
+    common = {name: str(getattr(config, name)) for name in COLUMNS if getattr(config, name)}
+    if config.manifest is None:
+        return {config.slide or str(config.truth): common}
+    rows = read_table(config.manifest, ("slide_id", "truth")).iter_rows(named=True)
+    base = storage.resolve(config.manifest)[1] if storage.is_local(config.manifest) else ""
+    base = (base or config.manifest).rsplit("/", 1)[0]
+    cases: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(rows, start=1):
+        own = {name: str(row[name]).strip() for name in COLUMNS if row.get(name)}
+        own |= {name: absolute(own[name], base) for name in FILE_COLUMNS if name in own}
+        slide_id, problem = str(row["slide_id"] or "").strip(), ""
+        if not slide_id or slide_id in cases:
+            problem = f"slide_id {slide_id!r} is empty or there twice"
+        elif "truth" not in own:
+            problem = f"slide {slide_id!r} has no truth"
+        elif config.run is None and "predicted" not in own:
+            problem = f"slide {slide_id!r} has no predicted; give one, or --run"
+        if problem:
+            message = f"{config.manifest}: row {number}: {problem}"
+            raise ValueError(message)
+        cases[slide_id] = common | own
+    if not cases:
+        message = f"{config.manifest}: has no rows; list at least one image"
+        raise ValueError(message)
+    return cases
+
+
+def _predicted(name: str, case: Mapping[str, str], run: Run | None) -> NucleiFile:
+    """Return the nuclei to judge."""
+    if "predicted" in case or run is None:
+        return read_nuclei(case["predicted"], case.get("predicted_types"))
+    return nuclei_of_cells(run.cells(name, CELL_COLUMNS), f"CELLS of slide {name!r} of {run.uri}")
+
+
+def _annotated(name: str, case: Mapping[str, str], mpp: float | None) -> Annotated:
+    """Return the frame of an annotation."""
+    truth_mpp = _number(case, "truth_mpp", name)
+    if truth_mpp is not None and mpp is None:
+        message = f"{name}: with truth_mpp, mpp (um per px of the slide) is needed too"
+        raise ValueError(message)
+    ratio = truth_mpp / mpp if truth_mpp is not None and mpp is not None else 1.0
+    x0, y0, *size0 = _region(case.get("region")) or (0.0, 0.0)
+    size_px = (size0[0] / ratio, size0[1] / ratio) if size0 else None
+    return Annotated(Frame(x0, y0, ratio, ratio), truth_mpp or mpp, size_px)
+
+
+def _number(case: Mapping[str, str], key: str, name: str) -> float | None:
+    """Return a positive number of a case, None if it is not given."""
+    if key not in case:
+        return None
+    text = case[key]
+    if not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", text) or float(text) <= 0:
+        message = f"{name}: {key} is {text!r}; expected a positive number, um per px"
+        raise ValueError(message)
+    return float(text)
+
+
+def _region(text: str | None) -> list[float] | None:
+    """Return the two or four numbers of a region."""
+    if text is None:
+        return None
+    words = re.split(r"[\s,;]+", text.strip())
+    if len(words) not in (2, 4) or not all(re.fullmatch(r"-?\d+(\.\d*)?", word) for word in words):
+        message = f"region is {text!r}; expected X0,Y0 or X0,Y0,W0,H0 in px of the slide"
+        raise ValueError(message)
+    return [float(word) for word in words]
+
+
+def _about_types(
+    config: EvaluateSegmentationConfig,
+    true_names: set[str],
+    predicted_names: set[str],
+    names: tuple[Mapping[str, str], Mapping[str, str]],
+) -> tuple[list[str], bool]:
+    """Return what to say about type names, and whether the sides have any in common."""
+    notes = []
+    for side, present, index in (("annotation", true_names, 0), ("prediction", predicted_names, 1)):
+        given = {pair[index] for pair in config.same_types()} - {UNKNOWN}
+        if given - present:
+            listed = ", ".join(sorted(given - present))
+            notes.append(f"types given in --types but not in the {side}: {listed}")
+    common = [
+        {side.get(name, name) for name in present} - {UNKNOWN}
+        for side, present in zip(names, (true_names, predicted_names), strict=True)
+    ]
+    for side, only in (
+        ("annotation", common[0] - common[1]),
+        ("prediction", common[1] - common[0]),
+    ):
+        if only and all(common):
+            notes.append(f"types only in the {side}: {', '.join(sorted(only))} (see --types)")
+    return notes, bool(common[0] & common[1])

@@ -1,0 +1,1 @@
+"""The paper's study of what bags can teach."""

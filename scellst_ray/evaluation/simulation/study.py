@@ -1,0 +1,271 @@
+"""`scellst-ray simulate`: the paper's simulation study, how much of expression bags can teach.
+
+Data in cells.py and reference.py, fits in fit.py; here is the
+study itself. commands/simulate.py prints, draws and writes it.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+from scellst_ray.core.version import __version__
+from scellst_ray.evaluation.simulation.cells import (
+    SCENARIOS,
+    choose_image_cells,
+    split_cells,
+    synthetic_embeddings,
+)
+from scellst_ray.evaluation.simulation.conditions import (
+    INPUTS,
+    SUPERVISIONS,
+    Image,
+    SpotPlan,
+    make_case,
+    run_condition,
+)
+from scellst_ray.evaluation.simulation.fit import Search
+from scellst_ray.evaluation.simulation.reference import (
+    Reference,
+    marker_panel,
+    read_reference,
+    variable_panel,
+)
+from scellst_ray.models.mil.fit import FitConfig
+from scellst_ray.runs.reading import open_run
+
+PANELS = ("hvg", "markers")
+CONDITION = ("panel", "scenario", "inputs", "supervision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateConfig:
+    """The paper's simulation study: what spots can teach about cells, scenario by scenario."""
+
+    out: str = "simulation"
+    """Folder for the report, the figure and the table of genes."""
+    cells: str | None = None
+    """Run folder of `extract` with stored embeddings; by default synthetic embeddings."""
+    slides: list[str] | None = None
+    """slide_ids of that run (a,b); by default all."""
+    max_cells: int = 60000
+    """At most so many cells of the run are clustered, drawn by seed."""
+    embedding_dim: int = 512
+    """Length of synthetic embeddings (512 as of a ResNet-18; 2048 takes twice as long)."""
+    spread: float = 1.0
+    """Of synthetic embeddings within a cluster, where that of the centres is 1."""
+    reference: str = "synthetic"
+    """Single-cell reference: synthetic, pbmc (needs scanpy) or an .h5ad file with counts."""
+    reference_types: str = "cell_type"
+    """Column of the file's obs with the types."""
+    num_types: int = 6
+    """Clusters of image cells, and types of the reference."""
+    cells_per_cluster: int = 2000
+    """Cells nearest to each centroid that take part: half train, half test."""
+    num_spots: int = 5000
+    """Spots for training, and as many for testing."""
+    cells_per_spot: int = 20
+    """Cells of a spot, drawn with replacement."""
+    num_variable: int = 1000
+    """Genes of the panel hvg."""
+    num_markers: int = 20
+    """Genes per type of the panel markers."""
+    learning_rates: list[float] = field(default_factory=lambda: [1e-2, 1e-3, 1e-4, 1e-5])
+    """Candidates; validation chooses."""
+    search_epochs: list[int] = field(default_factory=lambda: [3, 15])
+    """After so many, half of the candidates go on; after the last, the best. Fewer spots need
+    more."""
+    max_epochs: int = 60
+    """At most so many for the rate chosen."""
+    patience: int = 8
+    """Epochs without a better validation loss before stopping; fewer spots need more."""
+    val_share: float = 0.2
+    """Share of the training cells, and of the training spots, that validate."""
+    predictor: Literal["ours", "published"] = "ours"
+    """Network: ours, or with the published code's LeakyReLU, dropout and softplus."""
+    seed: int = 0
+    """Fixes everything that is drawn."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        lowest = {
+            "max_cells": 1,
+            "embedding_dim": 1,
+            "num_types": 2,
+            "cells_per_cluster": 20,
+            "num_spots": 10,
+            "cells_per_spot": 1,
+            "num_variable": 1,
+            "num_markers": 1,
+        }
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                message = f"{name} is {getattr(self, name)}; it must be at least {low}"
+                raise ValueError(message)
+        if not self.spread > 0:
+            message = f"spread is {self.spread}; it must be positive"
+            raise ValueError(message)
+        if not self.learning_rates:
+            message = "learning_rates is empty; give at least one"
+            raise ValueError(message)
+        if self.search_epochs != sorted({epoch for epoch in self.search_epochs if epoch >= 1}):
+            message = f"search_epochs is {self.search_epochs}; give ascending numbers from 1"
+            raise ValueError(message)
+        for rate in self.learning_rates:
+            self.fit_config(rate)
+
+    def fit_config(self, rate: float) -> FitConfig:
+        """Return how a head is fitted."""
+        return FitConfig(
+            lr=rate,
+            max_epochs=self.max_epochs,
+            patience=self.patience,
+            val_share=self.val_share,
+            seed=self.seed,
+            predictor=self.predictor,
+        )
+
+    def search(self) -> Search:
+        """Return how the learning rate is found."""
+        rates = self.learning_rates
+        return Search(self.fit_config(rates[0]), rates, self.search_epochs)
+
+
+def simulate(config: SimulateConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run the study, taking up what is done in `config.out`.
+
+    Every condition (panel, scenario, inputs, supervision) is a file below `conditions`; the same
+    command does those that are missing.
+
+    Returns:
+        `conditions` (see run_condition), `panels`, `image`, `reference`, `config`, `scellst_ray`.
+
+    Raises:
+        ValueError: `out` holds another study, or inputs cannot be used.
+    """
+    out = storage.absolute(config.out)
+    settings = {name: value for name, value in asdict(config).items() if name != "out"}
+    reference = read_reference(
+        config.reference, config.reference_types, config.num_types, config.seed
+    )
+    image = read_image(config)
+    _claim(storage.join(out, "config.json"), settings)
+    parts = tuple(
+        split_cells(groups, config.val_share, config.seed + turn)
+        for turn, groups in enumerate((image.cluster_N, reference.type_C))
+    )
+    panels = {name: choose_panel(config, reference, parts[1].train, name) for name in PANELS}
+    plan = SpotPlan(config.num_spots, config.cells_per_spot, config.val_share, config.seed)
+    found = []
+    for panel, scenario in product(PANELS, SCENARIOS):
+        case = make_case(image, reference, (parts[0], parts[1]), (scenario, panels[panel]), plan)
+        for inputs, supervision in product(INPUTS, SUPERVISIONS):
+            names = dict(zip(CONDITION, (panel, scenario, inputs, supervision), strict=True))
+            uri = storage.join(out, "conditions", "_".join(names.values()) + ".json")
+            if not storage.exists(uri):
+                result = run_condition(image, case, inputs, supervision, config.search())
+                storage.publish_json(uri, names | result)
+            found.append(dict(storage.read_json(uri)))
+            say(_line(found[-1]))
+    return {
+        "conditions": found,
+        "panels": panels,
+        "image": image.info,
+        "reference": reference.info(),
+        "config": settings,
+        "scellst_ray": __version__,
+    }
+
+
+def _claim(uri: str, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds a study with other settings."""
+    if not storage.exists(uri):
+        storage.publish_json(uri, settings)
+        return
+    there = storage.read_json(uri)
+    changed = sorted(name for name in settings if there.get(name) != settings[name])
+    if changed:
+        message = (
+            f"{uri}: the study there has other {', '.join(changed)}; give another --out, or the "
+            "same settings to take it up"
+        )
+        raise ValueError(message)
+
+
+def read_image(config: SimulateConfig) -> Image:
+    """Return the image cells that take part, from a run or synthetic.
+
+    Raises:
+        ValueError: The run stores no embeddings, or has too few cells.
+        FileNotFoundError: No run there.
+    """
+    num_types, types = config.num_types, None
+    if config.cells is None:
+        # A half more than needed, so that "nearest to the centroid" is a choice.
+        num_cells = num_types * (config.cells_per_cluster * 3 // 2)
+        drawn = (num_cells, config.embedding_dim, num_types, config.spread, config.seed)
+        embeddings, source = synthetic_embeddings(*drawn), f"synthetic, seed {config.seed}"
+    else:
+        embeddings, types = _read_run(config)
+        source = config.cells
+    rows, cluster_N = choose_image_cells(
+        embeddings, num_types, config.cells_per_cluster, config.seed
+    )
+    info: dict[str, Any] = {
+        "source": source,
+        "num_cells_clustered": len(embeddings),
+        "cells_per_cluster": len(rows) // num_types,
+        "embedding_dim": int(embeddings.shape[1]),
+    }
+    if types is not None:
+        info["nucleus_types"] = [_shares(types[rows[cluster_N == k]]) for k in range(num_types)]
+    return Image(np.asarray(embeddings[rows], np.float32), cluster_N, info)
+
+
+def _read_run(config: SimulateConfig) -> tuple[NDArray[np.floating], NDArray[np.str_]]:
+    """Return embeddings and nucleus types of up to max_cells cells, slides in proportion."""
+    assert config.cells is not None
+    run = open_run(config.cells)
+    slides = run.choose(config.slides)
+    total = sum(run.records[slide_id]["num_cells"] for slide_id in slides)
+    share = min(1.0, config.max_cells / max(total, 1))
+    rng = np.random.default_rng([config.seed, 6])
+    blocks, types = [], []
+    for slide_id in slides:
+        embeddings = run.embeddings(slide_id)
+        chosen = np.sort(rng.permutation(len(embeddings))[: int(share * len(embeddings))])
+        blocks.append(embeddings[chosen])
+        names = run.cells(slide_id, ["nucleus_type"])["nucleus_type"].to_pylist()
+        types.append(np.array([str(name) for name in names], np.str_)[chosen])
+    if not blocks:
+        message = f"{config.cells}: no slide has cells; extract some first"
+        raise ValueError(message)
+    return np.concatenate(blocks), np.concatenate(types)
+
+
+def _shares(names: NDArray[np.str_]) -> dict[str, float]:
+    """Return the share of every name."""
+    values, counts = np.unique(names, return_counts=True)
+    return {str(v): round(float(c) / len(names), 4) for v, c in zip(values, counts, strict=True)}
+
+
+def choose_panel(
+    config: SimulateConfig, reference: Reference, rows: NDArray[np.int64], name: str
+) -> list[str]:
+    """Return the panel hvg or markers, chosen on these cells of the reference."""
+    if name == "hvg":
+        return variable_panel(reference, rows, config.num_variable)
+    return marker_panel(reference, rows, config.num_markers)
+
+
+def _line(found: dict[str, Any]) -> str:
+    """Return a condition in a line, for who is waiting."""
+    names = ", ".join(found[name] for name in CONDITION)
+    return (
+        f"{names}: PCC {found['pearson']:.3f} ({found['seconds']:.0f} s, "
+        f"rate {found['learning_rate']:g}, {found['num_epochs']} epochs)"
+    )

@@ -1,0 +1,1 @@
+"""CellViT: the network that finds and types nuclei."""

@@ -1,0 +1,298 @@
+"""Checkpoints of CellViT, as published or as trained with the published code.
+
+A checkpoint is a `torch.save`d dict. What is needed of it: `arch` (a class name),
+`model_state_dict` and `config` (flat, with dotted keys). It is opened with `weights_only`, so a
+file cannot run code, and mapped into memory, so that processes of a machine share one copy.
+"""
+
+import ast
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scellst_ray.core.schemas import MAP_TYPE_SHIFT
+from scellst_ray.models.cellvit.network import ARCHS, MAP_CHANNELS, Arch, CellViT
+from scellst_ray.models.weights.digests import DAMAGE, file_digest
+
+PANNUKE_TYPES = ("Background", "Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
+DEFAULT_MEAN = DEFAULT_STD = (0.5, 0.5, 0.5)
+MAX_TYPES = 1 << (32 - MAP_TYPE_SHIFT)
+ARCH_NAMES = ("CellViT256", "CellViTSAM")  # of networks with a plain and with SAM's encoder
+WRAPPERS = ("DataParallel", "DistributedDataParallel")  # whose name a training run saves as arch
+NEEDED = ("arch", "model_state_dict", "config")
+ZIP_START = b"PK\x03\x04"
+# How torch's older format begins: its magic number 0x1950A86A20F9469CFC6C, pickled.
+LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+# Plain numbers that training leaves in a checkpoint (`best_metric`) and that hold no code.
+_SCALAR = np.float64(0).__reduce__()[0]
+SAFE_NUMPY: list[Any] = [_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
+SAFE_NUMPY += [type(np.dtype(name)) for name in ("float32", "float64", "int64")]
+BINARY_HEAD = "nuclei_binary_map_decoder.decoder0_header.2.weight"
+TYPE_HEAD = "nuclei_type_maps_decoder.decoder0_header.2.weight"
+
+
+@dataclass(frozen=True)
+class CellVit:
+    """A CellViT ready to run.
+
+    Attributes:
+        network: In eval mode, without gradients, float32.
+        arch: Which variant it is, and its measures.
+        type_names: Nucleus types by number, background first.
+        mean: RGB mean (of values in 0-1) subtracted before the network.
+        std: RGB standard deviation divided by.
+        mixed_precision: Whether it was trained in float16 where that is enough.
+        digest: 'sha256:...' of the file.
+    """
+
+    network: CellViT
+    arch: Arch
+    type_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mixed_precision: bool
+    digest: str
+
+
+def load_cellvit(path: str | Path) -> CellVit:
+    """Load a checkpoint: the 12 keys of a training run, or the 4 of a release.
+
+    Raises:
+        ValueError: no such file; a file that is cut off, no torch file, or holds code; a network
+            that is none of CellViT-256 and CellViT-SAM-B/L/H; tensors or a configuration that
+            contradict it.
+    """
+    path = Path(path)
+    digest = cellvit_digest(path)
+    checkpoint = _read(path)
+    try:
+        return _build(checkpoint, digest)
+    except ValueError as error:
+        message = f"CellViT checkpoint {path}: {error}"
+        raise ValueError(message) from error
+
+
+def cellvit_digest(path: str | Path) -> str:
+    """Return 'sha256:...' of a checkpoint file.
+
+    Raises:
+        ValueError: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        message = f"CellViT checkpoint {path}: no such file; give the path of a downloaded .pth"
+        raise ValueError(message)
+    return file_digest(path)
+
+
+def _read(path: Path) -> object:
+    """Return what a file holds, without running anything in it."""
+    with path.open("rb") as handle:
+        start = handle.read(len(LEGACY_START))
+    zipped = zipfile.is_zipfile(path)
+    reason = ""
+    if zipped or start == LEGACY_START:
+        try:
+            with torch.serialization.safe_globals(SAFE_NUMPY):
+                loaded: object = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=zipped
+                )
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            if found is None:
+                reason = "is cut off or damaged"
+            else:
+                name = found.group(1)
+                reason = f"holds Python objects ({name}) whose loading would run code; not opened"
+        except DAMAGE:
+            reason = "is cut off or damaged"
+        else:
+            return loaded
+    elif start.startswith(ZIP_START):
+        reason = "is cut off: it starts as a torch file and lacks its end; download it again"
+    else:
+        reason = "is no torch file (neither torch's zip format nor its older one)"
+    message = f"CellViT checkpoint {path}: the file {reason}"
+    raise ValueError(message)
+
+
+def _build(checkpoint: object, digest: str) -> CellVit:
+    """Make the network of what a file held; messages lack the file's name."""
+    name, state, config = _parts(checkpoint)
+    arch = _recognised(name, state, config)
+    num_types, num_tissues, regression = _measured(arch, state, config)
+    with torch.device("meta"):  # shapes only: no time spent on weights that are replaced
+        network = CellViT(arch, num_types, num_tissues, regression_loss=regression)
+    _compare(network, state)
+    kept = {key: state[key].to(value.dtype) for key, value in network.state_dict().items()}
+    network.load_state_dict(kept, assign=True)
+    return CellVit(
+        network=network.eval().requires_grad_(requires_grad=False),
+        arch=arch,
+        type_names=_type_names(config, num_types),
+        mean=_rgb(config, "transformations.normalize.mean", DEFAULT_MEAN),
+        std=_std(config),
+        mixed_precision=_flag(config, "training.mixed_precision"),
+        digest=digest,
+    )
+
+
+def _parts(checkpoint: object) -> tuple[str, dict[str, Tensor], dict[str, object]]:
+    """Return the network's name, its tensors without prefixes, and its flat configuration."""
+    found = list(checkpoint) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+    if not isinstance(checkpoint, Mapping) or any(key not in checkpoint for key in NEEDED):
+        some = ", ".join(map(str, found[:6])) if isinstance(found, list) else f"a {found}"
+        message = f"expected a dict with {', '.join(NEEDED)}; found {some or 'an empty dict'}"
+        raise ValueError(message)
+    name = str(checkpoint["arch"])
+    state, config = checkpoint["model_state_dict"], checkpoint["config"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        message = f"model_state_dict is a {type(state).__name__}; expected a dict of tensors"
+        raise ValueError(message)
+    if not isinstance(config, Mapping):
+        message = f"config is a {type(config).__name__}; expected a dict"
+        raise ValueError(message)
+    tensors = {str(key).removeprefix("module."): value for key, value in state.items()}
+    return name, tensors, _flat(config)
+
+
+def _flat(config: Mapping[object, object], before: str = "") -> dict[str, object]:
+    """Return a configuration with dotted keys; published ones already have them."""
+    flat: dict[str, object] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {}
+        flat |= {} if isinstance(value, Mapping) else {f"{before}{key}": value}
+    return flat
+
+
+def _recognised(name: str, state: Mapping[str, Tensor], config: Mapping[str, object]) -> Arch:
+    """Return the variant that the tensors are of, if the names beside them agree."""
+    accepted = ", ".join(f"CellViT-{variant}" for variant in ARCHS)
+    if name not in (*ARCH_NAMES, *WRAPPERS):
+        message = f"the network is a {name!r}, which is not supported; expected {accepted}"
+        raise ValueError(message)
+    positions = state.get("encoder.pos_embed")
+    depth = len({key.split(".")[2] for key in state if key.startswith("encoder.blocks.")})
+    width = positions.shape[-1] if positions is not None and positions.ndim else 0
+    is_sam = positions is not None and positions.ndim == 4
+    same = [a for a in ARCHS.values() if (a.is_sam, a.dim, a.depth) == (is_sam, width, depth)]
+    if not same:
+        message = f"an encoder of {depth} blocks and width {width} is none of {accepted}"
+        raise ValueError(message)
+    arch = same[0]
+    if name not in (*WRAPPERS, ARCH_NAMES[arch.is_sam]):
+        message = f"arch is {name!r}, but the tensors are those of CellViT-{arch.variant}"
+        raise ValueError(message)
+    expected = arch.variant if arch.is_sam else "ViT256"
+    backbone = str(config.get("model.backbone", expected))
+    if backbone.lower() != expected.lower():
+        message = f"model.backbone is {backbone!r}, but the tensors are those of {expected!r}"
+        raise ValueError(message)
+    return arch
+
+
+def _measured(
+    arch: Arch, state: Mapping[str, Tensor], config: Mapping[str, object]
+) -> tuple[int, int, bool]:
+    """Return the numbers of types and tissues, and whether there is a regression map."""
+    tissue_head = "classifier_head.weight" if arch.is_sam else "encoder.head.weight"
+    types, tissues, binary = (
+        len(state[key]) if key in state and state[key].ndim else 0
+        for key in (TYPE_HEAD, tissue_head, BINARY_HEAD)
+    )
+    told = {"data.num_nuclei_classes": types, "data.num_tissue_classes": tissues}
+    for key, count in told.items():
+        if _integer(config.get(key, count), key) != count:
+            message = f"{key} is {config[key]}, but the network's last layer has {count}"
+            raise ValueError(message)
+    if not 2 <= types <= MAX_TYPES:
+        message = f"{types} nucleus types; expected 2 to {MAX_TYPES}, background included"
+        raise ValueError(message)
+    regression = binary == 2 * MAP_CHANNELS
+    key = "model.regression_loss"
+    if key in config and _flag(config, key) != regression:
+        message = f"{key} is {config[key]}, but the binary map's last layer has {binary} channels"
+        raise ValueError(message)
+    return types, tissues, regression
+
+
+def _compare(network: CellViT, state: Mapping[str, Tensor]) -> None:
+    """Refuse missing, unknown and wrongly shaped tensors, naming the first of each."""
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    missing = [key for key in wanted if key not in state]
+    unknown = [key for key in state if key not in wanted]
+    shaped = [key for key in wanted if key in state and tuple(state[key].shape) != wanted[key]]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} missing ({missing[0]}, ...)")
+    if unknown:
+        faults.append(f"{len(unknown)} unknown ({unknown[0]}, ...)")
+    if shaped:
+        found, expected = list(state[shaped[0]].shape), list(wanted[shaped[0]])
+        faults.append(f"{len(shaped)} misshapen ({shaped[0]}: {found}, expected {expected})")
+    if faults:
+        name = f"CellViT-{network.arch.variant}"
+        message = f"of the {len(wanted)} tensors of {name}, {'; '.join(faults)}"
+        raise ValueError(message)
+
+
+def _type_names(config: Mapping[str, object], num_types: int) -> tuple[str, ...]:
+    """Return the names of the nucleus types by number."""
+    start = "dataset_config.nuclei_types."
+    numbers = {
+        key.removeprefix(start): _integer(value, key)
+        for key, value in config.items()
+        if key.startswith(start)
+    }
+    if not numbers and num_types == len(PANNUKE_TYPES):
+        return PANNUKE_TYPES
+    names = sorted(numbers, key=lambda name: numbers[name])
+    if sorted(numbers.values()) != list(range(num_types)) or names[0].lower() != "background":
+        message = (
+            f"{start}* names {numbers or 'nothing'}; expected a name for each of 0 to "
+            f"{num_types - 1}, with Background 0"
+        )
+        raise ValueError(message)
+    return tuple(names)
+
+
+def _integer(value: object, key: str) -> int:
+    """Return an integer that may be written as text, as published configurations do."""
+    try:
+        return int(str(value))
+    except ValueError:
+        message = f"{key} is {value!r}; expected an integer"
+        raise ValueError(message) from None
+
+
+def _flag(config: Mapping[str, object], key: str) -> bool:
+    return str(config.get(key, False)).lower() == "true"
+
+
+def _rgb(config: Mapping[str, object], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """Return three numbers of a configuration; lists may be written as text too."""
+    value: Any = config.get(key, default)
+    try:
+        numbers = ast.literal_eval(value) if isinstance(value, str) else value
+        red, green, blue = (float(number) for number in numbers)
+    except (ValueError, TypeError, SyntaxError):
+        message = f"{key} is {value!r}; expected three numbers"
+        raise ValueError(message) from None
+    return red, green, blue
+
+
+def _std(config: Mapping[str, object]) -> tuple[float, ...]:
+    key = "transformations.normalize.std"
+    std = _rgb(config, key, DEFAULT_STD)
+    if not all(value > 0 for value in std):
+        message = f"{key} is {std}; expected numbers above 0"
+        raise ValueError(message)
+    return std

@@ -1,0 +1,1 @@
+"""The cell encoder: from a crop to an embedding."""

@@ -1,0 +1,324 @@
+"""The cell encoder: a network without its classifier, crop in, D numbers out.
+
+| weights | what it is |
+| --- | --- |
+| a file | safetensors of this project, or a torch checkpoint of a torchvision-style ResNet-50 |
+| 'imagenet' | torchvision's ResNet-50, IMAGENET1K_V2, downloaded by torchvision on first use |
+| 'timm:NAME' | timm's pretrained network, downloaded from the Hugging Face hub on first use |
+| 'random:SEED', 'random:SEED:ARCH' | an untrained ResNet-50, or another architecture |
+
+Shape letters: N crops, D embedding.
+"""
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.models import ResNet50_Weights, resnet50
+
+from scellst_ray.models.encoder.header import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RESNET_DIMS,
+    TIMM,
+    Header,
+    check_crops,
+    read_header,
+)
+from scellst_ray.models.encoder.named_networks import (
+    blank,
+    check_arch,
+    random_network,
+    random_of,
+    timm_name,
+    timm_network,
+)
+from scellst_ray.models.weights.digests import DAMAGE, file_digest
+
+UNREADABLE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError, SafetensorError)
+# How others nest a ResNet in a checkpoint: DataParallel, MoCo v3's query encoder.
+PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "backbone.")
+# Counters of training steps; old checkpoints lack them, and they decide nothing.
+COUNTER = "num_batches_tracked"
+# Values of oneDNN's variable ONEDNN_MAX_CPU_ISA that keep it from native bfloat16.
+ISAS_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder ready to embed.
+
+    Attributes:
+        network: uint8-normalised [N, 3, H, W] to [N, D], in eval mode.
+        mean: RGB mean (of values in 0-1) subtracted before the network.
+        std: RGB standard deviation divided by.
+        digest: Identifies the weights and the normalisation.
+        dim: D.
+    """
+
+    network: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+    dim: int
+
+
+def is_named(weights: str) -> bool:
+    """Tell whether weights are a name ('imagenet', 'random:SEED', 'timm:NAME') and not a file."""
+    return weights == "imagenet" or weights.startswith(("random:", TIMM))
+
+
+def encoder_digest(weights: str) -> str:
+    """Return what identifies an encoder's weights, without building it.
+
+    Raises:
+        ValueError: no such file or name.
+    """
+    random = random_of(weights)
+    if random is not None:
+        check_arch(random[1], weights)
+        return weights.removesuffix(":resnet50")
+    if weights == "imagenet":
+        return "imagenet:IMAGENET1K_V2"
+    if weights.startswith(TIMM):
+        return f"{TIMM}{timm_name(weights, weights)}"
+    path = Path(weights)
+    if not path.is_file():
+        message = (
+            f"encoder {weights!r}: no such file; give a file, 'imagenet' or 'random:SEED', "
+            "'random:SEED:ARCH' or 'timm:NAME'"
+        )
+        raise ValueError(message)
+    return file_digest(path)
+
+
+def encoder_dim(weights: str) -> int:
+    """Return the length of an encoder's embeddings, by its name or its file's header.
+
+    Raises:
+        ValueError: unknown name, a file that cannot be read, or one for crops of another size.
+    """
+    if not is_named(weights):
+        return _header(weights).dim
+    arch = encoder_arch(weights)
+    return RESNET_DIMS.get(arch) or blank(arch, weights)[1]
+
+
+def encoder_arch(weights: str) -> str:
+    """Return the architecture of an encoder, by its name or its file's header.
+
+    Raises:
+        ValueError: as `encoder_dim`.
+    """
+    random = random_of(weights)
+    if random is not None:
+        return random[1]
+    if weights == "imagenet":
+        return "resnet50"
+    return weights if weights.startswith(TIMM) else _header(weights).arch
+
+
+def load_encoder(weights: str) -> Encoder:
+    """Load an encoder.
+
+    Args:
+        weights: A local file or a name, see the top of this module.
+
+    Raises:
+        ValueError: unknown name, or a file that is cut off or not what it says it is.
+    """
+    digest = encoder_digest(weights)
+    random = random_of(weights)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    if random is not None:
+        network, dim = random_network(*random, weights)
+    elif weights == "imagenet":
+        network, dim = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2), RESNET_DIMS["resnet50"]
+        network.fc = nn.Identity()
+    elif weights.startswith(TIMM):
+        network, dim, mean, std = timm_network(weights)
+    else:
+        header = _header(weights)
+        network, dim = _filled(weights, header)
+        mean, std = header.mean, header.std
+    network.eval().requires_grad_(requires_grad=False)
+    return Encoder(network, mean, std, digest, dim)
+
+
+def save_encoder(
+    path: Path,
+    network: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    arch: str = "resnet50",
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an encoder as safetensors with its normalisation.
+
+    Args:
+        path: Local file.
+        network: As `new_backbone(arch, seed)` gives it: crops to embeddings.
+        mean: RGB mean (of values in 0-1) of the crops it was trained on.
+        std: RGB standard deviation of them.
+        arch: 'resnet18', 'resnet34', 'resnet50' or 'timm:NAME'.
+        provenance: What it was trained on and how, as JSON: slides, number of cells, epochs,
+            configuration, release.
+
+    Raises:
+        ValueError: the network is not of this architecture.
+    """
+    empty, dim = blank(arch, str(path))
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    _check_tensors(state, empty, str(path), arch)
+    header = Header(arch, dim, mean, std, provenance=dict(provenance or {}))
+    save_file(state, path, metadata=header.metadata())
+
+
+def encoder_header(weights: str) -> Header:
+    """Return what an encoder file says about itself.
+
+    Raises:
+        ValueError: no such file, or it cannot be read.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        message = f"encoder {weights!r}: no such file"
+        raise ValueError(message)
+    try:
+        return read_header(path)
+    except UNREADABLE as error:
+        raise ValueError(_unreadable(weights, error)) from error
+
+
+def _header(weights: str) -> Header:
+    """Return the header of a file for crops of our size."""
+    header = encoder_header(weights)
+    check_crops(header, weights)
+    return header
+
+
+def _unreadable(weights: str, error: Exception) -> str:
+    return f"encoder {weights}: cannot be read as weights ({error}); is the file cut off?"
+
+
+def _filled(weights: str, header: Header) -> tuple[nn.Module, int]:
+    """Return the network of a file, with its weights, and the length of its embeddings."""
+    try:
+        state = _read_weights(Path(weights))
+    except UNREADABLE as error:
+        raise ValueError(_unreadable(weights, error)) from error
+    network, dim = blank(header.arch, weights)
+    shapes = _check_tensors(state, network, weights, header.arch)
+    if dim != header.dim:
+        message = (
+            f"encoder {weights}: its header promises embeddings of {header.dim}, and {header.arch} "
+            f"gives {dim}"
+        )
+        raise ValueError(message)
+    values = {key: state[key] for key in shapes}
+    values = {key: v.float() if v.is_floating_point() else v for key, v in values.items()}
+    network.load_state_dict(values, strict=False, assign=True)
+    return network, dim
+
+
+def _check_tensors(
+    state: Mapping[str, torch.Tensor], network: nn.Module, source: str, arch: str
+) -> dict[str, torch.Size]:
+    """Return the shapes of the tensors a network needs, which are all there.
+
+    Raises:
+        ValueError: one is missing or of another shape.
+    """
+    shapes = {k: v.shape for k, v in network.state_dict().items() if not k.endswith(COUNTER)}
+    wrong = [k for k, shape in shapes.items() if k not in state or state[k].shape != shape]
+    if wrong:
+        named = {"resnet50": "ResNet-50", "resnet34": "ResNet-34", "resnet18": "ResNet-18"}
+        kind = f"{named[arch]} as torchvision names it" if arch in named else arch
+        message = (
+            f"encoder {source}: not a {kind}; {len(wrong)} tensors are missing or of another "
+            f"shape, {wrong[0]} among them"
+        )
+        raise ValueError(message)
+    return shapes
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict):
+        message = f"it holds a {type(state).__name__}, expected a state dict"
+        raise RuntimeError(message)
+    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    for prefix in PREFIXES:
+        nested = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        if "conv1.weight" in nested:
+            return nested
+    return state
+
+
+def best_precision(device: str) -> Literal["float32", "bfloat16", "float16"]:
+    """Return 'bfloat16' where the device computes in it natively, else what it does quickly.
+
+    On a CPU oneDNN computes, and ONEDNN_MAX_CPU_ISA limits what of the CPU it may use.
+    """
+    if device == "cuda":
+        # A driver without a GPU speaks for workers that have one: all since Ampere do bfloat16.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native or not torch.cuda.is_available() else "float16"
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISAS_WITHOUT_BFLOAT16:
+        return "float32"
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bfloat16" if native else "float32"
+
+
+def embed_crops(
+    encoder: Encoder, crops: NDArray[np.uint8], device: str, precision: str, batch_size: int = 64
+) -> NDArray[np.float16]:
+    """Embed crops.
+
+    One call is one tile's crops, cut into batches in order, so an embedding never depends on what
+    other tiles happened to share a task.
+
+    Args:
+        encoder: From `load_encoder`, already on `device`.
+        crops: uint8 [N, H, W, 3].
+        device: 'cpu' or 'cuda'.
+        precision: 'float32', 'bfloat16' or 'float16'.
+        batch_size: Crops per forward pass.
+
+    Returns:
+        float16 [N, D].
+
+    Raises:
+        ValueError: an embedding is not finite in float16.
+    """
+    out_ND = np.empty((len(crops), encoder.dim), np.float16)
+    scale = torch.tensor(encoder.std, device=device).mul(255).view(1, 3, 1, 1)
+    shift = torch.tensor(encoder.mean, device=device).mul(255).view(1, 3, 1, 1)
+    dtype = getattr(torch, precision)
+    with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        for start in range(0, len(crops), batch_size):
+            # Copied: crops that came out of Arrow are read-only.
+            batch = torch.tensor(crops[start : start + batch_size], device=device)
+            # [N, H, W, 3] permuted is channels-last, which convolutions are fastest on.
+            x_NCHW = (batch.permute(0, 3, 1, 2).to(torch.float32) - shift) / scale
+            y_ND = encoder.network(x_NCHW.contiguous(memory_format=torch.channels_last))
+            with np.errstate(over="ignore"):  # found below
+                out_ND[start : start + batch_size] = y_ND.float().cpu().numpy()
+    if not np.isfinite(out_ND).all():
+        message = "embedding is not finite in float16; the encoder's outputs are too large"
+        raise ValueError(message)
+    return out_ND

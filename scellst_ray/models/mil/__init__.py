@@ -1,0 +1,1 @@
+"""The gene-expression head, trained by multiple-instance learning."""

@@ -1,0 +1,1 @@
+"""MoCo v3: the method that pretrains the encoder."""

@@ -1,0 +1,1 @@
+"""Nuclei that other tools have found."""

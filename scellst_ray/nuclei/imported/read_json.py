@@ -1,0 +1,237 @@
+"""Segmentations in JSON: CellViT's cells.json, and GeoJSON of QuPath, HEST, CellViT, geopandas.
+
+While the parser runs, every cell or feature goes into flat arrays as soon as it is complete, so
+memory is the text and 16 bytes a point, not Python objects for each number. A class of nuclei in
+one MultiPolygon (CellViT, HEST) is complete only at its end.
+"""
+
+import json
+from array import array
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from scellst_ray.nuclei.imported.table import (
+    REASON,
+    TYPE_COLUMNS,
+    UNTYPED,
+    Rings,
+    Tally,
+    class_name,
+    table_of,
+    type_names,
+    with_report,
+)
+
+# Of PanNuke, which CellViT's own weights are trained on; its files of that taxonomy use them.
+PANNUKE = {
+    0: "Background",
+    1: "Neoplastic",
+    2: "Inflammatory",
+    3: "Connective",
+    4: "Dead",
+    5: "Epithelial",
+}
+_NUCLEI = ["cell", "detection"]
+_NEVER_NUCLEI = ["root", "tile", "tmacore"]
+
+
+def read_json(text: str, source: str) -> pa.Table:
+    """Read a JSON segmentation as a SEGMENTATION table with its report.
+
+    Args:
+        text: The whole document.
+        source: The file's name in errors.
+
+    Raises:
+        ValueError: Broken JSON, another kind of document, points instead of outlines, or types
+            that are numbers without names.
+    """
+    collector = _Collector(source)
+    try:
+        document = json.loads(text, object_hook=collector.take)
+    except json.JSONDecodeError as error:
+        message = f"{source}: broken JSON ({error}); the file may be cut: copy or export it again"
+        raise ValueError(message) from error
+    del text
+    members = _members(document)
+    if isinstance(members.get("cells"), list):
+        return _cellvit_table(members, collector)
+    if isinstance(members.get("features"), list) or collector.kinds or document == []:
+        is_list = isinstance(document, list)
+        return _geojson_table(collector, crs=members.get("crs"), is_list=is_list)
+    found = f"an object with the keys {sorted(members)[:8]}" if members else "no GeoJSON features"
+    message = (
+        f"{source}: found {found}; expected CellViT's cells.json (`cells` with contours) or "
+        "GeoJSON (a FeatureCollection or a list of Features)"
+    )
+    raise ValueError(message)
+
+
+class _Collector:
+    """Takes cells and features out of a document while it is parsed."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        # Outer rings in order: all coordinates, points per ring, whether it had holes.
+        self.coordinates, self.lengths, self.holes = array("d"), array("q"), bytearray()
+        # CellViT's cells, one ring each.
+        self.types: list[float | str | None] = []
+        self.probs = array("f")
+        # Features: QuPath's object type, class, number of rings and, if that is 0, why.
+        self.kinds: list[str] = []
+        self.names: list[str | None] = []
+        self.num_rings = array("q")
+        self.missing: list[str] = []
+        self.may_be_class = bytearray()
+
+    def take(self, value: dict[str, Any]) -> dict[str, Any] | None:
+        """Keep what matters of a cell or feature and let go of the rest: the parser's hook."""
+        if "contour" in value:
+            kind, prob = value.get("type"), value.get("type_prob")
+            self.types.append(kind if isinstance(kind, int | float) else class_name(kind))
+            self.probs.append(prob if isinstance(prob, float) or prob in (0, 1) else np.nan)
+            self._add_ring(value["contour"] or [], has_hole=False)
+            return None
+        if value.get("type") == "Feature" and "geometry" in value:
+            self._add_feature(value)
+            return None
+        return value
+
+    def _add_feature(self, feature: dict[str, Any]) -> None:
+        properties = _members(feature.get("properties"))
+        kind = str(properties.get("objectType") or properties.get("object_type") or "annotation")
+        kind = kind.lower().replace("_", "")
+        geometry = _members(feature.get("nucleusGeometry") or feature["geometry"])
+        if kind == "cell" and not feature.get("nucleusGeometry"):
+            kind = "cell without nucleus"
+        classes = (properties.get(key) for key in ("classification", *TYPE_COLUMNS))
+        name = next((found for found in map(class_name, classes) if found), None)
+        shape, coordinates = str(geometry.get("type")), geometry.get("coordinates")
+        several = coordinates if isinstance(coordinates, list) else [coordinates]
+        parts = {"Polygon": [coordinates], "MultiPolygon": several}.get(shape, [])
+        polygons = [rings for rings in parts if rings]
+        for rings in polygons:
+            outer, *holes = rings if isinstance(rings, list) else [rings]
+            self._add_ring(outer, has_hole=bool(holes))
+        self.kinds.append(kind)
+        self.names.append(name)
+        self.num_rings.append(len(polygons))
+        areal = shape in ("Polygon", "MultiPolygon", "None")
+        self.missing.append("no_outline" if areal else "not_polygon")
+        self.may_be_class.append(
+            shape == "MultiPolygon" and kind == "annotation" and name is not None
+        )
+
+    def _add_ring(self, points: Any, *, has_hole: bool) -> None:  # noqa: ANN401 - as parsed
+        """Add one ring; coordinates beyond x and y (a height) are dropped."""
+        try:
+            ring = np.array(points, np.float64)
+        except (TypeError, ValueError, OverflowError):
+            ring = np.zeros(1)  # ragged, or no numbers: refused below
+        if points == []:
+            ring = np.zeros((0, 2))
+        if ring.ndim != 2 or ring.shape[1] < 2:
+            message = (
+                f"{self.source}: outline {len(self.lengths) + 1} of the file begins "
+                f"{str(points)[:60]}; expected a list of [x, y]"
+            )
+            raise ValueError(message)
+        self.coordinates.frombytes(ring[:, :2].tobytes())
+        self.lengths.append(len(ring))
+        self.holes.append(has_hole)
+
+    def rings(self, owner: NDArray[np.int64], missing: NDArray[np.str_]) -> Rings:
+        """Return all rings, given what `Rings` says of their objects."""
+        points = np.frombuffer(self.coordinates, np.float64).reshape(-1, 2)
+        return Rings(points, np.frombuffer(self.lengths, np.int64), owner, missing)
+
+
+def _members(value: object) -> dict[str, Any]:
+    """Return a JSON object's members; none if it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
+def _cellvit_table(document: dict[str, Any], collector: _Collector) -> pa.Table:
+    """Return the cells of CellViT's cells.json."""
+    source, num_cells = collector.source, len(collector.types)
+    tally = Tally(source, "CellViT cells.json")
+    without = len(document["cells"]) - num_cells
+    if without and not num_cells:
+        message = (
+            f"{source}: its {without} cells have no `contour`, as in CellViT's "
+            "cell_detection.json; give the cells.json written beside it"
+        )
+        raise ValueError(message)
+    tally.num_objects = tally.dropped["no_outline"] = without
+    names = _cellvit_names(collector.types, document.get("type_map"), source)
+    probs = np.frombuffer(collector.probs, np.float32)
+    rings = collector.rings(np.arange(num_cells), np.full(num_cells, "no_outline", REASON))
+    return with_report(table_of(rings, names, probs, tally), tally)
+
+
+def _cellvit_names(types: list[float | str | None], type_map: object, source: str) -> pa.Array:
+    """Return the names of CellViT's type numbers; PanNuke's if the file maps none."""
+    name_of = _names_of_numbers(type_map, source) if type_map else PANNUKE
+    meaning: dict[float | str | None, str | None] = {}
+    for value in set(types):
+        if not isinstance(value, str | None) and value not in name_of:
+            known = ", ".join(f"{number} {name}" for number, name in sorted(name_of.items()))
+            message = f"{source}: type {value} is not in the file's type_map ({known}); add it"
+            raise ValueError(message)
+        meaning[value] = value if isinstance(value, str | None) else name_of[int(value)]
+    return type_names(pa.array([meaning[value] for value in types], pa.string()), source)
+
+
+def _names_of_numbers(type_map: object, source: str) -> dict[int, str]:
+    """Return a type map, number to name or name to number, as number to name."""
+    pairs = list(type_map.items()) if isinstance(type_map, dict) else []
+    if pairs and all(isinstance(value, int) for _, value in pairs):
+        pairs = [(value, key) for key, value in pairs]
+    try:
+        names = {int(number): class_name(name) or UNTYPED for number, name in pairs}
+    except ValueError:
+        names = {}
+    if not names:
+        message = f"{source}: type_map is {str(type_map)[:80]}; expected numbers and their names"
+        raise ValueError(message)
+    return names
+
+
+def _geojson_table(collector: _Collector, *, crs: object, is_list: bool) -> pa.Table:
+    """Return the nuclei among GeoJSON features.
+
+    If there are QuPath cells or detections, they are the nuclei and annotations are regions; in a
+    file without, annotations are. One feature is one nucleus, except that the parts of a
+    classified MultiPolygon annotation in a bare list are: so CellViT and HEST write a class.
+    """
+    source = collector.source
+    tally = Tally(source, "GeoJSON", lonlat=any(name in str(crs) for name in ("CRS84", "4326")))
+    kinds = np.array(collector.kinds, np.str_)
+    bare_cell = kinds == "cell without nucleus"
+    used = np.isin(kinds, _NUCLEI) | bare_cell
+    if not used.any():
+        used = ~np.isin(kinds, _NEVER_NUCLEI)
+    tally.num_objects = tally.dropped["other_object"] = int((~used).sum())
+
+    num_rings = np.frombuffer(collector.num_rings, np.int64)
+    is_class = np.frombuffer(collector.may_be_class, np.bool_) & is_list
+    num_objects = np.where(is_class, np.maximum(num_rings, 1), 1) * used
+    feature = np.repeat(np.arange(len(kinds)), num_objects)
+    ring_feature = np.repeat(np.arange(len(kinds)), num_rings)
+    within = np.arange(len(ring_feature)) - (np.cumsum(num_rings) - num_rings)[ring_feature]
+    owner = (np.cumsum(num_objects) - num_objects)[ring_feature] + within * is_class[ring_feature]
+
+    rings = collector.rings(owner, np.array(collector.missing, REASON)[feature])
+    wanted = used[ring_feature]
+    if not wanted.all():
+        points = rings.points_x0y0[np.repeat(wanted, rings.lengths)]
+        rings = Rings(points, rings.lengths[wanted], owner[wanted], rings.missing)
+    holes = np.frombuffer(collector.holes, np.bool_)[wanted]
+    tally.changed["hole_filled"] = len(np.unique(rings.owner[holes]))
+    tally.changed["cell_outline"] = int((bare_cell & (num_rings > 0)).sum())
+    names = pa.array(collector.names, pa.string()).take(pa.array(feature, pa.int64()))
+    probs = np.full(len(feature), np.nan, np.float32)
+    return with_report(table_of(rings, type_names(names, source), probs, tally), tally)

@@ -1,0 +1,191 @@
+"""Segmentations in GeoParquet: HEST's cellvit_seg, geopandas, and our own CELLS."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+from numpy.typing import NDArray
+
+from scellst_ray.core import schemas
+from scellst_ray.nuclei.imported.table import (
+    BATCH,
+    REASON,
+    SEGMENTATION,
+    TYPE_COLUMNS,
+    UNTYPED,
+    Rings,
+    Tally,
+    class_name,
+    table_of,
+    type_names,
+    with_report,
+)
+
+ENCODINGS = ("wkb", "polygon", "multipolygon")
+
+
+def read_geoparquet(path: Path, source: str) -> pa.Table:
+    """Read a GeoParquet file as a SEGMENTATION table with its report, a batch of rows at a time.
+
+    Args:
+        path: The file.
+        source: Its name in errors.
+
+    Raises:
+        ValueError: Unreadable, no GeoParquet, no polygons, types by number, or a CELLS table of a
+            newer release.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            tally = Tally(source, "GeoParquet")
+            column, encoding = _geometry_column(schema, tally)
+            type_column = _type_column(schema, source)
+            tables = list(_tables(file, column, encoding, type_column, tally))
+    except (pa.ArrowException, OSError) as error:
+        message = f"{source}: no readable Parquet file ({error}); copy or export it again"
+        raise ValueError(message) from error
+    return with_report(pa.concat_tables([SEGMENTATION.empty_table(), *tables]), tally)
+
+
+def _geometry_column(schema: pa.Schema, tally: Tally) -> tuple[str, str]:
+    """Return the primary geometry column and its encoding; note a lon/lat crs in the tally."""
+    source = tally.source
+    metadata = schema.metadata or {}
+    try:
+        geo = json.loads(metadata.get(b"geo", b"null"))
+        column = geo["primary_column"]
+        details = geo["columns"][column]
+        encoding = str(details["encoding"]).lower().removeprefix("geoarrow.")
+        schema.field(column)
+    except (ValueError, TypeError, KeyError) as error:
+        message = (
+            f"{source}: Parquet without a usable `geo` key, so no GeoParquet; its columns are "
+            f"{schema.names[:12]}. Write it with geopandas (GeoDataFrame.to_parquet)"
+        )
+        raise ValueError(message) from error
+    if encoding not in ENCODINGS:
+        message = (
+            f"{source}: column {column} is encoded as {encoding}; expected polygons "
+            f"({', '.join(ENCODINGS)})"
+        )
+        raise ValueError(message)
+    if metadata.get(b"scellst_ray.table") == b"CELLS":
+        schemas.check(schema, "CELLS", source)
+        tally.format = "CELLS"
+    tally.lonlat = _is_lonlat(details)
+    return column, encoding
+
+
+def _is_lonlat(details: dict[str, Any]) -> bool:
+    """Tell whether a column claims longitude and latitude: also by saying nothing (the spec)."""
+    crs = details.get("crs", {"type": "GeographicCRS"})
+    if isinstance(crs, dict):
+        return str(crs.get("type", "")).startswith("Geographic")
+    return isinstance(crs, str) and crs.startswith("GEOG")
+
+
+def _type_column(schema: pa.Schema, source: str) -> str | None:
+    """Return the first of TYPE_COLUMNS that can hold names; None if none of them is there.
+
+    Raises:
+        ValueError: Those that are there hold numbers.
+    """
+    present = [name for name in TYPE_COLUMNS if name in schema.names]
+    for name in present:
+        kind = schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_struct(kind):
+            return name
+    numeric = [name for name in present if not pa.types.is_null(schema.field(name).type)]
+    if numeric:
+        kind = schema.field(numeric[0]).type
+        message = (
+            f"{source}: type column {numeric[0]} is {kind}; expected names, since what a number "
+            "stands for differs between tools. Write the names into it, or remove the column to "
+            "import nuclei without types"
+        )
+        raise ValueError(message)
+    return None
+
+
+def _tables(
+    file: pq.ParquetFile, column: str, encoding: str, type_column: str | None, tally: Tally
+) -> Iterator[pa.Table]:
+    """Yield the file as SEGMENTATION tables."""
+    columns = {column, type_column, "type_prob"}
+    if tally.format == "CELLS":
+        columns |= {"x0", "y0"}
+    wanted = [name for name in file.schema_arrow.names if name in columns]
+    for batch in file.iter_batches(BATCH, columns=wanted):
+        geometry = batch[column]
+        if isinstance(geometry, pa.ExtensionArray):
+            geometry = geometry.storage
+        if encoding == "wkb":
+            rings = _from_wkb(geometry, tally)
+        else:
+            rings = _from_lists(geometry, tally, multi=encoding == "multipolygon")
+        names = pa.repeat(UNTYPED, len(batch))
+        if type_column is not None:
+            names = type_names(_names(batch[type_column]), tally.source)
+        if "type_prob" in wanted:
+            probs = batch["type_prob"].cast(pa.float32()).to_numpy(zero_copy_only=False)
+        else:
+            probs = np.full(len(batch), np.nan, np.float32)
+        centroid = None
+        if tally.format == "CELLS":  # as stored, so that a nucleus stays with its tile
+            centroid = np.column_stack([batch["x0"], batch["y0"]]).astype(np.float64)
+        yield table_of(rings, names, probs, tally, centroid)
+
+
+def _names(values: pa.Array) -> pa.Array:
+    """Return a column of names, or of classes as QuPath writes them, as names."""
+    if pa.types.is_struct(values.type):
+        return pa.array([class_name(value) for value in values.to_pylist()], pa.string())
+    if not pa.types.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    names = pa.array([class_name(value) for value in values.dictionary.to_pylist()], pa.string())
+    return names.take(values.indices)
+
+
+def _from_wkb(geometry: pa.Array, tally: Tally) -> Rings:
+    """Return the outer rings of WKB geometries; one row is one object."""
+    shapes = shapely.from_wkb(geometry.to_numpy(zero_copy_only=False), on_invalid="ignore")
+    kind = shapely.get_type_id(shapes)
+    areal = np.isin(kind, [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON])
+    missing = np.where((kind >= 0) & ~areal, "not_polygon", "no_outline").astype(REASON)
+    parts, owner = shapely.get_parts(np.where(areal, shapes, None), return_index=True)
+    holes = shapely.get_num_interior_rings(parts) > 0
+    tally.changed["hole_filled"] += len(np.unique(owner[holes]))
+    points, index = shapely.get_coordinates(shapely.get_exterior_ring(parts), return_index=True)
+    return Rings(points, np.bincount(index, minlength=len(parts)), owner, missing)
+
+
+def _from_lists(geometry: pa.Array, tally: Tally, *, multi: bool) -> Rings:
+    """Return the outer rings of native encodings: lists of lists of points."""
+    missing = np.full(len(geometry), "no_outline", REASON)
+    owner = np.arange(len(geometry))
+    if multi:
+        owner = np.repeat(owner, _lengths(geometry))
+        geometry = geometry.flatten()
+    num_rings = _lengths(geometry)
+    tally.changed["hole_filled"] += len(np.unique(owner[num_rings > 1]))
+    some = num_rings > 0
+    outer = geometry.flatten().take(pa.array((np.cumsum(num_rings) - num_rings)[some]))
+    points = outer.flatten()
+    if isinstance(points, pa.FixedSizeListArray):
+        points_x0y0 = points.flatten().to_numpy().reshape(-1, points.type.list_size)[:, :2]
+    else:
+        points_x0y0 = np.column_stack([points.field("x"), points.field("y")])
+    return Rings(points_x0y0.astype(np.float64), _lengths(outer), owner[some], missing)
+
+
+def _lengths(lists: pa.Array) -> NDArray[np.int64]:
+    """Return the length of every list; 0 for null."""
+    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    return np.asarray(lengths, np.int64)

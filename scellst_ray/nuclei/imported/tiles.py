@@ -1,0 +1,283 @@
+"""Other people's segmentations, so that a slide already segmented is not segmented again.
+
+A file of any of the usual formats becomes one table of nuclei (`read_segmentation`), which must
+lie on the slide (`check_within`); it is stored once per slide, sorted by tile (`publish_by_tile`),
+and a worker takes what it needs (`read_tile`, `nuclei_in_frame`) in place of a segmenter.
+
+Coordinates are taken as given: level-0 px. CellViT writes the indices of contour pixels, so its
+outlines pass through the middles of the outermost pixels and lie half a pixel up and left.
+"""
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import shapely
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.core.geometry import Frame
+from scellst_ray.nuclei.imported.read_json import read_json
+from scellst_ray.nuclei.imported.read_parquet import read_geoparquet
+from scellst_ray.nuclei.imported.table import REPORT_KEY, SEGMENTATION, import_report
+from scellst_ray.nuclei.instances import Nuclei
+
+FORMATS = (
+    "GeoParquet, GeoJSON (QuPath, HEST, CellViT) or CellViT's cells.json, JSON also as .gz or "
+    ".snappy"
+)
+MAX_OUTSIDE = 0.05
+# The median nucleus of any tissue is 15 to 100 um2.
+MEDIAN_UM2 = (5.0, 1000.0)
+ROW_GROUP = 5_000
+_BY_TILE = pa.schema([pa.field("tile_id", pa.int64(), nullable=False), *SEGMENTATION])
+
+
+def read_segmentation(path: Path, source: str) -> pa.Table:
+    """Read a segmentation as a SEGMENTATION table, in the order of the file.
+
+    One row per nucleus: its polygon (WKB, valid, without holes), centroid x0 and y0 and area0
+    (level-0 px, px2), nucleus_type and type_prob. `import_report` of the table tells the format
+    and the number of objects that were dropped or mended.
+
+    Args:
+        path: The file; its content tells the format, `.snappy` is believed.
+        source: Its name (URI) in errors.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Not one of FORMATS, damaged, without outlines, or types by number.
+    """
+    if path.is_dir():
+        message = f"{source}: a folder; expected one file per slide: {FORMATS}"
+        raise ValueError(message)
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"PAR1":
+        return read_geoparquet(path, source)
+    if magic == b"PK\x03\x04":
+        message = f"{source}: a zip archive (or a PyTorch file); unzip it and give {FORMATS}"
+        raise ValueError(message)
+    return read_json(_text(path, source), source)
+
+
+def _text(path: Path, source: str) -> str:
+    """Return the text of a JSON file, plain or compressed."""
+    data, suffix = path.read_bytes(), path.suffix
+    try:
+        if data.startswith(b"\x1f\x8b"):
+            data, suffix = gzip.decompress(data), path.with_suffix("").suffix
+        is_text = data.removeprefix(b"\xef\xbb\xbf")[:256].lstrip()[:1] in (b"{", b"[")
+        if suffix == ".snappy" or not is_text:
+            data = _from_snappy(data)
+        return data.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        message = f"{source}: not readable as a segmentation ({error}); expected {FORMATS}"
+        raise ValueError(message) from error
+
+
+def _from_snappy(data: bytes) -> bytes:
+    """Decompress raw snappy: its length as a varint, then the blocks.
+
+    Raises:
+        ValueError: The length is none, or more than so few bytes can hold.
+        OSError: The blocks are damaged.
+    """
+    length = 0
+    for position, byte in enumerate(data[:5]):
+        length |= (byte & 0x7F) << (7 * position)
+        if byte < 0x80:
+            break
+    else:
+        length = -1
+    # A block gives at most 64 bytes for 3.
+    if not 0 < length <= 32 * len(data):
+        message = f"no JSON, gzip or snappy: it begins {data[:8]!r}"
+        raise ValueError(message)
+    return bytes(pa.decompress(data, decompressed_size=length, codec="snappy", asbytes=True))
+
+
+def check_within(
+    table: pa.Table, width0: int, height0: int, source: str, mpp: float | None = None
+) -> pa.Table:
+    """Return the nuclei whose centroid is on the slide, the others counted as `outside`.
+
+    Up to MAX_OUTSIDE of them may lie outside (nuclei on the edge of the scan). Coordinates in um
+    or of a smaller level lie within the slide too: the size of the nuclei tells, if `mpp` is given.
+
+    Args:
+        table: As `read_segmentation` returns it.
+        width0: Width of the slide in level-0 px.
+        height0: Its height.
+        source: The segmentation's name in errors.
+        mpp: um per level-0 px of the slide.
+
+    Raises:
+        ValueError: The coordinates cannot be level-0 px of this slide.
+    """
+    if not len(table):
+        return table
+    x0, y0 = table["x0"].to_numpy(), table["y0"].to_numpy()
+    inside = (x0 >= 0) & (x0 < width0) & (y0 >= 0) & (y0 < height0)
+    problem = _problem(table, (width0, height0), inside, mpp)
+    if problem:
+        message = (
+            f"{source}: its coordinates cannot be level-0 px of a slide of {width0} x {height0}: "
+            f"{problem}. Convert them to level-0 px and give the converted file"
+        )
+        raise ValueError(message)
+    return _without_outside(table.filter(pa.array(inside)), int((~inside).sum()))
+
+
+def _problem(
+    table: pa.Table, size0: tuple[int, int], inside: NDArray[np.bool_], mpp: float | None
+) -> str | None:
+    """Say why coordinates cannot be level-0 px of the slide and what they may be, or None."""
+    x0, y0 = table["x0"].to_numpy(), table["y0"].to_numpy()
+    is_small = np.abs(x0).max() <= 180 and np.abs(y0).max() <= 90
+    if import_report(table)["lonlat"] and is_small and (size0[0] > 180 or size0[1] > 90):
+        return "the file says they are longitude and latitude, and they are small enough to be"
+    if 1 - inside.mean() <= MAX_OUTSIDE:
+        return None if mpp is None else _size_problem(table, mpp)
+    turned = (y0 >= 0) & (y0 < size0[0]) & (x0 >= 0) & (x0 < size0[1])
+    if 1 - turned.mean() <= MAX_OUTSIDE:
+        cause = "x and y seem to be swapped, since the other way round they fit"
+    elif ((x0 < 0) | (y0 < 0)).mean() > MAX_OUTSIDE:
+        cause = "they seem to count from another origin, or y upwards"
+    else:
+        cause = "they may be px of another level, another unit, or of another slide"
+    return (
+        f"{1 - inside.mean():.0%} of {len(x0)} centroids lie outside "
+        f"(x {x0.min():.0f} to {x0.max():.0f}, y {y0.min():.0f} to {y0.max():.0f}); {cause}"
+    )
+
+
+def _size_problem(table: pa.Table, mpp: float) -> str | None:
+    """Say that the nuclei are too small or too large for their slide, or None."""
+    median_um2 = float(np.median(table["area0"].to_numpy())) * mpp**2
+    if MEDIAN_UM2[0] <= median_um2 <= MEDIAN_UM2[1]:
+        return None
+    return (
+        f"the median nucleus would be {median_um2:.3g} um2 at {mpp} um/px, expected "
+        f"{MEDIAN_UM2[0]:.0f} to {MEDIAN_UM2[1]:.0f}; they may be um or px of another level, or "
+        "the objects may be no nuclei"
+    )
+
+
+def _without_outside(table: pa.Table, num_outside: int) -> pa.Table:
+    """Add nuclei taken out of the table to its report."""
+    report = import_report(table)
+    dropped = report["dropped"]
+    if num_outside:
+        dropped["outside"] = dropped.get("outside", 0) + num_outside
+    return table.replace_schema_metadata({REPORT_KEY: json.dumps(report).encode()})
+
+
+def publish_by_tile(
+    table: pa.Table, edges_x: NDArray[np.integer], edges_y: NDArray[np.integer], uri: str
+) -> dict[str, Any]:
+    """Store a slide's nuclei sorted by (tile_id, y0, x0), so that a tile is read by itself.
+
+    Row groups end where tiles end: several small tiles, at most ROW_GROUP nuclei, or one tile.
+
+    Args:
+        table: As `read_segmentation` or `check_within` returns it.
+        edges_x: Level-0 x of the cores' edges, ascending, from 0 to the slide's width.
+        edges_y: The same along y; tile_id is row * (len(edges_x) - 1) + column, and a centroid on
+            an edge belongs to the core right of it or below.
+        uri: Where the file shall appear.
+
+    Returns:
+        The report of what was stored; nuclei beyond the edges are dropped, as `outside`.
+    """
+    x0, y0 = table["x0"].to_numpy(), table["y0"].to_numpy()
+    column, row = (
+        np.searchsorted(edges, values, side="right") - 1
+        for edges, values in ((edges_x, x0), (edges_y, y0))
+    )
+    num_columns, num_rows = len(edges_x) - 1, len(edges_y) - 1
+    inside = (column >= 0) & (column < num_columns) & (row >= 0) & (row < num_rows)
+    tile_id = row * num_columns + column
+    order = np.lexsort((x0, y0, tile_id))
+    order = order[inside[order]]
+    table = _without_outside(table, len(table) - len(order))
+    metadata = dict(table.schema.metadata)
+    schema = schemas.signed(_BY_TILE, "SEGMENTATION", extra=metadata)
+    # Large offsets: a million nuclei in one array pass 2 GiB.
+    large = pa.schema([f.with_type(_large(f.type)) for f in SEGMENTATION], metadata)
+    table = table.cast(large).combine_chunks()
+    groups = _groups(tile_id[order])
+
+    def write(path: Path) -> None:
+        options = {"compression": storage.COMPRESSION, "use_dictionary": ["nucleus_type"]}
+        with pq.ParquetWriter(path, schema, write_statistics=["tile_id"], **options) as writer:
+            for start, stop in groups:
+                rows = order[start:stop]
+                part = table.take(pa.array(rows)).add_column(0, schema.field(0), [tile_id[rows]])
+                writer.write_table(part.cast(schema), row_group_size=len(rows))
+
+    storage.publish(uri, write)
+    return import_report(table)
+
+
+def _large(kind: pa.DataType) -> pa.DataType:
+    """Return the type with 64-bit offsets, if it has any."""
+    return {pa.binary(): pa.large_binary(), pa.string(): pa.large_string()}.get(kind, kind)
+
+
+def _groups(tile_id: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return [start, stop) of row groups over ascending tile ids."""
+    stops = np.flatnonzero(np.diff(tile_id, append=-1)) + 1
+    groups, begin, end = [], 0, 0
+    for stop in stops.tolist():
+        if stop - begin > ROW_GROUP and end > begin:
+            groups.append((begin, end))
+            begin = end
+        end = stop
+    return [*groups, (begin, end)] if end else []
+
+
+def read_tile(uri: str, tile_id: int) -> pa.Table:
+    """Return the nuclei of one tile as a SEGMENTATION table, by (y0, x0); none if it has none.
+
+    Reads only the row group the tile is in.
+
+    Raises:
+        ValueError: The file is none of `publish_by_tile`, or of a newer release.
+    """
+    with storage.open_parquet(uri) as file:
+        schemas.check(file.schema_arrow, "SEGMENTATION", uri)
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        bounds = [group.column(0).statistics for group in groups]
+        wanted = [i for i, found in enumerate(bounds) if found.min <= tile_id <= found.max]
+        table = file.read_row_groups(wanted, use_threads=False)
+    return table.filter(pc.equal(table["tile_id"], tile_id)).drop_columns(["tile_id"])
+
+
+def nuclei_in_frame(table: pa.Table, frame: Frame) -> Nuclei:
+    """Return the nuclei of a SEGMENTATION table in px of an image in hand, in the same order.
+
+    Args:
+        table: As `read_tile` returns it.
+        frame: Where the image lies on the slide.
+    """
+    polygons = shapely.from_wkb(table["polygon"].to_numpy())
+    points_x0y0, index = shapely.get_coordinates(polygons, return_index=True)
+    closing = np.diff(index, append=-1) != 0
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(index, minlength=len(table)) - 1)])
+    centroid_x0y0 = np.column_stack([table["x0"].to_numpy(), table["y0"].to_numpy()])
+    return Nuclei(
+        centroid_px=frame.from_level0(centroid_x0y0),
+        area_px=table["area0"].to_numpy() / frame.area_ratio,
+        contour_points_px=frame.from_level0(points_x0y0[~closing]),
+        contour_offsets=offsets.astype(np.int64),
+        nucleus_type=np.array(table["nucleus_type"].to_pylist(), np.str_),
+        type_prob=table["type_prob"].to_numpy().astype(np.float32),
+    )

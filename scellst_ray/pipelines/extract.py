@@ -1,0 +1,173 @@
+"""CELLS: the `extract` job, and the run that `extract` and `predict` share."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
+from scellst_ray.pipelines.attempts import Limits, forget_attempts
+from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
+from scellst_ray.pipelines.driver import Driver, Progress, Report
+from scellst_ray.pipelines.metrics import watched
+from scellst_ray.pipelines.receipts import Resources, Work, receipts_dataset
+from scellst_ray.pipelines.session import Cluster, ray_session
+from scellst_ray.runs.crop_files import CropSample
+from scellst_ray.runs.crop_store import colours_by_slide
+from scellst_ray.runs.folder import FINISHED, RunFolder, check_manifest_unchanged, open_run
+from scellst_ray.runs.lease import held
+from scellst_ray.runs.sources import sources_of
+from scellst_ray.runs.summary import write_summary
+from scellst_ray.slides.manifest import SlideRow, chosen, read_manifest
+from scellst_ray.stages.checked_networks import CheckedNetworks, cells_spec, check_networks
+from scellst_ray.stages.config import ExtractConfig, settled
+from scellst_ray.stages.make import SEGMENTER_VERSIONS, make_stage
+from scellst_ray.stages.plan_slide import plan_slide
+
+WORKER_GB = 2.0
+OWN_WORK = Work(plan_slide, make_stage)
+logger = logging.getLogger(__name__)
+
+
+def extract(config: ExtractConfig, report: Report = lambda _: None) -> dict[str, dict[str, Any]]:
+    """Run `extract`; return the record of every slide of the manifest.
+
+    Raises:
+        ValueError: the manifest, the weights or the output folder cannot be used.
+    """
+    slides = read_manifest(config.manifest)
+    return run_cells("extract", config, slides, check_networks(config), report)
+
+
+def run_cells(
+    job: str,
+    config: ExtractConfig,
+    slides: list[SlideRow],
+    networks: CheckedNetworks,
+    report: Report,
+    prepare: Callable[[], None] = lambda: None,
+    work: Work = OWN_WORK,
+) -> dict[str, dict[str, Any]]:
+    """Open the run, do what is missing, and return the record of every slide.
+
+    Args:
+        job: 'extract' or 'predict'.
+        config: The job's configuration.
+        slides: The manifest.
+        networks: From `check_networks`, and for `predict` the head's digest in its identity.
+        report: Called with the progress after every change.
+        prepare: Called once the folder is known to be this run's.
+        work: What is done to slides and tiles, where that is not the pipeline's own.
+    """
+    config, slides = settled(config), chosen(slides, config.slides)
+    colours = None if config.colours_from is None else colours_by_slide(config.colours_from)
+    identity = _identity(config, networks)
+    run = open_run(config.out, job, identity)
+    # Nothing else is written, and Ray does not start, before other drivers are kept out.
+    with held(run.uri) as lease:
+        run.write_config(asdict(config))
+        prepare()
+        sources = sources_of(slides, colours, imported=config.segmenter == "imported")
+        check_manifest_unchanged(run, sources)
+        sample = _sample(config)
+        if sample is not None:
+            check_sample(run, sample)
+        progress = Progress(len(slides))
+        driver = Driver(run, progress, report, lease.check)
+        finished = _finished(run)
+        pending = _largest_first(_pending(slides, finished, progress), sources)
+        report(progress)
+        if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
+            return progress.records
+        with ray_session() as cluster:
+            unfit: tuple[str, ...] = ()
+            if work is OWN_WORK:
+                unfit = _check_nodes(config, identity, run, cluster, pending)
+            forget_attempts(run)
+            driver.report = watched(run, report)
+            spec = replace(cells_spec(config, networks), colours=colours)
+            resources = replace(_resources(config, networks), without_nodes=unfit)
+            rows = driver.resume(pending, spec, finished)
+            if rows:
+                driver.consume(receipts_dataset(rows, spec, run, resources, cluster, work))
+            driver.finish()
+            if sample is not None:
+                of_slides = (slides, progress.records)
+                made = make_crops(run, *of_slides, sample, resources, cluster, lease.check)
+                progress.records = with_crops(progress.records, made)
+            forget_attempts(run)
+        write_summary(run.uri, progress.records)
+    return progress.records
+
+
+def _identity(config: ExtractConfig, networks: CheckedNetworks) -> dict[str, Any]:
+    """Return all that decides results; a run folder is of one."""
+    settings = ("segmenter", "read_mpp", "core_px", "halo_px", "store_embeddings", "precision")
+    identity = networks.identity | {name: getattr(config, name) for name in settings}
+    identity["segmenter_version"] = SEGMENTER_VERSIONS[config.segmenter]
+    if config.colours_from is not None:
+        identity["colours"] = "of each slide"
+    return identity
+
+
+def _check_nodes(
+    config: ExtractConfig,
+    identity: Mapping[str, Any],
+    run: RunFolder,
+    cluster: Cluster,
+    slides: list[SlideRow],
+) -> tuple[str, ...]:
+    """Stop a run that cannot succeed here, before its work starts; return nodes to leave out."""
+    weights = [
+        (config.encoder, identity["encoder"]),
+        (config.segmenter_weights, identity.get("segmenter_weights")),
+    ]
+    gpus = cluster.num_gpus > 0 if config.gpus is None else config.gpus
+    asked = asked_for(run.uri, weights, gpus=gpus)
+    return check_before_run(asked, cluster, slides, imported=config.segmenter == "imported")
+
+
+def _finished(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Return the records of all slides of this run that are finished."""
+    return {s: r for s, r in run.records().items() if r["status"] in FINISHED}
+
+
+def _pending(
+    slides: list[SlideRow], finished: Mapping[str, dict[str, Any]], progress: Progress
+) -> list[SlideRow]:
+    """Return the slides that are not finished; the records of the others go into `progress`."""
+    wanted = {slide.slide_id for slide in slides}
+    progress.records |= {s: record for s, record in finished.items() if s in wanted}
+    return [slide for slide in slides if slide.slide_id not in finished]
+
+
+def _largest_first(
+    slides: list[SlideRow], sources: Mapping[str, Mapping[str, Any]]
+) -> list[SlideRow]:
+    """Return slides by size, so that no large one is begun when the others are done.
+
+    Where sizes are not known, the order of the manifest stays.
+    """
+    return sorted(slides, key=lambda slide: -(sources[slide.slide_id]["bytes"] or 0))
+
+
+def _sample(config: ExtractConfig) -> CropSample | None:
+    if config.crops is None:
+        return None
+    if config.slides is not None:
+        # They would take the place of those of all slides.
+        logger.warning("crops are of all slides: run the same command without slides for them")
+        return None
+    caps = (config.crops_per_slide, config.crops_per_type)
+    return CropSample(config.crops, *caps, seed=config.crops_seed)
+
+
+def _resources(config: ExtractConfig, networks: CheckedNetworks) -> Resources:
+    return Resources(
+        config.workers,
+        config.gpus,
+        config.memory_gb or WORKER_GB,
+        config.tiles_per_task,
+        network_gb=0.0 if config.memory_gb else networks.bytes_on_cpu / 2**30,
+        limits=Limits(config.max_attempts, config.tile_timeout_s, config.plan_timeout_s),
+    )

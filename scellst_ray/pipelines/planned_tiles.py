@@ -1,0 +1,116 @@
+"""TILES: the first part of the Ray Data pipeline, slides to the tiles that workers take."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from scellst_ray.core.logs import log_to_stderr
+from scellst_ray.pipelines import attempts
+from scellst_ray.pipelines.packing import PADDING, queued
+from scellst_ray.stages.tiles import PLANNED, CellsSpec, Row
+
+# Ray Data cuts blocks by bytes, and takes work to where a block lies only if that is the object
+# store, not if it is so small that it travels with the message (100 KiB). So blocks of tiles are
+# padded: each is what one task takes, and stays where its slides were planned, and are cached.
+LEAST_BLOCK_BYTES, TILE_BYTES = 100 * 2**10, 256
+SLIDES_PER_PLAN, TASKS_PER_PLANNER = 64, 8
+SLIDES = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("slide_id", "uri", "mpp_error")),
+        *(pa.field(name, pa.string()) for name in ("segmentation", "imported_uri")),
+        pa.field("mpp", pa.float64()),
+        pa.field("done_tiles", pa.list_(pa.int64())),
+    ]
+)
+FAILED_PLAN = ("slide_id", "tile_id", "uri", "stage", "error_type", "error")
+Plan = Callable[[Row, CellsSpec], list[Row]]
+
+
+def block_bytes(tiles_per_task: int) -> int:
+    """Return the bytes at which Ray Data shall cut blocks, so that a task's tiles are one."""
+    return max(LEAST_BLOCK_BYTES, TILE_BYTES * tiles_per_task)
+
+
+def planned(
+    rows: list[dict[str, Any]],
+    planners: int,
+    how: dict[str, Any],
+    elsewhere: dict[str, str] | None = None,
+) -> ray.data.Dataset:
+    """Return the lazy first part of the pipeline: slides to TILES.
+
+    Args:
+        rows: One dict per slide, as `plan_slide` takes it.
+        planners: Actors at most.
+        how: What `PlanTiles` takes.
+        elsewhere: Ray's label selector of the nodes that may be used; None: all.
+    """
+    slides = [_slide_table(part) for part in _planned_together(rows, planners)]
+    return ray.data.from_arrow(slides).map_batches(
+        PlanTiles,
+        fn_constructor_kwargs=how,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=planners),
+        # No CPU slot: the workers hold them all, and planning would wait for one for ever.
+        num_cpus=0,
+        label_selector=elsewhere,
+    )
+
+
+def _planned_together(rows: list[dict[str, Any]], planners: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the slides of each planning task: few enough to share them out, and to lose."""
+    size = max(1, min(SLIDES_PER_PLAN, len(rows) // (TASKS_PER_PLANNER * planners)))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _slide_table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=SLIDES)
+
+
+class PlanTiles:
+    """Slides to TILES, a slide at a time: what Ray Data maps over the manifest."""
+
+    def __init__(
+        self,
+        spec: CellsSpec,
+        session: str,
+        limits: attempts.Limits,
+        plan: Plan,
+        tiles_per_task: int,
+    ) -> None:
+        """Plan for these settings; notes of attempts go below `session`."""
+        log_to_stderr(logging.WARNING)
+        self.spec, self.plan, self.tiles_per_task = spec, plan, tiles_per_task
+        self.attempts = attempts.of_this_actor(session, limits.max_attempts, limits.plan_timeout_s)
+
+    def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
+        """Yield the tiles of a batch of `plan_slide` rows, as many as a task takes at a time."""
+        waiting: list[Row] = []
+        for row in batch.to_pylist():
+            (tiles,) = self.attempts.over([row | {"tile_id": -1}], self._plan)
+            waiting += tiles
+            while len(waiting) >= self.tiles_per_task:
+                yield self._padded(waiting[: self.tiles_per_task])
+                waiting = waiting[self.tiles_per_task :]
+        if waiting:
+            yield self._padded(waiting)
+
+    def _plan(self, rows: list[Row], begins: Callable[[str], None]) -> list[Row]:
+        (row,) = rows
+        if row.get("error") is not None:
+            return [{"num_tiles": 0} | {name: row.get(name) for name in FAILED_PLAN}]
+        begins("plan")
+        return self.plan(row, self.spec)
+
+    def _padded(self, rows: list[Row]) -> pa.Table:
+        tiles = pa.Table.from_pylist(queued(rows), schema=PLANNED)
+        # More than where blocks are cut, and less than half of it more, which is cut again.
+        num_bytes = block_bytes(self.tiles_per_task) * 6 // 5 - tiles.nbytes
+        padding = [bytes(max(0, num_bytes)), *[b""] * (len(tiles) - 1)]
+        return tiles.append_column(PADDING, pa.array(padding, pa.binary()))

@@ -1,0 +1,69 @@
+"""EXPRESSION: the fused pass, pixels to the head's hidden factor of every cell."""
+
+import hashlib
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scellst_ray import storage
+from scellst_ray.models.mil.head import head_from_bytes
+from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.pipelines.driver import Report
+from scellst_ray.pipelines.extract import run_cells
+from scellst_ray.slides.manifest import read_manifest
+from scellst_ray.stages.checked_networks import check_networks
+from scellst_ray.stages.config import PredictConfig, head_file
+
+logger = logging.getLogger(__name__)
+
+
+def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str, dict[str, Any]]:
+    """Run `predict`; return the record of every slide of the manifest.
+
+    Raises:
+        ValueError: manifest, head, encoder or output folder cannot be used, or head and encoder do
+            not belong together.
+    """
+    slides = read_manifest(config.manifest)
+    uri = head_file(config.head)
+    if not storage.exists(uri):
+        message = f"{uri}: no such head; give the folder or file `scellst-ray train` wrote"
+        raise ValueError(message)
+    content = storage.read_bytes(uri)
+    _, info = head_from_bytes(content, uri)
+    encoder = info["encoder"] if config.encoder == "head" else config.encoder
+    config = replace(config, encoder=encoder)
+    networks = check_networks(config)
+    digest = networks.identity["encoder"]
+    if digest != info["encoder_digest"]:
+        message = (
+            f"{uri}: this head was trained on embeddings of {info['encoder_digest']}, and encoder "
+            f"{encoder!r} is {digest}; give the encoder it was trained with"
+        )
+        raise ValueError(message)
+    _warn_of_changes(config, networks.identity, info)
+    head = {"head": hashlib.sha256(content).hexdigest()}
+    # The head is part of the run: what reads the run needs nothing else.
+    kept = storage.join(storage.absolute(config.out), HEAD_FILE)
+    return run_cells(
+        "predict",
+        config,
+        slides,
+        replace(networks, identity=networks.identity | head, head_uri=kept),
+        report,
+        prepare=lambda: storage.publish(kept, lambda path: _write(path, content)),
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _warn_of_changes(config: PredictConfig, identity: dict[str, Any], info: dict[str, Any]) -> None:
+    """Say so when cells are cut out differently from those the head was trained on."""
+    for name in ("segmenter", "segmenter_weights", "read_mpp"):
+        now = identity.get(name, getattr(config, name))
+        then = info.get("cells", {}).get(name, now)
+        if then != now:
+            logger.warning("%s is %s, but the head was trained with %s", name, now, then)

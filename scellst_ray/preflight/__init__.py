@@ -1,0 +1,1 @@
+"""Before a run: what it will find, need and cost, and what is wrong."""

@@ -1,0 +1,260 @@
+"""`scellst-ray plan`: what a run will take, before it starts.
+
+The tiles are exactly those of the run, since the same function plans them; all else is estimated
+from rates (costs.py): of earlier runs, of a sample measured now, or defaults.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.models.encoder.encoder import encoder_dim, is_named
+from scellst_ray.models.mil.head import load_head
+from scellst_ray.preflight.calibration import calibrate
+from scellst_ray.preflight.costs import (
+    DEFAULT,
+    PlannedCluster,
+    Rates,
+    Shape,
+    Work,
+    total,
+    used,
+    wall_s,
+    work_of,
+)
+from scellst_ray.preflight.rates import with_runs
+from scellst_ray.preflight.slide_plans import SlidePlan, by_slide, plan_slides
+from scellst_ray.slides.manifest import chosen, read_manifest
+from scellst_ray.stages.checked_networks import CheckedNetworks, cells_spec, check_networks
+from scellst_ray.stages.config import (
+    ExtractConfig,
+    PredictConfig,
+    head_file,
+    settled,
+    tiles_of_task,
+)
+from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
+from scellst_ray.stages.tiles import CellsSpec
+
+AS_THE_JOB = "job"
+# Share of a CPU that a sample got, below which a note is made of it.
+BUSY = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(ExtractConfig):
+    """What a run of extract or predict will take: tiles, cells, bytes, hours and their price.
+
+    Takes their YAML files as they are; with `head` it is predict that is planned.
+    """
+
+    out: str = ""
+    """Not used."""
+    head: str | None = None
+    """The head of predict: its folder or its file."""
+    encoder: str = AS_THE_JOB
+    """Weights; by default those the job takes by default."""
+    store_embeddings: bool | None = None  # type: ignore[assignment]
+    """As in the job; by default extract keeps them, predict does not."""
+    gpus: bool | int | None = None  # type: ignore[assignment]
+    """GPUs of the cluster; true is one, false or 0 none; by default none."""
+    cpus: int | None = None
+    """CPUs of the cluster; by default as many as workers, or 8 for each GPU."""
+    cpu_price: float | None = None
+    """Price of a CPU for an hour."""
+    gpu_price: float | None = None
+    """Price of a GPU for an hour."""
+    from_run: list[str] | None = None
+    """Run folders (a,b) of the same job on the same kind of machine, whose records tell rates."""
+    calibrate: int | None = None
+    """Measure rates on so many tiles of the cohort, on this machine, with warm-up."""
+    json: str | None = None
+    """File for the plan, for machines."""
+    processes: int | None = None
+    """Slides opened at a time, here; by default one a CPU."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        super().__post_init__()
+        for name, least in (("cpus", 1), ("calibrate", 1), ("processes", 1), ("gpus", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                message = f"{name} is {value}; it must be at least {least}"
+                raise ValueError(message)
+        for name in ("cpu_price", "gpu_price"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                message = f"{name} is {value}; give a price of an hour, 0 or more"
+                raise ValueError(message)
+
+    def job(self) -> ExtractConfig:
+        """Return the configuration of the job that is planned."""
+        kind = ExtractConfig if self.head is None else PredictConfig
+        values = {f.name: getattr(self, f.name) for f in fields(kind)}
+        by_default = {"encoder": AS_THE_JOB, "store_embeddings": None}
+        values = {k: v for k, v in values.items() if k not in by_default or v != by_default[k]}
+        return kind(**values | {"gpus": self.num_gpus > 0 if self.gpus is not None else None})
+
+    @property
+    def num_gpus(self) -> int:
+        """How many GPUs the cluster has."""
+        return int(self.gpus or 0)
+
+    def cluster(self) -> PlannedCluster:
+        """Return what the run will have."""
+        if self.num_gpus:
+            cpus = self.cpus or 8 * self.num_gpus
+            return PlannedCluster(cpus, self.num_gpus, cpus)
+        cpus = self.cpus or self.workers or os.cpu_count() or 1
+        return PlannedCluster(cpus, 0, self.workers or cpus)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned run.
+
+    Attributes:
+        job: 'extract' or 'predict'.
+        slides: What there is to do, a slide each.
+        works: What each slide takes.
+        total: What all take.
+        cluster: What the run will have.
+        rates: What the estimate rests on.
+        wall_s: From the command to the last record.
+        notes: What is to be known of the estimate.
+        price: Of all, in the currency of the prices; None if none is given.
+    """
+
+    job: str
+    slides: list[SlidePlan]
+    works: list[Work]
+    total: Work
+    cluster: PlannedCluster
+    rates: Rates
+    wall_s: float
+    notes: list[str]
+    price: float | None
+
+
+def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None) -> Plan:
+    """Plan a run; bad slides are part of the plan.
+
+    Args:
+        config: The job's configuration, and the cluster's.
+        report: Called with the number of slides planned so far.
+
+    Raises:
+        ValueError: manifest, head, weights (if calibrating) or earlier runs cannot be used.
+    """
+    slides = chosen(read_manifest(config.manifest), config.slides)
+    job, hidden_dims, head_uri = _job(config)
+    notes: list[str] = []
+    networks = _networks(job, head_uri, notes, read=config.calibrate is not None)
+    spec = cells_spec(settled(job), networks)
+    keep = config.calibrate or 0
+    plans = plan_slides(slides, spec, keep, config.processes, config.plan_timeout_s, report)
+    cluster = config.cluster()
+    shape = _shape(job, spec, networks, hidden_dims, gpus=bool(cluster.gpus))
+    rates = _rates(config, spec, networks, plans, notes)
+    unmeasured = [n for n in used(shape, cluster) if rates.sources[n] == DEFAULT]
+    if unmeasured:
+        notes.append(f"not calibrated, defaults of this package: {', '.join(unmeasured)}")
+    works = [work_of(plan, rates, shape, cluster) for plan in plans]
+    everything = total(works, shape)
+    seconds = wall_s(everything, rates, shape, cluster)
+    name = "extract" if head_uri is None else "predict"
+    price = _price(config, cluster, seconds)
+    return Plan(name, plans, works, everything, cluster, rates, seconds, notes, price)
+
+
+def _job(config: PlanConfig) -> tuple[ExtractConfig, int, str | None]:
+    """Return the job's configuration, its encoder named, and the head's numbers a cell and file."""
+    job = config.job()
+    if config.head is None:
+        return job, 0, None
+    uri = head_file(config.head)
+    head, info = load_head(uri)
+    if job.encoder == "head":
+        job = replace(job, encoder=info["encoder"])
+    return job, head.formula.ensemble * schemas.HIDDEN_DIM + 1, uri
+
+
+def _networks(
+    job: ExtractConfig, head_uri: str | None, notes: list[str], *, read: bool
+) -> CheckedNetworks:
+    """Return what the networks are: read, if they are to be used, else as far as names tell."""
+    if read:
+        return replace(check_networks(job), head_uri=head_uri)
+    dim: int | None = schemas.EMBEDDING_DIM
+    if job.encoder in WITHOUT_FILE:
+        dim = {"none": None, "tokens": 384, "types": 6}[job.encoder]
+    elif is_named(job.encoder) or (storage.is_local(job.encoder) and storage.exists(job.encoder)):
+        dim = encoder_dim(job.encoder)
+    else:
+        notes.append(f"{job.encoder} was not read: embeddings are taken to be {dim} numbers long")
+    identity = {"encoder": job.encoder, "embedding_dim": dim if job.store_embeddings else None}
+    return CheckedNetworks(identity, head_uri=head_uri)
+
+
+def _shape(
+    job: ExtractConfig,
+    spec: CellsSpec,
+    networks: CheckedNetworks,
+    hidden_dims: int,
+    *,
+    gpus: bool,
+) -> Shape:
+    return Shape(
+        network=spec.segmenter == "cellvit",
+        pixels=spec.segmenter != "imported" or spec.encoder != "none",
+        crops=spec.needs_crops,
+        embed=spec.encoder != "none",
+        side_px=spec.side_px,
+        vector_dims=hidden_dims + (networks.identity["embedding_dim"] or 0),
+        tiles_per_task=tiles_of_task(job.tiles_per_task, gpus=gpus),
+        kept_crops=job.crops or 0,
+    )
+
+
+def _rates(
+    config: PlanConfig,
+    spec: CellsSpec,
+    networks: CheckedNetworks,
+    plans: list[SlidePlan],
+    notes: list[str],
+) -> Rates:
+    """Return the rates: of earlier runs, over those of a sample, over the defaults."""
+    rates, gpus = Rates(), config.num_gpus > 0
+    identity = {"segmenter": spec.segmenter, "precision": spec.precision}
+    if config.calibrate is not None:
+        identity |= networks.identity
+        on_gpu = gpus and torch.cuda.is_available()
+        per_task = tiles_of_task(config.tiles_per_task, gpus=gpus)
+        sample = calibrate(by_slide(plans), spec, per_task, on_gpu=on_gpu)
+        rates = rates.replaced(sample.rates, f"{sample.num_tiles} tiles measured here")
+        rates = replace(rates, densities=sample.densities)
+        notes += [f"a tile of the sample failed: {error}" for error in sample.errors[:5]]
+        if sample.share < BUSY:
+            notes.append(
+                f"other work shares this machine: measuring had {sample.share:.0%} of a CPU; "
+                "seconds are those of a whole one"
+            )
+        if gpus and not on_gpu:
+            notes.append("no GPU here to measure on: seconds of networks on GPUs are defaults")
+    if config.from_run:
+        rates, told = with_runs(rates, config.from_run, identity, on_gpu=gpus)
+        notes += told
+    return rates
+
+
+def _price(config: PlanConfig, cluster: PlannedCluster, seconds: float) -> float | None:
+    """Return what the cluster costs while the run lasts; None without prices."""
+    prices = (config.cpu_price, config.gpu_price)
+    if prices == (None, None):
+        return None
+    an_hour = cluster.cpus * (prices[0] or 0.0) + cluster.gpus * (prices[1] or 0.0)
+    return an_hour * seconds / 3600

@@ -1,0 +1,1 @@
+"""The run folder: its tables, how they are read and finished, its lease."""

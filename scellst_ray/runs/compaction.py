@@ -1,0 +1,291 @@
+"""From a slide's receipts to its tables and its record.
+
+Streams: memory is one row group, one shard and a few numbers for each nucleus near a seam between
+tiles, whatever the size of the slide. Rows come in the order of cell ids, what is the same nucleus
+at a seam depends on the nuclei alone, and row groups are cut by number of rows alone, so the tables
+are the same however the tiles were shared out, retried or resumed.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.core.version import __version__
+from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.nuclei import seams
+from scellst_ray.nuclei.imported.table import import_report
+from scellst_ray.runs.domain_shift import SlideScore, limit_of_head
+from scellst_ray.runs.folder import RunFolder
+
+ROW_GROUP = 16_384
+# Of small shards kept for the next table or slide that needs them.
+KEPT_BYTES = 2**27
+Stretch = tuple[str, int, int]
+GEO = {
+    "version": "1.1.0",
+    "primary_column": "polygon",
+    # crs must be null: absent would mean longitude and latitude.
+    "columns": {"polygon": {"encoding": "WKB", "crs": None, "geometry_types": ["Polygon"]}},
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a slide's tables hold; as it stands, that of a slide without cells."""
+
+    tables: tuple[str, ...] = ()
+    num_cells: int = 0
+    num_doubled: int = 0
+    num_adopted: int = 0
+    domain_shift: dict[str, Any] | None = None
+
+
+class Shards:
+    """Reads shards of a run. Those of small slides are read once for all tables and slides."""
+
+    def __init__(self, run: RunFolder) -> None:
+        """Read below `run`."""
+        self.run = run
+        self.kept: dict[str, pa.Table] = {}
+        self.lock = threading.Lock()
+
+    def read(self, name: str, columns: list[str], *, keep: bool) -> pa.Table:
+        """Return some columns of a shard, which may be kept whole if it is small."""
+        table = self.kept.get(name)
+        if table is None and keep:
+            # Not with the lock: a request to a store takes its time, and others wait for none.
+            table = storage.read_small_table(self.run.shard_uri(name), ROW_GROUP)
+            if table is not None:
+                self._keep(name, table)
+        if table is None:
+            return storage.read_table(self.run.shard_uri(name), columns)
+        return table.select(columns)
+
+    def schema(self, name: str) -> pa.Schema:
+        """Return a shard's schema."""
+        table = self.kept.get(name)
+        return storage.read_schema(self.run.shard_uri(name)) if table is None else table.schema
+
+    def _keep(self, name: str, table: pa.Table) -> None:
+        with self.lock:
+            self.kept[name] = table
+            while sum(kept.nbytes for kept in self.kept.values()) > KEPT_BYTES:
+                del self.kept[next(iter(self.kept))]
+
+
+def finish_slide(
+    run: RunFolder,
+    slide_id: str,
+    receipts: pa.Table,
+    shards: Shards | None = None,
+    *,
+    imported: bool = False,
+) -> dict[str, Any]:
+    """Write a slide's tables from its shards, then its record; return the record.
+
+    The shards stay: other slides may have cells there.
+
+    Args:
+        run: The run.
+        slide_id: The slide.
+        receipts: RECEIPTS of this slide, one per tile, all of them.
+        shards: Where to read them, if several slides are finished.
+        imported: Whether its nuclei came from a file: the record tells what became of them.
+    """
+    if (np.diff(receipts["tile_id"].to_numpy()) < 0).any():
+        receipts = receipts.sort_by("tile_id")
+    failed = receipts.filter(pc.is_valid(receipts["error"]))
+    if len(failed):
+        failures = schemas.conform(failed, schemas.FAILURES, "FAILURES", run.digest)
+        storage.publish_table(run.failures_uri(slide_id), failures)
+    elif storage.exists(run.failures_uri(slide_id)):
+        storage.remove_tree(run.failures_uri(slide_id))
+    written = _write_tables(run, slide_id, receipts, shards or Shards(run))
+    record = _record(slide_id, receipts, failed, written)
+    if imported:
+        record |= _imported(run, slide_id)
+    storage.publish_json(run.record_uri(slide_id), record)
+    if imported and not len(failed):
+        storage.remove_tree(run.imported_uri(slide_id))
+    return record
+
+
+def _imported(run: RunFolder, slide_id: str) -> dict[str, Any]:
+    """Return what became of the nuclei that came from a file; nothing if there was none."""
+    files = storage.list_files(run.imported_uri(slide_id))
+    if not files:
+        return {}
+    report = import_report(storage.read_schema(files[-1]).empty_table())
+    return {"imported": report}
+
+
+def unfinished_record(slide_id: str, error_type: str, error: str) -> dict[str, Any]:
+    """Return the record, not published, of a slide whose tables could not be written."""
+    return {
+        "slide_id": slide_id,
+        "status": "failed",
+        "num_tiles": 0,
+        "num_failed_tiles": 0,
+        "num_cells": 0,
+        "stage": "finish",
+        "error_type": error_type,
+        "error": error,
+    }
+
+
+def _record(
+    slide_id: str, receipts: pa.Table, failed: pa.Table, written: Written
+) -> dict[str, Any]:
+    """Return the record; status done, empty (no tissue or no cell), partial or failed."""
+    status = "done" if written.num_cells else "empty"
+    if len(failed):
+        status = "failed" if len(failed) == len(receipts) else "partial"
+    last = receipts.slice(len(receipts) - 1, 1).to_pylist()[0]
+    seconds = {s: pc.sum(receipts[f"seconds_{s}"]).as_py() or 0.0 for s in schemas.STAGES}
+    record = {
+        "slide_id": slide_id,
+        "status": status,
+        "mpp": last["mpp"],
+        "read_mpp": last["read_mpp"],
+        "width0": last["width0"],
+        "height0": last["height0"],
+        "num_tiles": last["num_tiles"],
+        "num_failed_tiles": len(failed),
+        "num_cells": written.num_cells,
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "waited_s": round(pc.sum(receipts["waited_s"]).as_py() or 0.0, 3),
+        "scellst_ray": __version__,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if len(failed):
+        first = failed.slice(0, 1).to_pylist()[0]
+        record |= {key: first[key] for key in ("stage", "error_type", "error")}
+    if status != "failed":
+        record["tables"] = list(written.tables)
+        record["seams"] = {"doubled": written.num_doubled, "adopted": written.num_adopted}
+    if written.domain_shift is not None:
+        record["domain_shift"] = written.domain_shift
+    return record
+
+
+def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Shards) -> Written:
+    """Write CELLS, and EXPRESSION if the shards hold hidden vectors, each nucleus once."""
+    stretches = list(_stretches(receipts))
+    if not stretches:
+        return Written()
+    num_offered = pc.sum(receipts["num_cells"]).as_py()
+
+    def cells(columns: list[str]) -> Iterator[pa.Table]:
+        keep = num_offered <= ROW_GROUP
+        return _cells_in_order(stretches, lambda name: shards.read(name, columns, keep=keep))
+
+    found = seams.resolve(lambda: _seam_cells(cells(["cell_id", "seam", "polygon"])))
+    shard = shards.schema(stretches[0][0])
+    dim = shard.field("embedding").type.list_size if "embedding" in shard.names else None
+    geo = {b"geo": json.dumps(GEO).encode()}
+    schema = schemas.signed(schemas.cells_schema(dim), "CELLS", run.digest, geo)
+    _write(run.cells_uri(slide_id), schema, _without(found.dropped, cells(schema.names)))
+    tables, shift = ["CELLS"], None
+    if "hidden" in shard.names:
+        schema = _expression_schema(run, shard)
+        rows = _without(found.dropped, cells(schema.names))
+        shift = _write_expression(run, slide_id, schema, rows)
+        tables.append("EXPRESSION")
+    num_cells = num_offered - len(found.dropped)
+    return Written(tuple(tables), num_cells, found.num_doubled, found.num_adopted, shift)
+
+
+def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:
+    dim, with_distance = shard.field("hidden").type.list_size, "distance" in shard.names
+    schema = schemas.expression_schema(dim, with_distance=with_distance)
+    return schemas.signed(schema, "EXPRESSION", run.digest)
+
+
+def _write_expression(
+    run: RunFolder, slide_id: str, schema: pa.Schema, rows: Iterator[pa.Table]
+) -> dict[str, Any] | None:
+    """Write EXPRESSION; return how far the cells lie from those the run's head knows."""
+    uri = run.expression_uri(slide_id)
+    if "distance" not in schema.names:  # shards of an earlier release
+        _write(uri, schema, rows)
+        return None
+    score = SlideScore()
+    _write(uri, schema, score.seen(rows))
+    return score.judged(limit_of_head(storage.join(run.uri, HEAD_FILE)))
+
+
+def _seam_cells(cells: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:
+    """Yield what is needed of the nuclei of each part that other tiles may also have found."""
+    for part in cells:
+        near = part.filter(pc.greater(part["seam"], 0))
+        if len(near):
+            cell_id, seam, polygon = (near[n].to_numpy() for n in ("cell_id", "seam", "polygon"))
+            yield seams.SeamCells(cell_id, seam, polygon)
+
+
+def _without(dropped: NDArray[np.int64], cells: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the cells of each part whose ids are not among those dropped (ascending)."""
+    for part in cells:
+        cell_id = part["cell_id"].to_numpy()
+        start, end = np.searchsorted(dropped, [cell_id[0], cell_id[-1] + 1])
+        yield part.filter(pa.array(~np.isin(cell_id, dropped[start:end]))) if end > start else part
+
+
+def _cells_in_order(
+    stretches: list[Stretch], read: Callable[[str], pa.Table]
+) -> Iterator[pa.Table]:
+    """Yield the cells of all tiles, in tile order, holding one shard at a time."""
+    open_name, shard = "", pa.table({})
+    for name, start, num_cells in stretches:
+        if name != open_name:
+            open_name, shard = name, read(name)
+        yield shard.slice(start, num_cells)
+
+
+def _stretches(receipts: pa.Table) -> Iterator[Stretch]:
+    """Yield shard, first row and number of rows of tiles whose cells follow each other there."""
+    name, start, end = "", 0, 0
+    columns = (receipts[n].to_pylist() for n in ("shard", "shard_row", "num_cells"))
+    for shard, row, num_cells in zip(*columns, strict=True):
+        if not num_cells:
+            continue
+        if (shard, row) != (name, end):
+            if end > start:
+                yield name, start, end - start
+            name, start = shard, row
+        end = row + num_cells
+    if end > start:
+        yield name, start, end - start
+
+
+def _write(uri: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+    """Publish tables as one Parquet file in row groups of a fixed number of rows."""
+
+    def write(path: Path) -> None:
+        names = [name for name in storage.DICTIONARY if name in schema.names]
+        options = {"compression": storage.COMPRESSION, "use_dictionary": names}
+        with pq.ParquetWriter(path, schema, **options) as writer:
+            waiting, num_rows = [schema.empty_table()], 0
+            for table in tables:
+                waiting.append(table.select(schema.names).cast(schema))
+                num_rows += len(table)
+                while num_rows >= ROW_GROUP:
+                    joined = pa.concat_tables(waiting)
+                    writer.write_table(joined.slice(0, ROW_GROUP))
+                    waiting, num_rows = [joined.slice(ROW_GROUP)], num_rows - ROW_GROUP
+            if num_rows:
+                writer.write_table(pa.concat_tables(waiting))
+
+    storage.publish(uri, write)

@@ -1,0 +1,296 @@
+"""CROPS on disk: which cells are sampled, how a crop is coded, what a slide's file holds.
+
+A cell is drawn by a random number of its own, a hash of the seed, its slide and its id: the cells
+with the lowest numbers are a uniform sample without replacement, the same whoever draws it and in
+whatever order, and a smaller sample is the beginning of a larger one. A slide's file has its crops
+in the order of these numbers, so any stretch of it is a random sample too.
+
+Shapes: N crops, H W px, C channels.
+"""
+
+import hashlib
+import json
+import mmap
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+from scellst_ray.core import schemas
+
+# Of raw, zstd, PNG, JPEG and WebP: a fifth of raw's bytes, decoded four times as fast as PNG, and
+# a mean error of one grey level, see benchmarks/crop_formats.py. 4:4:4: stains are colours.
+CODEC = "jpeg"
+QUALITY = 95
+PARAMETERS = (
+    cv2.IMWRITE_JPEG_QUALITY,
+    QUALITY,
+    cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+    cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+)
+ROW_GROUP = 128
+# Every priority is at most this.
+NO_CUTOFF = (1 << 64) - 1
+# The odd constants of splitmix64 (Steele, Lea and Flood, 2014).
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
+LAST_SHIFT = np.uint64(31)
+
+
+def key(*parts: object) -> np.uint64:
+    """Return 64 bits that depend on all parts."""
+    text = json.dumps([str(part) for part in parts])
+    return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], "<u8")[0]  # type: ignore[no-any-return]
+
+
+def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return splitmix64's output for each value: uniform 64 bits, without repeats."""
+    out = values + GOLDEN
+    for shift, factor in MIX:
+        out = (out ^ (out >> shift)) * factor
+    return np.asarray(out ^ (out >> LAST_SHIFT), np.uint64)
+
+
+def permutation(num: int, *parts: object) -> NDArray[np.int64]:
+    """Return the numbers below `num` in an order that depends on the parts alone.
+
+    Not NumPy's own, whose streams may change with its version.
+    """
+    values = mixed(np.arange(num, dtype=np.uint64) + key(*parts))
+    return np.argsort(values, kind="stable").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class CropSample:
+    """Which cells get crops.
+
+    Attributes:
+        total: At most so many of all slides together.
+        per_slide: At most so many of a slide; None: no limit.
+        per_type: At most so many of a slide and nucleus type; None: no limit.
+        seed: Another seed draws other cells.
+    """
+
+    total: int
+    per_slide: int | None = None
+    per_type: int | None = None
+    seed: int = 0
+
+
+def priorities(seed: int, slide_id: str, cell_id: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return each cell's random number, uint64 [N]."""
+    return mixed(mixed(cell_id.astype(np.uint64)) + key("crop", seed, slide_id))
+
+
+def draw(
+    sample: CropSample, slide_id: str, cell_id: NDArray[np.int64], nucleus_type: pa.Array
+) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Draw a slide's candidates: those it would give if it were the only slide.
+
+    Args:
+        sample: How many.
+        slide_id: The slide.
+        cell_id: Its cells [N].
+        nucleus_type: Their types, strings [N].
+
+    Returns:
+        Rows of the sampled cells and their priorities, ascending.
+    """
+    priority_N = priorities(sample.seed, slide_id, cell_id)
+    order = np.lexsort((cell_id, priority_N))
+    if sample.per_type is not None:
+        codes = nucleus_type.dictionary_encode().indices.to_numpy()[order]
+        by_type = np.argsort(codes, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(codes))])
+        rank = np.empty(len(order), np.int64)
+        rank[by_type] = np.arange(len(order)) - starts[codes[by_type]]
+        order = order[rank < sample.per_type]
+    most = min(sample.total, len(order) if sample.per_slide is None else sample.per_slide)
+    order = order[:most]
+    return order, priority_N[order]
+
+
+class Cutoff:
+    """Finds the priority up to which candidates of all slides fit the total, a slide at a time."""
+
+    def __init__(self, total: int) -> None:
+        """Start with no candidates; memory stays a few times `total` numbers."""
+        self.total = total
+        self.lowest: list[NDArray[np.uint64]] = []
+        self.num = 0
+
+    def add(self, priority_N: NDArray[np.uint64]) -> None:
+        """Take a slide's candidates."""
+        self.lowest.append(priority_N)
+        self.num += len(priority_N)
+        if self.num > 4 * self.total + 1_000_000:
+            # One more than the total, to know whether any was left out.
+            found = np.partition(np.concatenate(self.lowest), self.total)[: self.total + 1]
+            self.lowest, self.num = [found], len(found)
+
+    def value(self) -> int:
+        """Return the highest priority at or below which there are at most `total` candidates."""
+        found = np.sort(np.concatenate([*self.lowest, np.zeros(0, np.uint64)]))
+        if len(found) <= self.total:
+            return NO_CUTOFF
+        below = found[found < found[self.total]]
+        return int(below[-1]) if len(below) else 0
+
+
+# Mean and standard deviation of red, green and blue, 0-1.
+Colours = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass
+class Moments:
+    """Sums over the px of crops' centres: exact, so they add up to the same in any order.
+
+    Attributes:
+        num_px: Pixels.
+        sums: Sum of the values 0-255 of each channel.
+        squares: Sum of their squares.
+    """
+
+    num_px: int = 0
+    sums: list[int] = field(default_factory=lambda: [0, 0, 0])
+    squares: list[int] = field(default_factory=lambda: [0, 0, 0])
+
+    def add(self, crops_NHWC: NDArray[np.uint8]) -> None:
+        """Take the centres of crops: what an encoder will see."""
+        first = (crops_NHWC.shape[1] - schemas.CROP_PX) // 2
+        end = first + schemas.CROP_PX
+        centre = crops_NHWC[:, first:end, first:end].reshape(-1, 3).astype(np.uint64)
+        self.join(len(centre), centre.sum(axis=0).tolist(), (centre**2).sum(axis=0).tolist())
+
+    def join(self, num_px: int, sums: Iterable[int], squares: Iterable[int]) -> None:
+        """Add other sums."""
+        self.num_px += num_px
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
+        self.squares = [a + b for a, b in zip(self.squares, squares, strict=True)]
+
+    def mean_std(self) -> Colours:
+        """Return mean and standard deviation of each channel, over all pixels, in 0-1."""
+        num = max(self.num_px, 1)
+        pairs = list(zip(self.sums, self.squares, strict=True))
+        # In whole numbers: the difference of two large ones.
+        variances = [(num * squares - total**2) / num**2 for total, squares in pairs]
+        return tuple(t / num / 255 for t in self.sums), tuple(v**0.5 / 255 for v in variances)
+
+
+def encode(crop_HWC: NDArray[np.uint8]) -> bytes:
+    """Return a crop, RGB, as it is stored."""
+    done, coded = cv2.imencode(".jpg", cv2.cvtColor(crop_HWC, cv2.COLOR_RGB2BGR), PARAMETERS)
+    assert done
+    return bytes(coded.tobytes())
+
+
+def decode_into(images: Sequence[NDArray[np.uint8]], out_NHWC: NDArray[np.uint8]) -> None:
+    """Decode stored crops (uint8 arrays of bytes) into the rows of an array."""
+    for image, out in zip(images, out_NHWC, strict=True):
+        decoded = cv2.imdecode(image, cv2.IMREAD_COLOR)
+        if decoded is None or decoded.shape != out.shape:
+            message = f"a crop of {len(image)} bytes cannot be decoded; extract the crops again"
+            raise ValueError(message)
+        cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB, dst=out)
+
+
+class Spool:
+    """Coded crops on this node's disk: cut by place on the slide, written by priority."""
+
+    def __init__(self, num_crops: int) -> None:
+        """Make room for so many."""
+        self.start = np.zeros(num_crops, np.int64)
+        self.num_bytes = np.zeros(num_crops, np.int64)
+        self.moments = Moments()
+        self._end = 0
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the spool
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the file."""
+        self._file.close()
+
+    def add(self, rows: NDArray[np.int64], crops_NHWC: NDArray[np.uint8]) -> None:
+        """Take the crops of some rows."""
+        self.moments.add(crops_NHWC)
+        for row, crop_HWC in zip(rows, crops_NHWC, strict=True):
+            image = encode(crop_HWC)
+            self._file.write(image)
+            self.start[row], self.num_bytes[row] = self._end, len(image)
+            self._end += len(image)
+
+    def publish(self, uri: str, cells: pa.Table, run_digest: str) -> str:
+        """Write the file of a slide; return a digest of its content.
+
+        Args:
+            uri: Where.
+            cells: slide_id, cell_id and nucleus_type of the rows.
+            run_digest: Of the run the cells are of.
+        """
+        extra = {
+            b"scellst_ray.codec": CODEC.encode(),
+            b"scellst_ray.crop_um": str(schemas.STORED_CROP_UM).encode(),
+            b"scellst_ray.crop_px": str(schemas.STORED_CROP_PX).encode(),
+        }
+        schema = schemas.signed(schemas.CROPS, "CROPS", run_digest, extra)
+        digest = hashlib.sha256()
+        self._file.flush()
+
+        def write(path: Path) -> None:
+            options: dict[str, Any] = {
+                # Coded images do not shrink; their least and greatest bytes tell nobody anything.
+                "compression": {n: storage.COMPRESSION for n in schema.names if n != "image"},
+                "use_dictionary": ["slide_id", "nucleus_type"],
+                "write_statistics": ["cell_id"],
+            }
+            with (
+                mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+                pq.ParquetWriter(path, schema, **options) as writer,
+            ):
+                for first in range(0, len(cells), ROW_GROUP):
+                    rows = range(first, min(first + ROW_GROUP, len(cells)))
+                    images = [data[self.start[i] : self.start[i] + self.num_bytes[i]] for i in rows]
+                    group = cells.slice(first, len(rows)).append_column(
+                        "image", pa.array(images, pa.binary())
+                    )
+                    digest.update(group["cell_id"].to_numpy().astype("<i8").tobytes())
+                    digest.update(b"".join(images))
+                    writer.write_table(group.select(schema.names).cast(schema))
+
+        storage.publish(uri, write)
+        return digest.hexdigest()
+
+
+def index_uri(run_uri: str) -> str:
+    """Return where a run says which crops it has."""
+    return storage.join(run_uri, "crops", "crops.json")
+
+
+def set_uri(run_uri: str, set_id: str) -> str:
+    """Return the folder of one set of crops."""
+    return storage.join(run_uri, "crops", set_id)
+
+
+def file_uri(run_uri: str, set_id: str, slide_id: str) -> str:
+    """Return where the crops of a slide are."""
+    return storage.join(set_uri(run_uri, set_id), f"{slide_id}.parquet")

@@ -1,0 +1,252 @@
+"""Reading crops: what runs have, and some of them in memory. training/crop_order.py feeds them on.
+
+Shapes: N crops, H W px, C channels.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.runs.crop_files import Colours, Moments, decode_into, file_uri, index_uri
+from scellst_ray.storage.credentials import redacted
+from scellst_ray.storage.retries import retried
+
+
+@dataclass(frozen=True)
+class CropFile:
+    """The crops of a slide.
+
+    Attributes:
+        slide_id: The slide.
+        uri: Its file.
+        num_crops: Rows.
+        row_group: Rows of each of its row groups but the last.
+    """
+
+    slide_id: str
+    uri: str
+    num_crops: int
+    row_group: int
+
+
+@dataclass(frozen=True)
+class CropStore:
+    """The crops of one or several runs.
+
+    Attributes:
+        uris: The run folders.
+        num_crops: Of all slides.
+        mean: Of each channel over all px of the centres that encoders see, 0-1.
+        std: Likewise, of all px together.
+        crop_um: Side of a crop on the slide.
+        crop_px: Side of a crop as stored.
+        digest: Changes with any crop.
+        slides: Crops of each slide, by slide_id.
+        failed: Why slides have no crops, by slide_id.
+        files: Where they are, by slide_id ascending.
+    """
+
+    uris: tuple[str, ...]
+    num_crops: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_um: float
+    crop_px: int
+    digest: str
+    slides: dict[str, int]
+    failed: dict[str, str] = field(default_factory=dict)
+    files: tuple[CropFile, ...] = ()
+
+
+def open_store(uris: Sequence[str]) -> CropStore:
+    """Open the crops of run folders of `extract` (or `predict`) as one store.
+
+    Args:
+        uris: The folders; their order does not matter.
+
+    Raises:
+        ValueError: a folder has no crops, or they are not finished, or of a newer release, or two
+            folders have crops of the same slide.
+    """
+    uris = tuple(storage.absolute(uri) for uri in uris)
+    moments, failed, files, digests = Moments(), {}, {}, {}
+    for uri in uris:
+        index = _index(uri)
+        failed.update(index["failed"])
+        for slide_id, found in index["slides"].items():
+            if slide_id in files:
+                message = (
+                    f"{uri}: has crops of slide {slide_id!r}, and so has another of the folders; "
+                    "give each slide once, or rename it in one manifest"
+                )
+                raise ValueError(message)
+            place = file_uri(uri, index["set"], slide_id)
+            files[slide_id] = CropFile(slide_id, place, found["num_crops"], index["row_group"])
+            digests[slide_id] = found["digest"]
+            moments.join(**found["centre"])
+    num_crops = sum(file.num_crops for file in files.values())
+    if not num_crops:
+        message = f"{', '.join(uris) or 'no folder'}: no crops at all; give runs that found cells"
+        raise ValueError(message)
+    mean, std = moments.mean_std()
+    content = json.dumps(sorted(digests.items())).encode()
+    return CropStore(
+        uris,
+        num_crops,
+        mean,
+        std,
+        schemas.STORED_CROP_UM,
+        schemas.STORED_CROP_PX,
+        hashlib.sha256(content).hexdigest(),
+        {slide_id: files[slide_id].num_crops for slide_id in sorted(files)},
+        failed,
+        tuple(files[slide_id] for slide_id in sorted(files)),
+    )
+
+
+def colours_by_slide(uri: str) -> dict[str, Colours]:
+    """Return the colours of each slide's crops (their centres, which encoders see), by slide_id.
+
+    Args:
+        uri: A run folder with crops.
+
+    Raises:
+        ValueError: it has none, or they are not finished, or of a newer release.
+    """
+    slides = _index(storage.absolute(uri))["slides"]
+    return {
+        slide_id: Moments(**found["centre"]).mean_std()
+        for slide_id, found in slides.items()
+        if found["num_crops"]
+    }
+
+
+def _index(uri: str) -> dict[str, Any]:
+    """Read what crops a run has."""
+    place = index_uri(uri)
+    if not storage.exists(place):
+        begun = storage.exists(place.rsplit("/", 1)[0])
+        message = (
+            f"{uri}: its crops are not finished; run the same `scellst-ray extract` command again"
+            if begun
+            else f"{uri}: has no crops; run `scellst-ray extract` with --crops NUMBER on it"
+        )
+        raise ValueError(message)
+    index: dict[str, Any] = storage.read_json(place)
+    expected = {
+        "format_version": schemas.FORMAT_VERSION,
+        "crop_um": schemas.STORED_CROP_UM,
+        "crop_px": schemas.STORED_CROP_PX,
+    }
+    for name, value in expected.items():
+        if index[name] != value:
+            message = (
+                f"{place}: {name} is {index[name]}; this release reads {value}. Upgrade "
+                "scellst_ray, or extract the crops again."
+            )
+            raise ValueError(message)
+    return index
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Some crops in memory.
+
+    Attributes:
+        slide_id: [N] strings.
+        cell_id: [N].
+        nucleus_type: [N] strings.
+        images_NHWC: RGB uint8 [N, 72, 72, 3].
+    """
+
+    slide_id: NDArray[np.str_]
+    cell_id: NDArray[np.int64]
+    nucleus_type: NDArray[np.str_]
+    images_NHWC: NDArray[np.uint8]
+
+
+def read_crops(
+    store: CropStore, slide_ids: Sequence[str] | None = None, per_slide: int | None = None
+) -> Crops:
+    """Read crops into memory.
+
+    Args:
+        store: The store.
+        slide_ids: Of these slides, in this order; all by slide_id if None.
+        per_slide: At most so many of each slide: a uniform sample of its crops. All if None.
+
+    Raises:
+        ValueError: a slide has no crops in the store.
+    """
+    by_id = {file.slide_id: file for file in store.files}
+    unknown = [s for s in slide_ids or () if s not in by_id]
+    if unknown:
+        message = f"no crops of slide(s) {unknown}; the store has {sorted(by_id)}"
+        raise ValueError(message)
+    tables = [schemas.CROPS.empty_table()]
+    for slide_id in store.slides if slide_ids is None else slide_ids:
+        file = by_id[slide_id]
+        num = file.num_crops if per_slide is None else min(per_slide, file.num_crops)
+        groups = range(-(-num // file.row_group))
+        tables.append(CropFiles().read(file, list(groups), schemas.CROPS.names).slice(0, num))
+    table = pa.concat_tables(tables).combine_chunks()
+    images = np.empty((len(table), store.crop_px, store.crop_px, 3), np.uint8)
+    decode_into(image_bytes(table["image"]), images)
+    slides, types = (np.array(table[n].to_pylist(), str) for n in ("slide_id", "nucleus_type"))
+    return Crops(slides, table["cell_id"].to_numpy(), types, images)
+
+
+class CropFiles:
+    """Reads row groups of files; from several threads at once, if need be."""
+
+    def __init__(self) -> None:
+        """Begin without footers; each is read once."""
+        self._footers: dict[str, pq.FileMetaData] = {}
+
+    def read(self, file: CropFile, groups: list[int], columns: list[str]) -> pa.Table:
+        """Return row groups of a file; from object storage just their bytes are asked for."""
+        return retried(partial(self._read, file, groups, columns), redacted(file.uri))
+
+    def _read(self, file: CropFile, groups: list[int], columns: list[str]) -> pa.Table:
+        fs, path = storage.resolve(file.uri)
+        footer = self._footers.get(file.uri)
+        with ExitStack() as stack:
+            source = path
+            if not storage.is_local(file.uri):
+                # Without a cache of fsspec's, which would read ahead what nobody wants.
+                source = stack.enter_context(fs.open(path, "rb", cache_type="none"))
+            parquet = stack.enter_context(pq.ParquetFile(source, metadata=footer, pre_buffer=True))
+            if footer is None:
+                schemas.check(parquet.schema_arrow, "CROPS", file.uri)
+                if parquet.metadata.num_rows != file.num_crops:
+                    message = (
+                        f"{file.uri}: {parquet.metadata.num_rows} crops, not the {file.num_crops} "
+                        "there were; open the store anew, without other jobs changing it"
+                    )
+                    raise ValueError(message)
+                self._footers[file.uri] = parquet.metadata
+            return parquet.read_row_groups(groups, columns=columns, use_threads=False)
+
+
+def image_bytes(column: pa.ChunkedArray) -> list[NDArray[np.uint8]]:
+    """Return the bytes of each value of a binary column, without copying them."""
+    found = []
+    for chunk in column.chunks:
+        if len(chunk):
+            _, offsets, data = chunk.buffers()
+            ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            values = np.frombuffer(data, np.uint8)
+            found += [values[a:b] for a, b in pairwise(ends)]
+    return found

@@ -1,0 +1,125 @@
+"""What crashes leave in a run folder and nothing will ever read."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scellst_ray import storage
+from scellst_ray.runs.folder import FINISHED, last_of_each_tile
+from scellst_ray.runs.folder import FOLDER as ATTEMPTS
+from scellst_ray.runs.lease import LeaseError, held
+from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.state import read_holder, read_log
+
+SHARDS, IMPORTED = "shards", "imported"
+FINISHED_SHARDS = "shards of finished slides"
+ORPHANS = "shards that no receipt names"
+FINISHED_IMPORTED = "imported nuclei of finished slides"
+TEMPORARY = "temporary files"
+NOTES = "notes of attempts"
+KINDS = (FINISHED_SHARDS, ORPHANS, FINISHED_IMPORTED, TEMPORARY, NOTES)
+FOLDERS = ("cells", "crops", "expression", "failures", "receipts", "records", SHARDS, IMPORTED)
+AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A file that nothing will read.
+
+    Attributes:
+        path: Within the run's filesystem.
+        kind: One of KINDS.
+        num_bytes: Its size.
+    """
+
+    path: str
+    kind: str
+    num_bytes: int
+
+
+def sweep(run_uri: str, *, dry_run: bool = False) -> list[Leftover]:
+    """Find what nothing will read, and remove it.
+
+    Args:
+        run_uri: The run folder.
+        dry_run: Only find it.
+
+    Raises:
+        FileNotFoundError: no run there.
+        LeaseError: a driver works on the run; what it has not logged yet would look left over.
+    """
+    run_uri = storage.absolute(run_uri)
+    run = open_run(run_uri)  # before a lease makes a folder of a mistyped name
+    if dry_run:
+        holder = read_holder(run_uri)
+        if holder.state == "alive":
+            message = (
+                f"{run_uri}: process {holder.told['pid']} on {holder.told['host']} works on this "
+                "run; wait until that driver ends, or stop it"
+            )
+            raise LeaseError(message)
+        return list(leftovers(run))
+    with held(run_uri) as lease:
+        # Once more, now that no driver can change it.
+        found = list(leftovers(open_run(run_uri)))
+        for start in range(0, len(found), AT_ONCE):
+            lease.check()
+            paths = [_within(run_uri, each.path) for each in found[start : start + AT_ONCE]]
+            storage.remove_files([storage.join(run_uri, path) for path in paths])
+        _remove_empty_folders(run_uri)
+    return found
+
+
+def leftovers(run: Run) -> Iterator[Leftover]:
+    """Yield what nothing will read, of a run on which no driver works."""
+    finished = {s for s, record in run.records.items() if record["status"] in FINISHED}
+    receipts = last_of_each_tile(read_log(run.uri, ("slide_id", "tile_id", "shard", "error")))
+    receipts = receipts.filter(
+        pc.and_(pc.is_null(receipts["error"]), pc.is_valid(receipts["shard"]))
+    )
+    of_finished = pc.is_in(receipts["slide_id"], pa.array(list(finished), pa.string()))
+    named = set(receipts["shard"].unique().to_pylist())
+    needed = set(receipts.filter(pc.invert(of_finished))["shard"].unique().to_pylist())
+    for path, num_bytes in storage.sizes(run.uri).items():
+        *folders, name = parts = _within(run.uri, path).split("/")
+        kind = None
+        if parts[0] == ATTEMPTS:
+            kind = NOTES
+        elif storage.TEMPORARY_NAME.fullmatch(name) and (not folders or folders[0] in FOLDERS):
+            kind = TEMPORARY
+        elif name.startswith("."):
+            kind = None
+        elif folders == [SHARDS] and name not in needed:
+            kind = FINISHED_SHARDS if name in named else ORPHANS
+        elif len(folders) == 2 and folders[0] == IMPORTED and folders[1] in finished:
+            kind = FINISHED_IMPORTED
+        if kind is not None:
+            yield Leftover(path, kind, num_bytes)
+
+
+def _root(uri: str) -> str:
+    return storage.resolve(uri)[1].rstrip("/")
+
+
+def _within(run_uri: str, path: str) -> str:
+    """Return a path of the filesystem as one within the run folder."""
+    return path.removeprefix(f"{_root(run_uri)}/")
+
+
+def _remove_empty_folders(run_uri: str) -> None:
+    """Remove the folders of slides and sessions that have no file any more."""
+    if not storage.is_local(run_uri):
+        return
+    root = Path(_root(run_uri))
+    for folder in _folders(root / ATTEMPTS, root / IMPORTED):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _folders(*roots: Path) -> Iterable[Path]:
+    """Return all folders below these, the deepest first."""
+    found = [folder for root in roots for folder in root.rglob("*") if folder.is_dir()]
+    return sorted(found, key=lambda folder: -len(folder.parts))

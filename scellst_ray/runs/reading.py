@@ -1,0 +1,350 @@
+"""Reading a run: its slides, cells, embeddings and any genes of any cells.
+
+Needs neither Ray nor torch. What counts is what a slide's record says: files without one, which a
+crash may leave, are never looked at. Expression is computed when read, from the stored factor.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.core.names import known
+from scellst_ray.models.mil.stored_head import (
+    HEAD_FILE,
+    LastLayer,
+    expression_blocks,
+    read_last_layer,
+    row_groups,
+    vector_matrix,
+)
+from scellst_ray.runs.folder import RunFolder
+
+IDS = ("slide_id", "cell_id")
+# None: the whole panel; all cells of the slide.
+Genes = Sequence[str] | None
+CellIds = Sequence[int] | NDArray[np.integer] | None
+What = Literal["mean", "sd"]
+
+SLIDES = {
+    "slide_id": pl.String,
+    "status": pl.String,
+    "num_cells": pl.Int64,
+    "num_tiles": pl.Int64,
+    "num_failed_tiles": pl.Int64,
+    "mpp": pl.Float64,
+    "read_mpp": pl.Float64,
+    "width0": pl.Int64,
+    "height0": pl.Int64,
+    **{f"seconds_{stage}": pl.Float64 for stage in schemas.STAGES},
+    "waited_s": pl.Float64,
+    "stage": pl.String,
+    "error_type": pl.String,
+    "error": pl.String,
+    "scellst_ray": pl.String,
+    "finished": pl.String,
+    # How far its cells lie from those the head was trained on; null if not known.
+    "domain_shift_score": pl.Float64,
+    "domain_shift_beyond": pl.Boolean,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it was when opened; open it again to see slides finished since.
+
+    Attributes:
+        folder: Where everything is.
+        info: run.json: digest, identity (what decides results), format_version, created.
+        records: The record of every slide that has one, by slide_id.
+    """
+
+    folder: RunFolder
+    info: dict[str, Any]
+    records: dict[str, dict[str, Any]]
+
+    @property
+    def uri(self) -> str:
+        """Return the run folder."""
+        return self.folder.uri
+
+    @cached_property
+    def slides(self) -> pl.DataFrame:
+        """Return one row per slide that has a record, sorted by slide_id."""
+        rows = []
+        for slide_id in sorted(self.records):
+            record = self.records[slide_id]
+            seconds = {f"seconds_{k}": v for k, v in record.get("seconds", {}).items()}
+            shift = {f"domain_shift_{k}": v for k, v in record.get("domain_shift", {}).items()}
+            values = record | seconds | shift
+            rows.append({name: values.get(name) for name in SLIDES})
+        return pl.DataFrame(rows, schema=SLIDES)
+
+    @cached_property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Return slides.json: uri and mpp (None: the file's own) of every slide ever given."""
+        uri = storage.join(self.uri, "slides.json")
+        return dict(storage.read_json(uri)) if storage.exists(uri) else {}
+
+    def failures(self) -> pl.DataFrame:
+        """Return the failed tiles of all slides (tile_id -1: the slide could not be planned)."""
+        tables = [schemas.FAILURES.empty_table()]
+        for slide_id in sorted(self.records):
+            if self.records[slide_id]["num_failed_tiles"]:
+                uri = self.folder.failures_uri(slide_id)
+                table = storage.read_table(uri)
+                schemas.check(table.schema, "FAILURES", uri)
+                tables.append(table.select(schemas.FAILURES.names).cast(schemas.FAILURES))
+        return _frame(pa.concat_tables(tables))
+
+    @cached_property
+    def last_layer(self) -> LastLayer:
+        """Return the last layer of the run's head.
+
+        Raises:
+            ValueError: the run has no head, or the file is no whole head.
+        """
+        if not self.has_expression:
+            message = f"{self.uri}: this run has no expression: run predict (scellst-ray predict)"
+            raise ValueError(message)
+        return read_last_layer(storage.join(self.uri, HEAD_FILE))
+
+    @property
+    def genes(self) -> list[str]:
+        """Return the gene panel, in the head's order."""
+        return list(self.last_layer.genes)
+
+    @property
+    def has_expression(self) -> bool:
+        """Tell whether this is a run of `predict`."""
+        return storage.exists(storage.join(self.uri, HEAD_FILE))
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """Return the length of the stored embeddings; None if the run stores none."""
+        identity = self.info.get("identity", {})
+        if not identity.get("store_embeddings", False):
+            return None
+        # The first runs did not say: all had embeddings of a ResNet-50.
+        return int(identity.get("embedding_dim", schemas.EMBEDDING_DIM))
+
+    def cells(self, slide_id: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the CELLS of a slide, by ascending cell_id; no rows if the slide is empty.
+
+        Args:
+            slide_id: The slide.
+            columns: Which columns, in this order; all if None.
+
+        Raises:
+            ValueError: no such slide or column, the slide failed, or the file is another table.
+        """
+        with self._open(slide_id, "CELLS") as file:
+            schema = schemas.cells_schema(self.embedding_dim) if file is None else file.schema_arrow
+            source = f"CELLS of slide {slide_id!r}"
+            names = schema.names if columns is None else known(columns, schema.names, source)
+            if file is None:
+                return schema.empty_table().select(names)
+            return file.read(columns=names).select(names)
+
+    def cells_frame(
+        self, slide_ids: Iterable[str] | None = None, columns: Sequence[str] | None = None
+    ) -> pl.DataFrame:
+        """Return CELLS of several slides in one frame, without embeddings.
+
+        Args:
+            slide_ids: Which slides, in this order; all that have cells or none to have if None.
+            columns: Which columns; all but vectors if None.
+        """
+        names = schemas.cells_schema(None).names if columns is None else list(columns)
+        frames = [_frame(self.cells(slide_id, names)) for slide_id in self.choose(slide_ids)]
+        empty = schemas.cells_schema(self.embedding_dim).empty_table()
+        return pl.concat(frames) if frames else _frame(empty.select(names))
+
+    def choose(self, slide_ids: Iterable[str] | None = None) -> list[str]:
+        """Return these slides, or if None all that did not fail, sorted.
+
+        Raises:
+            ValueError: a slide has no record or failed, or is there twice.
+        """
+        if slide_ids is None:
+            return [s for s in sorted(self.records) if self.records[s]["status"] != "failed"]
+        chosen = known(list(slide_ids), sorted(self.records), f"{self.uri}: slides with a record")
+        for slide_id in chosen:
+            self._record(slide_id)
+        return chosen
+
+    def choose_genes(self, genes: Genes = None) -> list[str]:
+        """Return these genes, or if None the whole panel.
+
+        Raises:
+            ValueError: a gene is not in the panel or is there twice, or the run has no head.
+        """
+        panel = self.last_layer.genes
+        return list(panel) if genes is None else known(genes, panel, f"{self.uri}: genes")
+
+    def embeddings(self, slide_id: str) -> NDArray[np.float16]:
+        """Return the embeddings of a slide's cells, float16 [N, D], in the order of `cells`."""
+        if self.embedding_dim is None:
+            message = f"{self.uri}: this run stores no embeddings: set store_embeddings: true"
+            raise ValueError(message)
+        return vector_matrix(self.cells(slide_id, ["embedding"])["embedding"])
+
+    def iter_expression(
+        self, genes: Genes, slide_id: str, cell_ids: CellIds = None, what: What = "mean"
+    ) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
+        """Yield expression in blocks of bounded memory, in the stored order of cells.
+
+        Args:
+            genes: Which genes, in this order; the whole panel if None.
+            slide_id: The slide.
+            cell_ids: Which cells; all if None.
+            what: mean, or sd: how far the members of an ensemble disagree.
+
+        Yields:
+            slide_id and cell_id of N cells, and their expression float32 [N, G].
+
+        Raises:
+            ValueError: unknown slide, genes or cells, a slide that failed, or a run without a head.
+        """
+        layer = self.last_layer.select(self._gene_index(genes))
+        wanted = None if cell_ids is None else np.unique(np.asarray(cell_ids, np.int64))
+        missing = np.zeros(0, np.int64) if wanted is None else wanted
+        with self._open(slide_id, "EXPRESSION") as file:
+            for table in () if file is None else row_groups(file, wanted):
+                missing = np.setdiff1d(missing, table["cell_id"].to_numpy(), assume_unique=True)
+                for block, values_NG in expression_blocks(table, layer, what):
+                    yield block.select(list(IDS)), values_NG
+        if len(missing):
+            message = (
+                f"slide {slide_id!r} of {self.uri} has no cell_id {missing[:5].tolist()} "
+                f"({len(missing)} unknown); take ids from run.cells({slide_id!r})"
+            )
+            raise ValueError(message)
+
+    def expression_numpy(
+        self, genes: Genes, slide_id: str, cell_ids: CellIds = None, what: What = "mean"
+    ) -> NDArray[np.float32]:
+        """Return expression float32 [N, G]: genes and cells in the order given.
+
+        Arguments and errors are those of `iter_expression`; a cell may be asked for repeatedly.
+        """
+        return self._expression(genes, slide_id, cell_ids, what)[1]
+
+    def expression_arrow(self, genes: Genes, slide_id: str, cell_ids: CellIds = None) -> pa.Table:
+        """Return `expression_numpy` as slide_id, cell_id and one float32 column per gene."""
+        ids, values_NG = self._expression(genes, slide_id, cell_ids)
+        names = self.choose_genes(genes)
+        columns = {"slide_id": pa.repeat(slide_id, len(ids)), "cell_id": pa.array(ids)}
+        by_gene = {g: pa.array(np.ascontiguousarray(values_NG[:, i])) for i, g in enumerate(names)}
+        return pa.table(columns | by_gene)
+
+    def expression(self, genes: Genes, slide_id: str, cell_ids: CellIds = None) -> pl.DataFrame:
+        """Return `expression_arrow` as a polars frame."""
+        return _frame(self.expression_arrow(genes, slide_id, cell_ids))
+
+    def _gene_index(self, genes: Genes) -> NDArray[np.int64]:
+        """Return where in the panel the genes are."""
+        place = {gene: i for i, gene in enumerate(self.last_layer.genes)}
+        return np.array([place[name] for name in self.choose_genes(genes)], np.int64)
+
+    def _expression(
+        self, genes: Genes, slide_id: str, cell_ids: CellIds, what: What = "mean"
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return cell ids [N] and expression [N, G], filled block by block."""
+        num_genes = len(self.choose_genes(genes))
+        if cell_ids is None:
+            with self._open(slide_id, "EXPRESSION") as file:
+                num_cells = 0 if file is None else file.metadata.num_rows
+        else:
+            num_cells = len(np.unique(np.asarray(cell_ids, np.int64)))
+        ids_N = np.zeros(num_cells, np.int64)
+        values_NG = np.zeros((num_cells, num_genes), np.float32)
+        start = 0
+        for table, block in self.iter_expression(genes, slide_id, cell_ids, what):
+            rows = slice(start, start + len(table))
+            ids_N[rows], values_NG[rows] = table["cell_id"].to_numpy(), block
+            start += len(table)
+        if cell_ids is None or np.array_equal(ids_N, cell_ids):
+            return ids_N, values_NG
+        order = np.searchsorted(ids_N, np.asarray(cell_ids, np.int64))
+        return ids_N[order], values_NG[order]
+
+    def _record(self, slide_id: str) -> dict[str, Any]:
+        """Return the record of a slide that did not fail."""
+        if slide_id not in self.records:
+            known([slide_id], sorted(self.records), f"{self.uri}: slides with a record")
+        record = self.records[slide_id]
+        if record["status"] == "failed":
+            message = (
+                f"slide {slide_id!r} failed at {record.get('stage')} with "
+                f"{record.get('error_type')}: {record.get('error')}. Mend it and run again."
+            )
+            raise ValueError(message)
+        return record
+
+    @contextmanager
+    def _open(self, slide_id: str, name: str) -> Iterator[pq.ParquetFile | None]:
+        """Open a slide's table; None if the slide has no cells."""
+        record = self._record(slide_id)
+        if name not in record["tables"]:
+            if record["tables"]:
+                message = f"slide {slide_id!r} of {self.uri} has no {name}: run predict"
+                raise ValueError(message)
+            yield None
+            return
+        folder = self.folder
+        uri = (folder.cells_uri if name == "CELLS" else folder.expression_uri)(slide_id)
+        with storage.open_parquet(uri) as file:
+            _check_table(file.schema_arrow, name, uri, folder.digest)
+            yield file
+
+
+def open_run(uri: str | os.PathLike[str]) -> Run:
+    """Open the folder that `extract` or `predict` wrote, finished or not.
+
+    Args:
+        uri: Local path or fsspec URI.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: written by a newer release.
+    """
+    folder = os.fspath(uri).rstrip("/")
+    run_uri = storage.join(folder, "run.json")
+    if not storage.exists(run_uri):
+        message = f"{folder}: no run of scellst_ray (it has no run.json); give the --out of a run"
+        raise FileNotFoundError(message)
+    info = dict(storage.read_json(run_uri))
+    if info["format_version"] > schemas.FORMAT_VERSION:
+        message = (
+            f"{folder}: written in format version {info['format_version']}; this release reads up "
+            f"to {schemas.FORMAT_VERSION}. Upgrade scellst_ray."
+        )
+        raise ValueError(message)
+    run = RunFolder(folder, str(info["digest"]))
+    return Run(run, info, run.records())
+
+
+def _check_table(schema: pa.Schema, name: str, uri: str, digest: str) -> None:
+    """Refuse a table of another kind, version or run."""
+    schemas.check(schema, name, uri)
+    found = schema.metadata[b"scellst_ray.run_digest"].decode()
+    if found != digest:
+        message = f"{uri}: belongs to run {found}, not to this one ({digest}); files were mixed up"
+        raise ValueError(message)
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame

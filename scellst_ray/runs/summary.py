@@ -1,0 +1,248 @@
+"""What became of a run, for people and machines: SUMMARY.md and summary.json in its folder.
+
+All of it is found in the folder, so it can be written again at any time, by whoever reads it.
+"""
+
+import importlib.metadata
+import platform
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+import polars as pl
+import yaml
+
+from scellst_ray import storage
+from scellst_ray.core import schemas
+from scellst_ray.core.version import __version__
+from scellst_ray.runs.state import RunState, read_state
+from scellst_ray.storage.credentials import redacted
+
+JSON_NAME, MARKDOWN_NAME = "summary.json", "SUMMARY.md"
+NUM_SLOWEST = 5
+LIBRARIES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "openslide-python", "openslide-bin")
+FOLDERS = ("cells", "expression", "crops", "failures", "records", "receipts", "shards", "imported")
+# What differs between two messages of one cause: names in quotes, paths and numbers.
+PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|0x[0-9a-f]+|\d[\d,.]*")
+
+
+def write_summary(
+    run_uri: str, records: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Write summary.json and SUMMARY.md into a run folder; return what they say.
+
+    Args:
+        run_uri: The run folder.
+        records: What the driver knows of slides beyond their published records.
+
+    Raises:
+        FileNotFoundError: no run there.
+    """
+    summary = summarised(read_state(run_uri, records=records))
+    storage.publish_json(storage.join(run_uri, JSON_NAME), summary)
+    storage.publish_text(storage.join(run_uri, MARKDOWN_NAME), markdown(summary))
+    return summary
+
+
+def progress_of(state: RunState) -> dict[str, Any]:
+    """Return where a run stands, as JSON: what `status` and the summary have in common."""
+    slides, rate = state.slides, state.rate()
+    known = int(slides["num_tiles"].sum())
+    return {
+        "run": redacted(state.run.uri),
+        "job": state.run.info.get("identity", {}).get("job"),
+        "digest": state.run.folder.digest,
+        "slides": {"total": len(slides), **state.counts()},
+        "tiles": {
+            "done": int(slides["tiles_done"].sum()),
+            "failed": int(slides["tiles_failed"].sum()),
+            "known": known,
+        },
+        "num_cells": int(slides["num_cells"].sum()),
+        "throughput": {
+            "seconds": round(rate.seconds, 3),
+            "tiles_per_s": _rounded(rate.tiles_per_s),
+            "cells_per_s": _rounded(rate.cells_per_s),
+        },
+        "slowest": slowest(slides),
+        "failures": failure_groups(state),
+    }
+
+
+def summarised(state: RunState) -> dict[str, Any]:
+    """Return the content of summary.json."""
+    records = list(state.run.records.values())
+    releases = Counter(str(record.get("scellst_ray")) for record in records)
+    finished = [str(record["finished"]) for record in records if "finished" in record]
+    stages = [f"seconds_{stage}" for stage in schemas.STAGES]
+    seconds = state.slides.select(pl.col(stages).sum()).row(0, named=True)
+    sizes = {name: storage.sizes(storage.join(state.run.uri, name)) for name in FOLDERS}
+    num_bytes = {name: sum(found.values()) for name, found in sizes.items()}
+    read = state.slides["bytes"]
+    logged = state.times["logged"]
+    return progress_of(state) | {
+        "format_version": schemas.FORMAT_VERSION,
+        "written": _iso(state.now),
+        "created": state.run.info.get("created"),
+        "first_receipt": _iso(logged.first()),
+        "last_receipt": _iso(logged.last()),
+        "last_record": max(finished, default=None),
+        "seconds": {n.removeprefix("seconds_"): round(float(s), 3) for n, s in seconds.items()},
+        "bytes": {"slides": None if read.null_count() else int(read.sum()), "run": num_bytes},
+        "versions": {"python": platform.python_version(), "scellst_ray": __version__}
+        | _libraries(),
+        "releases": dict(releases),
+        "identity": _redacted(state.run.info.get("identity", {})),
+        "config": _redacted(read_config(state.run.uri)),
+    }
+
+
+def slowest(slides: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return the slides that took workers longest, and the stage that most of it went to."""
+    found = slides.filter(pl.col("seconds") > 0).sort(
+        "seconds", "slide_id", descending=[True, False]
+    )
+    rows = []
+    for row in found.head(NUM_SLOWEST).iter_rows(named=True):
+        stages = {stage: row[f"seconds_{stage}"] or 0.0 for stage in schemas.STAGES}
+        told = {name: row[name] for name in ("slide_id", "num_tiles", "num_cells")}
+        longest = max(stages, key=lambda stage: stages[stage])
+        rows.append(told | {"seconds": round(row["seconds"], 3), "stage": longest})
+    return rows
+
+
+def failure_groups(state: RunState) -> list[dict[str, Any]]:
+    """Return what went wrong, by cause, the most frequent first, with an example of each."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    slides: dict[tuple[str, ...], set[str]] = {}
+    for row in state.failures.iter_rows(named=True):
+        error = redacted(str(row["error"]))
+        kind = {name: str(row[name]) for name in ("stage", "error_type")}
+        # A slide may be named without quotes.
+        key = (*kind.values(), PARTICULARS.sub("*", error.replace(row["slide_id"], "*")))
+        example = {"slide_id": row["slide_id"], "tile_id": row["tile_id"], "error": error}
+        group = groups.setdefault(key, kind | {"num_tiles": 0, "example": example})
+        group["num_tiles"] += row["tile_id"] is not None and row["tile_id"] >= 0
+        slides.setdefault(key, set()).add(row["slide_id"])
+    told = [group | {"num_slides": len(slides[key])} for key, group in groups.items()]
+    return sorted(told, key=lambda group: (-group["num_slides"], -group["num_tiles"]))
+
+
+def read_config(run_uri: str) -> dict[str, Any]:
+    """Return the configuration of the last command on a run; empty if it is not kept."""
+    uri = storage.join(run_uri, "config.yaml")
+    if not storage.exists(uri):
+        return {}
+    return dict(yaml.safe_load(storage.read_text(uri)) or {})
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """Return a summary as a page of Markdown."""
+    slides = summary["slides"]
+    title = f"{summary['job'] or 'run'} of {slides['total']:,} slides"
+    counts = ", ".join(f"{n:,} {status}" for status, n in slides.items() if status != "total")
+    lines = [
+        f"# {title}",
+        f"{counts}.",
+        "",
+        f"- run: `{summary['run']}`, digest `{summary['digest']}`",
+        f"- tiles: {tiles_line(summary)}",
+        f"- cells: {summary['num_cells']:,}",
+        f"- throughput: {pace_line(summary)}",
+        f"- created: {summary['created']}",
+        f"- receipts: from {summary['first_receipt']} to {summary['last_receipt']}",
+        f"- last record: {summary['last_record']}",
+        f"- slides read: {shown(summary['bytes']['slides'])} bytes; run folder: "
+        + ", ".join(f"{k} {v:,}" for k, v in summary["bytes"]["run"].items() if v),
+        "- versions: " + ", ".join(f"{k} {v}" for k, v in summary["versions"].items()),
+        *_tables(summary),
+        "",
+        "## Configuration",
+        "```yaml",
+        yaml.safe_dump(summary["config"], sort_keys=False).rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tiles_line(found: dict[str, Any]) -> str:
+    """Say how many tiles are done."""
+    tiles = found["tiles"]
+    return f"{tiles['done']:,} of {tiles['known']:,} known, {tiles['failed']:,} failed"
+
+
+def pace_line(found: dict[str, Any]) -> str:
+    """Say how fast a run went."""
+    rate = [shown(found["throughput"][name]) for name in ("tiles_per_s", "cells_per_s", "seconds")]
+    return "{} tiles/s, {} cells/s, over {} s of receipts".format(*rate)
+
+
+def _tables(summary: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the tables of a summary; those without rows are left out."""
+    total = sum(summary["seconds"].values())
+    rows: list[tuple[str, ...]]
+    rows = [(s, f"{v:,.1f}", f"{v / total:.0%}") for s, v in summary["seconds"].items() if v]
+    yield from _table("Worker seconds", ("stage", "seconds", "share"), rows)
+    names = ("slide_id", "num_tiles", "num_cells", "seconds", "stage")
+    rows = [tuple(str(slide[name]) for name in names) for slide in summary["slowest"]]
+    yield from _table("Slowest slides", ("slide", "tiles", "cells", "seconds", "most in"), rows)
+    rows = [failure_row(group) for group in summary["failures"]]
+    yield from _table("Failures", FAILURE_HEADER, rows)
+
+
+FAILURE_HEADER = ("slides", "tiles", "stage", "example", "reason")
+
+
+def failure_row(group: dict[str, Any]) -> tuple[str, ...]:
+    """Return a group of failures as the columns of FAILURE_HEADER."""
+    example = group["example"]
+    tile = example["tile_id"] is not None and example["tile_id"] >= 0
+    place = example["slide_id"] + (f" tile {example['tile_id']}" if tile else "")
+    reason = f"{group['error_type']}: {example['error']}"
+    return f"{group['num_slides']:,}", f"{group['num_tiles']:,}", group["stage"], place, reason
+
+
+def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    if not rows:
+        return
+    yield from ("", f"## {title}")
+    for row in (header, ("---",) * len(header), *rows):
+        # A bar would end the cell, and a line's end the table.
+        cells = (" ".join(cell.split()).replace("|", "\\|") for cell in row)
+        yield f"| {' | '.join(cells)} |"
+
+
+def shown(value: float | None) -> str:
+    """Return a number as people read it."""
+    if value is None:
+        return "?"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _iso(when: Any) -> str | None:  # noqa: ANN401 - what polars keeps in a column of times
+    return when.isoformat(timespec="milliseconds") if isinstance(when, datetime) else None
+
+
+def _libraries() -> dict[str, str]:
+    """Return the versions of libraries, without importing them."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _redacted(value: Any) -> Any:  # noqa: ANN401 - whatever a configuration holds
+    """Return a configuration without credentials in its URIs."""
+    if isinstance(value, dict):
+        return {key: _redacted(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_redacted(part) for part in value]
+    return redacted(value) if isinstance(value, str) else value

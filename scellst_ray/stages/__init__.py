@@ -1,0 +1,1 @@
+"""The work on one tile or one slide: plain functions without Ray."""

@@ -1,0 +1,89 @@
+"""The networks of a run, read and identified by the driver before Ray starts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from scellst_ray.stages.config import ExtractConfig
+from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
+from scellst_ray.stages.tiles import CellsSpec
+
+
+@dataclass(frozen=True)
+class CheckedNetworks:
+    """What the networks of a run are.
+
+    Attributes:
+        identity: What decides results: digests of their weights, length of embeddings.
+        type_names: Nucleus types of the segmenting network, by number; empty without one.
+        bytes_on_cpu: Memory the segmenting network takes where there is no GPU.
+        head_uri: The expression head, or None.
+    """
+
+    identity: dict[str, Any]
+    type_names: tuple[str, ...] = ()
+    bytes_on_cpu: int = 0
+    head_uri: str | None = None
+
+
+def check_networks(config: ExtractConfig) -> CheckedNetworks:
+    """Read the networks' weights, before Ray starts, and return what they are.
+
+    Raises:
+        ValueError: weights that are not there, or not what they should be.
+    """
+    # Torch takes half a gigabyte, which a driver without networks need not.
+    if config.segmenter != "cellvit" and config.encoder in WITHOUT_FILE:
+        return CheckedNetworks({"encoder": config.encoder, "embedding_dim": None})
+    from scellst_ray.models.cellvit.checkpoint import load_cellvit  # noqa: PLC0415
+    from scellst_ray.models.cellvit.inference import tile_bytes  # noqa: PLC0415
+    from scellst_ray.models.encoder.encoder import encoder_digest, encoder_dim  # noqa: PLC0415
+    from scellst_ray.models.encoder.weights_file import local_weights  # noqa: PLC0415
+
+    found: dict[str, Any] = {"encoder": config.encoder, "embedding_dim": None}
+    type_names: tuple[str, ...] = ()
+    bytes_on_cpu = 0
+    if config.segmenter == "cellvit":
+        model = load_cellvit(local_weights(str(config.segmenter_weights)))
+        found["segmenter_weights"] = model.digest
+        found["segmenter_window_px"] = config.segmenter_window_px
+        type_names = model.type_names
+        network_bytes = sum(p.nbytes for p in model.network.parameters())
+        side = config.core_px + 2 * config.halo_px
+        if model.arch.max_px is not None and side > model.arch.max_px:
+            message = (
+                f"core_px {config.core_px} and two halo_px {config.halo_px} make {side} px; "
+                f"CellViT-{model.arch.variant} takes at most {model.arch.max_px}"
+            )
+            raise ValueError(message)
+        bytes_on_cpu = network_bytes + tile_bytes(side, "float32")
+        if config.encoder == "tokens":
+            found |= {"encoder": f"tokens:{model.digest}", "embedding_dim": model.arch.dim}
+        elif config.encoder == "types":
+            names = ",".join(type_names)
+            found |= {"encoder": f"types:{names}", "embedding_dim": len(type_names)}
+    if config.encoder not in WITHOUT_FILE:
+        weights = local_weights(config.encoder)
+        digest, dim = encoder_digest(weights), encoder_dim(weights)
+        found |= {"encoder": digest, "embedding_dim": dim}
+    if not config.store_embeddings:
+        found["embedding_dim"] = None
+    return CheckedNetworks(found, type_names, bytes_on_cpu)
+
+
+def cells_spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:
+    """Return what to compute, of a settled configuration."""
+    return CellsSpec(
+        segmenter=config.segmenter,
+        read_mpp=config.read_mpp,
+        core_px=config.core_px,
+        halo_px=config.halo_px,
+        encoder=config.encoder,
+        precision=config.precision,
+        head_uri=networks.head_uri,
+        store_embeddings=config.store_embeddings,
+        type_names=networks.type_names,
+        weights=config.segmenter_weights,
+        weights_digest=networks.identity.get("segmenter_weights"),
+        encoder_digest=None if config.encoder in WITHOUT_FILE else networks.identity["encoder"],
+        window_px=config.segmenter_window_px,
+    )

@@ -1,0 +1,141 @@
+"""What `extract` is told to do: its settings, checked, and decided once for all processes."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from scellst_ray import storage
+from scellst_ray.core.geometry import MAX_MPP, MIN_MPP
+from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.models.weights.catalogue import is_catalogued
+from scellst_ray.stages.segmenter_settings import WITHOUT_FILE, segmenter_problems
+
+# Tiles of a task, at least, where there are GPUs: the batch of a segmenting network. Tiles are
+# quick there, and Ray's driver, which counts tasks, keeps four times as many GPUs busy as with 2.
+GPU_TILES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Slides to CELLS: every nucleus with its outline and embedding."""
+
+    manifest: str
+    """Slides: CSV or Parquet with slide_id, uri and, where the file lacks it, mpp."""
+    out: str
+    """Run folder; the same command on it does only what is missing."""
+    slides: list[str] | None = None
+    """Only these slide_ids of the manifest (a,b)."""
+    segmenter: Literal["hematoxylin", "cellvit", "imported"] = "hematoxylin"
+    """How nuclei are found: without weights, by CellViT, or in files the manifest names."""
+    segmenter_weights: str | None = None
+    """CellViT checkpoint: a file, or a name that `scellst-ray models` lists."""
+    segmenter_window_px: int | None = None
+    """Scale CellViT's edges within this many px around a nucleus; by default within its tile."""
+    read_mpp: float | None = None
+    """um per px to read at; by default the slide's own within 0.25-0.5 (CellViT: 0.2-0.3)."""
+    core_px: int = 960
+    """Side of a tile's core in px read."""
+    halo_px: int = 32
+    """Margin read around the core in px read."""
+    encoder: str = "imagenet"
+    """Weights: a file, 'imagenet' (downloaded by torchvision), 'timm:NAME' (by timm) or
+    'random:SEED'; 'tokens' for CellViT's own, 'types' for its type as one-hot, 'none' for no
+    embeddings."""
+    colours_from: str | None = None
+    """Run folder with crops of these slides: each slide's own mean and deviation of RGB normalise
+    its crops, not the encoder's; for slides of another scanner or stain (sCellST's 'self')."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the networks; auto takes bfloat16 where the driver's device has it, or gpus is true."""
+    store_embeddings: bool = True
+    """Keep each cell's embedding (4 kB a cell); training needs it."""
+    crops: int | None = None
+    """Keep crops of so many cells, of all slides together, for pretraining (3 kB each)."""
+    crops_per_slide: int | None = None
+    """Crops of a slide, at most."""
+    crops_per_type: int | None = None
+    """Crops of a slide and nucleus type, at most."""
+    crops_seed: int = 0
+    """Decides which cells."""
+    workers: int | None = None
+    """Worker actors; by default as CPUs and memory allow, or one per GPU for the networks."""
+    gpus: bool | None = None
+    """Run networks on GPUs; by default if the cluster has any."""
+    memory_gb: float | None = None
+    """Memory a worker declares to Ray; by default 2, and with CellViT on CPUs what it takes."""
+    tiles_per_task: int = 2
+    """Tiles a worker takes at a time (with GPUs at least 8): the work lost when it dies."""
+    max_attempts: int = 3
+    """Times a tile, or opening a slide, may end a worker's process before it counts as failed."""
+    tile_timeout_s: float | None = 1800.0
+    """Seconds a tile may take before its worker is ended, which counts as an attempt."""
+    plan_timeout_s: float | None = 1800.0
+    """Seconds opening a slide and finding its tissue may take, likewise."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        low = {"core_px": 64, "halo_px": 0, "tiles_per_task": 1, "memory_gb": 0.1, "workers": 1}
+        low |= {"max_attempts": 1, "tile_timeout_s": 1, "plan_timeout_s": 1}
+        low |= {"crops": 1, "crops_per_slide": 1, "crops_per_type": 1}
+        for name, least in low.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                message = f"{name} is {value}; it must be at least {least}"
+                raise ValueError(message)
+        if self.read_mpp is not None and not MIN_MPP <= self.read_mpp <= MAX_MPP:
+            message = f"read_mpp is {self.read_mpp}; it must lie in {MIN_MPP}-{MAX_MPP} um/px"
+            raise ValueError(message)
+        problems = segmenter_problems(self)
+        if self.crops is None and (self.crops_per_slide or self.crops_per_type):
+            problems.append("crops_per_slide and crops_per_type need crops: how many in all")
+        if self.colours_from is not None and self.encoder in WITHOUT_FILE:
+            problems.append(f"colours_from is for encoders of crops; this is {self.encoder}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def tiles_of_task(tiles_per_task: int, *, gpus: bool) -> int:
+    """Return how many tiles a task takes at a time, of how many were asked for."""
+    return max(tiles_per_task, GPU_TILES) if gpus else tiles_per_task
+
+
+def settled(config: ExtractConfig) -> ExtractConfig:
+    """Return the configuration with what must be the same in every process decided, once.
+
+    Files of weights get absolute names, and `auto` precision becomes that of the driver.
+    """
+    if config.encoder not in WITHOUT_FILE and not is_catalogued(config.encoder):
+        from scellst_ray.models.encoder.encoder import is_named  # noqa: PLC0415 - as in check_networks
+
+        if not is_named(config.encoder):
+            config = replace(config, encoder=storage.absolute(config.encoder))
+    weights = config.segmenter_weights
+    if weights is not None and not is_catalogued(weights):
+        config = replace(config, segmenter_weights=storage.absolute(weights))
+    # A retry reads it from the run's folder, wherever it is started.
+    config = replace(config, manifest=storage.absolute(config.manifest))
+    if config.encoder == "none":
+        config = replace(config, store_embeddings=False)
+    if config.precision != "auto":
+        return config
+    import torch  # noqa: PLC0415 - as in check_networks
+
+    from scellst_ray.models.encoder.encoder import best_precision  # noqa: PLC0415
+
+    gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
+    return replace(config, precision=best_precision("cuda" if gpus else "cpu"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(ExtractConfig):
+    """Slides to CELLS and EXPRESSION, in one pass; no transcriptomics needed."""
+
+    head: str
+    """The head: what `scellst-ray train` wrote, its folder or its file."""
+    encoder: str = "head"
+    """Weights; by default those the head was trained with, under the name it was given then."""
+    store_embeddings: bool = False
+    """Keep each cell's embedding too (4 kB a cell)."""
+
+
+def head_file(head: str) -> str:
+    """Return the head's file, given its folder or the file itself."""
+    return head if head.endswith(".safetensors") else storage.join(head, HEAD_FILE)

@@ -1,0 +1,113 @@
+"""TILES: from slides to boxes; no pixels beyond a low-power view."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from scellst_ray import storage
+from scellst_ray.core.geometry import Frame
+from scellst_ray.nuclei.imported.tiles import check_within, publish_by_tile, read_segmentation
+from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.tiling import (
+    Tile,
+    default_read_mpp,
+    network_read_mpp,
+    plan_tiles,
+    tile_edges,
+)
+from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
+from scellst_ray.stages.tiles import CellsSpec, Row, box_columns, guarded
+from scellst_ray.storage import node_cache
+from scellst_ray.storage.node_cache import hold
+
+
+def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
+    """Plan a slide's tiles.
+
+    Args:
+        row: slide_id, uri, mpp and mpp_error of the manifest, and done_tiles (ids not to redo);
+            for imported nuclei also segmentation (where they are) and imported_uri (where they
+            shall lie, sorted by tile).
+        spec: What to compute.
+
+    Returns:
+        One row per tile still to do; a single row with tile_id -1 and num_tiles 0 if the slide
+        cannot be opened or has nothing to do: no tissue, or no imported nucleus.
+    """
+    nothing: Row = {"slide_id": row["slide_id"], "tile_id": -1, "num_tiles": 0, "uri": row["uri"]}
+    rows: list[Row] = []
+    with guarded(nothing, "plan"):
+        if row["mpp_error"]:
+            raise ValueError(row["mpp_error"])
+        with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
+            read_mpp = _read_mpp(slide, spec)
+            nothing |= {
+                "mpp": slide.mpp,
+                "read_mpp": read_mpp,
+                "width0": slide.width0,
+                "height0": slide.height0,
+            }
+            if spec.segmenter == "imported":
+                nothing["imported"] = row["imported_uri"]
+                tiles = _tiles_of_nuclei(slide, read_mpp, row, spec)
+            else:
+                tiles = _tiles_of_tissue(slide, read_mpp, spec)
+        done = set(row["done_tiles"])
+        for tile in tiles:
+            if tile.tile_id not in done:
+                boxes = box_columns(tile.core, tile.read)
+                rows.append(nothing | {"tile_id": tile.tile_id, "num_tiles": len(tiles)} | boxes)
+    rows = rows or [nothing]
+    rows[-1]["seconds_plan"] = nothing["seconds_plan"]
+    return rows
+
+
+def _read_mpp(slide: Slide, spec: CellsSpec) -> float:
+    if spec.segmenter == "cellvit":
+        wanted = network_read_mpp(slide.mpp, slide.uri)
+        return spec.read_mpp or wanted
+    return spec.read_mpp or default_read_mpp(slide.mpp)
+
+
+def _tiles_of_tissue(slide: Slide, read_mpp: float, spec: CellsSpec) -> list[Tile]:
+    mpp = max(TISSUE_MPP, slide.mpp)
+    image, frame = slide.overview(mpp)
+    size0, ratio = (slide.width0, slide.height0), read_mpp / slide.mpp
+    return plan_tiles(size0, ratio, tissue_mask(image, mpp), frame, spec.core_px, spec.halo_px)
+
+
+def _tiles_of_nuclei(
+    slide: Slide, read_mpp: float, row: Mapping[str, Any], spec: CellsSpec
+) -> list[Tile]:
+    """Return the tiles that have imported nuclei, after sorting these by tile.
+
+    Tissue is not asked for: whoever segmented the slide decided that.
+    """
+    size0, ratio = (slide.width0, slide.height0), read_mpp / slide.mpp
+    if not row["segmentation"]:
+        message = f"slide {row['slide_id']!r}: the manifest names no file in column segmentation"
+        raise ValueError(message)
+    if not storage.exists(row["imported_uri"]):
+        with hold(row["segmentation"]) as held:
+            table = read_segmentation(held.path, held.name)
+        table = check_within(table, *size0, held.name, slide.mpp)
+        edges_x, edges_y = map(np.array, tile_edges(size0, ratio, spec.core_px))
+        publish_by_tile(table, edges_x, edges_y, row["imported_uri"])
+        for uri in storage.list_files(row["imported_uri"].rsplit("/", 1)[0]):
+            if uri != row["imported_uri"]:  # made of another file, or for other tiles
+                storage.remove_tree(uri)
+    wanted = set(storage.read_table(row["imported_uri"], ["tile_id"])["tile_id"].to_pylist())
+    everywhere, frame = np.ones((1, 1), np.bool_), Frame(0.0, 0.0, *map(float, size0))
+    tiles = plan_tiles(size0, ratio, everywhere, frame, spec.core_px, spec.halo_px)
+    return [tile for tile in tiles if tile.tile_id in wanted]
+
+
+def imported_name(source: str, mpp: float | None, spec: CellsSpec) -> str:
+    """Return the file name of a slide's imported nuclei sorted by tile.
+
+    It tells by its name what it was made of, so another file or another tiling is another name.
+    """
+    made_of = (source, node_cache.identity(source), mpp, spec.read_mpp, spec.core_px)
+    return f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.parquet"

@@ -1,0 +1,145 @@
+"""Lines that say which slide and tile they are about."""
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+
+import pytest
+
+from scellst_ray.core import logs
+from scellst_ray.core.logs import JsonLines, TextLines, about, formatter, named, named_tiles
+
+
+@pytest.fixture
+def written():
+    """Return a function that logs with a formatter and gives the lines."""
+
+    def write(form, log):
+        stream = io.StringIO()
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(form)
+        logger = logging.getLogger("scellst_ray.test_logs")
+        logger.addHandler(handler)
+        logger.propagate = False
+        try:
+            log(logger)
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = True
+        return stream.getvalue().splitlines()
+
+    return write
+
+
+def in_a_tile(logger):
+    with about("P1", 12), about(None, None, "read"):
+        logger.warning("cut, again in %.1f s", 1.5)
+    logger.warning("100 %% of %s", "all")
+
+
+def test_json_names_slide_and_tile(written):
+    inside, outside = map(json.loads, written(JsonLines(), in_a_tile))
+    assert {name: inside[name] for name in ("level", "logger", "message")} == {
+        "level": "WARNING",
+        "logger": "scellst_ray.test_logs",
+        "message": "cut, again in 1.5 s",
+    }
+    assert (inside["slide_id"], inside["tile_id"], inside["stage"]) == ("P1", 12, "read")
+    assert datetime.fromisoformat(inside["time"]).utcoffset().total_seconds() == 0
+    assert not {"slide_id", "tile_id", "stage"} & set(outside)
+
+
+def test_text_ends_with_them(written):
+    form = TextLines("%(levelname)s %(message)s")
+    assert written(form, in_a_tile) == [
+        "WARNING cut, again in 1.5 s [slide P1, tile 12, stage read]",
+        "WARNING 100 % of all",
+    ]
+
+
+def test_text_does_not_say_it_twice(written):
+    def log(logger):
+        logger.warning("slide P1, tile 12: lost", extra=named("P1", 12))
+        logger.warning("slide P1 is partial", extra=named("P1", -1))
+        logger.warning("slide P1: slow", extra=named("P1", 12))
+
+    assert written(TextLines("%(message)s"), log) == [
+        "slide P1, tile 12: lost",
+        "slide P1 is partial",
+        "slide P1: slow [slide P1, tile 12]",
+    ]
+
+
+def test_a_call_may_name_other_tiles_than_those_around_it(written):
+    def log(logger):
+        with about("P1", 3):
+            logger.error("one", extra=named_tiles([("P2", 7)], "embed"))
+            logger.error("two", extra=named_tiles([("P2", 7), ("P3", 8)]))
+
+    one, two = map(json.loads, written(JsonLines(), log))
+    assert (one["slide_id"], one["tile_id"], one["stage"]) == ("P2", 7, "embed")
+    assert two["tiles"] == [["P2", 7], ["P3", 8]]
+
+
+def test_tracebacks_stay_in_the_line(written):
+    error = ValueError("first\nsecond")
+
+    def log(logger):
+        try:
+            raise error
+        except ValueError:
+            with about("P1"):
+                logger.exception("failed")
+
+    (line,) = written(JsonLines(), log)
+    assert json.loads(line)["traceback"].endswith("ValueError: first\nsecond")
+    lines = written(TextLines("%(message)s"), log)
+    assert lines[0] == "failed [slide P1]"
+    assert lines[1].startswith("Traceback")
+
+
+def test_threads_have_tiles_of_their_own(written):
+    def one(logger, number):
+        with about("P1", number):
+            logger.warning("x")
+
+    def log(logger):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: one(logger, number), range(200)))
+
+    tiles = [json.loads(line)["tile_id"] for line in written(JsonLines(), log)]
+    assert sorted(tiles) == list(range(200))
+
+
+def test_an_error_leaves_nothing_behind(written):
+    def log(logger):
+        with pytest.raises(KeyError), about("P1", 3):
+            raise KeyError
+        logger.warning("after")
+
+    (line,) = written(JsonLines(), log)
+    assert "slide_id" not in json.loads(line)
+
+
+def test_the_environment_chooses(monkeypatch):
+    monkeypatch.delenv(logs.VARIABLE, raising=False)
+    assert type(formatter()) is TextLines
+    monkeypatch.setenv(logs.VARIABLE, "json")
+    assert type(formatter()) is JsonLines
+    monkeypatch.setenv(logs.VARIABLE, "xml")
+    with pytest.raises(ValueError, match=r"SCELLST_RAY_LOG is 'xml'; set it to text or json"):
+        formatter()
+
+
+def test_a_process_of_its_own_logs_to_stderr(monkeypatch):
+    monkeypatch.setenv(logs.VARIABLE, "json")
+    code = (
+        "import logging; from scellst_ray.core.logs import log_to_stderr; log_to_stderr();"
+        "log_to_stderr(); logging.getLogger('scellst_ray.x').info('hello')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr)["message"] == "hello"

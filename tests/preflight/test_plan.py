@@ -1,0 +1,115 @@
+"""`scellst-ray plan`: what it takes, and what it tells people and machines."""
+
+import json
+
+import pytest
+import yaml
+
+from scellst_ray.commands import table as commands
+from scellst_ray.commands.cli import main
+from scellst_ray.models.mil.head import MilHead, save_head
+from scellst_ray.preflight.costs import PlannedCluster
+from scellst_ray.preflight.plan import PlanConfig, make_plan
+from scellst_ray.stages.config import ExtractConfig, PredictConfig
+from tests.support.paths import ROOT
+
+INFO = {
+    "genes": ["A", "B"],
+    "scaling": {},
+    "embedding_dim": 512,
+    "encoder": "random:0:resnet18",
+    "encoder_digest": "random:0:resnet18",
+    "training_slides": [],
+    "metrics": {},
+}
+
+
+@pytest.fixture
+def manifest(synthetic_slide, tmp_path):
+    path = tmp_path / "manifest.csv"
+    path.write_text(f"slide_id,uri\ngood,{synthetic_slide.slide}\ngone,gone.tiff\n")
+    return path
+
+
+@pytest.mark.parametrize("job", ["extract", "predict"])
+def test_takes_the_jobs_files_as_they_are(job, monkeypatch, tmp_path):
+    seen = []
+
+    def run(config):
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr(commands, "jobs", lambda: {"plan": (PlanConfig, run)})
+    example = ROOT / "jobs" / f"{job}.example.yaml"
+    whole = example.read_text() + "gpus: true\nworkers: 3\n"
+    (tmp_path / "job.yaml").write_text(whole)
+    assert main(["plan", "--config", str(tmp_path / "job.yaml"), "--gpus", "4"]) == 0
+    (config,) = seen
+    assert config.cluster() == PlannedCluster(cpus=32, gpus=4, workers=32)
+    kind = {"extract": ExtractConfig, "predict": PredictConfig}[job]
+    values = yaml.safe_load(whole)
+    assert config.job() == kind(**values)
+    assert main(["plan", "--config", str(tmp_path / "job.yaml")]) == 0
+    assert seen[1].num_gpus == 1
+
+
+def test_the_cluster():
+    assert PlanConfig(manifest="m", workers=6).cluster() == PlannedCluster(6, 0, 6)
+    assert PlanConfig(manifest="m", workers=6, cpus=8).cluster() == PlannedCluster(8, 0, 6)
+    assert PlanConfig(manifest="m", gpus=2, cpus=64).cluster() == PlannedCluster(64, 2, 64)
+    assert PlanConfig(manifest="m", gpus=False, workers=1).cluster().gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "part"),
+    [
+        ({"calibrate": 0}, "calibrate is 0"),
+        ({"cpu_price": -1.0}, "cpu_price is -1.0"),
+        ({"gpus": -1}, "gpus is -1"),
+        ({"core_px": 8}, "core_px is 8"),
+    ],
+)
+def test_refuses(wrong, part):
+    with pytest.raises(ValueError, match=part):
+        PlanConfig(manifest="m", **wrong)
+
+
+def test_tells_people_and_machines(manifest, tmp_path, capsys):
+    words = ["plan", f"--manifest={manifest}", "--core-px=96", "--halo-px=32", "--workers=4"]
+    words += ["--encoder=none", "--cpu-price=0.5", f"--json={tmp_path}/plan.json"]
+    assert main([*words, "--processes=1"]) == 1  # a slide is gone
+    shown = capsys.readouterr().out
+    told = json.loads((tmp_path / "plan.json").read_text())
+    good, gone = told["slides"]
+    assert good["num_tiles"] == told["total"]["tiles"] > 20
+    assert "no such file" in gone["error"]
+    assert told["price"] == pytest.approx(4 * 0.5 * told["wall_s"] / 3600, rel=0.01)
+    assert told["cluster"] == {"cpus": 4, "gpus": 0, "workers": 4}
+    assert told["rates"]["segment"] == {"value": 0.25, "source": "default"}
+    assert told["rates"]["stored_cell_bytes"]["value"] is None
+    lines = shown.splitlines()
+    assert lines[0].split()[:2] == ["slide", "tiles"]
+    assert lines[1].split()[:2] == ["good", str(good["num_tiles"])]
+    assert lines[2].split()[:2] == ["all", str(good["num_tiles"])]
+    assert lines[3].startswith("cannot be planned: gone: FileNotFoundError")
+    assert any(line.startswith("extract of 2 slides, 1 of which") for line in lines)
+    assert any("not calibrated, defaults of this package: open, read, segment" in x for x in lines)
+    assert any("on 4 CPUs (4 workers): about" in line and "; price" in line for line in lines)
+
+
+def test_with_a_head_it_is_predict_with_the_heads_encoder(manifest, tmp_path):
+    save_head(str(tmp_path / "head.safetensors"), MilHead(512, 2), INFO)
+    head = str(tmp_path / "head.safetensors")
+    sizes = {}
+    for store in (None, True):
+        config = PlanConfig(
+            manifest=str(manifest), head=head, processes=1, store_embeddings=store, gpus=1
+        )
+        plan = make_plan(config)
+        assert plan.job == "predict"
+        assert plan.total.gpu_s["embed"] > 0
+        assert plan.price is None
+        sizes[store] = plan.total.bytes_kept / plan.total.cells
+    assert sizes[True] - sizes[None] == pytest.approx(1.9 * 512)
+    assert sizes[None] == pytest.approx(160 + 1.9 * 257)
+    assert any("embed_gpu" in note for note in plan.notes)

@@ -1,0 +1,222 @@
+"""Where a run stands, against plain loops over what is in its folder."""
+
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scellst_ray import storage
+from scellst_ray.runs.state import Rate, logged_at, read_log, read_state
+from tests.support.run_folders import MISSING, START, after, make_run, receipt, record, write_lease
+
+WRONG = {"stage": "read", "error_type": "OSError", "error": "cut off"}
+STATUS = st.sampled_from(["done", "empty", "partial", "failed", None])
+
+
+def frame(state):
+    return {row["slide_id"]: row for row in state.slides.iter_rows(named=True)}
+
+
+def expected_slide(slide_id, content, tries, *, may_run):
+    """Return status, tiles known, done and failed, and cells of a slide, from its history."""
+    last = {}
+    for row in tries:
+        if row["slide_id"] == slide_id:
+            last[row["tile_id"]] = row
+    if content is not None:
+        num_failed = content["num_failed_tiles"]
+        num_done = content["num_tiles"] - num_failed
+        return content["status"], content["num_tiles"], num_done, num_failed, content["num_cells"]
+    if not last:
+        return "pending", None, 0, 0, 0
+    good = [row for row in last.values() if row.get("error") is None]
+    status = "running" if may_run else "pending"
+    return status, 9, len(good), len(last) - len(good), sum(row["num_cells"] for row in good)
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    statuses=st.lists(STATUS, min_size=3, max_size=3),
+    tries=st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(0, 8), st.integers(0, 50), st.booleans()),
+        max_size=30,
+    ),
+    cuts=st.lists(st.integers(0, 30), max_size=3),
+    alive=st.booleans(),
+)
+def test_slides_equal_a_loop_over_their_history(tmp_path_factory, statuses, tries, cuts, alive):
+    rows = [
+        receipt(s, t, 9, *((0,) if bad else (n,)), **(WRONG if bad else {}))
+        for s, t, n, bad in tries
+    ]
+    records = {
+        s: record(s, status, num_tiles=9, num_failed_tiles=2 * (status == "partial"), num_cells=7)
+        for s, status in zip("abc", statuses, strict=True)
+        if status is not None
+    }
+    bounds = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
+    parts = [rows[a:b] for a, b in pairwise(bounds) if b > a]
+    log = [(10 * number, part) for number, part in enumerate(parts)]
+    run = make_run(tmp_path_factory.mktemp("run"), dict.fromkeys("abc", 100), records.values(), log)
+    if alive:
+        write_lease(run, START, datetime.now(UTC))
+    state = read_state(run.uri)
+    assert state.holder.may_work == alive
+    found = frame(state)
+    for slide_id in "abc":
+        row = found[slide_id]
+        names = ("status", "num_tiles", "tiles_done", "tiles_failed", "num_cells")
+        expected = expected_slide(slide_id, records.get(slide_id), rows, may_run=alive)
+        assert tuple(row[name] for name in names) == expected
+    counts = state.counts()
+    assert sum(counts.values()) == 3
+    assert counts["done"] == statuses.count("done")
+    unfinished = [s for s in "abc" if records.get(s, {}).get("status") not in ("done", "empty")]
+    last = {(r["slide_id"], r["tile_id"]): r.get("error") for r in rows}
+    failed = {key for key, error in last.items() if error is not None and key[0] in unfinished}
+    told = set(state.failures.select("slide_id", "tile_id").iter_rows())
+    assert {key for key in told if key[1] is not None} == failed
+
+
+def test_a_slide_that_could_not_be_planned_and_one_mended_since(tmp_path):
+    bad = receipt("a", -1, 0, **MISSING)
+    was_bad = receipt("b", -1, 0, **MISSING)
+    log = [(0, [bad, was_bad]), (9, [receipt("b", 0, 2, 5)])]
+    failed = record("a", "failed", num_tiles=0, num_failed_tiles=1, **MISSING)
+    state = read_state(make_run(tmp_path, {"a": 1, "b": 1}, [failed], log).uri)
+    found = frame(state)
+    assert (found["a"]["status"], found["a"]["tiles_done"], found["a"]["tiles_failed"]) == (
+        "failed", 0, 0,
+    )  # fmt: skip
+    assert (found["b"]["status"], found["b"]["num_tiles"], found["b"]["tiles_done"]) == (
+        "pending", 2, 1,
+    )  # fmt: skip
+    # What "b" once was is past.
+    assert state.failures.rows() == [("a", -1, *MISSING.values())]
+
+
+def test_failures_that_the_log_does_not_tell(tmp_path):
+    finish = {"stage": "finish", "error_type": "OSError", "error": "disk full"}
+    log = [(0, [receipt("b", 0, 1, 5)])]
+    failed = record("a", "failed", num_tiles=0, num_failed_tiles=1, **MISSING)
+    run = make_run(tmp_path, {"a": 1, "b": 1}, [failed], log)
+    state = read_state(run.uri, records={"b": record("b", "failed", **finish)})
+    assert state.failures.rows() == [
+        ("a", None, *MISSING.values()),
+        ("b", None, *finish.values()),
+    ]
+    assert state.counts()["failed"] == 2
+    assert read_state(run.uri).counts()["pending"] == 1
+
+
+def test_a_slide_without_its_crops_is_partial(tmp_path):
+    records = [record("a", "done", num_cells=3), record("b", "done", num_cells=4)]
+    run = make_run(tmp_path, {"a": 1, "b": 1}, records)
+    storage.publish_json(f"{run.uri}/crops/crops.json", {"failed": {"b": "OSError: a: b"}})
+    state = read_state(run.uri)
+    assert [state.counts()[name] for name in ("done", "partial")] == [1, 1]
+    assert state.failures.rows() == [("b", None, "crops", "OSError", "a: b")]
+
+
+def test_an_empty_run_and_no_run(tmp_path):
+    state = read_state(make_run(tmp_path / "run", {}).uri)
+    assert set(state.counts().values()) == {0}
+    assert state.rate() == Rate()
+    assert (state.tiles_left(), state.eta_s()) == (0.0, None)
+    with pytest.raises(FileNotFoundError, match="no run"):
+        read_state(str(tmp_path))
+
+
+def rows(slide_id, first, count, num_tiles=100):
+    return [receipt(slide_id, tile, num_tiles, 3) for tile in range(first, first + count)]
+
+
+def test_rates_leave_out_pauses(tmp_path):
+    # Two drivers, the second a day later; each file tells of what was done since the one before.
+    day = 86_400
+    log = [(0, rows("a", 0, 10)), (10, rows("a", 10, 20)), (20, rows("a", 30, 40))]
+    log += [(day, rows("a", 70, 5)), (day + 5, rows("a", 75, 10))]
+    run = make_run(tmp_path, {"a": 1}, log=log)
+    state = read_state(run.uri)
+    assert state.rate() == Rate(25.0, 70, 210)
+    assert state.rate().tiles_per_s == pytest.approx(70 / 25)
+    assert state.recent_rate() == Rate()  # nobody works
+    assert state.eta_s() is None
+
+
+def test_time_left_is_reckoned_from_the_driver_that_works(tmp_path):
+    log = [(-5000, rows("a", 0, 60)), (100, rows("a", 60, 10)), (200, rows("a", 70, 10))]
+    run = make_run(tmp_path, {"a": 1000, "b": 500}, log=log)
+    write_lease(run, after(0), datetime.now(UTC))
+    state = read_state(run.uri, now=after(250))
+    assert state.recent_rate() == Rate(250.0, 20, 60)
+    # 20 of "a"; "b", half its size, is taken to have half its tiles.
+    assert state.tiles_left() == pytest.approx(20 + 50)
+    assert state.eta_s() == pytest.approx(70 * 250 / 20)
+    # Later, only the last quarter of an hour counts.
+    assert read_state(run.uri, now=after(1050)).recent_rate() == Rate(900.0, 10, 30)
+    assert read_state(run.uri, now=after(9000)).eta_s() is None
+
+
+def test_without_sizes_a_slide_is_taken_for_any_other(tmp_path):
+    sources = {"a": None, "b": None, "c": None}
+    done = record("a", "done", num_tiles=30, num_cells=1)
+    run = make_run(tmp_path, sources, [done], [(0, rows("b", 0, 4, num_tiles=10))])
+    assert read_state(run.uri).tiles_left() == pytest.approx(6 + (30 + 10) / 2)
+    none_known = make_run(tmp_path / "new", sources)
+    assert read_state(none_known.uri).tiles_left() is None
+
+
+@pytest.mark.parametrize(
+    ("renewed_s", "changes", "state"),
+    [
+        (-10, {}, "alive"),
+        (-100, {}, "dead"),  # of this host: its clock is ours
+        (-10, {"process": "1"}, "dead"),  # another process has its number
+        (-10, {"machine": "elsewhere"}, "alive"),
+        (-100, {"machine": "elsewhere"}, "silent"),
+        (-1000, {"machine": "elsewhere"}, "dead"),
+    ],
+)
+def test_the_lease(tmp_path, renewed_s, changes, state):
+    run = make_run(tmp_path, {"a": 1}, log=[(0, rows("a", 0, 1))])
+    now = datetime.now(UTC)
+    write_lease(run, now - timedelta(hours=1), now + timedelta(seconds=renewed_s), **changes)
+    found = read_state(run.uri)
+    assert found.holder.state == state
+    assert frame(found)["a"]["status"] == ("pending" if state == "dead" else "running")
+
+
+@pytest.mark.parametrize("content", ["", '{"token": "a", "ho'])
+def test_a_lease_cut_off_in_the_middle_is_nobodys(tmp_path, content):
+    run = make_run(tmp_path, {"a": 1})
+    storage.publish_text(f"{run.uri}/lease.json", content)
+    assert read_state(run.uri).holder.state == "none"
+
+
+def test_the_log_keeps_its_order_and_times(tmp_path):
+    log = [(seconds, rows("a", seconds, 2)) for seconds in (30, 0, 20)]
+    run = make_run(tmp_path, {"a": 1}, log=log)
+    storage.publish_table(f"{run.uri}/receipts/odd.parquet", run.receipts().slice(0, 1))
+    found = read_log(run.uri)
+    assert found["tile_id"].to_pylist() == [0, 1, 20, 21, 30, 31, 0]
+    expected = [after(seconds) for seconds in (0, 0, 20, 20, 30, 30)]
+    assert found["logged"].to_pylist() == [*expected, None]
+    assert logged_at("s3://b/receipts/20260301T120000000123-0f.parquet") == START + timedelta(
+        microseconds=123
+    )
+
+
+def test_a_run_on_an_object_store(tmp_path):
+    uri = f"memory://{tmp_path.name}/run"
+    make_run(uri, {"a": 1}, [record("a", "done")], [(0, rows("a", 0, 4)), (2, rows("a", 4, 4))])
+    state = read_state(uri)
+    assert state.counts()["done"] == 1
+    assert state.rate() == Rate(2.0, 4, 12)
+    storage.remove_tree(f"memory://{tmp_path.name}")

@@ -1,0 +1,1 @@
+"""Servers, runs and small networks that several tests use."""
