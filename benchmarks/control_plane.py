@@ -37,7 +37,7 @@ from scellst_ray.core.geometry import Box
 from scellst_ray.core.version import __version__
 from scellst_ray.pipelines.driver import Progress
 from scellst_ray.pipelines.extract import run_cells
-from scellst_ray.pipelines.receipts import Work
+from scellst_ray.pipelines.receipts import WorkFunctions
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.tiling import tile_edges
@@ -149,7 +149,7 @@ def one_run(folder: str, num_slides: int, tiles_per_task: int) -> dict[str, Any]
     networks = CheckedNetworks({"encoder": "none", "embedding_dim": None})
     watch = Watch()
     began = time.monotonic()
-    run_cells("extract", config, slides, networks, watch.report, work=Work(plan, stage))
+    run_cells("extract", config, slides, networks, watch.report, work=WorkFunctions(plan, stage))
     return watch.summary(began) | {"slides": num_slides, "tiles_per_task": tiles_per_task}
 
 

@@ -32,7 +32,7 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Box
 from scellst_ray.nuclei.hematoxylin import segment
-from scellst_ray.runs import crop_files as crop_format
+from scellst_ray.runs import crop_files
 from scellst_ray.runs.crop_files import Spool, decode_into, file_uri, index_uri
 from scellst_ray.runs.crop_store import CropFiles, CropStore, image_bytes, open_store
 from scellst_ray.slides.reader import Slide
@@ -138,7 +138,7 @@ def measure_raw(compression: str, crops: dict[str, Images]) -> dict[str, Any]:
 
 def write_store(folder: Path, crops: dict[str, Images], num: int, row_group: int) -> CropStore:
     """Write a store of `num` crops, real ones over and over, in slides of 2,000."""
-    crop_format.ROW_GROUP = row_group
+    crop_files.ROW_GROUP = row_group
     images = np.concatenate(list(crops.values()))
     images = images[np.random.default_rng(1).permutation(len(images))]
     slides = {}

@@ -29,7 +29,7 @@ from scellst_ray.pipelines.session import ray_session
 from scellst_ray.spots.links import Links
 from scellst_ray.spots.table import Spots
 from scellst_ray.stages.supervision import Rules
-from scellst_ray.training.grid import Resources, Trial, prepare_inputs, run_trials, trial_uri
+from scellst_ray.training.grid import Trial, TrialResources, prepare_inputs, run_trials, trial_uri
 
 
 def main() -> None:
@@ -100,8 +100,8 @@ def run_grid(options: argparse.Namespace, trials: list[Trial], folder: str) -> d
     with ray_session(num_cpus=options.cpus), peak_memory([]) as peak:
         ready = time.monotonic()
         names = sorted({name for trial in trials for name in trial.inputs})
-        prepared = prepare_inputs(partial(make_slide, options), names, Resources())
-        ended = dict(run_trials(run_trial, trials, prepared.refs, folder, Resources()))
+        prepared = prepare_inputs(partial(make_slide, options), names, TrialResources())
+        ended = dict(run_trials(run_trial, trials, prepared.refs, folder, TrialResources()))
         seconds = time.monotonic() - ready
         memory = peak()
     assert set(ended.values()) == {None}, ended

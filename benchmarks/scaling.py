@@ -52,7 +52,7 @@ from scellst_ray.core.geometry import Box
 from scellst_ray.core.version import __version__
 from scellst_ray.pipelines.driver import Progress
 from scellst_ray.pipelines.extract import run_cells
-from scellst_ray.pipelines.receipts import Work
+from scellst_ray.pipelines.receipts import WorkFunctions
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.checked_networks import CheckedNetworks
@@ -137,7 +137,7 @@ def one_run(folder: Path, num_gpus: int, slower: float, *, lose: bool) -> dict[s
         began = time.time()
         places: dict[str, Any] = {"places": folder / "gpus", "num_places": 2 * num_gpus}
         planned = partial(plan, sizes=sizes, seconds=PLAN_S * slower, **places)
-        work = Work(planned, partial(stage, folder=str(folder), slower=slower))
+        work = WorkFunctions(planned, partial(stage, folder=str(folder), slower=slower))
         run_cells("extract", config, slides, networks, watch.report, work=work)
         driver_cores = watch.cores() * slower
     finally:

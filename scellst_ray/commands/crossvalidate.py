@@ -30,8 +30,8 @@ from scellst_ray.spots.selection import parse_rule
 from scellst_ray.stages.supervision import Rules, TrainingSlide, training_slides
 from scellst_ray.training.grid import (
     Prepare,
-    Resources,
     Trial,
+    TrialResources,
     pending,
     prepare_inputs,
     run_trials,
@@ -232,12 +232,12 @@ def _run_missing(
     """Run trials on Ray; return why some failed, and how many run side by side."""
     failures: dict[str, str] = {}
     with ray_session() as cluster:
-        resources = Resources(config.cpus_per_trial, config.gpus_per_trial)
+        resources = TrialResources(config.cpus_per_trial, config.gpus_per_trial)
         num_slots = max(1, cluster.num_cpus // config.cpus_per_trial)
         if config.gpus_per_trial:
             num_slots = min(num_slots, int(cluster.num_gpus / config.gpus_per_trial))
         wanted = sorted({name for trial in missing for name in trial.inputs})
-        prepared = prepare_inputs(preparer, wanted, Resources())
+        prepared = prepare_inputs(preparer, wanted, TrialResources())
         if prepared.errors:
             listed = "; ".join(f"{name}: {text}" for name, text in prepared.errors.items())
             message = f"cannot use {len(prepared.errors)} of {len(wanted)} slides: {listed}"

@@ -28,7 +28,7 @@ from scellst_ray.models.weights.digests import file_digest
 from scellst_ray.pipelines.ask_nodes import node_problems, working_nodes
 from scellst_ray.pipelines.session import ray_session
 from scellst_ray.preflight.checks import FoundSlides, Problem, find_slides
-from scellst_ray.preflight.nodes import Asked, write_probe
+from scellst_ray.preflight.nodes import NodeRequirements, write_probe
 from scellst_ray.preflight.slide_plans import header_of, slide_row
 from scellst_ray.slides.manifest import SlideRow, read_manifest
 from scellst_ray.stages.config import head_file
@@ -175,7 +175,7 @@ def _nodes(console: Console, config: DoctorConfig, found: FoundSlides) -> int:
     return bad + len(problems)
 
 
-def _asked(config: DoctorConfig) -> Asked:
+def _asked(config: DoctorConfig) -> NodeRequirements:
     """Return what the nodes must offer; weights that are not here have been told of."""
     digests: list[tuple[str, str]] = []
     for weights in (config.encoder, config.segmenter_weights):
@@ -184,7 +184,7 @@ def _asked(config: DoctorConfig) -> Asked:
         outcome: Row = {}
         with guarded(outcome, "weights"):
             digests.append((weights, file_digest(Path(local_weights(weights)))))
-    return Asked(out=config.out, weights=tuple(digests), gpus=bool(config.gpus))
+    return NodeRequirements(out=config.out, weights=tuple(digests), gpus=bool(config.gpus))
 
 
 def _slides(console: Console, slides: list[SlideRow], found: FoundSlides) -> int:

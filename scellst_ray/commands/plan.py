@@ -9,7 +9,7 @@ from rich.console import Console
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
-from scellst_ray.preflight.costs import Work
+from scellst_ray.preflight.costs import Cost
 from scellst_ray.preflight.plan import Plan, PlanConfig, make_plan
 from scellst_ray.preflight.slide_plans import SlidePlan
 
@@ -59,7 +59,7 @@ def lines(plan: Plan) -> list[str]:
     return [*shown, *_totals(plan, len(bad)), *(f"note: {note}" for note in plan.notes)]
 
 
-def _row(name: str, tissue_mm2: float | None, work: Work) -> tuple[str, ...]:
+def _row(name: str, tissue_mm2: float | None, work: Cost) -> tuple[str, ...]:
     return (
         name,
         f"{work.tiles:,}",
@@ -87,7 +87,7 @@ def _totals(plan: Plan, num_bad: int) -> list[str]:
     return [slides, f"seconds of workers: {parts}", took, *_sources(plan)]
 
 
-def sum_stages(work: Work) -> dict[str, float]:
+def sum_stages(work: Cost) -> dict[str, float]:
     """Return seconds by stage, those of GPUs among them under their device's name."""
     return work.cpu_s | {f"{name} (GPU)": seconds for name, seconds in work.gpu_s.items()}
 
@@ -126,7 +126,7 @@ def _slide(slide: SlidePlan) -> dict[str, Any]:
     return {name: value for name, value in vars(slide).items() if name != "sample"}
 
 
-def _work(work: Work) -> dict[str, Any]:
+def _work(work: Cost) -> dict[str, Any]:
     hours = {"cpu_hours": work.all_cpu_s / 3600, "gpu_hours": work.all_gpu_s / 3600}
     return asdict(work) | {"cells": round(work.cells)} | hours
 

@@ -26,8 +26,8 @@ from scellst_ray.models.moco.network import MocoConfig
 from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_store import CropStore, open_store
-from scellst_ray.runs.folder import RunFolder, open_run
-from scellst_ray.runs.lease import held
+from scellst_ray.runs.folder import RunFolder, begin_run
+from scellst_ray.runs.lease import hold_lease
 from scellst_ray.training.moco_loop import Recipe, crop_order
 from scellst_ray.training.pretrain import Keeping, PretrainWorkers, encoder_state, pretrain
 
@@ -158,7 +158,7 @@ def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print)
     steps = crop_order(store, recipe).steps_per_epoch
     _, dim = new_backbone(config.arch, config.seed)
     identity = {"recipe": asdict(recipe), "crops": store.digest, "init": _init_digest(config)}
-    run = open_run(config.out, "pretrain", identity, asdict(config))
+    run = begin_run(config.out, "pretrain", identity, asdict(config))
     encoder_uri = storage.join(run.uri, ENCODER_FILE)
     if storage.exists(encoder_uri):
         found: dict[str, Any] = storage.read_json(storage.join(run.uri, "encoder.json"))
@@ -168,7 +168,7 @@ def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print)
         f"{store.num_crops:,} crops of {len(store.slides)} slides; {steps} steps of {config.batch} "
         f"an epoch; {config.arch}, {dim} numbers a cell"
     )
-    with held(run.uri), ray_session(dashboard=True) as cluster:
+    with hold_lease(run.uri), ray_session(dashboard=True) as cluster:
         check_before_run(asked_for(run.uri, gpus=bool(config.gpus)), cluster)
         workers = _workers(config, cluster)
         keep = Keeping(run.uri, config.checkpoint_steps, config.keep_best)

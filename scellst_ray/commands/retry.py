@@ -8,7 +8,7 @@ from typing import Any
 from scellst_ray import storage
 from scellst_ray.commands.extract import summarise
 from scellst_ray.commands.progress import shown_progress
-from scellst_ray.core.names import known
+from scellst_ray.core.names import check_names
 from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.pipelines.driver import Report
 from scellst_ray.pipelines.extract import extract
@@ -105,7 +105,7 @@ def _chosen(run: Run, manifest: str, slides: list[str] | None) -> list[str]:
     """
     there = {slide.slide_id for slide in read_manifest(manifest)}
     if slides is not None:
-        chosen = known(slides, sorted(there), f"{manifest}: slide_ids")
+        chosen = check_names(slides, sorted(there), f"{manifest}: slide_ids")
         done = [s for s in chosen if run.records.get(s, {}).get("status") in FINISHED]
         if done:
             message = f"{run.uri}: slide(s) {', '.join(done)} are done; give those that are not"

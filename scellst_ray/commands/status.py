@@ -15,9 +15,9 @@ from scellst_ray.runs.summary import (
     JSON_NAME,
     MARKDOWN_NAME,
     failure_row,
+    format_number,
     pace_line,
     progress_of,
-    shown,
     tiles_line,
     write_summary,
 )
@@ -85,7 +85,7 @@ def _show(console: Console, found: dict[str, Any], holder: Holder) -> None:
         driver_line(holder, datetime.fromisoformat(found["now"])),
     ]
     if holder.may_work:
-        now = shown(found["recent"]["tiles_per_s"])
+        now = format_number(found["recent"]["tiles_per_s"])
         left = "?" if found["tiles_left"] is None else f"about {found['tiles_left']:,}"
         eta = "?" if found["eta_s"] is None else _span(found["eta_s"])
         lines.append(f"now: {now} tiles/s, {left} tiles left, {eta} to go")
@@ -95,7 +95,7 @@ def _show(console: Console, found: dict[str, Any], holder: Holder) -> None:
         table = Table("slide", "tiles", "cells", "worker s", "most in", title="slowest slides")
         for row in found["slowest"]:
             numbers = (f"{row[name] or 0:,}" for name in ("num_tiles", "num_cells"))
-            table.add_row(row["slide_id"], *numbers, shown(row["seconds"]), row["stage"])
+            table.add_row(row["slide_id"], *numbers, format_number(row["seconds"]), row["stage"])
         console.print(table)
     _show_failures(console, found["failures"])
 

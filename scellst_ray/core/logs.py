@@ -1,7 +1,7 @@
 """Log lines that say which slide and tile they are about, as text or as JSON.
 
-`about` says so for every line logged inside it, by whatever code; a call that knows better names
-them itself, with `extra=named(...)`. Text lines end with them; with $SCELLST_RAY_LOG set to json a
+`log_context` says so for every line logged inside it, by whatever code; a call that knows better
+names them itself, with `extra=log_fields(...)`. Text lines end with them; with $SCELLST_RAY_LOG set to json a
 line is a JSON object, for collectors of logs.
 """
 
@@ -18,10 +18,10 @@ VARIABLE = "SCELLST_RAY_LOG"
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 NAMES = ("slide_id", "tile_id", "stage")
 Told = tuple[str | None, int | None, str | None]
-_about: ContextVar[Told] = ContextVar("about", default=(None, None, None))
+_context: ContextVar[Told] = ContextVar("log_context", default=(None, None, None))
 
 
-class about:  # noqa: N801 - used like a function; a generator takes four times as long
+class log_context:  # noqa: N801 - used like a function; a generator takes four times as long
     """Name slide, tile (-1: none in particular) and stage in every line logged inside a `with`.
 
     What is None stays as it is outside.
@@ -37,17 +37,17 @@ class about:  # noqa: N801 - used like a function; a generator takes four times 
 
     def __enter__(self) -> None:
         """Begin to name them."""
-        old = _about.get()
+        old = _context.get()
         slide_id, tile_id, stage = self.told
         told = (slide_id or old[0], old[1] if tile_id is None else tile_id, stage or old[2])
-        self.token: Token[Told] = _about.set(told)
+        self.token: Token[Told] = _context.set(told)
 
     def __exit__(self, *_: object) -> None:
         """Name again what is named outside."""
-        _about.reset(self.token)
+        _context.reset(self.token)
 
 
-def named(
+def log_fields(
     slide_id: str | None, tile_id: int | None = None, stage: str | None = None
 ) -> dict[str, Any]:
     """Return the `extra` of a log call about a slide, a tile, a stage."""
@@ -58,14 +58,14 @@ def named(
 def named_tiles(keys: Sequence[tuple[str, int]], stage: str | None = None) -> dict[str, Any]:
     """Return the `extra` of a log call about one or several tiles, by slide_id and tile_id."""
     if len(keys) == 1:
-        return named(*keys[0], stage)
-    return named(None, None, stage) | {"tiles": [list(key) for key in keys]}
+        return log_fields(*keys[0], stage)
+    return log_fields(None, None, stage) | {"tiles": [list(key) for key in keys]}
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     """Return what a line is about."""
     own = {name: vars(record)[name] for name in (*NAMES, "tiles") if name in vars(record)}
-    return named(*_about.get()) | own
+    return log_fields(*_context.get()) | own
 
 
 class TextLines(logging.Formatter):

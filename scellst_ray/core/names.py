@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 
-def known(names: Sequence[str], there: Sequence[str], where: str) -> list[str]:
+def check_names(names: Sequence[str], there: Sequence[str], where: str) -> list[str]:
     """Return `names` as a list if all of them are `there`, none twice.
 
     Raises:

@@ -20,7 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scellst_ray import storage
-from scellst_ray.core.logs import named
+from scellst_ray.core.logs import log_fields
 from scellst_ray.core.version import __version__
 from scellst_ray.runs.reading import Run
 from scellst_ray.slides.reader import Slide
@@ -66,7 +66,7 @@ def read_thumbnail(run: Run, slide_id: str, longest_px: int = THUMBNAIL_PX) -> T
         held = hold(uri)
     except FileNotFoundError:
         text = "slide %s: %s is gone; exported with a blank picture"
-        logger.warning(text, slide_id, uri, extra=named(slide_id))
+        logger.warning(text, slide_id, uri, extra=log_fields(slide_id))
         return None
     with held, Slide(held.path, held.name, record["mpp"]) as slide:
         longest0 = max(slide.width0, slide.height0)
@@ -101,7 +101,7 @@ def to_anndata(
     for slide_id in chosen:
         if run.records[slide_id]["status"] == "partial":
             text = "slide %s is partial: its failed tiles have no cells here"
-            logger.warning(text, slide_id, extra=named(slide_id))
+            logger.warning(text, slide_id, extra=log_fields(slide_id))
     wants_genes = genes is not None or run.has_expression
     names = run.choose_genes(genes) if wants_genes else []
     adata = ad.AnnData(

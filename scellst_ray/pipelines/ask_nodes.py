@@ -22,7 +22,14 @@ from scellst_ray.preflight.checks import (
     find_slides,
     stop_or_warn,
 )
-from scellst_ray.preflight.nodes import Asked, Facts, judged, node_facts, versions, write_probe
+from scellst_ray.preflight.nodes import (
+    Facts,
+    NodeRequirements,
+    node_facts,
+    problems_of_node,
+    versions,
+    write_probe,
+)
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.gpu_watch import PRETEND
 
@@ -42,7 +49,7 @@ class Node:
 
 def asked_for(
     out: str, weights: Iterable[tuple[str | None, str | None]] = (), *, gpus: bool = False
-) -> Asked:
+) -> NodeRequirements:
     """Return what the nodes of a run must offer.
 
     Args:
@@ -51,11 +58,11 @@ def asked_for(
         gpus: Whether networks run on GPUs.
     """
     files = tuple((w, d) for w, d in weights if w and d and d.startswith("sha256:"))
-    return Asked(out=out, weights=files, gpus=gpus and os.environ.get(PRETEND) != "1")
+    return NodeRequirements(out=out, weights=files, gpus=gpus and os.environ.get(PRETEND) != "1")
 
 
 def check_before_run(
-    asked: Asked,
+    asked: NodeRequirements,
     cluster: Cluster,
     slides: Sequence[SlideRow] = (),
     *,
@@ -89,7 +96,7 @@ def check_before_run(
 
 
 def node_problems(
-    asked: Asked, cluster: Cluster, found: FoundSlides, timeout_s: float = ANSWER_S
+    asked: NodeRequirements, cluster: Cluster, found: FoundSlides, timeout_s: float = ANSWER_S
 ) -> list[Problem]:
     """Return what is wrong with the cluster and its nodes."""
     problems = []
@@ -119,14 +126,14 @@ def node_problems(
         else:
             gpus = node.num_gpus if asked.gpus else 0
             largest = found.largest_remote
-            told = judged(node.name, answer, versions(), span, gpus, largest)
+            told = problems_of_node(node.name, answer, versions(), span, gpus, largest)
             if answer.get("cache_free", largest) < largest:
                 told = [replace(p, node_id=None if p.stops else node.node_id) for p in told]
             problems += told
     return problems
 
 
-def ask_nodes(asked: Asked, timeout_s: float) -> list[tuple[Node, Facts | str]]:
+def ask_nodes(asked: NodeRequirements, timeout_s: float) -> list[tuple[Node, Facts | str]]:
     """Return what each node that can work says, or why it says nothing."""
     nodes = working_nodes()
     if len(nodes) == 1 and _is_here(nodes[0]):
@@ -162,7 +169,7 @@ def _is_here(node: Node) -> bool:
     return node.node_id == ray.get_runtime_context().get_node_id()
 
 
-def _sent(asked: Asked, node: Node) -> "ray.ObjectRef[Facts]":
+def _sent(asked: NodeRequirements, node: Node) -> "ray.ObjectRef[Facts]":
     place = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0)(node_facts)
     return task.options(scheduling_strategy=place).remote(asked)

@@ -135,7 +135,7 @@ class Attempts:
             # Written down at once: this process, too, may end before its first batch.
             self._write()
 
-    def over(self, rows: list[Row], work: Work[Done]) -> list[Done]:
+    def run_guarded(self, rows: list[Row], work: Work[Done]) -> list[Done]:
         """Do `work` on rows, all at once, or one at a time where one of them is suspected.
 
         Rows of tiles that have ended too many processes get an error; `work` sees them too.
@@ -297,7 +297,7 @@ def forget_attempts(run: RunFolder) -> None:
     storage.remove_tree(storage.join(run.uri, FOLDER))
 
 
-def of_this_actor(
+def attempts_of_actor(
     folder: str, max_attempts: int, timeout_s: float | None, *, on_gpu: bool = False
 ) -> Attempts:
     """Return the attempts of the Ray actor this is called in, its earlier processes' included.

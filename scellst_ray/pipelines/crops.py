@@ -23,7 +23,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.core.logs import named
+from scellst_ray.core.logs import log_fields
 from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.receipts import Resources
 from scellst_ray.pipelines.session import Cluster
@@ -254,14 +254,14 @@ class CutCrops:
         """Cut this set; notes of attempts go below `session`."""
         # First, so that it is known what ended the process before. Slides differ too much in size
         # for a limit on their time.
-        self.attempts = attempts.of_this_actor(session, max_attempts, None)
+        self.attempts = attempts.attempts_of_actor(session, max_attempts, None)
         self.crops = crops
         cv2.setNumThreads(1)
 
     def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
         """Yield the record of each slide, as JSON."""
         for row in batch.to_pylist():
-            (record,) = self.attempts.over([row | {"tile_id": -1}], self._one)
+            (record,) = self.attempts.run_guarded([row | {"tile_id": -1}], self._one)
             yield pa.table({"record": [json.dumps(record)]})
 
     def _one(self, rows: list[Row], begins: Callable[[str], None]) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _publish_index(crops: CropSet, found: Records) -> None:
     failed = {s: r for s, r in sorted(found.items()) if r["status"] == "failed"}
     for slide_id, record in failed.items():
         told = (slide_id, record["error"])
-        logger.error("no crops of slide %s: %s", *told, extra=named(slide_id, None, "crops"))
+        logger.error("no crops of slide %s: %s", *told, extra=log_fields(slide_id, None, "crops"))
     index = {
         "format_version": schemas.FORMAT_VERSION,
         "run_digest": crops.run.digest,

@@ -25,8 +25,8 @@ import ray.exceptions
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.core.logs import named
-from scellst_ray.pipelines.finishing import RemoteFinisher, Whole
+from scellst_ray.core.logs import log_fields
+from scellst_ray.pipelines.finishing import CompleteSlide, RemoteFinisher
 from scellst_ray.pipelines.shard_uses import ShardUses
 from scellst_ray.runs.compaction import unfinished_record
 from scellst_ray.runs.folder import FINISHED, RunFolder, last_of_each_tile, split_by_slide
@@ -79,8 +79,8 @@ class Driver:
         self.receipts: dict[str, list[pa.Table]] = {}
         self.whole: set[str] = set()
         self.unlogged: list[pa.Table] = []
-        self.unlogged_whole: list[Whole] = []
-        self.waiting: deque[Whole] = deque()
+        self.unlogged_whole: list[CompleteSlide] = []
+        self.waiting: deque[CompleteSlide] = deque()
         self.num_waiting = 0
         self.alone: set[str] = set()
         self.uses = ShardUses()
@@ -88,7 +88,7 @@ class Driver:
         self.lock = threading.Lock()
         self.logged_at = self.started = self.heard_at = time.monotonic()
         self.finishers: list[Any] = []
-        self.finishing: dict[Any, tuple[Any, list[Whole]]] = {}
+        self.finishing: dict[Any, tuple[Any, list[CompleteSlide]]] = {}
 
     def resume(
         self, pending: list[SlideRow], spec: CellsSpec, finished: Collection[str] = ()
@@ -187,7 +187,9 @@ class Driver:
             for slide_id, part in split_by_slide(receipts):
                 if slide_id in self.whole:
                     told = (slide_id, len(part))
-                    logger.warning("slide %s: %d receipts came twice", *told, extra=named(slide_id))
+                    logger.warning(
+                        "slide %s: %d receipts came twice", *told, extra=log_fields(slide_id)
+                    )
                     continue
                 self.unlogged.append(part)
                 self._add(slide_id, part)
@@ -264,7 +266,7 @@ class Driver:
             task = finisher.finish.remote(self.run, receipts, self.imported)
             self.finishing[task] = finisher, slides
 
-    def _next_slides(self, most: int) -> list[Whole]:
+    def _next_slides(self, most: int) -> list[CompleteSlide]:
         """Return the next slides that one task shall finish."""
         slides = [self.waiting.popleft()]
         num_cells = _num_cells(slides[0])
@@ -298,7 +300,7 @@ class Driver:
             for record in records:
                 if record.get("stage") == "finish":
                     told = (record["slide_id"], record["error_type"], record["error"])
-                    text, extra = "slide %s could not be finished: %s: %s", named(told[0])
+                    text, extra = "slide %s could not be finished: %s: %s", log_fields(told[0])
                     logger.error(text, *told, extra=extra)
                 self.progress.records[record["slide_id"]] = record
         if ready:
@@ -337,5 +339,5 @@ def _tidy(remove: Callable[[], None]) -> None:
         logger.warning("shards are left, for `scellst-ray gc` to remove: %s", error)
 
 
-def _num_cells(whole: Whole) -> int:
+def _num_cells(whole: CompleteSlide) -> int:
     return int(whole[1]["num_cells"].to_numpy().sum())

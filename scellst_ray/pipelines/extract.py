@@ -10,22 +10,22 @@ from scellst_ray.pipelines.attempts import Limits, forget_attempts
 from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
 from scellst_ray.pipelines.driver import Driver, Progress, Report
 from scellst_ray.pipelines.metrics import watched
-from scellst_ray.pipelines.receipts import Resources, Work, receipts_dataset
+from scellst_ray.pipelines.receipts import Resources, WorkFunctions, receipts_dataset
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_files import CropSample
 from scellst_ray.runs.crop_store import colours_by_slide
-from scellst_ray.runs.folder import FINISHED, RunFolder, check_manifest_unchanged, open_run
-from scellst_ray.runs.lease import held
+from scellst_ray.runs.folder import FINISHED, RunFolder, begin_run, check_manifest_unchanged
+from scellst_ray.runs.lease import hold_lease
 from scellst_ray.runs.sources import sources_of
 from scellst_ray.runs.summary import write_summary
-from scellst_ray.slides.manifest import SlideRow, chosen, read_manifest
+from scellst_ray.slides.manifest import SlideRow, read_manifest, select_slides
 from scellst_ray.stages.checked_networks import CheckedNetworks, cells_spec, check_networks
-from scellst_ray.stages.config import ExtractConfig, settled
+from scellst_ray.stages.config import ExtractConfig, resolve_config
 from scellst_ray.stages.make import SEGMENTER_VERSIONS, make_stage
 from scellst_ray.stages.plan_slide import plan_slide
 
 WORKER_GB = 2.0
-OWN_WORK = Work(plan_slide, make_stage)
+OWN_WORK = WorkFunctions(plan_slide, make_stage)
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +46,7 @@ def run_cells(
     networks: CheckedNetworks,
     report: Report,
     prepare: Callable[[], None] = lambda: None,
-    work: Work = OWN_WORK,
+    work: WorkFunctions = OWN_WORK,
 ) -> dict[str, dict[str, Any]]:
     """Open the run, do what is missing, and return the record of every slide.
 
@@ -59,12 +59,12 @@ def run_cells(
         prepare: Called once the folder is known to be this run's.
         work: What is done to slides and tiles, where that is not the pipeline's own.
     """
-    config, slides = settled(config), chosen(slides, config.slides)
+    config, slides = resolve_config(config), select_slides(slides, config.slides)
     colours = None if config.colours_from is None else colours_by_slide(config.colours_from)
     identity = _identity(config, networks)
-    run = open_run(config.out, job, identity)
+    run = begin_run(config.out, job, identity)
     # Nothing else is written, and Ray does not start, before other drivers are kept out.
-    with held(run.uri) as lease:
+    with hold_lease(run.uri) as lease:
         run.write_config(asdict(config))
         prepare()
         sources = sources_of(slides, colours, imported=config.segmenter == "imported")

@@ -7,14 +7,14 @@ import pyarrow as pa
 import ray
 
 from scellst_ray import storage
-from scellst_ray.core.logs import about
+from scellst_ray.core.logs import log_context
 from scellst_ray.runs.compaction import Shards, finish_slide, unfinished_record
 from scellst_ray.runs.folder import RunFolder, split_by_slide
 from scellst_ray.stages.tiles import Row, guarded
 
 # On a local disk threads take each other's turn in Python; a request to a store is mostly waiting.
 THREADS_HERE, THREADS_REMOTE = 2, 16
-Whole = tuple[str, pa.Table]
+CompleteSlide = tuple[str, pa.Table]
 
 
 def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list[dict[str, Any]]:
@@ -27,10 +27,10 @@ def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list
     """
     shards = Shards(run)
 
-    def finish(whole: Whole) -> dict[str, Any]:
+    def finish(whole: CompleteSlide) -> dict[str, Any]:
         slide_id, of_slide = whole
         outcome: Row = {}
-        with about(slide_id), guarded(outcome, "finish"):
+        with log_context(slide_id), guarded(outcome, "finish"):
             outcome["record"] = finish_slide(run, slide_id, of_slide, shards, imported=imported)
         if "record" in outcome:
             return dict(outcome["record"])

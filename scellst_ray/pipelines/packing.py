@@ -94,7 +94,7 @@ def _is_empty(column: pa.ChunkedArray) -> bool:
     return bool(column.null_count == len(column))
 
 
-def queued(rows: list[Row]) -> list[Row]:
+def stamp_queued(rows: list[Row]) -> list[Row]:
     """Note in rows when they are put down for another process; return them."""
     now = time.time()
     for row in rows:
@@ -102,7 +102,7 @@ def queued(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def taken_up(rows: list[Row]) -> list[Row]:
+def add_waiting_time(rows: list[Row]) -> list[Row]:
     """Add to the `waited_s` of rows how long they have been put down; return them.
 
     By the clocks of both processes: where the later one is behind, a wait counts as none.

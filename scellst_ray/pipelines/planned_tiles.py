@@ -10,7 +10,7 @@ from ray.data import ActorPoolStrategy
 
 from scellst_ray.core.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
-from scellst_ray.pipelines.packing import PADDING, queued
+from scellst_ray.pipelines.packing import PADDING, stamp_queued
 from scellst_ray.stages.tiles import PLANNED, CellsSpec, Row
 
 # Ray Data cuts blocks by bytes, and takes work to where a block lies only if that is the object
@@ -35,7 +35,7 @@ def block_bytes(tiles_per_task: int) -> int:
     return max(LEAST_BLOCK_BYTES, TILE_BYTES * tiles_per_task)
 
 
-def planned(
+def plan_dataset(
     rows: list[dict[str, Any]],
     planners: int,
     how: dict[str, Any],
@@ -87,13 +87,15 @@ class PlanTiles:
         """Plan for these settings; notes of attempts go below `session`."""
         log_to_stderr(logging.WARNING)
         self.spec, self.plan, self.tiles_per_task = spec, plan, tiles_per_task
-        self.attempts = attempts.of_this_actor(session, limits.max_attempts, limits.plan_timeout_s)
+        self.attempts = attempts.attempts_of_actor(
+            session, limits.max_attempts, limits.plan_timeout_s
+        )
 
     def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
         """Yield the tiles of a batch of `plan_slide` rows, as many as a task takes at a time."""
         waiting: list[Row] = []
         for row in batch.to_pylist():
-            (tiles,) = self.attempts.over([row | {"tile_id": -1}], self._plan)
+            (tiles,) = self.attempts.run_guarded([row | {"tile_id": -1}], self._plan)
             waiting += tiles
             while len(waiting) >= self.tiles_per_task:
                 yield self._padded(waiting[: self.tiles_per_task])
@@ -109,7 +111,7 @@ class PlanTiles:
         return self.plan(row, self.spec)
 
     def _padded(self, rows: list[Row]) -> pa.Table:
-        tiles = pa.Table.from_pylist(queued(rows), schema=PLANNED)
+        tiles = pa.Table.from_pylist(stamp_queued(rows), schema=PLANNED)
         # More than where blocks are cut, and less than half of it more, which is cut again.
         num_bytes = block_bytes(self.tiles_per_task) * 6 // 5 - tiles.nbytes
         padding = [bytes(max(0, num_bytes)), *[b""] * (len(tiles) - 1)]

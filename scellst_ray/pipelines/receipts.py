@@ -20,8 +20,8 @@ from ray.data import ActorPoolStrategy, DataContext
 from scellst_ray.core.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.metrics import WorkerMetrics
-from scellst_ray.pipelines.packing import pack, queued, taken_up, unpack
-from scellst_ray.pipelines.planned_tiles import Plan, block_bytes, planned
+from scellst_ray.pipelines.packing import add_waiting_time, pack, stamp_queued, unpack
+from scellst_ray.pipelines.planned_tiles import Plan, block_bytes, plan_dataset
 from scellst_ray.pipelines.session import Cluster
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.config import tiles_of_task
@@ -45,7 +45,7 @@ class MakeStage(Protocol):
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkFunctions:
     """What is done to slides and tiles; simulations put something else in its place.
 
     Attributes:
@@ -92,7 +92,7 @@ def receipts_dataset(
     run: RunFolder,
     resources: Resources,
     cluster: Cluster,
-    work: Work,
+    work: WorkFunctions,
 ) -> ray.data.Dataset:
     """Build the lazy pipeline from slides still to do to RECEIPTS.
 
@@ -110,7 +110,7 @@ def receipts_dataset(
     session = attempts.new_session(run)
     how = {"spec": spec, "session": session, "limits": resources.limits}
     planners = max(len(cluster.node_memory), cluster.num_cpus // 8)
-    dataset = planned(
+    dataset = plan_dataset(
         rows,
         planners,
         how | {"plan": work.plan, "tiles_per_task": per_task},
@@ -230,19 +230,19 @@ class Stages:
         log_to_stderr(logging.WARNING)
         self.metrics = WorkerMetrics(run)
         # First, so that it is known what ended the process before.
-        self.attempts = attempts.of_this_actor(
+        self.attempts = attempts.attempts_of_actor(
             session, limits.max_attempts, limits.tile_timeout_s, on_gpu=on_gpu
         )
         self.stages = {name: make(name, spec, run, on_gpu=on_gpu) for name in names}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Take tiles as they come from the stage before to the form the next one takes."""
-        done = self.attempts.over(taken_up(unpack(batch)), self._run)
+        done = self.attempts.run_guarded(add_waiting_time(unpack(batch)), self._run)
         if isinstance(done[0], pa.Table):
             receipts = pa.concat_tables(done)
             self.metrics.count(receipts)
             return receipts
-        return pack(queued([row for rows in done for row in rows]))
+        return pack(stamp_queued([row for rows in done for row in rows]))
 
     def _run(self, rows: Any, begins: Callable[[str], None]) -> Any:  # noqa: ANN401
         """Return what the last stage makes of rows: rows, or receipts."""

@@ -164,7 +164,7 @@ def size_of(uri: str) -> int:
     return num_bytes
 
 
-def listed(problems: Sequence[Problem]) -> list[str]:
+def format_problems(problems: Sequence[Problem]) -> list[str]:
     """Return a line for each problem, those that stop the run first, most of many left out."""
     stopping = [problem.text for problem in problems if problem.stops]
     others = [problem.text for problem in problems if not problem.stops]
@@ -179,7 +179,7 @@ def stop_or_warn(problems: list[Problem], logger: logging.Logger) -> None:
     Raises:
         ValueError: a line for each problem.
     """
-    lines = "\n".join(f"- {line}" for line in listed(problems))
+    lines = "\n".join(f"- {line}" for line in format_problems(problems))
     num = sum(problem.stops for problem in problems)
     if num:
         message = f"{num} problem(s) must be mended before this run can start:\n{lines}"

@@ -77,7 +77,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Shape:
+class RunShape:
     """What decides which stages there are, and what they write.
 
     Attributes:
@@ -111,7 +111,7 @@ class PlannedCluster:
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """What is to be done on one slide, or on all.
 
     Attributes:
@@ -145,7 +145,7 @@ class Work:
         return sum(self.gpu_s.values())
 
 
-def work_of(plan: SlidePlan, rates: Rates, shape: Shape, cluster: PlannedCluster) -> Work:
+def work_of(plan: SlidePlan, rates: Rates, shape: RunShape, cluster: PlannedCluster) -> Cost:
     """Return the work on one slide."""
     value, gpu = rates.values, "_gpu" if cluster.gpus else ""
     num_cells = _expected_cells(plan, rates) if plan.num_cells is None else float(plan.num_cells)
@@ -170,7 +170,7 @@ def work_of(plan: SlidePlan, rates: Rates, shape: Shape, cluster: PlannedCluster
     if not math.isnan(value["stored_cell_bytes"]):
         cell_bytes = value["stored_cell_bytes"]
     kept = num_cells * cell_bytes
-    return Work(
+    return Cost(
         int(plan.num_tiles > 0),
         plan.num_tiles,
         num_cells,
@@ -190,13 +190,13 @@ def _expected_cells(plan: SlidePlan, rates: Rates) -> float:
     return rates.densities.get(plan.slide_id, by_tissue) * plan.tissue_mm2
 
 
-def total(works: Iterable[Work], shape: Shape) -> Work:
+def total(works: Iterable[Cost], shape: RunShape) -> Cost:
     """Return the work on all slides, crops for pretraining included."""
     parts = list(works)
     cells = sum(work.cells for work in parts)
     crops = CROP_BYTES * min(cells, shape.kept_crops)
     written, kept = (sum(getattr(w, f"bytes_{n}") for w in parts) for n in ("written", "kept"))
-    return Work(
+    return Cost(
         sum(work.slides for work in parts),
         sum(work.tiles for work in parts),
         cells,
@@ -217,7 +217,7 @@ def sum_by_key(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
-def wall_s(work: Work, rates: Rates, shape: Shape, cluster: PlannedCluster) -> float:
+def wall_s(work: Cost, rates: Rates, shape: RunShape, cluster: PlannedCluster) -> float:
     """Return the seconds a cluster takes for all slides, from the command to the last record."""
     started = cluster.workers + cluster.gpus + STARTED_BESIDE
     start_s = rates.values["start_worker"] * max(1.0, started / cluster.cpus)
@@ -241,7 +241,7 @@ def wall_s(work: Work, rates: Rates, shape: Shape, cluster: PlannedCluster) -> f
     return start_s + once_s + max(busy) + last_s
 
 
-def used(shape: Shape, cluster: PlannedCluster) -> list[str]:
+def used(shape: RunShape, cluster: PlannedCluster) -> list[str]:
     """Return the names of the rates that an estimate of seconds rests on."""
     gpu = "_gpu" if cluster.gpus else ""
     names = ["open", "read"] * shape.pixels + [f"network{gpu}"] * shape.network + ["segment"]

@@ -1,7 +1,7 @@
 """What a node of a cluster offers a run, as plain values, and what is wrong with it.
 
-`node_facts` runs on every node (pipelines/ask_nodes.py sends it there), `judged` where the driver
-is. Neither torch nor Ray is imported.
+`node_facts` runs on every node (pipelines/ask_nodes.py sends it there), `problems_of_node` where
+the driver is. Neither torch nor Ray is imported.
 """
 
 import importlib.metadata
@@ -39,7 +39,7 @@ Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Asked:
+class NodeRequirements:
     """What every node is asked for.
 
     Attributes:
@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
     return ours | packages | {"openslide": openslide.__library_version__}
 
 
-def node_facts(asked: Asked) -> Facts:
+def node_facts(asked: NodeRequirements) -> Facts:
     """Return what this node offers; `wrong` lists what it was asked for and does not."""
     wrong: list[str] = []
     for check in (_check_out, _check_weights, _check_slides):
@@ -91,7 +91,7 @@ def _cache_facts() -> Facts:
     return {"cache": str(root), "cache_free": shutil.disk_usage(root).free}
 
 
-def _check_out(asked: Asked) -> None:
+def _check_out(asked: NodeRequirements) -> None:
     """Raise unless this node sees what the driver wrote, and can write beside it."""
     if asked.out is None or asked.probe is None:
         return
@@ -121,7 +121,7 @@ def write_probe(out: str, *, keep: bool) -> str:
     return uri
 
 
-def _check_weights(asked: Asked) -> None:
+def _check_weights(asked: NodeRequirements) -> None:
     """Raise if weights are not there, or others than the driver's."""
     for weights, digest in asked.weights:
         path = weights_path(weights) if is_catalogued(weights) else storage.local_copy(weights)
@@ -134,7 +134,7 @@ def _check_weights(asked: Asked) -> None:
             raise ValueError(message)
 
 
-def _check_slides(asked: Asked) -> None:
+def _check_slides(asked: NodeRequirements) -> None:
     """Raise if none of the driver's local slides is to be seen here."""
     if asked.slides and not any(Path(storage.resolve(uri)[1]).exists() for uri in asked.slides):
         message = (
@@ -157,7 +157,7 @@ def _torch_gpus() -> int:
     return int(done.stdout)
 
 
-def judged(
+def problems_of_node(
     name: str,
     facts: Mapping[str, Any],
     ours: Mapping[str, str],

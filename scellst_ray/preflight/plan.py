@@ -17,10 +17,10 @@ from scellst_ray.models.mil.head import load_head
 from scellst_ray.preflight.calibration import calibrate
 from scellst_ray.preflight.costs import (
     DEFAULT,
+    Cost,
     PlannedCluster,
     Rates,
-    Shape,
-    Work,
+    RunShape,
     total,
     used,
     wall_s,
@@ -28,13 +28,13 @@ from scellst_ray.preflight.costs import (
 )
 from scellst_ray.preflight.rates import with_runs
 from scellst_ray.preflight.slide_plans import SlidePlan, by_slide, plan_slides
-from scellst_ray.slides.manifest import chosen, read_manifest
+from scellst_ray.slides.manifest import read_manifest, select_slides
 from scellst_ray.stages.checked_networks import CheckedNetworks, cells_spec, check_networks
 from scellst_ray.stages.config import (
     ExtractConfig,
     PredictConfig,
     head_file,
-    settled,
+    resolve_config,
     tiles_of_task,
 )
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
@@ -131,8 +131,8 @@ class Plan:
 
     job: str
     slides: list[SlidePlan]
-    works: list[Work]
-    total: Work
+    works: list[Cost]
+    total: Cost
     cluster: PlannedCluster
     rates: Rates
     wall_s: float
@@ -150,11 +150,11 @@ def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None
     Raises:
         ValueError: manifest, head, weights (if calibrating) or earlier runs cannot be used.
     """
-    slides = chosen(read_manifest(config.manifest), config.slides)
+    slides = select_slides(read_manifest(config.manifest), config.slides)
     job, hidden_dims, head_uri = _job(config)
     notes: list[str] = []
     networks = _networks(job, head_uri, notes, read=config.calibrate is not None)
-    spec = cells_spec(settled(job), networks)
+    spec = cells_spec(resolve_config(job), networks)
     keep = config.calibrate or 0
     plans = plan_slides(slides, spec, keep, config.processes, config.plan_timeout_s, report)
     cluster = config.cluster()
@@ -207,8 +207,8 @@ def _shape(
     hidden_dims: int,
     *,
     gpus: bool,
-) -> Shape:
-    return Shape(
+) -> RunShape:
+    return RunShape(
         network=spec.segmenter == "cellvit",
         pixels=spec.segmenter != "imported" or spec.encoder != "none",
         crops=spec.needs_crops,

@@ -42,7 +42,7 @@ GEO = {
 
 
 @dataclass(frozen=True)
-class Written:
+class TableCounts:
     """What a slide's tables hold; as it stands, that of a slide without cells."""
 
     tables: tuple[str, ...] = ()
@@ -146,7 +146,7 @@ def unfinished_record(slide_id: str, error_type: str, error: str) -> dict[str, A
 
 
 def _record(
-    slide_id: str, receipts: pa.Table, failed: pa.Table, written: Written
+    slide_id: str, receipts: pa.Table, failed: pa.Table, written: TableCounts
 ) -> dict[str, Any]:
     """Return the record; status done, empty (no tissue or no cell), partial or failed."""
     status = "done" if written.num_cells else "empty"
@@ -180,11 +180,11 @@ def _record(
     return record
 
 
-def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Shards) -> Written:
+def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Shards) -> TableCounts:
     """Write CELLS, and EXPRESSION if the shards hold hidden vectors, each nucleus once."""
     stretches = list(_stretches(receipts))
     if not stretches:
-        return Written()
+        return TableCounts()
     num_offered = pc.sum(receipts["num_cells"]).as_py()
 
     def cells(columns: list[str]) -> Iterator[pa.Table]:
@@ -204,7 +204,7 @@ def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Sha
         shift = _write_expression(run, slide_id, schema, rows)
         tables.append("EXPRESSION")
     num_cells = num_offered - len(found.dropped)
-    return Written(tuple(tables), num_cells, found.num_doubled, found.num_adopted, shift)
+    return TableCounts(tuple(tables), num_cells, found.num_doubled, found.num_adopted, shift)
 
 
 def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:
@@ -222,8 +222,8 @@ def _write_expression(
         _write(uri, schema, rows)
         return None
     score = SlideScore()
-    _write(uri, schema, score.seen(rows))
-    return score.judged(limit_of_head(storage.join(run.uri, HEAD_FILE)))
+    _write(uri, schema, score.counting(rows))
+    return score.result(limit_of_head(storage.join(run.uri, HEAD_FILE)))
 
 
 def _seam_cells(cells: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:

@@ -154,7 +154,7 @@ Colours = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass
-class Moments:
+class ColourSums:
     """Sums over the px of crops' centres: exact, so they add up to the same in any order.
 
     Attributes:
@@ -213,7 +213,7 @@ class Spool:
         """Make room for so many."""
         self.start = np.zeros(num_crops, np.int64)
         self.num_bytes = np.zeros(num_crops, np.int64)
-        self.moments = Moments()
+        self.moments = ColourSums()
         self._end = 0
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the spool
 

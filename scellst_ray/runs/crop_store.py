@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.runs.crop_files import Colours, Moments, decode_into, file_uri, index_uri
+from scellst_ray.runs.crop_files import Colours, ColourSums, decode_into, file_uri, index_uri
 from scellst_ray.storage.credentials import redacted
 from scellst_ray.storage.retries import retried
 
@@ -81,7 +81,7 @@ def open_store(uris: Sequence[str]) -> CropStore:
             folders have crops of the same slide.
     """
     uris = tuple(storage.absolute(uri) for uri in uris)
-    moments, failed, files, digests = Moments(), {}, {}, {}
+    moments, failed, files, digests = ColourSums(), {}, {}, {}
     for uri in uris:
         index = _index(uri)
         failed.update(index["failed"])
@@ -127,7 +127,7 @@ def colours_by_slide(uri: str) -> dict[str, Colours]:
     """
     slides = _index(storage.absolute(uri))["slides"]
     return {
-        slide_id: Moments(**found["centre"]).mean_std()
+        slide_id: ColourSums(**found["centre"]).mean_std()
         for slide_id, found in slides.items()
         if found["num_crops"]
     }

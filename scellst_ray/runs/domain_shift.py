@@ -112,7 +112,7 @@ class SlideScore:
         """Begin without cells."""
         self.sum_squares, self.num_cells = 0.0, 0
 
-    def seen(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    def counting(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Yield the tables, whose column `distance` counts."""
         for table in tables:
             distance_N = table["distance"].to_numpy().astype(np.float64)
@@ -120,7 +120,7 @@ class SlideScore:
             self.num_cells += len(distance_N)
             yield table
 
-    def judged(self, limit: float | None) -> dict[str, Any] | None:
+    def result(self, limit: float | None) -> dict[str, Any] | None:
         """Return `domain_shift` of the slide's record; None if it has no cells."""
         if not self.num_cells:
             return None

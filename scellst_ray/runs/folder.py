@@ -134,7 +134,7 @@ def split_by_slide(receipts: pa.Table) -> Iterator[tuple[str, pa.Table]]:
         start = end
 
 
-def open_run(
+def begin_run(
     uri: str, job: str, identity: Mapping[str, Any], config: Mapping[str, Any] | None = None
 ) -> RunFolder:
     """Create a run folder, or open one that was made by the same job with the same identity.

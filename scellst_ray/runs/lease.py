@@ -46,7 +46,7 @@ class LeaseError(ValueError):
 
 
 @contextmanager
-def held(run_uri: str, seconds: float = LEASE_S) -> Iterator["Lease"]:
+def hold_lease(run_uri: str, seconds: float = LEASE_S) -> Iterator["Lease"]:
     """Hold a run's lease inside a `with`.
 
     Args:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from scellst_ray import storage
 from scellst_ray.runs.folder import FINISHED, last_of_each_tile
 from scellst_ray.runs.folder import FOLDER as ATTEMPTS
-from scellst_ray.runs.lease import LeaseError, held
+from scellst_ray.runs.lease import LeaseError, hold_lease
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.runs.state import read_holder, read_log
 
@@ -62,7 +62,7 @@ def sweep(run_uri: str, *, dry_run: bool = False) -> list[Leftover]:
             )
             raise LeaseError(message)
         return list(leftovers(run))
-    with held(run_uri) as lease:
+    with hold_lease(run_uri) as lease:
         # Once more, now that no driver can change it.
         found = list(leftovers(open_run(run_uri)))
         for start in range(0, len(found), AT_ONCE):

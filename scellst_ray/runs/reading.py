@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.core.names import known
+from scellst_ray.core.names import check_names
 from scellst_ray.models.mil.stored_head import (
     HEAD_FILE,
     LastLayer,
@@ -151,7 +151,7 @@ class Run:
         with self._open(slide_id, "CELLS") as file:
             schema = schemas.cells_schema(self.embedding_dim) if file is None else file.schema_arrow
             source = f"CELLS of slide {slide_id!r}"
-            names = schema.names if columns is None else known(columns, schema.names, source)
+            names = schema.names if columns is None else check_names(columns, schema.names, source)
             if file is None:
                 return schema.empty_table().select(names)
             return file.read(columns=names).select(names)
@@ -178,7 +178,8 @@ class Run:
         """
         if slide_ids is None:
             return [s for s in sorted(self.records) if self.records[s]["status"] != "failed"]
-        chosen = known(list(slide_ids), sorted(self.records), f"{self.uri}: slides with a record")
+        where = f"{self.uri}: slides with a record"
+        chosen = check_names(list(slide_ids), sorted(self.records), where)
         for slide_id in chosen:
             self._record(slide_id)
         return chosen
@@ -190,7 +191,7 @@ class Run:
             ValueError: a gene is not in the panel or is there twice, or the run has no head.
         """
         panel = self.last_layer.genes
-        return list(panel) if genes is None else known(genes, panel, f"{self.uri}: genes")
+        return list(panel) if genes is None else check_names(genes, panel, f"{self.uri}: genes")
 
     def embeddings(self, slide_id: str) -> NDArray[np.float16]:
         """Return the embeddings of a slide's cells, float16 [N, D], in the order of `cells`."""
@@ -282,7 +283,7 @@ class Run:
     def _record(self, slide_id: str) -> dict[str, Any]:
         """Return the record of a slide that did not fail."""
         if slide_id not in self.records:
-            known([slide_id], sorted(self.records), f"{self.uri}: slides with a record")
+            check_names([slide_id], sorted(self.records), f"{self.uri}: slides with a record")
         record = self.records[slide_id]
         if record["status"] == "failed":
             message = (

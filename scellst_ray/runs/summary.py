@@ -155,7 +155,7 @@ def markdown(summary: dict[str, Any]) -> str:
         f"- created: {summary['created']}",
         f"- receipts: from {summary['first_receipt']} to {summary['last_receipt']}",
         f"- last record: {summary['last_record']}",
-        f"- slides read: {shown(summary['bytes']['slides'])} bytes; run folder: "
+        f"- slides read: {format_number(summary['bytes']['slides'])} bytes; run folder: "
         + ", ".join(f"{k} {v:,}" for k, v in summary["bytes"]["run"].items() if v),
         "- versions: " + ", ".join(f"{k} {v}" for k, v in summary["versions"].items()),
         *_tables(summary),
@@ -176,7 +176,10 @@ def tiles_line(found: dict[str, Any]) -> str:
 
 def pace_line(found: dict[str, Any]) -> str:
     """Say how fast a run went."""
-    rate = [shown(found["throughput"][name]) for name in ("tiles_per_s", "cells_per_s", "seconds")]
+    rate = [
+        format_number(found["throughput"][name])
+        for name in ("tiles_per_s", "cells_per_s", "seconds")
+    ]
     return "{} tiles/s, {} cells/s, over {} s of receipts".format(*rate)
 
 
@@ -215,7 +218,7 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
         yield f"| {' | '.join(cells)} |"
 
 
-def shown(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Return a number as people read it."""
     if value is None:
         return "?"

@@ -82,7 +82,7 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
     return rows
 
 
-def chosen(slides: list[SlideRow], slide_ids: list[str] | None) -> list[SlideRow]:
+def select_slides(slides: list[SlideRow], slide_ids: list[str] | None) -> list[SlideRow]:
     """Return the slides of these ids, in the order of the manifest; all if None.
 
     Raises:

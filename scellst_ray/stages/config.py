@@ -97,7 +97,7 @@ def tiles_of_task(tiles_per_task: int, *, gpus: bool) -> int:
     return max(tiles_per_task, GPU_TILES) if gpus else tiles_per_task
 
 
-def settled(config: ExtractConfig) -> ExtractConfig:
+def resolve_config(config: ExtractConfig) -> ExtractConfig:
     """Return the configuration with what must be the same in every process decided, once.
 
     Files of weights get absolute names, and `auto` precision becomes that of the driver.

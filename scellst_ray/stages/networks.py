@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scellst_ray.core import schemas
-from scellst_ray.core.logs import named
+from scellst_ray.core.logs import log_fields
 from scellst_ray.models.cellvit.checkpoint import load_cellvit
 from scellst_ray.models.cellvit.inference import pack_maps, segment_tiles, tokens_of
 from scellst_ray.models.encoder.encoder import Encoder, embed_crops, load_encoder
@@ -182,7 +182,7 @@ def end_process_if_broken(device: Device, row: Row) -> None:
             row["slide_id"],
             row["tile_id"],
             row["error"],
-            extra=named(row["slide_id"], row["tile_id"], row["stage"]),
+            extra=log_fields(row["slide_id"], row["tile_id"], row["stage"]),
         )
         os._exit(1)
 

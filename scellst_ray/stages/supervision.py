@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scellst_ray import storage
-from scellst_ray.core.logs import named
+from scellst_ray.core.logs import log_fields
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
@@ -194,7 +194,7 @@ def tissue_points(slide: TrainingSlide) -> NDArray[np.float64] | None:
             view, frame = image.overview(mpp)
     except (OSError, ValueError) as error:
         told = (slide.row.slide_id, error)
-        logger.info("slide %s: tissue by its cells: %s", *told, extra=named(told[0]))
+        logger.info("slide %s: tissue by its cells: %s", *told, extra=log_fields(told[0]))
         return None
     mask = tissue_mask(view, mpp)[::TISSUE_STEP, ::TISSUE_STEP]
     rows, columns = np.nonzero(mask)

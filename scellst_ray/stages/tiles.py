@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Box
-from scellst_ray.core.logs import about
+from scellst_ray.core.logs import log_context
 from scellst_ray.nuclei import seams
 from scellst_ray.runs.crop_files import Colours
 
@@ -84,7 +84,7 @@ def guarded(row: Row, stage: str) -> Iterator[None]:
     """Time a stage of one tile, and turn what it raises into values of its row."""
     started = time.perf_counter()
     try:
-        with about(row.get("slide_id"), row.get("tile_id"), stage):
+        with log_context(row.get("slide_id"), row.get("tile_id"), stage):
             yield
     except Exception as error:  # noqa: BLE001 - the one place where a tile's failure is caught
         notes = " ".join(getattr(error, "__notes__", ()))

@@ -33,7 +33,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Resources:
+class TrialResources:
     """What a task takes.
 
     Attributes:
@@ -62,7 +62,7 @@ class Prepared:
     errors: dict[str, str]
 
 
-def prepare_inputs(prepare: Prepare, names: Sequence[str], resources: Resources) -> Prepared:
+def prepare_inputs(prepare: Prepare, names: Sequence[str], resources: TrialResources) -> Prepared:
     """Prepare inputs in parallel; they stay on the nodes that made them until they are used.
 
     Args:
@@ -105,7 +105,7 @@ def run_trials(
     trials: Sequence[Trial],
     refs: Mapping[str, Any],
     folder: str,
-    resources: Resources,
+    resources: TrialResources,
 ) -> Iterator[tuple[str, str | None]]:
     """Run trials in parallel; yield each as it ends: its name, and why it failed or None.
 

@@ -19,7 +19,7 @@ from scellst_ray.core import schemas
 from scellst_ray.runs import lease as lease_module
 from scellst_ray.runs.compaction import finish_slide
 from scellst_ray.runs.folder import RunFolder, last_of_each_tile
-from scellst_ray.runs.lease import LeaseError, held
+from scellst_ray.runs.lease import LeaseError, hold_lease
 from scellst_ray.runs.leftovers import (
     FINISHED_IMPORTED,
     FINISHED_SHARDS,
@@ -117,7 +117,7 @@ def test_what_goes_and_what_stays(littered, capsys):
 def test_refused_while_a_driver_works(littered):
     run, _ = littered
     before = every_file(run)
-    with held(run.uri):
+    with hold_lease(run.uri):
         for dry_run in (True, False):
             with pytest.raises(LeaseError, match=here()):
                 sweep(run.uri, dry_run=dry_run)

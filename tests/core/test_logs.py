@@ -11,7 +11,14 @@ from datetime import datetime
 import pytest
 
 from scellst_ray.core import logs
-from scellst_ray.core.logs import JsonLines, TextLines, about, formatter, named, named_tiles
+from scellst_ray.core.logs import (
+    JsonLines,
+    TextLines,
+    formatter,
+    log_context,
+    log_fields,
+    named_tiles,
+)
 
 
 @pytest.fixture
@@ -36,7 +43,7 @@ def written():
 
 
 def in_a_tile(logger):
-    with about("P1", 12), about(None, None, "read"):
+    with log_context("P1", 12), log_context(None, None, "read"):
         logger.warning("cut, again in %.1f s", 1.5)
     logger.warning("100 %% of %s", "all")
 
@@ -63,9 +70,9 @@ def test_text_ends_with_them(written):
 
 def test_text_does_not_say_it_twice(written):
     def log(logger):
-        logger.warning("slide P1, tile 12: lost", extra=named("P1", 12))
-        logger.warning("slide P1 is partial", extra=named("P1", -1))
-        logger.warning("slide P1: slow", extra=named("P1", 12))
+        logger.warning("slide P1, tile 12: lost", extra=log_fields("P1", 12))
+        logger.warning("slide P1 is partial", extra=log_fields("P1", -1))
+        logger.warning("slide P1: slow", extra=log_fields("P1", 12))
 
     assert written(TextLines("%(message)s"), log) == [
         "slide P1, tile 12: lost",
@@ -76,7 +83,7 @@ def test_text_does_not_say_it_twice(written):
 
 def test_a_call_may_name_other_tiles_than_those_around_it(written):
     def log(logger):
-        with about("P1", 3):
+        with log_context("P1", 3):
             logger.error("one", extra=named_tiles([("P2", 7)], "embed"))
             logger.error("two", extra=named_tiles([("P2", 7), ("P3", 8)]))
 
@@ -92,7 +99,7 @@ def test_tracebacks_stay_in_the_line(written):
         try:
             raise error
         except ValueError:
-            with about("P1"):
+            with log_context("P1"):
                 logger.exception("failed")
 
     (line,) = written(JsonLines(), log)
@@ -104,7 +111,7 @@ def test_tracebacks_stay_in_the_line(written):
 
 def test_threads_have_tiles_of_their_own(written):
     def one(logger, number):
-        with about("P1", number):
+        with log_context("P1", number):
             logger.warning("x")
 
     def log(logger):
@@ -117,7 +124,7 @@ def test_threads_have_tiles_of_their_own(written):
 
 def test_an_error_leaves_nothing_behind(written):
     def log(logger):
-        with pytest.raises(KeyError), about("P1", 3):
+        with pytest.raises(KeyError), log_context("P1", 3):
             raise KeyError
         logger.warning("after")
 

@@ -61,7 +61,7 @@ def make_run(tmp_path, *, head):
     """A run of slides b (40 cells) and a (30), with their images."""
     uri = str(tmp_path / "run")
     identity = {"store_embeddings": not head}
-    folder = runs.open_run(uri, "predict" if head else "extract", identity, {})
+    folder = runs.begin_run(uri, "predict" if head else "extract", identity, {})
     if head:
         torch.manual_seed(0)
         info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}

@@ -17,7 +17,7 @@ from scellst_ray.pipelines.ask_nodes import (
 )
 from scellst_ray.pipelines.session import Cluster
 from scellst_ray.preflight.checks import FoundSlides
-from scellst_ray.preflight.nodes import Asked
+from scellst_ray.preflight.nodes import NodeRequirements
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.networks import PRETEND
 
@@ -44,7 +44,7 @@ def local_cluster():
 
 def test_nodes_answer_each_for_itself(local_cluster, tmp_path):
     (first,) = working_nodes()  # not the head, which takes no work
-    asked = Asked(out=str(tmp_path))
+    asked = NodeRequirements(out=str(tmp_path))
     assert node_problems(asked, CLUSTER, NOTHING) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -76,7 +76,7 @@ def test_one_node_is_asked_without_a_task(monkeypatch, tmp_path, caplog):
     here = tmp_path / "a.svs"
     here.write_bytes(b"x")
     slides = [SlideRow("a", str(here), None), SlideRow("b", str(tmp_path / "b.svs"), None)]
-    check_before_run(Asked(out=str(tmp_path), weights=(("w", "d"),)), CLUSTER, slides)
+    check_before_run(NodeRequirements(out=str(tmp_path), weights=(("w", "d"),)), CLUSTER, slides)
     (asked,) = seen
     # The driver has read the weights itself.
     assert (asked.weights, asked.slides) == ((), (str(here),))
@@ -91,11 +91,11 @@ def test_nodes_without_room_are_left_out_where_others_have_it(monkeypatch, caplo
     both = [nodes.Node(name, f"host-{name}", 0) for name in ("a", "b")]
     monkeypatch.setattr(nodes, "find_slides", lambda *_, **__: found)
     monkeypatch.setattr(nodes, "working_nodes", lambda: both)
-    facts = nodes.node_facts(Asked())
+    facts = nodes.node_facts(NodeRequirements())
     free = {node.node_id: 10**6 if node.node_id in full else 10**10 for node in both}
     answers = [(node, facts | {"cache_free": free[node.node_id]}) for node in both]
     monkeypatch.setattr(nodes, "ask_nodes", lambda *_: answers)
-    assert check_before_run(Asked(), CLUSTER) == left_out
+    assert check_before_run(NodeRequirements(), CLUSTER) == left_out
     for name in full:
         assert f"node host-{name}" in caplog.text
     assert ("and the largest slide takes 1 GB" in caplog.text) is bool(full)
@@ -104,15 +104,15 @@ def test_nodes_without_room_are_left_out_where_others_have_it(monkeypatch, caplo
 def test_what_is_asked_for(monkeypatch):
     weights = [("random:0", "random:0"), ("s3://b/e.pth", "sha256:12"), (None, None)]
     asked = asked_for("out", [*weights, ("tokens", "tokens:sha256:34")], gpus=True)
-    assert asked == Asked(out="out", weights=(("s3://b/e.pth", "sha256:12"),), gpus=True)
+    assert asked == NodeRequirements(out="out", weights=(("s3://b/e.pth", "sha256:12"),), gpus=True)
     monkeypatch.setenv(PRETEND, "1")
-    assert asked_for("out", gpus=True) == Asked(out="out")
+    assert asked_for("out", gpus=True) == NodeRequirements(out="out")
 
 
 def test_problems_of_the_cluster_and_the_output(tmp_path, monkeypatch):
     monkeypatch.setattr(nodes, "working_nodes", list)
     (tmp_path / "file").touch()
-    asked = Asked(out=str(tmp_path / "file" / "out"), gpus=True)
+    asked = NodeRequirements(out=str(tmp_path / "file" / "out"), gpus=True)
     gpus, output = node_problems(asked, CLUSTER, NOTHING)
     assert gpus.stops
     assert "the cluster has none" in gpus.text

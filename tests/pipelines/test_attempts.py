@@ -49,7 +49,7 @@ class Worker:
             # A retried batch is made of the same input again.
             rows = [{"slide_id": slide_id, "tile_id": tile, "num_tiles": 99} for tile in tiles]
             try:
-                parts = self.attempts.over(rows, self._work)
+                parts = self.attempts.run_guarded(rows, self._work)
             except Died:
                 self.num_deaths += 1
                 assert self.num_deaths < 1000
@@ -130,7 +130,7 @@ def test_rows_with_an_error_or_without_a_tile_are_not_suspected(tmp_path):
         {"slide_id": "a", "tile_id": 1, "num_tiles": 3, "error": "cannot be read"},
         {"slide_id": "b", "tile_id": -1, "num_tiles": 0},
     ]
-    (found,) = worker.attempts.over(rows, lambda rows, _: rows)
+    (found,) = worker.attempts.run_guarded(rows, lambda rows, _: rows)
     assert found == rows
     assert not (tmp_path / "note").exists()
 
@@ -145,8 +145,12 @@ def test_planning_is_guarded_as_tile_minus_one(tmp_path):
 
     for _ in range(3):
         with pytest.raises(Died):
-            Attempts(str(tmp_path / "n"), 3, None).over([{"slide_id": "s", "tile_id": -1}], plan)
-    (row,) = Attempts(str(tmp_path / "n"), 3, None).over([{"slide_id": "s", "tile_id": -1}], plan)
+            Attempts(str(tmp_path / "n"), 3, None).run_guarded(
+                [{"slide_id": "s", "tile_id": -1}], plan
+            )
+    (row,) = Attempts(str(tmp_path / "n"), 3, None).run_guarded(
+        [{"slide_id": "s", "tile_id": -1}], plan
+    )
     assert row["stage"] == "plan"
     assert row["error"].startswith("slide 's': 3 attempts ended")
 

@@ -13,15 +13,15 @@ from scellst_ray.pipelines import driver as driver_module
 from scellst_ray.pipelines import extract as cells
 from scellst_ray.pipelines.driver import MAX_PARTS, Driver, Progress
 from scellst_ray.pipelines.finishing import finish_slides
-from scellst_ray.runs.folder import RunFolder, open_run
-from scellst_ray.runs.lease import LeaseError, held
+from scellst_ray.runs.folder import RunFolder, begin_run
+from scellst_ray.runs.lease import LeaseError, hold_lease
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE
 
 
 @pytest.fixture
 def run(tmp_path):
-    return open_run(str(tmp_path / "run"), "extract", {"encoder": "none"})
+    return begin_run(str(tmp_path / "run"), "extract", {"encoder": "none"})
 
 
 def receipts(slide_id, tiles, num_tiles, shard=None, num_cells=1):
@@ -174,9 +174,9 @@ def test_a_refused_driver_leaves_the_folder_as_it_is(tmp_path):
     identity |= {name: getattr(config, name) for name in ("core_px", "halo_px", "precision")}
     identity |= {"encoder": "none", "embedding_dim": None, "store_embeddings": False}
     identity["segmenter_version"] = cells.SEGMENTER_VERSIONS[config.segmenter]
-    run = open_run(config.out, "extract", identity, {"of": "the first"})
+    run = begin_run(config.out, "extract", identity, {"of": "the first"})
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with held(run.uri), pytest.raises(LeaseError):
+    with hold_lease(run.uri), pytest.raises(LeaseError):
         cells.extract(config)
     after = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert after == before

@@ -4,7 +4,7 @@ import pytest
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.pipelines.packing import PACKED, pack, queued, taken_up, unpack
+from scellst_ray.pipelines.packing import PACKED, add_waiting_time, pack, stamp_queued, unpack
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.write import WriteShards
 
@@ -77,20 +77,20 @@ def test_blocks_may_be_cut_joined_and_sent(rows, how):
 def test_waiting_is_summed_over_queues_and_never_negative(rows, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.time", lambda: now[0])
-    there = unpack(pack(queued(rows)))
+    there = unpack(pack(stamp_queued(rows)))
     now[0] = 107.5
-    there = taken_up(there)
+    there = add_waiting_time(there)
     assert all("queued_at" not in row for row in there)
     now[0] = 200.0
-    there = unpack(pack(queued(there)))
+    there = unpack(pack(stamp_queued(there)))
     now[0] = 201.25
-    assert [row["waited_s"] for row in taken_up(there)] == [8.75] * 4
+    assert [row["waited_s"] for row in add_waiting_time(there)] == [8.75] * 4
     # The clock of the next node is behind.
-    there = unpack(pack(queued(there)))
+    there = unpack(pack(stamp_queued(there)))
     now[0] = 150.0
-    assert [row["waited_s"] for row in taken_up(there)] == [8.75] * 4
+    assert [row["waited_s"] for row in add_waiting_time(there)] == [8.75] * 4
     # Rows that were in no queue, as in a plain loop.
-    assert "waited_s" not in taken_up([{"slide_id": "a"}])[0]
+    assert "waited_s" not in add_waiting_time([{"slide_id": "a"}])[0]
 
 
 def test_receipts_and_shards_are_those_of_the_plain_loop(tmp_path, few_rows, rows, embed_stage):

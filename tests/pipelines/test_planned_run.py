@@ -4,7 +4,7 @@ import pyarrow.compute as pc
 import pytest
 
 from scellst_ray.pipelines.extract import extract
-from scellst_ray.preflight import calibration as plan_calibrate
+from scellst_ray.preflight import calibration
 from scellst_ray.preflight.plan import PlanConfig, make_plan
 from scellst_ray.preflight.slide_plans import by_slide
 from scellst_ray.runs.folder import RunFolder
@@ -17,8 +17,8 @@ TILES = {"core_px": 96, "halo_px": 32, "encoder": "random:0:resnet18", "gpus": F
 def test_tiles_are_those_of_the_run_and_its_records_tell_the_next_plan(
     small_cohort, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(plan_calibrate, "WORKER", "pass")
-    monkeypatch.setattr(plan_calibrate, "COMMAND", "print('there')")
+    monkeypatch.setattr(calibration, "WORKER", "pass")
+    monkeypatch.setattr(calibration, "COMMAND", "print('there')")
     manifest = tmp_path / "manifest.csv"
     rows = small_cohort.read_text().replace(",s", f",{small_cohort.parent}/s")
     manifest.write_text(rows + "gone,gone.tiff\n")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from scellst_ray.preflight import calibration as plan_calibrate
+from scellst_ray.preflight import calibration
 from scellst_ray.preflight.calibration import calibrate
 from scellst_ray.preflight.costs import DEFAULTS
 from scellst_ray.preflight.slide_plans import plan_one, slide_row
@@ -14,8 +14,8 @@ from scellst_ray.slides.manifest import SlideRow
 @pytest.fixture(autouse=True)
 def light_start(monkeypatch):
     """What workers import, and Ray's start, take processes of their own: not each time here."""
-    monkeypatch.setattr(plan_calibrate, "WORKER", "pass")
-    monkeypatch.setattr(plan_calibrate, "COMMAND", "print('there')")
+    monkeypatch.setattr(calibration, "WORKER", "pass")
+    monkeypatch.setattr(calibration, "COMMAND", "print('there')")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,6 @@ def test_bad_tiles_are_left_out_and_told_of(tiles, cells_spec):
 
 
 def test_a_ray_that_does_not_start_is_told_of(tiles, cells_spec, monkeypatch):
-    monkeypatch.setattr(plan_calibrate, "COMMAND", "raise SystemExit('no room')")
+    monkeypatch.setattr(calibration, "COMMAND", "raise SystemExit('no room')")
     with pytest.raises(ValueError, match="Ray does not start on this machine"):
         calibrate(tiles[:1], replace(cells_spec, encoder="none"), 2, on_gpu=False)

@@ -5,7 +5,13 @@ import logging
 import pytest
 
 from scellst_ray.preflight import checks as preflight
-from scellst_ray.preflight.checks import Problem, find_slides, listed, size_of, stop_or_warn
+from scellst_ray.preflight.checks import (
+    Problem,
+    find_slides,
+    format_problems,
+    size_of,
+    stop_or_warn,
+)
 from scellst_ray.slides.manifest import SlideRow
 from tests.support.object_server import serving
 
@@ -86,7 +92,7 @@ def test_asking_comes_to_an_end(files, monkeypatch):
 def test_all_in_one_message_those_that_stop_first():
     slides = [Problem(f"slide {number}: gone", stops=False) for number in range(30)]
     problems = [*slides, Problem("output: full"), Problem("node b: no weights")]
-    lines = listed(problems)
+    lines = format_problems(problems)
     assert lines[:3] == ["output: full", "node b: no weights", "slide 0: gone"]
     assert lines[-1] == "... and 10 more"
     with pytest.raises(ValueError, match=r"^2 problem\(s\) must be mended") as stopped:

@@ -11,7 +11,7 @@ from scellst_ray.preflight.costs import (
     DEFAULTS,
     PlannedCluster,
     Rates,
-    Shape,
+    RunShape,
     total,
     used,
     wall_s,
@@ -19,7 +19,7 @@ from scellst_ray.preflight.costs import (
 )
 from scellst_ray.preflight.slide_plans import SlidePlan
 
-SHAPE = Shape(
+SHAPE = RunShape(
     network=True,
     pixels=True,
     crops=True,

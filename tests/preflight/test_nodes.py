@@ -6,7 +6,13 @@ import pytest
 
 from scellst_ray.models.weights.digests import file_digest
 from scellst_ray.preflight import nodes as module
-from scellst_ray.preflight.nodes import Asked, judged, node_facts, versions, write_probe
+from scellst_ray.preflight.nodes import (
+    NodeRequirements,
+    node_facts,
+    problems_of_node,
+    versions,
+    write_probe,
+)
 from scellst_ray.storage.files import exists
 
 NOW = (1000.0, 1001.0)
@@ -23,14 +29,14 @@ WELL = {
 
 
 def texts(num_gpus=0, largest=0, **changes):
-    return judged("10.0.0.7", WELL | changes, versions(), NOW, num_gpus, largest)
+    return problems_of_node("10.0.0.7", WELL | changes, versions(), NOW, num_gpus, largest)
 
 
 def test_all_well(tmp_path):
     probe = write_probe(str(tmp_path), keep=True)
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"weights")
-    asked = Asked(
+    asked = NodeRequirements(
         out=str(tmp_path),
         probe=probe,
         weights=((str(weights), file_digest(weights)),),
@@ -42,7 +48,7 @@ def test_all_well(tmp_path):
     assert before <= facts["clock"] <= time.time()
     assert facts["versions"] == versions()
     assert {"ray", "torch", "python", "scellst_ray", "openslide"} <= set(versions())
-    assert judged("n", facts, versions(), (before, time.time()), 0, 0) == []
+    assert problems_of_node("n", facts, versions(), (before, time.time()), 0, 0) == []
     # Nothing of it is left but the driver's own.
     assert {path.name for path in tmp_path.iterdir()} == {
         weights.name,
@@ -52,7 +58,7 @@ def test_all_well(tmp_path):
 
 def test_everything_that_a_node_lacks_is_told_at_once(tmp_path):
     (tmp_path / "other.pth").write_bytes(b"another file")
-    asked = Asked(
+    asked = NodeRequirements(
         out=str(tmp_path),
         probe=str(tmp_path / ".probe-elsewhere"),
         weights=((str(tmp_path / "other.pth"), "sha256:ab"),),
@@ -73,25 +79,25 @@ def test_everything_that_a_node_lacks_is_told_at_once(tmp_path):
 def test_weights_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("SCELLST_RAY_CACHE_DIR", str(tmp_path))
     gone = ((str(tmp_path / "gone.pth"), "sha256:ab"),)
-    assert "gone.pth" in node_facts(Asked(weights=gone))["wrong"][0]
+    assert "gone.pth" in node_facts(NodeRequirements(weights=gone))["wrong"][0]
     named = (("cellvit-256-x40", "sha256:ab"),)
-    assert "models fetch cellvit-256-x40" in node_facts(Asked(weights=named))["wrong"][0]
+    assert "models fetch cellvit-256-x40" in node_facts(NodeRequirements(weights=named))["wrong"][0]
 
 
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
         write_probe(str(tmp_path / "file" / "out"), keep=True)
-    asked = Asked(out=str(tmp_path / "file" / "out"), probe=str(tmp_path / "file"))
+    asked = NodeRequirements(out=str(tmp_path / "file" / "out"), probe=str(tmp_path / "file"))
     assert "cannot be written" in node_facts(asked)["wrong"][0]
 
 
 def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SCELLST_RAY_CACHE_DIR", str(tmp_path / "file"))
-    facts = node_facts(Asked())
+    facts = node_facts(NodeRequirements())
     assert str(tmp_path / "file") in facts["wrong"][0]
-    assert judged("n", facts, versions(), (0.0, time.time() + 1), 0, 10**9)[0].stops
+    assert problems_of_node("n", facts, versions(), (0.0, time.time() + 1), 0, 10**9)[0].stops
 
 
 def test_versions_must_be_equal():
@@ -108,10 +114,10 @@ def test_gpus_that_torch_cannot_use(monkeypatch):
     assert problem.stops
     assert "Ray counts 2 GPUs and torch can use 0" in problem.text
     monkeypatch.setattr(module, "COUNT_GPUS", "print(3)")
-    facts = node_facts(Asked(gpus=True))
+    facts = node_facts(NodeRequirements(gpus=True))
     assert facts["torch_gpus"] == 3
     monkeypatch.setattr(module, "COUNT_GPUS", "import no_such_module")
-    (text,) = node_facts(Asked(gpus=True))["wrong"]
+    (text,) = node_facts(NodeRequirements(gpus=True))["wrong"]
     assert "no_such_module" in text
 
 

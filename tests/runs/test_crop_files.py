@@ -13,9 +13,9 @@ from scellst_ray.core import schemas
 from scellst_ray.runs.crop_files import (
     NO_CUTOFF,
     ROW_GROUP,
+    ColourSums,
     CropSample,
     Cutoff,
-    Moments,
     Spool,
     decode_into,
     draw,
@@ -132,7 +132,7 @@ def test_moments_are_those_of_all_pixels_together():
     rng = np.random.default_rng(0)
     crops = rng.integers(0, 256, (50, 72, 72, 3), np.uint8)
     crops[:20] //= 3  # whose spread differs: a mean of deviations would be another number
-    parts, whole = [Moments(), Moments()], Moments()
+    parts, whole = [ColourSums(), ColourSums()], ColourSums()
     parts[0].add(crops[:7])
     parts[1].add(crops[7:])
     for part in parts:
@@ -141,7 +141,7 @@ def test_moments_are_those_of_all_pixels_together():
     mean, std = whole.mean_std()
     np.testing.assert_allclose(mean, values.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(std, values.std(axis=0), rtol=1e-12)
-    assert Moments().mean_std() == ((0, 0, 0), (0, 0, 0))
+    assert ColourSums().mean_std() == ((0, 0, 0), (0, 0, 0))
 
 
 def test_coding_keeps_colours():

@@ -78,8 +78,8 @@ def judged(head, x_ND, limit):
     distance_N = stored_distance(head, torch.from_numpy(x_ND)).numpy()
     table = pa.table({"distance": pa.array(distance_N)})
     score = SlideScore()
-    assert len(list(score.seen([table.slice(0, 7), table.slice(7)]))) == 2
-    return score.judged(limit)
+    assert len(list(score.counting([table.slice(0, 7), table.slice(7)]))) == 2
+    return score.result(limit)
 
 
 def test_a_shifted_slide_is_beyond_and_another_is_not(trained):
@@ -96,7 +96,7 @@ def test_a_shifted_slide_is_beyond_and_another_is_not(trained):
     assert limit_of_head(str(folder / "old")) is None
     unknown = judged(head, cells_of(0, 200), None)
     assert unknown == alike | {"limit": None, "beyond": None}
-    assert SlideScore().judged(limit) is None
+    assert SlideScore().result(limit) is None
 
 
 def test_distances_are_those_of_the_definition_and_always_numbers(trained):

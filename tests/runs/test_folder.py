@@ -4,7 +4,7 @@ import yaml
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.runs.folder import RunFolder, check_manifest_unchanged, open_run
+from scellst_ray.runs.folder import RunFolder, begin_run, check_manifest_unchanged
 
 IDENTITY = {"encoder": "random:0", "read_mpp": 0.5, "shape": (1, 2)}
 
@@ -20,11 +20,11 @@ def receipts(rows):
 
 @pytest.fixture
 def run(tmp_path):
-    return open_run(str(tmp_path / "run"), "extract", IDENTITY, {"core_px": 960})
+    return begin_run(str(tmp_path / "run"), "extract", IDENTITY, {"core_px": 960})
 
 
 def test_open_and_reopen(tmp_path, run):
-    again = open_run(f"{tmp_path}/run/", "extract", IDENTITY, {"core_px": 480, "workers": 2})
+    again = begin_run(f"{tmp_path}/run/", "extract", IDENTITY, {"core_px": 480, "workers": 2})
     assert again == run
     stored = storage.read_json(f"{run.uri}/run.json")
     assert stored["digest"] == run.digest
@@ -36,19 +36,19 @@ def test_open_and_reopen(tmp_path, run):
 
 def test_the_digest_does_not_depend_on_key_order(tmp_path, run):
     turned = dict(reversed(IDENTITY.items()))
-    assert open_run(str(tmp_path / "other"), "extract", turned, {}).digest == run.digest
-    assert open_run(str(tmp_path / "third"), "predict", turned, {}).digest != run.digest
+    assert begin_run(str(tmp_path / "other"), "extract", turned, {}).digest == run.digest
+    assert begin_run(str(tmp_path / "third"), "predict", turned, {}).digest != run.digest
 
 
 def test_a_relative_folder_means_the_same_everywhere(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert open_run("run", "extract", IDENTITY, {}) == run
+    assert begin_run("run", "extract", IDENTITY, {}) == run
 
 
 def test_a_run_on_an_object_store(tmp_path):
     uri = f"memory://{tmp_path.name}/run"
-    run = open_run(uri, "extract", IDENTITY, {})
-    assert open_run(uri, "extract", IDENTITY, {}) == run
+    run = begin_run(uri, "extract", IDENTITY, {})
+    assert begin_run(uri, "extract", IDENTITY, {}) == run
     run.log_receipts(receipts([("a", 0, 1, None)]))
     assert len(run.receipts()) == 1
     storage.remove_tree(f"memory://{tmp_path.name}")
@@ -65,7 +65,7 @@ def test_a_run_on_an_object_store(tmp_path):
 )
 def test_another_run_is_refused_with_what_differs(run, job, identity, match):
     with pytest.raises(ValueError, match=match) as caught:
-        open_run(run.uri, job, identity, {})
+        begin_run(run.uri, job, identity, {})
     assert run.uri in str(caught.value)
     assert "encoder" not in str(caught.value)
     assert "another --out" in str(caught.value)
@@ -74,10 +74,10 @@ def test_another_run_is_refused_with_what_differs(run, job, identity, match):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match=r"files that are no run.*empty folder"):
-        open_run(str(tmp_path), "extract", IDENTITY, {})
+        begin_run(str(tmp_path), "extract", IDENTITY, {})
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
-    assert open_run(str(tmp_path / "empty"), "extract", IDENTITY, {})
+    assert begin_run(str(tmp_path / "empty"), "extract", IDENTITY, {})
 
 
 def test_the_last_receipt_of_a_tile_wins(run):

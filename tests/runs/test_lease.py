@@ -13,12 +13,12 @@ import fsspec
 import pytest
 
 from scellst_ray.runs import lease as lease_module
-from scellst_ray.runs.lease import Lease, LeaseError, held
+from scellst_ray.runs.lease import Lease, LeaseError, hold_lease
 
 HOLD = """
 import sys, time
-from scellst_ray.runs.lease import held
-with held(sys.argv[1], float(sys.argv[2])):
+from scellst_ray.runs.lease import hold_lease
+with hold_lease(sys.argv[1], float(sys.argv[2])):
     print("held", flush=True)
     time.sleep(float(sys.argv[3]))
 """
@@ -57,7 +57,7 @@ def ago(seconds):
 
 
 def test_it_is_held_inside_and_gone_outside(tmp_path):
-    with held(str(tmp_path)) as lease:
+    with hold_lease(str(tmp_path)) as lease:
         lease.check()
         found = content(tmp_path)
         assert found["pid"] == os.getpid()
@@ -67,7 +67,7 @@ def test_it_is_held_inside_and_gone_outside(tmp_path):
 
 def test_a_live_holder_is_not_disturbed_and_is_named(tmp_path, live):
     before = content(tmp_path)
-    with pytest.raises(LeaseError) as refusal, held(str(tmp_path)):
+    with pytest.raises(LeaseError) as refusal, hold_lease(str(tmp_path)):
         pass
     message = str(refusal.value)
     for told in (live.pid, before["host"], before["acquired"], before["expires"], "lease.json"):
@@ -81,7 +81,7 @@ def test_a_killed_holder_on_this_host_is_taken_over_at_once(tmp_path, live, capl
     # Also while nobody has collected it: a zombie still has its number.
     os.waitid(os.P_PID, live.pid, os.WEXITED | os.WNOWAIT)
     started = time.monotonic()
-    with held(str(tmp_path)):
+    with hold_lease(str(tmp_path)):
         assert content(tmp_path)["pid"] == os.getpid()
     assert time.monotonic() - started < 30  # the lease would have lasted 60
     assert f"process {live.pid}" in caplog.text
@@ -90,7 +90,7 @@ def test_a_killed_holder_on_this_host_is_taken_over_at_once(tmp_path, live, capl
 @pytest.mark.usefixtures("live")
 def test_the_number_of_a_dead_process_may_be_in_use_again(tmp_path):
     change(tmp_path, process="12345")
-    with held(str(tmp_path)):
+    with hold_lease(str(tmp_path)):
         assert content(tmp_path)["pid"] == os.getpid()
 
 
@@ -100,7 +100,7 @@ def test_a_stopped_holder_loses_its_lease_and_notices(tmp_path):
         assert stopped.stdout.readline() == "held\n"
         stopped.send_signal(signal.SIGSTOP)
         time.sleep(0.8)
-        with held(str(tmp_path)):
+        with hold_lease(str(tmp_path)):
             stopped.send_signal(signal.SIGCONT)
             assert "so this driver stops" in stopped.stderr.readline()
             assert content(tmp_path)["pid"] == os.getpid()
@@ -116,7 +116,7 @@ def check_for(seconds, lease):
 
 
 def test_check_raises_once_the_lease_is_lost(tmp_path):
-    with held(str(tmp_path), seconds=0.3) as lease:
+    with hold_lease(str(tmp_path), seconds=0.3) as lease:
         change(tmp_path, token="another", pid=4242)
         with pytest.raises(LeaseError, match="process 4242"):
             check_for(20, lease)
@@ -134,7 +134,7 @@ def test_check_renews_where_the_thread_was_held_up(tmp_path):
 
 
 def test_it_is_renewed_as_long_as_it_is_held(tmp_path):
-    with held(str(tmp_path), seconds=0.6):
+    with hold_lease(str(tmp_path), seconds=0.6):
         seen = set()
         deadline = time.monotonic() + 20
         while len(seen) < 3 and time.monotonic() < deadline:
@@ -149,7 +149,7 @@ def test_a_dead_holder_on_another_host_is_watched_whatever_its_clock(tmp_path, l
     change(tmp_path, machine="another", seconds=0.5, expires=ago(skew_s))
     live.kill()
     started = time.monotonic()
-    with held(str(tmp_path)):
+    with hold_lease(str(tmp_path)):
         assert content(tmp_path)["pid"] == os.getpid()
     assert time.monotonic() - started > 0.5
 
@@ -159,7 +159,7 @@ def test_a_live_holder_on_another_host_is_refused_when_it_renews(tmp_path, monke
     try:
         assert other.stdout.readline() == "held\n"
         monkeypatch.setattr(lease_module, "_machine", lambda: "another")
-        with pytest.raises(LeaseError), held(str(tmp_path), seconds=3.0):
+        with pytest.raises(LeaseError), hold_lease(str(tmp_path), seconds=3.0):
             pass
     finally:
         other.kill()
@@ -169,14 +169,14 @@ def test_a_live_holder_on_another_host_is_refused_when_it_renews(tmp_path, monke
 def test_a_lease_long_over_is_taken_at_once(tmp_path, live):
     live.kill()
     change(tmp_path, machine="another", expires=ago(3600))
-    with held(str(tmp_path)):
+    with hold_lease(str(tmp_path)):
         assert content(tmp_path)["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("cut", ["", '{"token": "a'])
 def test_a_lease_whose_writer_was_killed_is_free(tmp_path, cut):
     (tmp_path / "lease.json").write_text(cut)
-    with held(str(tmp_path)):
+    with hold_lease(str(tmp_path)):
         assert content(tmp_path)["pid"] == os.getpid()
 
 
@@ -214,9 +214,9 @@ def test_object_storage_is_read_back(monkeypatch):
     monkeypatch.setattr(lease_module, "SETTLE_S", 0.1)
     run = "memory://lease/run"
     fs = fsspec.filesystem("memory")
-    with held(run) as lease:
+    with hold_lease(run) as lease:
         lease.check()
-        with pytest.raises(LeaseError), held(run):
+        with pytest.raises(LeaseError), hold_lease(run):
             pass
         assert json.loads(fs.cat_file("/lease/run/lease.json"))["pid"] == os.getpid()
     assert not fs.exists("/lease/run/lease.json")

@@ -86,7 +86,7 @@ def add_slide(folder, slide_id, num_tiles=6, cells_per_tile=5, bad=(), **vectors
 
 def make_run(uri, head=None, *, embedding=False):
     identity = {"store_embeddings": embedding}
-    folder = runs.open_run(uri, "predict" if head else "extract", identity, {})
+    folder = runs.begin_run(uri, "predict" if head else "extract", identity, {})
     if head is not None:
         info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}
         save_head(f"{uri}/head.safetensors", head, info | {"training_slides": [], "metrics": {}})

@@ -8,7 +8,13 @@ import pytest
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
 from scellst_ray.runs.state import read_state
-from scellst_ray.runs.summary import failure_groups, markdown, read_config, shown, write_summary
+from scellst_ray.runs.summary import (
+    failure_groups,
+    format_number,
+    markdown,
+    read_config,
+    write_summary,
+)
 from tests.support.run_folders import MISSING, START, after, make_run, receipt, record, write_lease
 
 SECRET = "s3://key:secret@bucket/m.csv?signature=x"
@@ -144,4 +150,4 @@ def test_what_the_driver_alone_knows_is_in_it(run):
     [(None, "?"), (0.0, "0"), (0.12345, "0.123"), (7.0, "7"), (99.94, "99.9"), (12345.6, "12,346")],
 )
 def test_numbers(value, text):
-    assert shown(value) == text
+    assert format_number(value) == text

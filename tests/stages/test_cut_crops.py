@@ -11,7 +11,7 @@ from scellst_ray.runs.crop_files import NO_CUTOFF, CropSample, decode_into, enco
 from scellst_ray.runs.crop_store import CropFile, CropStore, read_crops
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.reader import Slide
-from scellst_ray.stages import cut_crops as cutting
+from scellst_ray.stages import cut_crops
 from scellst_ray.stages.cut_crops import CropSet, candidates, cut_slide, cut_window, windows
 from scellst_ray.stages.find import FindNuclei
 from scellst_ray.stages.plan_slide import plan_slide
@@ -35,7 +35,7 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("read_mpp", [0.25, 0.5, 0.21])
 def test_a_slide_by_windows_equals_cell_by_cell(synthetic_slide, run, read_mpp, monkeypatch):
-    monkeypatch.setattr(cutting, "WINDOW_PX", 100)
+    monkeypatch.setattr(cut_crops, "WINDOW_PX", 100)
     rng = np.random.default_rng(0)
     with Slide(synthetic_slide.slide, mpp=0.5) as slide:
         size0 = np.array([slide.width0, slide.height0])

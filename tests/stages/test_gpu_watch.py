@@ -59,7 +59,7 @@ def test_a_gpu_that_ends_processes_on_slide_after_slide_stops_the_run(tmp_path):
         nonlocal worker
         while True:
             try:
-                worker.over([row(slide_id, error=None)], work)
+                worker.run_guarded([row(slide_id, error=None)], work)
             except Died:
                 worker = start()
             else:

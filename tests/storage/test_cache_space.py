@@ -8,7 +8,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from scellst_ray import storage
-from scellst_ray.storage import cache_space as cache_room
+from scellst_ray.storage import cache_space
 from scellst_ray.storage.node_cache import hold
 from tests.support import cached
 from tests.support.cached import copies, every, limit, limit_disk, use
@@ -107,7 +107,7 @@ def test_unless_told_otherwise_half_of_the_disk_is_the_bound(put, cache, monkeyp
     for uri in uris:
         use(uri)
     assert copies(cache) == ["b", "c", "d", "e"]
-    monkeypatch.setattr(cache_room, "DEFAULT_BYTES", 2 * 8192)
+    monkeypatch.setattr(cache_space, "DEFAULT_BYTES", 2 * 8192)
     use(uris[0])
     assert copies(cache) == ["a", "e"]
 

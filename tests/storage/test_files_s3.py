@@ -11,7 +11,7 @@ from s3fs import S3FileSystem
 
 from scellst_ray import storage
 from scellst_ray.nuclei.imported.tiles import read_tile
-from scellst_ray.storage import retries as remote
+from scellst_ray.storage import retries
 from scellst_ray.storage.node_cache import hold
 from tests.support.s3_server import BUCKET, KINDS, serving_s3
 
@@ -22,7 +22,7 @@ MB = 2**20
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Leave the trying to us, and wait for hardly anything in between."""
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(S3FileSystem, "retries", 1)
 
 
@@ -109,14 +109,14 @@ def test_a_large_file_goes_in_parts_and_appears_at_the_end(s3, monkeypatch):
     storage.publish_text(f"{ROOT}/large.bin", "old")
     s3.asked.clear()
     # The third part fails for good: the old file stays, and nothing is left behind.
-    monkeypatch.setattr(remote, "TRIES", 1)
+    monkeypatch.setattr(retries, "TRIES", 1)
     s3.planned = [None, None, None, 403]
     with pytest.raises(PermissionError, match=r"large.bin: access refused"):
         storage.publish(f"{ROOT}/large.bin", lambda file: file.write_bytes(content))
     assert methods(s3)[-1] == "DELETE"
     assert storage.read_text(f"{ROOT}/large.bin") == "old"
     s3.asked.clear()
-    monkeypatch.setattr(remote, "TRIES", 6)
+    monkeypatch.setattr(retries, "TRIES", 6)
     s3.planned = [None, 500, None, "drop", None, 503]
     storage.publish(f"{ROOT}/large.bin", lambda file: file.write_bytes(content))
     assert storage.read_bytes(f"{ROOT}/large.bin") == content
@@ -159,7 +159,7 @@ def test_each_call_survives_each_fault(s3, fault):
 
 
 def test_a_store_that_is_down_is_not_called_empty(s3, monkeypatch):
-    monkeypatch.setattr(remote, "TRIES", 3)
+    monkeypatch.setattr(retries, "TRIES", 3)
     storage.publish_text(f"{ROOT}/a.txt", "a")
     for call in (storage.exists, storage.list_files, storage.read_text, opened, tile):
         s3.planned = [503] * 99
@@ -182,7 +182,7 @@ def test_many_requests_with_a_tenth_failing(s3):
 
 def test_keys_are_in_no_message_and_no_file(s3, monkeypatch, caplog, capfd):
     caplog.set_level(logging.DEBUG, "scellst_ray")
-    monkeypatch.setattr(remote, "TRIES", 2)
+    monkeypatch.setattr(retries, "TRIES", 2)
     s3.planned = [503, 503, 403]
     texts = []
     for _ in range(2):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from scellst_ray.storage import cache_space as cache_room
+from scellst_ray.storage import cache_space
 from scellst_ray.storage.node_cache import hold
 from tests.support import cached
 from tests.support.cache_readers import digest_of, keep, started
@@ -118,14 +118,14 @@ def test_several_processes_download_once():
 
 
 def test_who_waited_for_a_download_looks_again(monkeypatch):
-    both, take = threading.Barrier(2), cache_room.take
+    both, take = threading.Barrier(2), cache_space.take
 
     def together(lock, how, path):
         take(lock, how, path)
         if how == fcntl.LOCK_SH and not told.gets():
             both.wait(20)  # both have seen that there is no copy
 
-    monkeypatch.setattr(cache_room, "take", together)
+    monkeypatch.setattr(cache_space, "take", together)
     with serving({"s.svs": b"s" * KB}) as (address, told), ThreadPoolExecutor(2) as pool:
         assert list(pool.map(use, [f"{address}/s.svs"] * 2)) == [b"s" * KB] * 2
         assert told.gets() == 1

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from scellst_ray.storage import retries as remote
+from scellst_ray.storage import retries
 from scellst_ray.storage.credentials import redacted
 from scellst_ray.storage.retries import is_transient, retried
 
@@ -21,7 +21,7 @@ SIGNED = "https://me:pa@ss@host:8/a%20b.svs?sig=secret&x=secret"
 def waits(monkeypatch):
     """Return what is slept instead of sleeping."""
     slept = []
-    monkeypatch.setattr(remote.time, "sleep", slept.append)
+    monkeypatch.setattr(retries.time, "sleep", slept.append)
     return slept
 
 

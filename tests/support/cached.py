@@ -6,9 +6,7 @@ from collections import namedtuple
 import fsspec
 import pytest
 
-from scellst_ray.storage import cache_space as cache_room
-from scellst_ray.storage import node_cache
-from scellst_ray.storage import retries as remote
+from scellst_ray.storage import cache_space, node_cache, retries
 from scellst_ray.storage.node_cache import hold
 
 
@@ -17,7 +15,7 @@ def cache(tmp_path, monkeypatch):
     """Return the cache's folder: a fresh one, without a bound, and quick to try again."""
     monkeypatch.setenv("SCELLST_RAY_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SCELLST_RAY_CACHE_GB", "1")
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(node_cache, "_PINNED", {})
     return tmp_path / "cache" / f"scellst_ray_cache_{os.getuid()}"
 
@@ -58,4 +56,4 @@ def limit(monkeypatch, num_bytes):
 def limit_disk(monkeypatch, free):
     """Pretend that the disk has `free()` bytes left."""
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(cache_room.shutil, "disk_usage", lambda _: usage(0, 0, free()))
+    monkeypatch.setattr(cache_space.shutil, "disk_usage", lambda _: usage(0, 0, free()))

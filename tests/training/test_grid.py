@@ -11,8 +11,8 @@ import pytest
 from ray import cloudpickle
 
 from scellst_ray.training.grid import (
-    Resources,
     Trial,
+    TrialResources,
     pending,
     prepare_inputs,
     run_trials,
@@ -62,11 +62,13 @@ def make_trials(**special):
 
 
 def test_trials_equal_a_plain_loop_and_slides_are_prepared_once(tmp_path):
-    prepared = prepare_inputs(partial(prepare, tmp_path), ["a", "bb"], Resources())
+    prepared = prepare_inputs(partial(prepare, tmp_path), ["a", "bb"], TrialResources())
     assert prepared.errors == {}
     assert prepared.reports == {"a": {"name": "a"}, "bb": {"name": "bb"}}
     trials, folder = make_trials(), str(tmp_path / "trials")
-    ended = dict(run_trials(partial(work, tmp_path), trials, prepared.refs, folder, Resources()))
+    ended = dict(
+        run_trials(partial(work, tmp_path), trials, prepared.refs, folder, TrialResources())
+    )
     assert ended == {trial.name: None for trial in trials}
     data = {name: prepare(tmp_path, name)[1] for name in ("a", "bb")}
     for trial in trials:
@@ -77,26 +79,26 @@ def test_trials_equal_a_plain_loop_and_slides_are_prepared_once(tmp_path):
 
 
 def test_what_fails_is_told_and_tried_again_alone(tmp_path):
-    refs = prepare_inputs(partial(prepare, tmp_path), ["a", "bb"], Resources()).refs
+    refs = prepare_inputs(partial(prepare, tmp_path), ["a", "bb"], TrialResources()).refs
     folder = str(tmp_path / "trials")
     trials = make_trials(t2={"fails": True})
     run = partial(run_trials, partial(work, tmp_path))
-    ended = dict(run(trials, refs, folder, Resources()))
+    ended = dict(run(trials, refs, folder, TrialResources()))
     assert ended.pop("t2") == "ValueError: trial 2 cannot be fitted"
     assert set(ended.values()) == {None}
     assert [trial.name for trial in pending(folder, trials)] == ["t2"]
     mended = make_trials()
-    assert dict(run(pending(folder, mended), refs, folder, Resources())) == {"t2": None}
+    assert dict(run(pending(folder, mended), refs, folder, TrialResources())) == {"t2": None}
     assert pending(folder, mended) == []
     counts = [len((tmp_path / f"worked_{number}").read_text()) for number in range(6)]
     assert counts == [1, 1, 2, 1, 1, 1]
 
 
 def test_a_trial_whose_worker_dies_is_done_again(tmp_path):
-    refs = prepare_inputs(partial(prepare, tmp_path), ["a", "bb"], Resources()).refs
+    refs = prepare_inputs(partial(prepare, tmp_path), ["a", "bb"], TrialResources()).refs
     trials = make_trials(t1={"dies": True})
     folder = str(tmp_path / "trials")
-    ended = dict(run_trials(partial(work, tmp_path), trials, refs, folder, Resources()))
+    ended = dict(run_trials(partial(work, tmp_path), trials, refs, folder, TrialResources()))
     assert set(ended.values()) == {None}
     assert (tmp_path / "died").exists()
     assert (tmp_path / "worked_1").read_text() == "xx"
@@ -104,17 +106,17 @@ def test_a_trial_whose_worker_dies_is_done_again(tmp_path):
 
 
 def test_a_trial_that_keeps_dying_is_given_up(tmp_path):
-    refs = prepare_inputs(partial(prepare, tmp_path), ["a", "bb"], Resources()).refs
+    refs = prepare_inputs(partial(prepare, tmp_path), ["a", "bb"], TrialResources()).refs
     folder, trials = str(tmp_path / "trials"), make_trials(t0={"dies": True})[:2]
     ended = dict(
-        run_trials(partial(work, tmp_path), trials, refs, folder, Resources(max_retries=0))
+        run_trials(partial(work, tmp_path), trials, refs, folder, TrialResources(max_retries=0))
     )
     assert ended["t0"].startswith("WorkerCrashedError")
     assert ended["t1"] is None
 
 
 def test_inputs_that_cannot_be_prepared_are_named(tmp_path):
-    prepared = prepare_inputs(partial(prepare, tmp_path), ["a", "bad"], Resources())
+    prepared = prepare_inputs(partial(prepare, tmp_path), ["a", "bad"], TrialResources())
     assert prepared.errors == {"bad": "ValueError: slide bad: no spots"}
     assert set(prepared.refs) == {"a"}
 
