@@ -1,7 +1,8 @@
 """Log lines that say which slide and tile they are about, as text or as JSON.
 
 `log_context` says so for every line logged inside it, by whatever code; a call that knows better
-names them itself, with `extra=log_fields(...)`. Text lines end with them; with $SCELLST_RAY_LOG set to json a
+names them itself, with `extra=log_fields(...)`. Text lines end with them. With $SCELLST_RAY_LOG set
+to json a
 line is a JSON object, for collectors of logs.
 """
 
