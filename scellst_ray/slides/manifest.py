@@ -1,4 +1,4 @@
-"""The manifest: which slides make up a cohort, and what is wrong with it before anything starts."""
+"""The manifest: the table that lists the slides of a cohort, and its checks before a job starts."""
 
 import re
 from dataclasses import dataclass, field
@@ -26,11 +26,11 @@ class SlideRow:
     """One slide of a manifest.
 
     Attributes:
-        slide_id: Unique name, safe as a file name.
+        slide_id: Unique name that can serve as a file name.
         uri: Local path or fsspec URI of the image.
-        mpp: um per level-0 px if the manifest overrides the file, else None.
-        mpp_error: Why the manifest's mpp cannot be used; None if it can.
-        columns: All further columns, as read (missing values left out).
+        mpp: Resolution in um per level-0 px if the manifest overrides the file, else None.
+        mpp_error: Reason why the manifest's mpp cannot be used; None if it can.
+        columns: All further columns as read, without missing values.
     """
 
     slide_id: str
@@ -41,19 +41,20 @@ class SlideRow:
 
 
 def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
-    """Read a manifest (CSV or Parquet) into one row per slide, in its own order.
+    """Read a manifest (CSV or Parquet) and return one row per slide, in the manifest's order.
 
-    Columns: `slide_id`, `uri` (aliases `path`, `wsi`), optional `mpp` (alias `wsi_mpp`) and
-    `patient_id`; further columns are kept. A relative path is taken relative to the manifest.
-    An unusable mpp is kept as the slide's own error: it never costs the other slides anything.
+    Required columns are `slide_id` and `uri` (aliases `path`, `wsi`). Optional columns are `mpp`
+    (alias `wsi_mpp`) and `patient_id`; further columns are kept. A relative path starts at the
+    manifest's folder. An unusable mpp becomes an error of that slide alone.
 
     Args:
         uri: Local path or fsspec URI of the manifest.
-        required: Further columns this job needs.
+        required: Further columns that this job needs.
 
     Raises:
-        ValueError: a column is missing, a slide_id is doubled, empty or unsafe as a file name, a
-            uri is empty, or there is no row at all; all problems are listed at once.
+        FileNotFoundError: The manifest does not exist.
+        ValueError: The manifest has no rows or lacks a column, a slide_id is repeated, empty or
+            unsafe as a file name, or a uri is empty. The message lists all problems.
     """
     frame = _read_frame(uri)
     for old, new in ALIASES.items():
@@ -64,14 +65,14 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
         hints = [get_close_matches(name, frame.columns, n=1) for name in missing]
         near = ", ".join(f"{hint[0]!r}" for hint in hints if hint)
         message = (
-            f"{uri}: needed column(s) {', '.join(missing)} not found; it has "
+            f"{uri}: needed column(s) {', '.join(missing)} not found; the manifest has "
             f"{', '.join(frame.columns)}{f' (did you mean {near}?)' if near else ''}"
         )
         raise ValueError(message)
     if frame.is_empty():
         message = f"{uri}: the manifest has no rows; list at least one slide"
         raise ValueError(message)
-    # Absolute, so that it means the same in every process and however the manifest was named.
+    # Absolute paths mean the same in every process.
     fs, path = fsspec.core.url_to_fs(uri)
     base = (str(path) if isinstance(fs, LocalFileSystem) else uri).rsplit("/", 1)[0]
     rows = [_slide_row(values, base) for values in frame.iter_rows(named=True)]
@@ -83,17 +84,17 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
 
 
 def select_slides(slides: list[SlideRow], slide_ids: list[str] | None) -> list[SlideRow]:
-    """Return the slides of these ids, in the order of the manifest; all if None.
+    """Return the slides with these ids, in the order of the manifest; all slides if None.
 
     Raises:
-        ValueError: an id is not in the manifest.
+        ValueError: An id is not in the manifest.
     """
     if slide_ids is None:
         return slides
-    there = [slide.slide_id for slide in slides]
-    unknown = sorted(set(slide_ids) - set(there))
+    known_ids = [slide.slide_id for slide in slides]
+    unknown = sorted(set(slide_ids) - set(known_ids))
     if unknown:
-        near = get_close_matches(unknown[0], there, n=1)
+        near = get_close_matches(unknown[0], known_ids, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         message = f"slides: the manifest has no slide_id {', '.join(map(repr, unknown))}{hint}"
         raise ValueError(message)
@@ -101,7 +102,8 @@ def select_slides(slides: list[SlideRow], slide_ids: list[str] | None) -> list[S
 
 
 def _read_frame(uri: str) -> "pl.DataFrame":
-    import polars as pl  # noqa: PLC0415 - workers only know slides, and need not wait for it
+    """Read the manifest as a polars frame, CSV values as strings."""
+    import polars as pl  # noqa: PLC0415 - workers import this module but read no manifest
 
     fs, path = fsspec.core.url_to_fs(uri)
     is_local = isinstance(fs, LocalFileSystem)
@@ -116,17 +118,18 @@ def _read_frame(uri: str) -> "pl.DataFrame":
     try:
         if uri.endswith((".parquet", ".pq")):
             return pl.read_parquet(content)
-        # Strings first: a slide_id of "007" must stay one.
+        # Read strings only: a slide_id of "007" must keep its zeros.
         frame = pl.read_csv(content, infer_schema=False)
     except pl.exceptions.PolarsError as error:
         reason = str(error).partition("\n")[0]
         message = f"{uri}: cannot be read as a manifest ({reason}); expected CSV or Parquet"
         raise ValueError(message) from error
-    # Spreadsheets leave empty lines.
+    # Spreadsheets write empty lines.
     return frame.filter(~pl.all_horizontal(pl.all().is_null()))
 
 
 def _slide_row(values: dict[str, Any], base: str) -> SlideRow:
+    """Turn one line of the manifest into a row; relative paths start at the folder `base`."""
     kept = {key: value for key, value in values.items() if value is not None and value != ""}
     slide_id, uri = str(kept.pop("slide_id", "")).strip(), str(kept.pop("uri", "")).strip()
     mpp, mpp_error = _parse_mpp(kept.pop("mpp", None), slide_id)
@@ -135,13 +138,14 @@ def _slide_row(values: dict[str, Any], base: str) -> SlideRow:
 
 
 def absolute(uri: str, base: str) -> str:
-    """Return `uri` unless it is a relative path, which is then taken below the folder `base`."""
+    """Return `uri`, or `base`/`uri` if `uri` is a relative path."""
     if not uri or "://" in uri or PurePosixPath(uri).is_absolute():
         return uri
     return f"{base}/{uri}"
 
 
 def _parse_mpp(value: Any, slide_id: str) -> tuple[float | None, str | None]:  # noqa: ANN401
+    """Return the mpp of a manifest cell and the reason why it cannot be used; None for absent."""
     if value is None:
         return None, None
     source = f"slide {slide_id!r} in the manifest"
@@ -153,7 +157,7 @@ def _parse_mpp(value: Any, slide_id: str) -> tuple[float | None, str | None]:  #
 
 
 def _problems(rows: list[SlideRow]) -> list[str]:
-    """List what makes a manifest unusable as a whole."""
+    """Return the problems that make the whole manifest unusable."""
     problems = []
     seen: set[str] = set()
     for number, row in enumerate(rows, start=1):
@@ -163,9 +167,9 @@ def _problems(rows: list[SlideRow]) -> list[str]:
                 "'_', '-', '+' and single dots"
             )
         if row.slide_id in seen:
-            problems.append(f"row {number}: slide_id {row.slide_id!r} is there twice; rename one")
+            problems.append(f"row {number}: slide_id {row.slide_id!r} occurs twice; rename one")
         if not row.uri:
-            problems.append(f"row {number}: slide {row.slide_id!r} has no uri")
+            problems.append(f"row {number}: slide {row.slide_id!r} has no uri; name its image")
         texts = (row.uri, *(text for text in row.columns.values() if isinstance(text, str)))
         problems += [f"row {number}: {reason}" for reason in map(secret_in, texts) if reason]
         seen.add(row.slide_id)

@@ -1,7 +1,7 @@
-"""What is behind a slide: files OpenSlide knows, and plain images decoded whole.
+"""Sources of a slide's pixels: formats that OpenSlide reads, and plain images decoded whole.
 
-Files are not trusted: sizes are checked before memory is asked for, and what a damaged file makes a
-library raise becomes a ValueError that names it.
+Files are not trusted. Sizes are checked before memory is allocated, and every error that a damaged
+file causes in a library becomes a ValueError that names the file.
 """
 
 import struct
@@ -17,24 +17,31 @@ from numpy.typing import NDArray
 from PIL import Image
 
 WHITE = 255
-# A plain image is held decoded in memory; larger ones belong in a pyramidal TIFF.
+# A plain image is held decoded in memory; larger images belong in a pyramidal TIFF.
 MAX_PLAIN_PIXELS = 600_000_000
-# Others have no slides in them, and some (EPS) have other programs started.
+# Pillow's further formats hold no slides, and for some of them (EPS) it starts other programs.
 PLAIN_FORMATS = ("BMP", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-# Deflate and JPEG hold at most some thousand bytes in one: beyond it, a size is claimed that the
-# file cannot have. Small images need no such check.
+# Deflate and JPEG pack fewer than 2,000 bytes into one; a header that claims more is damaged.
+# Images of less than 100 MB decoded need no check.
 MAX_PACKING, MIN_PACKED_BYTES = 2000, 100_000_000
-# A tile is decoded whole, however little of it is wanted. Scanners write 240 to 4096 px.
+# A tile of the file is decoded whole for every read. Scanners write tiles of 240 to 4096 px.
 MAX_TILE_PIXELS = 8192**2
-# What Pillow raises on damaged files.
-DAMAGED = (
+# Errors that Pillow raises on damaged files.
+DAMAGE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError),
     *(RuntimeError, ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 
 
 class Pixels(Protocol):
-    """What a backend offers: levels and boxes of level pixels."""
+    """Interface of a source of pixels: a pyramid of levels that is read in boxes.
+
+    Attributes:
+        dimensions: (width, height) in level-0 px.
+        downsamples: Level-0 px per px of each level, ascending.
+        mpp: Resolution that the file states, um per level-0 px; None if it states none.
+        mpp_error: Reason why the file's resolution cannot be used; None if it can.
+    """
 
     dimensions: tuple[int, int]
     downsamples: list[float]
@@ -46,15 +53,19 @@ class Pixels(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what was opened."""
+        """Close the file and free its memory."""
         ...
 
 
 def open_pixels(path: Path, uri: str) -> Pixels:
-    """Open a file (a folder for formats that are one); `uri` names it in messages.
+    """Open an image file, or a folder for formats that consist of one.
+
+    Args:
+        path: Local file or folder.
+        uri: Name for messages.
 
     Raises:
-        ValueError: it is no image, is cut off or damaged, or claims sizes no slide has.
+        ValueError: The file is no image, is cut off or damaged, or claims impossible sizes.
     """
     if not (path.is_file() or path.is_dir()):
         message = f"{uri}: neither a file nor a folder (a pipe, a device?); give an image file"
@@ -69,35 +80,35 @@ def open_pixels(path: Path, uri: str) -> Pixels:
 
 
 class _OpenSlidePixels:
-    """A slide OpenSlide knows."""
+    """A slide in a format that OpenSlide reads."""
 
     def __init__(self, path: Path, uri: str) -> None:
         self._uri = uri
         self._slide = openslide.OpenSlide(str(path))
         self.dimensions = self._slide.dimensions
         self._check_tiles()
-        self.downsamples = [self._exact(level) for level in range(self._slide.level_count)]
+        self.downsamples = [self._downsample(level) for level in range(self._slide.level_count)]
         self.mpp, self.mpp_error = self._file_mpp()
 
     def _check_tiles(self) -> None:
-        """Refuse a file whose tiles would not fit into memory."""
+        """Raise ValueError if the file's tiles would not fit into memory."""
         for level in range(self._slide.level_count):
             names = [f"openslide.level[{level}].tile-{side}" for side in ("width", "height")]
             sides = [int(self._slide.properties.get(name, 0)) for name in names]
             if sides[0] * sides[1] > MAX_TILE_PIXELS:
                 self._slide.close()
                 message = (
-                    f"{self._uri}: tiles of {sides[0]} x {sides[1]} px in level {level}; the file "
-                    "is damaged, or write it anew with smaller tiles (for example `vips tiffsave "
-                    "--tile --pyramid`)"
+                    f"{self._uri}: tiles of {sides[0]} x {sides[1]} px in level {level} are too "
+                    "large; if the file is not damaged, convert it to smaller tiles (for example "
+                    "`vips tiffsave --tile --pyramid`)"
                 )
                 raise ValueError(message)
 
-    def _exact(self, level: int) -> float:
-        """Return the level's downsample, whole where rounding the level's size explains the rest.
+    def _downsample(self, level: int) -> float:
+        """Return the level's downsample, as a whole number where the level's size allows it.
 
-        OpenSlide reports the mean of two rounded ratios (4.004 for 2967 -> 741), which would
-        shift the far end of a slide by several pixels.
+        OpenSlide reports the mean of two rounded ratios (4.004 for 2967 -> 741). Such a ratio
+        would shift the far end of a slide by several pixels.
         """
         whole = round(self._slide.level_downsamples[level])
         sizes = zip(self.dimensions, self._slide.level_dimensions[level], strict=True)
@@ -106,7 +117,7 @@ class _OpenSlidePixels:
         return float(self._slide.level_downsamples[level])
 
     def _file_mpp(self) -> tuple[float | None, str | None]:
-        """Return the file's own um per px, or None and, where there is one, the reason."""
+        """Return the file's um per px and why it cannot be used; None for absent."""
         values = [
             self._slide.properties.get(name)
             for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
@@ -122,9 +133,8 @@ class _OpenSlidePixels:
         return numbers[0], None
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
-        # OpenSlide rounds a negative location by up to a level px, so it is only asked for what
-        # lies in the level. It divides the location by its own downsample: multiply by that one.
-        # Where that is not whole, rounding costs at most half a level-0 px.
+        # OpenSlide rounds a negative location by up to a level px, so read only inside the level.
+        # It divides a location by its own downsample; the error is at most half a level-0 px.
         scale = self._slide.level_downsamples[level]
 
         def inside(left: int, top: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -140,7 +150,7 @@ class _OpenSlidePixels:
         except openslide.OpenSlideError as error:
             message = (
                 f"{self._uri}: OpenSlide cannot read {w} x {h} px at ({x}, {y}) of level {level} "
-                f"({error}); the file may be cut off or damaged: copy it anew"
+                f"({error}); the file may be cut off or damaged: copy it again"
             )
             raise ValueError(message) from error
 
@@ -149,20 +159,20 @@ class _OpenSlidePixels:
 
 
 class _PlainPixels:
-    """A PNG, JPEG or plain TIFF, decoded whole; one level and no resolution of its own."""
+    """A PNG, JPEG or plain TIFF, decoded whole: one level, and no resolution in the file."""
 
     mpp: float | None = None
     mpp_error: str | None = None
     downsamples: list[float] = [1.0]  # noqa: RUF012 - never changed
 
     def __init__(self, path: Path, uri: str) -> None:
-        with _large_images_allowed(), ExitStack() as stack:
-            with _damage_told(uri):
+        with _lift_pillow_limit(), ExitStack() as stack:
+            with _report_damage(uri):
                 image = stack.enter_context(Image.open(path, formats=PLAIN_FORMATS))
             self.dimensions = image.size
             _check_plain(image, path, uri)
-            with _damage_told(uri):
-                # A copy would take the room of the image once more.
+            with _report_damage(uri):
+                # Converting an RGB image would double its memory.
                 whole = image if image.mode == "RGB" else image.convert("RGB")
                 self._image = np.asarray(whole)
 
@@ -183,12 +193,12 @@ def _on_white(
     box: tuple[int, int, int, int],
     inside: Callable[[int, int, int, int], NDArray[np.uint8]],
 ) -> NDArray[np.uint8]:
-    """Return a box of an image, white where it reaches beyond it.
+    """Return a box of an image as RGB [height, width, 3], white outside the image.
 
     Args:
         size: (width, height) of the image.
-        box: (x, y, width, height) wanted, px of the image.
-        inside: Called with the part of the box (x, y, width, height) that lies in the image.
+        box: (x, y, width, height) to return, px of the image.
+        inside: Reads a box (x, y, width, height) that lies inside the image.
     """
     x, y, w, h = box
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
@@ -200,7 +210,7 @@ def _on_white(
 
 
 def _check_plain(image: Image.Image, path: Path, uri: str) -> None:
-    """Refuse, before it is decoded, an image that is too large or of another kind."""
+    """Raise ValueError, before decoding, if an image is too large or has no 8-bit channels."""
     width, height = image.size
     if width * height > MAX_PLAIN_PIXELS:
         message = (
@@ -211,33 +221,34 @@ def _check_plain(image: Image.Image, path: Path, uri: str) -> None:
     num_bytes = path.stat().st_size
     if 3 * width * height > max(MIN_PACKED_BYTES, MAX_PACKING * num_bytes):
         message = (
-            f"{uri}: {width} x {height} px in {num_bytes:,} bytes; the file is cut off or damaged"
+            f"{uri}: {width} x {height} px in {num_bytes:,} bytes; the file is cut off or "
+            "damaged: copy it again"
         )
         raise ValueError(message)
     if image.mode.startswith(("I", "F")):
         message = (
-            f"{uri}: pixels of type {image.mode!r}; expected 8 bits a channel: convert it to "
-            "8-bit RGB"
+            f"{uri}: pixels of type {image.mode!r}; expected 8 bits per channel: convert the "
+            "image to 8-bit RGB"
         )
         raise ValueError(message)
 
 
 @contextmanager
-def _damage_told(uri: str) -> Iterator[None]:
-    """Turn what Pillow raises on a damaged file into an error that names the file."""
+def _report_damage(uri: str) -> Iterator[None]:
+    """Turn Pillow's errors on a damaged file into a ValueError that names the file."""
     try:
         yield
-    except DAMAGED as error:
+    except DAMAGE_ERRORS as error:
         message = (
             f"{uri}: neither OpenSlide nor Pillow can read it as an image ({error}); "
-            "it may be cut off, damaged or of another kind"
+            "it may be cut off, damaged or in another format: copy or convert it again"
         )
         raise ValueError(message) from error
 
 
 @contextmanager
-def _large_images_allowed() -> Iterator[None]:
-    """Lift Pillow's own size limit; ours is checked before decoding."""
+def _lift_pillow_limit() -> Iterator[None]:
+    """Lift Pillow's size limit; `_check_plain` checks the size before decoding."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:

@@ -1,7 +1,7 @@
-"""Opening slides and reading boxes of them at any resolution.
+"""Open slides and read boxes of them at any resolution.
 
-The only place where (x, y) and [H, W, C] meet: boxes and sizes come in as (x, y, width, height) in
-level-0 px, arrays go out as uint8 [H, W, 3] with the frame that leads back to level 0.
+This is the only place where (x, y) and [H, W, C] meet. Boxes come in as (x, y, width, height) in
+level-0 px. Arrays go out as uint8 [H, W, 3], with the frame that maps their px to level 0.
 """
 
 import math
@@ -17,10 +17,10 @@ from scellst_ray.core.geometry import Box, Frame, check_mpp
 from scellst_ray.slides.pixels import open_pixels
 
 STRIP_PIXELS = 16_000_000
-# The largest glass slides measure 127 x 102 mm: more is a damaged header, whose overview alone
-# would not fit into memory.
+# The largest glass slides measure 127 x 102 mm. A larger slide has a damaged header, and its
+# overview would not fit into memory.
 MAX_SIDE_MM = 130.0
-# Boxes start at multiples of this many px read, so that halving them keeps their grid too.
+# Boxes start at multiples of this number of px read, so that a halved image keeps a common grid.
 GRID_PX = 4
 
 
@@ -28,8 +28,8 @@ class Slide:
     """An open slide.
 
     Attributes:
-        uri: The name messages use.
-        mpp: um per level-0 px.
+        uri: Name for messages.
+        mpp: Resolution in um per level-0 px.
         width0: Width in level-0 px.
         height0: Height in level-0 px.
     """
@@ -38,13 +38,14 @@ class Slide:
         """Open a slide.
 
         Args:
-            path: Local file (a folder for formats that are one).
-            uri: The name for messages; the path if empty.
-            mpp: um per level-0 px, overriding the file's own.
+            path: Local file, or a folder for formats that consist of one.
+            uri: Name for messages; the path if empty.
+            mpp: Resolution in um per level-0 px; None takes the file's.
 
         Raises:
-            FileNotFoundError: nothing there.
-            ValueError: not an image, cut off, or its resolution or size is unknown or absurd.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is no image or is cut off, or its resolution or size is unknown
+                or impossible.
         """
         self.uri = uri or str(path)
         if not path.exists():
@@ -63,12 +64,13 @@ class Slide:
             raise
 
     def _check_sides(self) -> None:
+        """Raise ValueError if the slide is larger than any glass slide."""
         sides_mm = (self.width0 * self.mpp / 1000, self.height0 * self.mpp / 1000)
         if not 0 < min(sides_mm) <= max(sides_mm) <= MAX_SIDE_MM:
             message = (
                 f"{self.uri}: {self.width0} x {self.height0} px of {self.mpp:g} um are "
-                f"{sides_mm[0]:.4g} x {sides_mm[1]:.4g} mm, and slides have at most "
-                f"{MAX_SIDE_MM:g}; the file is damaged, or the manifest's mpp is wrong"
+                f"{sides_mm[0]:.4g} x {sides_mm[1]:.4g} mm; a slide has at most {MAX_SIDE_MM:g} "
+                "mm a side: the file is damaged, or correct the manifest's mpp"
             )
             raise ValueError(message)
 
@@ -90,45 +92,52 @@ class Slide:
         self._pixels.close()
 
     def read(self, box: Box, mpp: float) -> tuple[NDArray[np.uint8], Frame]:
-        """Read a box at a resolution, from the best level at or above it.
+        """Read a box at a resolution, from the coarsest level that is fine enough.
 
-        Pixels lie on one grid for the whole slide, pixel j of an axis covering [j, j + 1) * ratio,
-        and the box is widened to it: two boxes that overlap share their pixels, and what is found
-        in one tile is found in its neighbour. The ratio is exact, whatever the resolution.
+        Pixels lie on one grid for the whole slide: pixel j of an axis covers [j, j + 1) * ratio.
+        The box is widened to this grid, so two overlapping boxes share their pixels and
+        neighbouring tiles show a nucleus in the same pixels.
 
         Args:
-            box: Level-0 px; may reach beyond the slide, which is white there.
-            mpp: Wanted um per px; finer than the slide means enlarging it.
+            box: Box in level-0 px. It may reach beyond the slide, where pixels are white.
+            mpp: um per px to return; the slide is enlarged if its own resolution is coarser.
 
         Returns:
-            RGB uint8 [H, W, 3] and its frame.
+            (RGB uint8 [H, W, 3], its frame). The frame's ratio is exactly mpp over the slide's mpp.
         """
         ratio = mpp / self.mpp
         left, width = _on_grid(box.x0, box.w0, ratio)
         top, height = _on_grid(box.y0, box.h0, ratio)
-        return self._resampled(left, top, width, height, ratio), box_frame(box, ratio)
+        return self._resample(left, top, width, height, ratio), box_frame(box, ratio)
 
     def overview(self, mpp: float) -> tuple[NDArray[np.uint8], Frame]:
-        """Read the whole slide at a low power, strip by strip, in bounded memory."""
+        """Read the whole slide at a coarse resolution, in strips that bound the memory.
+
+        Args:
+            mpp: um per px to return.
+
+        Returns:
+            (RGB uint8 [H, W, 3], its frame).
+        """
         ratio = mpp / self.mpp
         step = ratio / self._pixels.downsamples[self._level_for(ratio)]
         width, height = math.ceil(self.width0 / ratio), math.ceil(self.height0 / ratio)
         rows = max(1, int(STRIP_PIXELS / (width * step * step)))
         strips = [
-            self._resampled(0, row, width, min(rows, height - row), ratio)
+            self._resample(0, row, width, min(rows, height - row), ratio)
             for row in range(0, height, rows)
         ]
         return np.concatenate(strips), Frame(0.0, 0.0, ratio, ratio)
 
-    def _resampled(
+    def _resample(
         self, left: int, top: int, width: int, height: int, ratio: float
     ) -> NDArray[np.uint8]:
-        """Return px [left, left + width) x [top, top + height) of the grid of a ratio."""
+        """Return px [left, left + width) x [top, top + height) of the grid of `ratio`."""
         level = self._level_for(ratio)
         step = ratio / self._pixels.downsamples[level]
         if abs(step - 1) < 1e-9:
             return self._pixels.region(level, left, top, width, height)
-        # The antialiasing triangle reaches one output pixel far, or one input pixel if enlarging.
+        # The resampling kernel reaches one output pixel, or one input pixel when enlarging.
         margin = math.ceil(max(step, 1.0)) + 1
         x, y = math.floor(left * step) - margin, math.floor(top * step) - margin
         x_end = math.ceil((left + width) * step) + margin
@@ -136,7 +145,7 @@ class Slide:
         region = self._pixels.region(level, x, y, x_end - x, y_end - y)
         within = (left * step - x, top * step - y)
         box = (*within, within[0] + width * step, within[1] + height * step)
-        # In float: 8-bit arithmetic rounds differently in boxes that start elsewhere.
+        # Float, because 8-bit arithmetic rounds differently in boxes with another start.
         image = np.empty((height, width, 3), np.uint8)
         for channel in range(3):
             plane = Image.fromarray(np.ascontiguousarray(region[..., channel], np.float32))
@@ -145,16 +154,16 @@ class Slide:
         return image
 
     def _level_for(self, downsample: float) -> int:
-        """Return the coarsest level that is still at least as fine as asked for."""
-        fine = [i for i, d in enumerate(self._pixels.downsamples) if d <= downsample * 1.005]
-        return max(fine, default=0)
+        """Return the coarsest level whose downsample is at most `downsample` (0.5 % slack)."""
+        fine_levels = [i for i, d in enumerate(self._pixels.downsamples) if d <= downsample * 1.005]
+        return max(fine_levels, default=0)
 
 
 def box_frame(box: Box, ratio: float) -> Frame:
-    """Return the frame of what `Slide.read` reads of a box, without reading.
+    """Return the frame of the image that `Slide.read` returns for a box, without reading it.
 
     Args:
-        box: Level-0 px.
+        box: Box in level-0 px.
         ratio: Level-0 px per px read.
     """
     left, _ = _on_grid(box.x0, box.w0, ratio)
@@ -163,8 +172,8 @@ def box_frame(box: Box, ratio: float) -> Frame:
 
 
 def _on_grid(start0: int, size0: int, ratio: float) -> tuple[int, int]:
-    """Return the first pixel and the number of pixels of a grid that cover level-0 px."""
-    slack = 1e-6  # quotients that should be whole
+    """Return the first pixel and the number of pixels of the grid that cover a level-0 range."""
+    slack = 1e-6  # rounding error of quotients that are whole numbers
     first = math.floor(start0 / ratio / GRID_PX + slack) * GRID_PX
     end = math.ceil((start0 + size0) / ratio / GRID_PX - slack) * GRID_PX
     return first, end - first

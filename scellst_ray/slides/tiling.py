@@ -1,7 +1,7 @@
-"""Planning tiles: boxes only, no pixels.
+"""Plan the tiles of a slide: boxes only, no pixels.
 
-Cores partition the slide into half-open boxes, so a nucleus whose centroid is in a core belongs to
-exactly one tile; a tile reads its core and a halo around it.
+A tile reads its core and a halo, the margin around the core. Cores partition the slide into
+half-open boxes, so each nucleus belongs to one tile: the one whose core holds its centroid.
 """
 
 import math
@@ -13,14 +13,20 @@ from numpy.typing import NDArray
 from scellst_ray.core.geometry import Box, Frame
 
 FINEST_MPP, COARSEST_MPP = 0.25, 0.5
-# CellViT was trained at 0.25 um/px. Slides within this range are read as they are, coarser ones
-# only up to a limit: facts of the published pipeline.
+# The published CellViT pipeline: trained at 0.25 um/px, it reads slides of 0.20 to 0.30 um/px
+# without resampling and refuses slides coarser than 0.75 um/px.
 NETWORK_MPP, NETWORK_NATIVE_MPP, NETWORK_COARSEST_MPP = 0.25, (0.20, 0.30), 0.75
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile; `tile_id` counts cores row by row over the whole slide, tissue or not."""
+    """One tile of a slide.
+
+    Attributes:
+        tile_id: Number of the core, counted row by row over the whole slide, also without tissue.
+        core: Core in level-0 px.
+        read: Core and halo, the box that is read, in level-0 px.
+    """
 
     tile_id: int
     core: Box
@@ -28,28 +34,28 @@ class Tile:
 
 
 def default_read_mpp(mpp: float) -> float:
-    """Return the resolution to read a slide at: its own where that lies in 0.25-0.5 um/px.
+    """Return the resolution at which a slide is read, um per px.
 
-    Finer slides are shrunk to 0.25 (the resolution of the crops), coarser ones enlarged to 0.5
-    (below which nuclei touch): no needless resampling in between.
+    A slide of 0.25 to 0.5 um/px is read as it is. A finer slide is shrunk to 0.25, the resolution
+    of the crops. A coarser slide is enlarged to 0.5, since touching nuclei merge in coarser pixels.
     """
     return min(max(mpp, FINEST_MPP), COARSEST_MPP)
 
 
 def network_read_mpp(mpp: float, source: str) -> float:
-    """Return the resolution at which CellViT shall see a slide.
+    """Return the resolution at which CellViT reads a slide, um per px.
 
     Args:
-        mpp: um per level-0 px.
-        source: The slide, for the message.
+        mpp: Resolution of the slide, um per level-0 px.
+        source: Name of the slide for the message.
 
     Raises:
-        ValueError: the slide is too coarse for a network trained at 0.25 um/px.
+        ValueError: The slide is too coarse for a network trained at 0.25 um/px.
     """
     if mpp > NETWORK_COARSEST_MPP:
         message = (
-            f"{source}: {mpp:g} um/px is coarser than the {NETWORK_COARSEST_MPP} at which CellViT "
-            "still sees nuclei (it was trained at 0.25); scan anew, or use segmenter hematoxylin"
+            f"{source}: {mpp:g} um/px is coarser than {NETWORK_COARSEST_MPP}, the limit of "
+            "CellViT (trained at 0.25); scan the slide again, or use segmenter hematoxylin"
         )
         raise ValueError(message)
     low, high = NETWORK_NATIVE_MPP
@@ -64,13 +70,13 @@ def plan_tiles(
     core_px: int = 960,
     halo_px: int = 32,
 ) -> list[Tile]:
-    """Plan the tiles of one slide whose cores touch tissue, in row-major order.
+    """Return the tiles of one slide whose cores touch tissue, in row-major order.
 
     Args:
-        size0: (width, height) in level-0 px.
+        size0: (width, height) of the slide in level-0 px.
         ratio: Level-0 px per px read (read mpp / slide mpp).
-        mask: Tissue, bool [H, W].
-        mask_frame: Where the mask's pixels lie on the slide.
+        mask: Tissue mask, bool [H, W].
+        mask_frame: Frame of the mask on the slide.
         core_px: Core size in px read.
         halo_px: Halo on each side in px read.
     """
@@ -91,19 +97,19 @@ def plan_tiles(
 
 
 def tile_edges(size0: tuple[int, int], ratio: float, core_px: int) -> tuple[list[int], list[int]]:
-    """Return the level-0 edges of all cores along x and y: columns + 1 and rows + 1 of them."""
+    """Return the edges of all cores in level-0 px: columns + 1 along x, rows + 1 along y."""
     edges_x, edges_y = (_edges(size, core_px * ratio) for size in size0)
     return edges_x, edges_y
 
 
 def _read_span(index: int, core_px: int, halo_px: int, ratio: float, size0: int) -> tuple[int, int]:
-    """Return start and size, along one axis, of what tile `index` reads.
+    """Return start and size in level-0 px, along one axis, of the box that a tile reads.
 
-    In px read it is [index * core - halo, (index + 1) * core + halo), rounded inwards to level-0
-    px: widened to the grid of pixels again when it is read, it is never larger than that, so a
-    network sees tiles of one size. The last tile ends a halo behind the slide.
+    In px read the box is [index * core - halo, (index + 1) * core + halo), rounded inwards to
+    level-0 px. Reading widens the box to the pixel grid, at most to this size, so all tiles have
+    one size for a network. The last tile ends one halo beyond the slide.
     """
-    slack = 1e-6  # of a level-0 px: products that should be whole
+    slack = 1e-6  # level-0 px: rounding error of products that are whole numbers
     start0 = math.ceil((index * core_px - halo_px) * ratio - slack)
     end0 = math.floor(((index + 1) * core_px + halo_px) * ratio + slack)
     end0 = min(end0, size0 + math.ceil(halo_px * ratio))
@@ -111,15 +117,21 @@ def _read_span(index: int, core_px: int, halo_px: int, ratio: float, size0: int)
 
 
 def _edges(size0: int, step0: float) -> list[int]:
-    """Return the level-0 edges of cores along one axis: rounded multiples of the true step."""
+    """Return the edges of cores along one axis: multiples of `step0` rounded to level-0 px."""
     count = max(1, math.ceil(size0 / step0))
     edges = [round(i * step0) for i in range(count)] + [size0]
-    # Rounding may leave an empty last core.
+    # Rounding may make the last core empty.
     return [edge for i, edge in enumerate(edges) if i == 0 or edge > edges[i - 1]]
 
 
 def _count(sums: NDArray[np.int64], box: Box, frame: Frame) -> int:
-    """Count mask pixels that a box touches, from the mask's summed-area table [H + 1, W + 1]."""
+    """Count the mask pixels that a box touches.
+
+    Args:
+        sums: Summed-area table of the mask, [H + 1, W + 1].
+        box: Box in level-0 px.
+        frame: Frame of the mask on the slide.
+    """
     corners = np.array([[box.x0, box.y0], [box.x0 + box.w0, box.y0 + box.h0]], np.float64)
     (left, top), (right, bottom) = frame.from_level0(corners)
     height, width = sums.shape[0] - 1, sums.shape[1] - 1

@@ -108,7 +108,7 @@ def test_check_mpp_refuses_the_rest_with_name_and_remedy(mpp):
         ("slide_id,uri\n", "no rows"),
         ("", "cannot be read as a manifest"),
         ("slide_id,uri\na,b,c\n", "cannot be read as a manifest"),
-        ("slide_id,uri\na,x\na,y\n", r"row 2: slide_id 'a' is there twice"),
+        ("slide_id,uri\na,x\na,y\n", r"row 2: slide_id 'a' occurs twice"),
         ("slide_id,uri\n,x\n", r"row 1: slide_id ''"),
         ("slide_id,uri\na,\n", r"row 1: slide 'a' has no uri"),
         ("slide_id,uri\na/b,x\n", "a/b"),

@@ -1,4 +1,4 @@
-"""What a synthetic slide is asked to be, and the random streams drawn from its seed."""
+"""Configuration of a synthetic slide, and the random streams that its seed gives."""
 
 import zlib
 from dataclasses import dataclass
@@ -7,29 +7,29 @@ from typing import Literal
 import numpy as np
 
 NUCLEUS_TYPES = ("Neoplastic", "Inflammatory", "Connective", "Epithelial")
-"""Names of the nucleus types, as PanNuke has them; the order of every `[4]` axis here."""
+"""Names of the nucleus types as in PanNuke; every `[4]` axis here has this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """One synthetic slide. Equal configurations give equal bytes.
+    """Configuration of one synthetic slide. Equal configurations give equal bytes.
 
-    Lengths are in um, so the same seed is the same tissue at any `mpp`.
+    Lengths are in um, so one seed gives the same tissue at any `mpp`.
 
     Attributes:
-        seed: Tissue, cells, counts, and (unless `stain_seed` is given) stain and sensor noise.
-        programme_seed: Gene-by-type table. Slides of one patient share it, whatever their `seed`.
-        stain_seed: Stain colours, scanner noise; None takes `seed`.
+        seed: Seed of tissue, cells and counts, and of stain and sensor noise without `stain_seed`.
+        programme_seed: Seed of the gene-by-type table. Slides of one patient share it.
+        stain_seed: Seed of stain colours and sensor noise; None takes `seed`.
         width_um: Width of the slide in um.
         height_um: Height of the slide in um.
-        mpp: um per level-0 px, in [0.1, 1.2].
-        cells_per_mm2: Nuclei per mm2 of tissue aimed at; crowding stops near 4,000.
+        mpp: Resolution in um per level-0 px, in [0.1, 1.2].
+        cells_per_mm2: Intended nuclei per mm2 of tissue; no more than about 4,000 fit.
         min_gap_um: Smallest distance between two nuclei in um.
-        num_genes: Genes in the panel, at least 1.
-        unseen_sd: Standard deviation of the log rate that the image does not show.
+        num_genes: Number of genes in the panel, at least 1.
+        unseen_sd: Standard deviation of the part of the log rate that the image does not show.
         library_sd: Standard deviation of the log library size of a cell.
         dispersion: Negative binomial size of a cell's counts; larger is closer to Poisson.
-        spot_layout: "hex" (Visium) or "square" (older arrays).
+        spot_layout: Grid of the spots, "hex" (Visium) or "square" (older arrays).
         spot_diameter_um: Diameter of a spot in um.
         spot_pitch_um: Distance between the centres of neighbouring spots in um.
         capture_efficiency: Mean probability that a spot captures a molecule, in (0, 1].
@@ -55,7 +55,7 @@ class SyntheticConfig:
     capture_sd: float = 0.15
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be made.
+        """Check every value.
 
         Raises:
             ValueError: A value is outside its range.
@@ -88,19 +88,19 @@ class SyntheticConfig:
 
     @property
     def width0(self) -> int:
-        """Width in level-0 px."""
+        """Width of the slide in level-0 px."""
         return round(self.width_um / self.mpp)
 
     @property
     def height0(self) -> int:
-        """Height in level-0 px."""
+        """Height of the slide in level-0 px."""
         return round(self.height_um / self.mpp)
 
     def stream(self, name: str, *keys: int) -> np.random.Generator:
-        """Return the generator of one named purpose: adding a purpose changes no other."""
+        """Return the random generator of one named purpose, independent of all other purposes."""
         return np.random.default_rng([self.seed, zlib.crc32(name.encode()), *keys])
 
     def stain_stream(self, name: str, *keys: int) -> np.random.Generator:
-        """Return the generator of one purpose that belongs to stain and scanner."""
+        """Return the random generator of one named purpose of stain and scanner."""
         seed = self.seed if self.stain_seed is None else self.stain_seed
         return np.random.default_rng([seed, zlib.crc32(name.encode()), *keys])

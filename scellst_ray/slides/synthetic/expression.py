@@ -1,7 +1,7 @@
-"""What the cells of a synthetic slide express, and why: type, visible shape, a little unseen noise.
+"""Expression of the cells of a synthetic slide: by type, visible shape and a little unseen noise.
 
-The programme (which gene depends on what) has a seed of its own, so the slides of one patient share
-it while their tissues differ.
+The programme is the table of what each gene depends on. It has a seed of its own, so slides of one
+patient share it while their tissues differ. T: types, N: cells, G: genes.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scellst_ray.slides.synthetic.config import SyntheticConfig
 from scellst_ray.slides.synthetic.layout import SyntheticNuclei
 
-# Roles in turn, so that a panel of any length has all of them: markers of the four types, genes
-# that grow with nuclear area, with staining, and genes that depend on nothing.
+# A panel takes these roles in turn: markers of the four types, genes that grow with nuclear area,
+# genes that grow with staining, and genes that depend on nothing.
 _ROLES = ("Neoplastic", "Inflammatory", "Connective", "Epithelial", "area", "stain", "constant")
 _NAMES = {
     "Neoplastic": ("EPCAM", "ERBB2", "KRT18", "MUC1", "CD24"),
@@ -29,14 +29,14 @@ _TYPICAL_AREA_UM2 = 55.0
 
 @dataclass(frozen=True)
 class GeneProgramme:
-    """How the log rate of each gene depends on what a pathologist could see.
+    """Dependence of each gene's log rate on the visible features of a nucleus.
 
     Attributes:
         gene_names: Unique names, in the panel's order.
-        roles: What drives each gene: a nucleus type, "area", "stain" or "constant".
-        log_rate_TG: float64 [4, G], by type, at typical area and staining.
-        area_slope_G: float64 [G], per factor e^0.5 of nuclear area.
-        stain_slope_G: float64 [G], per standard deviation of staining.
+        roles: Role of each gene: a nucleus type, "area", "stain" or "constant".
+        log_rate_TG: Log rate by type at typical area and staining, float64 [4, G].
+        area_slope_G: Change of the log rate per factor e^0.5 of nuclear area, float64 [G].
+        stain_slope_G: Change of the log rate per standard deviation of staining, float64 [G].
     """
 
     gene_names: tuple[str, ...]
@@ -47,7 +47,7 @@ class GeneProgramme:
 
 
 def gene_programme(num_genes: int, programme_seed: int) -> GeneProgramme:
-    """Draw a programme. The first genes of a longer panel are those of a shorter one."""
+    """Return a random programme. The first genes of a longer panel equal a shorter panel."""
     names, roles = _panel(num_genes)
     log_rate = np.empty((4, num_genes))
     area_slope, stain_slope = np.zeros(num_genes), np.zeros(num_genes)
@@ -55,15 +55,15 @@ def gene_programme(num_genes: int, programme_seed: int) -> GeneProgramme:
         rng = np.random.default_rng([programme_seed, g])
         log_rate[:, g] = np.log(rng.uniform(0.5, 1.5)) + rng.normal(0, 0.2, 4)
         area_slope[g], stain_slope[g] = rng.normal(0, 0.08, 2)
-        strong = rng.uniform(0.8, 1.2)
+        strength = rng.uniform(0.8, 1.2)
         if role in _ROLES[:4]:
-            log_rate[_ROLES.index(role), g] += 2.0 * strong
+            log_rate[_ROLES.index(role), g] += 2.0 * strength
         elif role == "area":
-            area_slope[g] += 0.8 * strong
+            area_slope[g] += 0.8 * strength
         elif role == "stain":
-            stain_slope[g] += 0.5 * strong
+            stain_slope[g] += 0.5 * strength
         else:
-            log_rate[:, g] = np.log(3.0 * strong)
+            log_rate[:, g] = np.log(3.0 * strength)
             area_slope[g] = stain_slope[g] = 0.0
     return GeneProgramme(names, roles, log_rate, area_slope, stain_slope)
 
@@ -92,7 +92,7 @@ def cell_counts(config: SyntheticConfig, expected_NG: NDArray[np.float32]) -> ND
 
 
 def _panel(num_genes: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return names and roles: known markers in turn over the roles, then GENE<n>."""
+    """Return names and roles: real gene names, one of each role in turn, then GENE<n>."""
     known = [
         (_NAMES[role][turn], role)
         for turn in range(max(map(len, _NAMES.values())))

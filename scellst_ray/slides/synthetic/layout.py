@@ -1,6 +1,7 @@
-"""Where the tissue of a synthetic slide is and which nuclei it has: exact geometry, no pixels.
+"""Lay out the tissue and the nuclei of a synthetic slide: exact geometry, no pixels.
 
-Everything is in um from the slide's top left corner, so the layout does not depend on mpp.
+All lengths are in um from the slide's top left corner, so the layout does not depend on mpp.
+N: nuclei; V: vertices of an outline; M: candidates for nuclei.
 """
 
 from dataclasses import dataclass
@@ -12,23 +13,22 @@ from scipy.spatial import cKDTree
 
 from scellst_ray.slides.synthetic.config import NUCLEUS_TYPES, SyntheticConfig
 
-# By type, in the order of NUCLEUS_TYPES: mean semi-axes in um, their log spread, the spread of the
-# outline's harmonics, and how densely a region of that type is packed.
+# Values by type, in the order of NUCLEUS_TYPES: mean semi-axes in um, their log spread, the spread
+# of the outline's harmonics, and the relative density of nuclei in a region of the type.
 _SEMI_MAJOR_UM = np.array([6.1, 3.3, 6.4, 4.7])
 _SEMI_MINOR_UM = np.array([5.2, 3.1, 2.3, 3.9])
 _SIZE_SD = np.array([0.13, 0.06, 0.10, 0.10])
 _HARMONIC_SD = np.array([0.030, 0.012, 0.020, 0.020])
 _RELATIVE_DENSITY = np.array([0.8, 1.0, 0.6, 0.9])
 _NUM_VERTICES = 36
-_THROWN_PER_WANTED = 6
-_EDGE_CLEARANCE_UM = (
-    10.0  # centroids stay this far inside the tissue, so that no nucleus sticks out
-)
+_CANDIDATES_PER_NUCLEUS = 6
+# Centroids keep this distance to the tissue's edge, so that nuclei lie inside the tissue.
+_EDGE_CLEARANCE_UM = 10.0
 
 
 @dataclass(frozen=True)
 class SmoothField:
-    """A smooth random function of the plane: uniform cubic B-splines on a square lattice.
+    """A smooth function of the plane: uniform cubic B-splines on a square lattice.
 
     Attributes:
         coefficients: float64 [rows, columns]; node (0, 0) lies at (-1, -1) spacing.
@@ -60,29 +60,29 @@ class SmoothField:
 
 
 def lattice_shape(config: SyntheticConfig, spacing_um: float) -> tuple[int, int]:
-    """Return (rows, columns) of a lattice that covers the slide and 64 um around it."""
+    """Return (rows, columns) of a lattice that covers the slide and a margin of 64 um."""
     height, width = config.height_um + 64, config.width_um + 64
     return int(np.ceil(height / spacing_um)) + 4, int(np.ceil(width / spacing_um)) + 4
 
 
 def random_field(config: SyntheticConfig, name: str, spacing_um: float) -> SmoothField:
-    """Return a field of mean 0 and variance about 1 that varies over `spacing_um`."""
+    """Return a random field of mean 0 and variance about 1 that varies over `spacing_um`."""
     normal = config.stream(name).standard_normal(lattice_shape(config, spacing_um))
-    # The mean over a cell of the sum of the squared 1-d weights is 0.479, squared in 2-d.
+    # In 1-d the squared spline weights sum to 0.479 on average, so in 2-d the deviation is 0.479.
     return SmoothField(normal / 0.479, spacing_um)
 
 
 @dataclass(frozen=True)
 class SyntheticNuclei:
-    """N nuclei as they truly are; um, (x, y).
+    """N nuclei of the true layout, in um, (x, y).
 
     Attributes:
-        outline_um: float64 [N, V, 2], not closed.
-        centroid_um: float64 [N, 2], of the polygon.
-        area_um2: float64 [N], of the polygon.
-        type_index: int64 [N], into NUCLEUS_TYPES.
-        stain: float64 [N], hematoxylin relative to the type's mean.
-        angle: float64 [N], direction of the long axis in radians, x towards y.
+        outline_um: Outline polygons, not closed, float64 [N, V, 2].
+        centroid_um: Centroid of each polygon, float64 [N, 2].
+        area_um2: Area of each polygon, float64 [N].
+        type_index: Index into NUCLEUS_TYPES, int64 [N].
+        stain: Hematoxylin relative to the type's mean, float64 [N].
+        angle: Direction of the long axis in radians, from x towards y, float64 [N].
     """
 
     outline_um: NDArray[np.float64]
@@ -102,11 +102,11 @@ class TissueLayout:
     """Tissue outline, type regions, fibre direction and nuclei of one slide.
 
     Attributes:
-        config: What was asked for.
-        edge_um: About the distance to the tissue's edge in um, positive inside.
-        type_scores: One field per nucleus type; `type_probabilities` is their softmax.
+        config: Configuration of the slide.
+        edge_um: Approximate distance to the tissue's edge in um, positive inside.
+        type_scores: One field per nucleus type; `type_probabilities` turns them into shares.
         fibre_shift_um: Displacement along y that bends horizontal fibres.
-        nuclei: The nuclei.
+        nuclei: Nuclei of the slide.
     """
 
     config: SyntheticConfig
@@ -117,7 +117,7 @@ class TissueLayout:
 
 
 def make_layout(config: SyntheticConfig) -> TissueLayout:
-    """Lay out tissue and nuclei."""
+    """Return the tissue and the nuclei that a configuration gives."""
     edge = _tissue_edge(config)
     scores = tuple(random_field(config, f"type {name}", 190.0) for name in NUCLEUS_TYPES)
     unit = random_field(config, "fibre", 110.0)
@@ -129,9 +129,9 @@ def make_layout(config: SyntheticConfig) -> TissueLayout:
 def type_probabilities(
     scores: tuple[SmoothField, ...], points_um: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Return the probability of each type at points [N, 2] (um) as [N, 4].
+    """Return the probability of each type, [N, 4], at points [N, 2] in um.
 
-    Every type keeps a few per cent everywhere: real regions are never pure.
+    Every type has at least 3 % everywhere, since real regions are never pure.
     """
     logits = 3.0 * np.stack([score.at(points_um) for score in scores], axis=1)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -140,7 +140,10 @@ def type_probabilities(
 
 
 def _tissue_edge(config: SyntheticConfig) -> SmoothField:
-    """Return two blobs with wavy outlines, clear of the slide's border by 4 % of its side."""
+    """Return the distance to the edge of the tissue: two wavy blobs off the slide's border.
+
+    The gap to the border is 4 % of the slide's shorter side.
+    """
     rng = config.stream("tissue")
     size = np.array([config.width_um, config.height_um])
     spacing = float(np.clip(size.min() / 64, 4.0, 32.0))
@@ -159,8 +162,8 @@ def _tissue_edge(config: SyntheticConfig) -> SmoothField:
         ]
     )
     wave = float(np.clip(size.min() / 6, 40.0, 400.0))
-    outer = np.clip(points, 0, size)  # the waves' lattice ends near the slide
-    inside += 0.16 * wave * random_field(config, "outline", wave / 2).at(outer)
+    clipped = np.clip(points, 0, size)  # the lattice of the waves ends near the slide
+    inside += 0.16 * wave * random_field(config, "outline", wave / 2).at(clipped)
     to_border = np.minimum(points, size - points).min(axis=1) - 0.04 * size.min()
     return SmoothField(np.minimum(inside, to_border).reshape(rows, columns), spacing)
 
@@ -171,13 +174,13 @@ def _place_nuclei(
     scores: tuple[SmoothField, ...],
     fibre: SmoothField,
 ) -> SyntheticNuclei:
-    """Throw nuclei at the tissue in random order; one that comes too near an earlier one is lost.
+    """Return nuclei at random places, none too near another or across the tissue's edge.
 
-    So is one that sticks out of the tissue. Candidates are tested as capsules (segments with a
-    radius) that contain their outlines.
+    Candidates come in random order; one too near an earlier one is dropped. Distances are those of
+    capsules (segments with a radius) that contain the outlines.
     """
     rng = config.stream("nuclei")
-    centre, kind, num_wanted = _throw(config, rng, edge, scores)
+    centre, kind, num_wanted = _draw_candidates(config, rng, edge, scores)
     num = len(centre)
     size = np.exp(rng.normal(0, 1, num) * _SIZE_SD[kind])
     stretch = np.exp(rng.normal(0, 0.08, num))
@@ -210,7 +213,7 @@ def _place_nuclei(
     )
 
 
-def _throw(
+def _draw_candidates(
     config: SyntheticConfig,
     rng: np.random.Generator,
     edge: SmoothField,
@@ -218,10 +221,10 @@ def _throw(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
     """Return candidate centres [M, 2] in um, their types [M], and how many to keep at most."""
     area_mm2 = config.width_um * config.height_um / 1e6
-    num_thrown = round(_THROWN_PER_WANTED * config.cells_per_mm2 * area_mm2)
-    centre = rng.uniform(0, 1, (num_thrown, 2)) * (config.width_um, config.height_um)
+    num_candidates = round(_CANDIDATES_PER_NUCLEUS * config.cells_per_mm2 * area_mm2)
+    centre = rng.uniform(0, 1, (num_candidates, 2)) * (config.width_um, config.height_um)
     centre = centre[edge.at(centre) > _EDGE_CLEARANCE_UM]
-    num_wanted = round(len(centre) / _THROWN_PER_WANTED)
+    num_wanted = round(len(centre) / _CANDIDATES_PER_NUCLEUS)
     cumulative = np.cumsum(type_probabilities(scores, centre), axis=1)
     kind = (rng.uniform(0, 1, (len(centre), 1)) > cumulative[:, :3]).sum(axis=1)
     kept = rng.uniform(0, 1, len(centre)) < _RELATIVE_DENSITY[kind]
@@ -235,7 +238,7 @@ def _outlines(
     amplitude: NDArray[np.float64],
     phase: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Return ellipses [N, V, 2] whose radius is modulated by the harmonics 2, 3 and 4."""
+    """Return outlines [N, V, 2]: ellipses whose radius the harmonics 2, 3 and 4 modulate."""
     turn = np.arange(_NUM_VERTICES) * (2 * np.pi / _NUM_VERTICES)
     radius = np.ones((len(centre), _NUM_VERTICES))
     for k, order in enumerate((2, 3, 4)):
@@ -254,7 +257,7 @@ def _without_conflicts(
     radius: NDArray[np.float64],
     gap: float,
 ) -> NDArray[np.int64]:
-    """Return the indices that survive when each capsule must clear the survivors before it."""
+    """Return the indices of the capsules that keep `gap` to every kept capsule before them."""
     if len(centre) == 0:
         return np.zeros(0, np.int64)
     reach = 2 * float((half_length + radius).max()) + gap
@@ -276,15 +279,15 @@ def _without_conflicts(
     conflict = distance < radius[i] + radius[j] + gap
     i, j = i[conflict], j[conflict]
     order = np.argsort(j, kind="stable")
-    alive = np.ones(len(centre), bool)
+    is_kept = np.ones(len(centre), bool)
     for first, second in zip(i[order].tolist(), j[order].tolist(), strict=True):
-        if alive[first]:
-            alive[second] = False
-    return np.flatnonzero(alive)
+        if is_kept[first]:
+            is_kept[second] = False
+    return np.flatnonzero(is_kept)
 
 
 def _fibre_angle(fibre: SmoothField, points_um: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the direction along which y + fibre shift is constant."""
+    """Return the direction of the fibres in radians: along it, y + fibre shift is constant."""
     step = 2.0
     here = fibre.at(points_um)
     slope_x = (fibre.at(points_um + np.array([step, 0.0])) - here) / step
@@ -295,7 +298,7 @@ def _fibre_angle(fibre: SmoothField, points_um: NDArray[np.float64]) -> NDArray[
 def _spline_taps(
     position: NDArray[np.float64],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the first of 4 nodes [N] and their weights [N, 4] of the uniform cubic B-spline."""
+    """Return the first of 4 nodes, [N], and the weights of the cubic B-spline, [N, 4]."""
     first = np.floor(position).astype(np.int64)
     t = position - first
     weights = np.stack(
@@ -307,7 +310,7 @@ def _spline_taps(
 def _dense(
     first: NDArray[np.int64], weights: NDArray[np.float64], num_nodes: int
 ) -> NDArray[np.float32]:
-    """Return the taps as a dense matrix [N, num_nodes]."""
+    """Return nodes and weights of `_spline_taps` as a dense matrix [N, num_nodes]."""
     matrix = np.zeros((len(first), num_nodes), np.float32)
     rows = np.arange(len(first))
     for k in range(4):

@@ -1,7 +1,7 @@
-"""The pixels of a synthetic slide: hematoxylin and eosin by the Beer-Lambert law.
+"""Paint the pixels of a synthetic slide: hematoxylin and eosin by the Beer-Lambert law.
 
-Painted in blocks on a fixed grid, each with its own random stream, so any region of any slide has
-the same pixels however it is asked for, and memory does not grow with the slide.
+The slide is painted in blocks on a fixed grid, each with its own random stream. So a region has the
+same pixels whatever box is painted, and memory does not grow with the slide.
 """
 
 import cv2
@@ -22,26 +22,30 @@ BLOCK_PX = 512
 _TEXTURE_PX = 512
 _TEXTURE_MPP = 0.5
 _BLUR_UM = 0.3
-_NOISE_SHIFTS = 128  # a block takes its sensor noise from a larger sheet, at a random place
+_NOISE_SHIFTS = 128  # each block cuts its sensor noise from a larger sheet, at a random shift in px
 _NUCLEUS_REACH_UM = 13.0
 _CONCENTRATION_UNIT = 80.0  # canvas steps per unit of hematoxylin: 8 bits reach 3.2
 _FRACTION_BITS = 4
 
-# By type, in the order of NUCLEUS_TYPES: hematoxylin of rim and interior, width of the rim as a
-# part of the radius, and how grainy the chromatin is.
+# Values by type, in the order of NUCLEUS_TYPES: hematoxylin of rim and interior, width of the rim
+# as a share of the radius, and graininess of the chromatin.
 _RIM = np.array([1.25, 1.75, 1.15, 1.20])
 _INTERIOR = np.array([0.80, 1.85, 1.25, 1.05])
 _RIM_WIDTH = np.array([0.16, 0.20, 0.25, 0.14])
 _GRAIN = np.array([0.10, 0.10, 0.10, 0.22])
-# Ground by type of region: eosin, hematoxylin haze, contrast of the fibres.
+# Tissue between nuclei, by type of region: eosin, hematoxylin haze, contrast of the fibres.
 _GROUND = np.array([[0.42, 0.15, 0.08], [0.30, 0.10, 0.10], [0.55, 0.04, 0.75], [0.45, 0.12, 0.08]])
 
 
 class SlidePainter:
-    """Paints any region of one layout at its config's mpp."""
+    """Painter of the regions of one layout, at the mpp of its configuration."""
 
     def __init__(self, layout: TissueLayout) -> None:
-        """Precompute stain, textures and what the ground is made of."""
+        """Compute stain colours, textures and the fields of the tissue between nuclei.
+
+        Args:
+            layout: Tissue and nuclei to paint.
+        """
         self._layout = layout
         config = layout.config
         rng = config.stain_stream("stain")
@@ -72,7 +76,10 @@ class SlidePainter:
         config = self._layout.config
         right0, bottom0 = box.x0 + box.w0, box.y0 + box.h0
         if min(box) < 0 or right0 > config.width0 or bottom0 > config.height0:
-            message = f"{box} reaches beyond the slide of {config.width0} x {config.height0} px"
+            message = (
+                f"{box} reaches beyond the slide of {config.width0} x {config.height0} px; "
+                "give a box inside"
+            )
             raise ValueError(message)
         out = np.empty((box.h0, box.w0, 3), np.uint8)
         for row in range(box.y0 // BLOCK_PX, -(-bottom0 // BLOCK_PX)):
@@ -87,7 +94,7 @@ class SlidePainter:
         return out
 
     def _block(self, row: int, column: int) -> NDArray[np.uint8]:
-        """Paint one whole block of the grid, also where it reaches beyond the slide."""
+        """Return one whole block of the grid, also where it reaches beyond the slide."""
         config = self._layout.config
         blur_px = _BLUR_UM / config.mpp
         margin = int(np.ceil(4 * blur_px)) + 1
@@ -107,7 +114,14 @@ class SlidePainter:
     def _concentrations(
         self, x_um: NDArray[np.float64], y_um: NDArray[np.float64], x0: int, y0: int
     ) -> NDArray[np.float32]:
-        """Return hematoxylin and eosin [H, W, 2] of the square whose corner is (x0, y0)."""
+        """Return hematoxylin and eosin, float32 [H, W, 2], of one square.
+
+        Args:
+            x_um: Pixel centres along x in um, [W].
+            y_um: Pixel centres along y in um, [H].
+            x0: Left edge of the square in level-0 px.
+            y0: Top edge of the square in level-0 px.
+        """
         config = self._layout.config
         inside_x, inside_y = np.clip(x_um, 0, config.width_um), np.clip(y_um, 0, config.height_um)
         edge_um = self._layout.edge_um.on_grid(inside_x, inside_y)
@@ -132,13 +146,13 @@ class SlidePainter:
         """Draw the nuclei of a square of `side` px at (x0, y0) with antialiased outlines.
 
         Returns:
-            float32 [side, side, 3]: hematoxylin, its graininess, and covered area from 0 to 1.
+            float32 [side, side, 3]: hematoxylin, its graininess, and the covered share, 0 to 1.
         """
         mpp = self._layout.config.mpp
         fine = int(np.clip(round(mpp / 0.125), 2, 6))  # fine px per px
         canvas = np.zeros((side * fine, side * fine, 3), np.uint8)
         scale = fine / mpp
-        # OpenCV puts whole coordinates at pixel centres.
+        # Whole coordinates are pixel centres in OpenCV.
         shift = np.array([x0, y0]) * fine + 0.5
         for index in self._near(x0, y0, side):
             for outline_um, colour in self._parts(index):
@@ -149,7 +163,7 @@ class SlidePainter:
         return np.asarray(small * np.array(unit, np.float32))
 
     def _near(self, x0: int, y0: int, side: int) -> list[int]:
-        """Return the nuclei that may touch the square of `side` px at (x0, y0), in order."""
+        """Return the indices, ascending, of nuclei that may touch the square at (x0, y0)."""
         if self._tree is None:
             return []
         mpp = self._layout.config.mpp
@@ -158,7 +172,7 @@ class SlidePainter:
         return sorted(self._tree.query_ball_point(centre, reach, p=np.inf))
 
     def _parts(self, index: int) -> list[tuple[NDArray[np.float64], tuple[float, float, float]]]:
-        """Return what one nucleus is painted of, outermost first: (outline in um, colour)."""
+        """Return the parts of one nucleus, outermost first, as (outline in um, colour)."""
         nuclei = self._layout.nuclei
         kind = nuclei.type_index[index]
         centre, outline = nuclei.centroid_um[index], nuclei.outline_um[index]
@@ -177,7 +191,7 @@ class SlidePainter:
 
 
 def _ground_fields(layout: TissueLayout) -> tuple[SmoothField, ...]:
-    """Return eosin, haze and fibre contrast as fields on a lattice of 16 um."""
+    """Return eosin, haze and fibre contrast of the tissue as fields on a lattice of 16 um."""
     config, spacing = layout.config, 16.0
     rows, columns = lattice_shape(config, spacing)
     y, x = np.meshgrid(
@@ -208,7 +222,7 @@ def _texture(
 def _sample(
     texture: NDArray[np.float32], x_um: NDArray[np.float32], y_um: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Look up a periodic texture at points in um."""
+    """Return the values of a periodic texture at points in um, [H, W]."""
     turns_x = x_um * np.float32(1 / (_TEXTURE_MPP * _TEXTURE_PX))
     turns_y = y_um * np.float32(1 / (_TEXTURE_MPP * _TEXTURE_PX))
     column = (turns_x - np.floor(turns_x)) * np.float32(_TEXTURE_PX)

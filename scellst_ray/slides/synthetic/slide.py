@@ -1,12 +1,12 @@
-"""Synthetic tissue: a slide with known nuclei, known expression, and spots counted from it.
+"""Make a synthetic slide with known nuclei, known expression, and spots counted from both.
 
     config = SyntheticConfig(seed=1)
     tissue = make_tissue(config)              # truth only, no pixels
     image = render_region(tissue, box)        # any part of the slide
     paths = write_synthetic_slide("folder", config)
 
-It feeds the demo, the tests and the benchmarks. The tissue is clean on purpose: nuclei never
-overlap, so that what is measured on it is the pipeline and not the difficulty of the picture.
+The demo, the tests and the benchmarks use such slides. Nuclei never overlap, so that a measurement
+shows the quality of the pipeline and not the difficulty of the image. N: nuclei; G: genes.
 """
 
 from dataclasses import dataclass
@@ -52,14 +52,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Tissue:
-    """Everything known about one synthetic slide except its pixels.
+    """The truth of one synthetic slide: everything except its pixels.
 
     Attributes:
-        layout: Config, tissue outline and nuclei (um).
-        programme: What each gene depends on.
-        expected_NG: float32 [N, G], expected molecules of each cell.
-        counts_NG: int32 [N, G], molecules drawn from them.
-        spots: Spots and what they captured.
+        layout: Configuration, tissue outline and nuclei (um).
+        programme: Dependence of each gene on type, area and staining.
+        expected_NG: Expected molecules of each cell, float32 [N, G].
+        counts_NG: Molecules drawn from them, int32 [N, G].
+        spots: Spots and the molecules they captured.
     """
 
     layout: TissueLayout
@@ -70,7 +70,7 @@ class Tissue:
 
     @property
     def config(self) -> SyntheticConfig:
-        """What was asked for."""
+        """Configuration of the slide."""
         return self.layout.config
 
 
@@ -80,11 +80,11 @@ class SyntheticPaths:
 
     Attributes:
         slide: Pyramidal TIFF.
-        space_ranger: The `outs` folder of the hexagonal layout; None with square spots.
-        st_counts: Counts of the square layout; None with hexagonal spots.
-        st_positions: Positions of the square layout; None with hexagonal spots.
-        truth: `truth.parquet`, see `truth_table`.
-        truth_expression: `truth_expression.parquet`, see `expression_table`.
+        space_ranger: Space Ranger's `outs` folder of hexagonal spots; None with square spots.
+        st_counts: Counts of square spots; None with hexagonal spots.
+        st_positions: Positions of square spots; None with hexagonal spots.
+        truth: File `truth.parquet`, see `truth_table`.
+        truth_expression: File `truth_expression.parquet`, see `expression_table`.
     """
 
     slide: Path
@@ -96,7 +96,7 @@ class SyntheticPaths:
 
 
 def make_tissue(config: SyntheticConfig) -> Tissue:
-    """Make the truth of one slide: nuclei, expression, spots."""
+    """Return the truth of one slide: nuclei, expression, spots."""
     layout = make_layout(config)
     programme = gene_programme(config.num_genes, config.programme_seed)
     expected_NG = expected_rates(config, programme, layout.nuclei)
@@ -110,7 +110,7 @@ def render(tissue: Tissue) -> NDArray[np.uint8]:
 
 
 def render_region(tissue: Tissue, box: Box) -> NDArray[np.uint8]:
-    """Return one region at level 0, uint8 [h0, w0, 3]: the same pixels as in the whole slide."""
+    """Return one region at level 0, uint8 [h0, w0, 3], as `render` paints it."""
     return SlidePainter(tissue.layout).region(box)
 
 
@@ -118,8 +118,8 @@ def truth_table(tissue: Tissue) -> pa.Table:
     """Return one row per nucleus.
 
     Columns: cell_id int64, x0 and y0 float64 (centroid, level-0 px), area_um2 float64,
-    nucleus_type string, stain float64 (staining relative to the type), polygon binary (WKB, closed,
-    level-0 px).
+    nucleus_type string, stain float64 (staining relative to the type's mean), polygon binary (WKB,
+    closed, level-0 px).
     """
     nuclei, mpp = tissue.layout.nuclei, tissue.config.mpp
     polygons = shapely.to_wkb(shapely.polygons(nuclei.outline_um / mpp))
@@ -138,7 +138,7 @@ def truth_table(tissue: Tissue) -> pa.Table:
 
 
 def expression_table(tissue: Tissue) -> pa.Table:
-    """Return cell_id int64 and one float32 column per gene: the expected molecules of each cell."""
+    """Return the expected molecules: cell_id int64 and one float32 column per gene."""
     columns = {"cell_id": pa.array(np.arange(len(tissue.expected_NG)), pa.int64())}
     for g, name in enumerate(tissue.programme.gene_names):
         columns[name] = pa.array(np.ascontiguousarray(tissue.expected_NG[:, g]), pa.float32())
@@ -151,12 +151,12 @@ def write_synthetic_slide(
     """Make one slide and write it with its spots and its truth.
 
     Args:
-        folder: Made when missing; one folder per slide.
-        config: What to make.
-        name: The slide's name: `<name>.tiff`, and the files of a square array.
+        folder: Folder of this slide alone; created if absent.
+        config: Configuration of the slide.
+        name: Name of the slide and of the files of square spots: `<name>.tiff`.
 
     Returns:
-        Where the files are. Each appears under its name only when it is whole.
+        Paths of the files. A file appears under its name only when it is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

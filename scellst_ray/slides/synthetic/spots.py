@@ -1,4 +1,7 @@
-"""Spots of a synthetic slide, counted from its cells, and the files that sequencers deliver."""
+"""Count the spots of a synthetic slide from its cells, and write them as sequencers do.
+
+S: spots; G: genes; N: cells.
+"""
 
 import gzip
 import io
@@ -21,15 +24,15 @@ class SyntheticSpots:
     """S spots of one slide.
 
     Attributes:
-        barcode: str [S], unique.
-        array_row: int64 [S], row of the spot's grid.
-        array_col: int64 [S], column; in a hexagonal grid every second number, as in Visium.
-        x0: float64 [S], centre in level-0 px; whole numbers, since the files hold such.
-        y0: float64 [S].
+        barcode: Unique name of each spot, str [S].
+        array_row: Row in the grid of spots, int64 [S].
+        array_col: Column in the grid, int64 [S]; hexagonal rows use every second, as in Visium.
+        x0: Centre along x in level-0 px, float64 [S]; whole numbers, as the files hold them.
+        y0: Centre along y in level-0 px, float64 [S]; whole numbers.
         radius0: Radius in level-0 px.
-        in_tissue: bool [S], the centre lies in tissue.
-        num_cells: int64 [S], cells whose centroid is in the circle.
-        counts_SG: int32 [S, G], molecules captured from these cells.
+        in_tissue: Whether the centre lies in tissue, bool [S].
+        num_cells: Number of cells whose centroid lies in the circle, int64 [S].
+        counts_SG: Molecules captured from these cells, int32 [S, G].
     """
 
     barcode: NDArray[np.str_]
@@ -48,7 +51,12 @@ class SyntheticSpots:
 
 
 def make_spots(layout: TissueLayout, counts_NG: NDArray[np.int32]) -> SyntheticSpots:
-    """Lay a grid of spots over the slide and sum the cells in each."""
+    """Return a grid of spots over the slide, each with the counts of the cells in it.
+
+    Args:
+        layout: Tissue and nuclei of the slide.
+        counts_NG: Molecules of each cell, int32 [N, G].
+    """
     config = layout.config
     row, column, x_um, y_um = _grid(config)
     x0, y0 = np.rint(x_um / config.mpp), np.rint(y_um / config.mpp)
@@ -81,13 +89,13 @@ def write_space_ranger(
     *,
     old_positions: bool = False,
 ) -> Path:
-    """Write the parts of a Space Ranger `outs` folder that readers use (no images).
+    """Write the files of a Space Ranger `outs` folder that readers use (no images).
 
     Args:
-        folder: The `outs` folder; made when missing.
-        config: The slide's, for its size in px and the spot diameter.
+        folder: The `outs` folder; created if absent.
+        config: Configuration of the slide, for its size in px.
         spots: All spots. The matrix holds those in tissue, the positions file holds all.
-        gene_names: Names [G].
+        gene_names: G gene names.
         old_positions: Write `tissue_positions_list.csv` without header (before Space Ranger 2).
 
     Returns:
@@ -117,13 +125,13 @@ def write_space_ranger(
 def write_st_array(
     folder: str | Path, name: str, spots: SyntheticSpots, gene_names: Sequence[str]
 ) -> tuple[Path, Path]:
-    """Write counts and positions as the older spatial transcriptomics arrays have them.
+    """Write counts and positions in the files of older spatial transcriptomics arrays.
 
     Args:
-        folder: Made when missing.
+        folder: Folder of the files; created if absent.
         name: Section name: the files are `<name>.tsv.gz` and `<name>_selection.tsv`.
         spots: All spots; those in tissue are written, keyed `<column>x<row>`.
-        gene_names: Names [G].
+        gene_names: G gene names.
 
     Returns:
         Paths of the counts (spots × genes) and of the positions.
@@ -143,7 +151,7 @@ def write_st_array(
 
 
 def _positions_csv(spots: SyntheticSpots, *, header: bool) -> str:
-    """Return Space Ranger's positions; the last two columns are y, then x."""
+    """Return the text of Space Ranger's positions file; its last two columns are y, then x."""
     names = "barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres"
     rows = [
         f"{spots.barcode[s]},{int(spots.in_tissue[s])},{spots.array_row[s]},{spots.array_col[s]},"
@@ -178,14 +186,14 @@ def _links(centres: NDArray[np.float64], cells: NDArray[np.float64], radius0: fl
     shape = (len(centres), len(cells))
     if 0 in shape:
         return csr_matrix(shape, dtype=np.int64)
-    found = cKDTree(cells).query_ball_point(centres, radius0, return_sorted=True)
-    offsets = np.concatenate([[0], np.cumsum([len(one) for one in found])])
-    indices = np.concatenate([np.asarray(one, np.int64) for one in found])
+    cells_of_spots = cKDTree(cells).query_ball_point(centres, radius0, return_sorted=True)
+    offsets = np.concatenate([[0], np.cumsum([len(cells) for cells in cells_of_spots])])
+    indices = np.concatenate([np.asarray(cells, np.int64) for cells in cells_of_spots])
     return csr_matrix((np.ones(len(indices), np.int64), indices, offsets), shape=shape)
 
 
 def _barcodes(num: int, seed: int) -> NDArray[np.str_]:
-    """Return `num` unique barcodes of 16 bases: an odd factor permutes the numbers below 4^16."""
+    """Return `num` unique barcodes of 16 bases: an odd factor permutes numbers below 4^16."""
     scrambled = (np.arange(num, dtype=np.uint64) * 2654435761 + seed % 2**32) % 2**32
     digits = (scrambled[:, None] >> (2 * np.arange(16, dtype=np.uint64))) & 3
     letters = np.array(list("ACGT"))[digits.astype(np.int64)]
@@ -193,7 +201,7 @@ def _barcodes(num: int, seed: int) -> NDArray[np.str_]:
 
 
 def _matrix_market(counts_GS: NDArray[np.int32]) -> str:
-    """Return a matrix in Matrix Market coordinates, column after column."""
+    """Return the text of a matrix in Matrix Market coordinates, column after column."""
     column, row = np.nonzero(counts_GS.T)
     out = io.StringIO()
     out.write("%%MatrixMarket matrix coordinate integer general\n")
@@ -203,12 +211,12 @@ def _matrix_market(counts_GS: NDArray[np.int32]) -> str:
 
 
 def _lines(lines: list[str]) -> str:
-    """Join lines, each ended."""
+    """Return the lines as one text, with a newline after each."""
     return "".join(line + "\n" for line in lines)
 
 
 def _write_gzip(path: Path, text: str) -> None:
-    """Publish text compressed, without a time stamp, so that equal text gives equal bytes."""
+    """Write compressed text without a time stamp, so that equal text gives equal bytes."""
     _publish(path, gzip.compress(text.encode(), mtime=0))
 
 

@@ -19,7 +19,7 @@ _DEFLATE_LEVEL = 2
 
 
 def level_sizes(width0: int, height0: int) -> list[tuple[int, int]]:
-    """Return (width, height) of every level, largest first; each a quarter of the one before."""
+    """Return (width, height) of every level, largest first; sides shrink by a factor of 4."""
     sizes = [(width0, height0)]
     while max(sizes[-1]) > _SMALLEST_PX and min(sizes[-1]) >= _FACTOR:
         width, height = sizes[-1]
@@ -28,14 +28,14 @@ def level_sizes(width0: int, height0: int) -> list[tuple[int, int]]:
 
 
 def write_slide(path: str | Path, layout: TissueLayout) -> Path:
-    """Paint the slide and write it, under a temporary name until it is whole.
+    """Paint the slide and write it, under a temporary name until it is complete.
 
-    The compression is deflate, so the pixels are exactly those of `SlidePainter.region`, and
-    tifffile needs no further codec. Memory holds a strip of level 0 and the levels below it.
+    Deflate keeps the pixels of `SlidePainter.region` exactly, and tifffile needs no further codec.
+    Memory holds one strip of level 0 and the smaller levels.
 
     Args:
-        path: Where the file goes; its folder is made.
-        layout: What to paint.
+        path: Path of the file; its folder is created if absent.
+        layout: Tissue and nuclei to paint.
 
     Returns:
         The path.
@@ -53,7 +53,7 @@ def write_slide(path: str | Path, layout: TissueLayout) -> Path:
             image = second
             for size in sizes[1:]:
                 if image.shape[1::-1] != size:
-                    image = _shrunk(image, size)
+                    image = _shrink(image, size)
                 _write_level(
                     tiff, _tiles([image]), size, config.mpp * config.width0 / size[0], reduced=True
                 )
@@ -93,17 +93,17 @@ def _write_level(
 def _strips(
     painter: SlidePainter, width0: int, height0: int, second: NDArray[np.uint8]
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield level 0 in strips of whole tiles and fill the second level on the way."""
+    """Yield level 0 in strips of whole tiles, and fill `second`, the second level, from them."""
     for y0 in range(0, height0, BLOCK_PX):
         strip = painter.region(Box(0, y0, width0, min(BLOCK_PX, height0 - y0)))
         rows = second[y0 // _FACTOR : (y0 + strip.shape[0]) // _FACTOR]
         if rows.size:
-            rows[:] = _shrunk(strip, (rows.shape[1], rows.shape[0]))
+            rows[:] = _shrink(strip, (rows.shape[1], rows.shape[0]))
         yield strip
 
 
-def _shrunk(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Average over squares of the pyramid's factor; a remainder at the far edges is dropped."""
+def _shrink(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return the mean over squares of _FACTOR px; a remainder at the far edges is dropped."""
     width, height = size
     whole = image[: height * _FACTOR, : width * _FACTOR]
     return np.asarray(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA))
@@ -112,11 +112,11 @@ def _shrunk(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
 def _tiles(
     strips: Iterator[NDArray[np.uint8]] | list[NDArray[np.uint8]],
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield the tiles of strips row by row, the last ones padded with what they end in."""
+    """Yield the tiles of strips row by row; incomplete tiles are padded with their edge pixels."""
     for strip in strips:
         for y in range(0, strip.shape[0], _TILE_PX):
             for x in range(0, strip.shape[1], _TILE_PX):
                 tile = strip[y : y + _TILE_PX, x : x + _TILE_PX]
-                lacking = (_TILE_PX - tile.shape[0], _TILE_PX - tile.shape[1])
-                pad = ((0, lacking[0]), (0, lacking[1]), (0, 0))
-                yield np.pad(tile, pad, mode="edge") if any(lacking) else tile
+                missing_px = (_TILE_PX - tile.shape[0], _TILE_PX - tile.shape[1])
+                pad = ((0, missing_px[0]), (0, missing_px[1]), (0, 0))
+                yield np.pad(tile, pad, mode="edge") if any(missing_px) else tile
