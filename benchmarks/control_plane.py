@@ -39,6 +39,7 @@ from scellst_ray.pipelines.driver import Progress
 from scellst_ray.pipelines.extract import run_cells
 from scellst_ray.pipelines.receipts import WorkFunctions
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.identity import NetworkIdentity
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.tiling import tile_edges
 from scellst_ray.stages.checked_networks import CheckedNetworks
@@ -146,7 +147,7 @@ def one_run(folder: str, num_slides: int, tiles_per_task: int) -> dict[str, Any]
         precision="float32",
         tiles_per_task=tiles_per_task,
     )
-    networks = CheckedNetworks({"encoder": "none", "embedding_dim": None})
+    networks = CheckedNetworks(NetworkIdentity(encoder="none", embedding_dim=None))
     watch = Watch()
     began = time.monotonic()
     run_cells("extract", config, slides, networks, watch.report, work=WorkFunctions(plan, stage))

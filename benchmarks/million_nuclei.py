@@ -35,6 +35,7 @@ from scellst_ray.core.version import __version__
 from scellst_ray.pipelines.driver import Driver, Progress
 from scellst_ray.pipelines.session import ray_session
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.records import SlideRecord
 from scellst_ray.slides.reader import box_frame
 from scellst_ray.stages.find import FindNuclei
 from scellst_ray.stages.tiles import box_of
@@ -102,7 +103,7 @@ def measure(num_nuclei: int, workers: int) -> dict[str, Any]:
 
 
 def summary(
-    record: dict[str, Any], receipts: pa.Table, num_cells: int, expected: int
+    record: SlideRecord, receipts: pa.Table, num_cells: int, expected: int
 ) -> dict[str, Any]:
     """Return counts, and CPU work by stage for a thousand nuclei."""
     assert record["status"] == "done", record

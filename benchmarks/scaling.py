@@ -54,6 +54,7 @@ from scellst_ray.pipelines.driver import Progress
 from scellst_ray.pipelines.extract import run_cells
 from scellst_ray.pipelines.receipts import WorkFunctions
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.identity import NetworkIdentity
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.checked_networks import CheckedNetworks
 from scellst_ray.stages.config import ExtractConfig
@@ -128,7 +129,7 @@ def one_run(folder: Path, num_gpus: int, slower: float, *, lose: bool) -> dict[s
         gpus=True,
         precision="float16",
     )
-    networks = CheckedNetworks({"encoder": "tokens", "embedding_dim": None}, ("nucleus",))
+    networks = CheckedNetworks(NetworkIdentity(encoder="tokens", embedding_dim=None), ("nucleus",))
     cluster, nodes = start_cluster(num_gpus)
     lose_last = partial(cluster.remove_node, nodes[-1], allow_graceful=False)
     watch = Watch(sum(sizes), lose_last if lose else None)

@@ -1,6 +1,6 @@
 """The command `extract`, and the summary that runs print at their end."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +10,7 @@ from scellst_ray.commands.progress import shown_progress
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.runs import domain_shift
 from scellst_ray.runs.folder import FINISHED
+from scellst_ray.runs.records import SlideRecord
 from scellst_ray.stages.config import ExtractConfig
 
 
@@ -20,7 +21,7 @@ def run_extract(config: ExtractConfig) -> int:
     return summarise(records, config.out)
 
 
-def summarise(records: dict[str, dict[str, Any]], out: str) -> int:
+def summarise(records: Mapping[str, SlideRecord], out: str) -> int:
     """Print what became of the slides, with the reasons of failures; return the exit code."""
     console = Console()
     counts = dict.fromkeys(("done", "empty", "partial", "failed"), 0)

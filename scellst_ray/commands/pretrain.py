@@ -28,7 +28,7 @@ from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_store import CropStore, open_store
 from scellst_ray.runs.folder import RunFolder, begin_run
 from scellst_ray.runs.lease import hold_lease
-from scellst_ray.training.moco_loop import Recipe, crop_order
+from scellst_ray.training.moco_loop import PretrainIdentity, Recipe, crop_order
 from scellst_ray.training.pretrain import Keeping, PretrainWorkers, encoder_state, pretrain
 
 ENCODER_FILE, INIT_FILE = "encoder.safetensors", "init.safetensors"
@@ -157,7 +157,7 @@ def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print)
     recipe = config.recipe(_precision(config))
     steps = crop_order(store, recipe).steps_per_epoch
     _, dim = new_backbone(config.arch, config.seed)
-    identity = {"recipe": asdict(recipe), "crops": store.digest, "init": _init_digest(config)}
+    identity = PretrainIdentity(recipe, store.digest, _init_digest(config))
     run = begin_run(config.out, "pretrain", identity, asdict(config))
     encoder_uri = storage.join(run.uri, ENCODER_FILE)
     if storage.exists(encoder_uri):

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 from scellst_ray import storage
 from scellst_ray.commands.extract import summarise
@@ -15,11 +14,12 @@ from scellst_ray.pipelines.extract import extract
 from scellst_ray.pipelines.predict import predict
 from scellst_ray.runs.folder import FINISHED
 from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.records import SlideRecord
 from scellst_ray.runs.summary import read_config
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.config import ExtractConfig, PredictConfig
 
-Records = dict[str, dict[str, Any]]
+Records = dict[str, SlideRecord]
 JOBS: dict[str, tuple[type[ExtractConfig], Callable[..., Records]]] = {
     "extract": (ExtractConfig, extract),
     "predict": (PredictConfig, predict),
@@ -106,7 +106,7 @@ def _chosen(run: Run, manifest: str, slides: list[str] | None) -> list[str]:
     there = {slide.slide_id for slide in read_manifest(manifest)}
     if slides is not None:
         chosen = check_names(slides, sorted(there), f"{manifest}: slide_ids")
-        done = [s for s in chosen if run.records.get(s, {}).get("status") in FINISHED]
+        done = [s for s in chosen if s in run.records and run.records[s]["status"] in FINISHED]
         if done:
             message = f"{run.uri}: slide(s) {', '.join(done)} are done; give those that are not"
             raise ValueError(message)

@@ -64,10 +64,11 @@ def status_of(state: RunState) -> dict[str, Any]:
     """Return what `status --json` prints: what the summary has, and what only holds now."""
     recent, left, eta_s = state.recent_rate(), state.tiles_left(), state.eta_s()
     names = ("host", "pid", "acquired", "renewed", "expires")
-    told = {name: state.holder.told.get(name) for name in names}
+    lease: dict[str, object] = {**(state.holder.lease or {})}
+    about_driver = {name: lease.get(name) for name in names}
     return progress_of(state) | {
         "now": state.now.isoformat(timespec="milliseconds"),
-        "driver": {"state": state.holder.state} | told,
+        "driver": {"state": state.holder.state} | about_driver,
         "recent": asdict(recent) | {"tiles_per_s": recent.tiles_per_s},
         "tiles_left": None if left is None else round(left),
         "eta_s": None if eta_s is None else round(eta_s, 1),
@@ -115,15 +116,15 @@ def _show_failures(console: Console, groups: list[dict[str, Any]]) -> None:
 
 def driver_line(holder: Holder, now: datetime) -> str:
     """Say whether a driver works on a run, since when and where."""
-    told = dict.fromkeys(("who", "renewed"), "")
-    if holder.told:
-        acquired, renewed = (
-            now - datetime.fromisoformat(holder.told[name]) for name in ("acquired", "renewed")
-        )
-        who = f"process {holder.told['pid']} on {holder.told['host']}"
-        who += f", since {holder.told['acquired']} ({_span(acquired.total_seconds())})"
-        told = {"who": who, "renewed": f"{_span(renewed.total_seconds())} ago"}
-    return STATES[holder.state].format(**told)
+    parts = dict.fromkeys(("who", "renewed"), "")
+    lease = holder.lease
+    if lease is not None:
+        acquired = now - datetime.fromisoformat(lease["acquired"])
+        renewed = now - datetime.fromisoformat(lease["renewed"])
+        who = f"process {lease['pid']} on {lease['host']}"
+        who += f", since {lease['acquired']} ({_span(acquired.total_seconds())})"
+        parts = {"who": who, "renewed": f"{_span(renewed.total_seconds())} ago"}
+    return STATES[holder.state].format(**parts)
 
 
 def _span(seconds: float) -> str:

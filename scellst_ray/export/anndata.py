@@ -23,6 +23,7 @@ from scellst_ray import storage
 from scellst_ray.core.logs import log_fields
 from scellst_ray.core.version import __version__
 from scellst_ray.runs.reading import Run
+from scellst_ray.runs.records import known_mpp, known_size0
 from scellst_ray.slides.reader import Slide
 from scellst_ray.storage.node_cache import hold
 
@@ -218,17 +219,17 @@ def _library(
 ) -> dict[str, Any]:
     """Return a slide's entry in `uns["spatial"]`."""
     record = run.records[slide_id]
-    picture = thumbnail or _blank(record["width0"], record["height0"])
+    picture = thumbnail or _blank(*known_size0(record))
     diameter_um = 2 * np.sqrt(cells["area_um2"].to_numpy() / np.pi)
     return {
         "images": {"hires": picture.image},
         "scalefactors": {
             "tissue_hires_scalef": 1 / picture.ratio,
-            "spot_diameter_fullres": float(diameter_um.mean() / record["mpp"]),
+            "spot_diameter_fullres": float(diameter_um.mean() / known_mpp(record)),
         },
         "metadata": {
             "source_image_path": str(run.sources[slide_id]["uri"]),
-            "mpp": float(record["mpp"]),
+            "mpp": known_mpp(record),
             "picture": "slide" if thumbnail else "blank",
         },
     }

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 import cv2
 import numpy as np
@@ -37,12 +36,14 @@ from scellst_ray.runs.crop_files import (
     set_uri,
 )
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.records import CropIndex, CropRecord, SlideCrops, SlideRecord
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.cut_crops import CropSet, candidates, cut_slide, record_of
 from scellst_ray.stages.tiles import Row, guarded
 
 logger = logging.getLogger(__name__)
-Records = Mapping[str, Mapping[str, Any]]
+SlideRecords = Mapping[str, SlideRecord]
+CropRecords = Mapping[str, CropRecord]
 ROWS = pa.schema(
     [
         ("slide_id", pa.string()),
@@ -67,31 +68,35 @@ def check_sample(run: RunFolder, sample: CropSample) -> None:
     Raises:
         ValueError: the run has crops of another sample.
     """
-    found = _index(run).get("sample", asdict(sample))
-    if found != asdict(sample):
-        told = (f"{k} {found.get(k)} there, {v} now" for k, v in asdict(sample).items())
+    index = _index(run)
+    wanted = asdict(sample)
+    stored = wanted if index is None else {**index["sample"]}
+    if stored != wanted:
+        differences = (f"{k} {stored.get(k)} there, {v} now" for k, v in wanted.items())
         message = (
-            f"{run.uri}: its crops are another sample ({', '.join(told)}); give the settings they "
-            f"were made with, or remove its folder `crops` to make others"
+            f"{run.uri}: its crops are another sample ({', '.join(differences)}); give the "
+            "settings they were made with, or remove its folder `crops` to make others"
         )
         raise ValueError(message)
 
 
-def crops_missing(run: RunFolder, records: Records, sample: CropSample) -> bool:
+def crops_missing(run: RunFolder, records: SlideRecords, sample: CropSample) -> bool:
     """Tell whether crops of the slides with these records are still to be made."""
     index = _index(run)
-    return index.get("set") != _set_id(run, _with_cells(records), sample) or bool(index["failed"])
+    if index is None:
+        return True
+    return index["set"] != _set_id(run, _with_cells(records), sample) or bool(index["failed"])
 
 
 def make_crops(
     run: RunFolder,
     slides: Sequence[SlideRow],
-    records: Records,
+    records: SlideRecords,
     sample: CropSample,
     resources: Resources,
     cluster: Cluster,
     check: Callable[[], None] = lambda: None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, CropRecord]:
     """Make what is missing of the crops of a run; return the records of crops by slide_id.
 
     Args:
@@ -106,15 +111,15 @@ def make_crops(
     check_sample(run, sample)
     cells = _with_cells(records)
     crops = CropSet(run, _set_id(run, cells, sample), sample, NO_CUTOFF)
-    if _index(run).get("set", crops.set_id) != crops.set_id:
+    index = _index(run)
+    if index is not None and index["set"] != crops.set_id:
         logger.warning("%s: its cells are others now; all crops are made anew", run.uri)
     DataContext.get_current().enable_progress_bars = False
     DataContext.get_current().execution_options.preserve_order = False
     # A large slide takes its time: silence is not a fault.
     DataContext.get_current().execution_no_progress_timeout_s = -1
     rows = [
-        {"slide_id": slide.slide_id, "uri": slide.uri}
-        | {name: cells[slide.slide_id][name] for name in ("mpp", "read_mpp")}
+        {"slide_id": slide.slide_id, "uri": slide.uri} | _resolution(cells[slide.slide_id])
         for slide in slides
         if slide.slide_id in cells
     ]
@@ -131,31 +136,40 @@ def make_crops(
     return found
 
 
-def with_crops(records: Records, crops: Records) -> dict[str, dict[str, Any]]:
+def with_crops(records: SlideRecords, crops: CropRecords) -> dict[str, SlideRecord]:
     """Return the records of slides with what became of their crops.
 
     A slide whose crops failed is partial: it needs the same command once more.
     """
-    joined = {slide_id: dict(record) for slide_id, record in records.items()}
-    for slide_id, record in crops.items():
-        joined[slide_id]["num_crops"] = record["num_crops"]
-        if record["status"] == "failed":
-            told = {name: record[name] for name in ("error_type", "error")}
-            joined[slide_id] |= {"status": "partial", "stage": "crops"} | told
+    joined = {slide_id: record.copy() for slide_id, record in records.items()}
+    for slide_id, of_crops in crops.items():
+        record = joined[slide_id]
+        record["num_crops"] = of_crops["num_crops"]
+        if of_crops["status"] == "failed":
+            record["status"], record["stage"] = "partial", "crops"
+            record["error_type"], record["error"] = of_crops["error_type"], of_crops["error"]
     return joined
 
 
-def _index(run: RunFolder) -> dict[str, Any]:
-    """Return which crops the run has; empty if none are finished."""
+def _resolution(record: SlideRecord) -> Row:
+    """Return um per level-0 px and um per px read of a slide, as columns of ROWS."""
+    return {"mpp": record.get("mpp"), "read_mpp": record.get("read_mpp")}
+
+
+def _index(run: RunFolder) -> CropIndex | None:
+    """Return which crops the run has; None if none are finished."""
     uri = index_uri(run.uri)
-    return dict(storage.read_json(uri)) if storage.exists(uri) else {}
+    if not storage.exists(uri):
+        return None
+    index: CropIndex = storage.read_json(uri)
+    return index
 
 
-def _with_cells(records: Records) -> Records:
+def _with_cells(records: SlideRecords) -> SlideRecords:
     return {s: record for s, record in records.items() if record["num_cells"]}
 
 
-def _set_id(run: RunFolder, cells: Records, sample: CropSample) -> str:
+def _set_id(run: RunFolder, cells: SlideRecords, sample: CropSample) -> str:
     """Return what identifies the sample and the cells it is drawn from."""
     stamps = {s: [r["num_cells"], r.get("finished")] for s, r in sorted(cells.items())}
     text = json.dumps([run.digest, asdict(sample), stamps], sort_keys=True)
@@ -163,14 +177,14 @@ def _set_id(run: RunFolder, cells: Records, sample: CropSample) -> str:
 
 
 def _cutoff(
-    crops: CropSet, rows: list[Row], cells: Records
-) -> tuple[int, dict[str, dict[str, Any]]]:
+    crops: CropSet, rows: list[Row], cells: SlideRecords
+) -> tuple[int, dict[str, CropRecord]]:
     """Return the priority up to which cells are in, and records of slides it could not count."""
     uri = storage.join(set_uri(crops.run.uri, crops.set_id), "set.json")
     if storage.exists(uri):
         return int(storage.read_json(uri)["cutoff"]), {}
     most = crops.sample.per_slide or crops.sample.total
-    failed: dict[str, dict[str, Any]] = {}
+    failed: dict[str, CropRecord] = {}
     cutoff = Cutoff(crops.sample.total)
     if rows and sum(min(r["num_cells"], most) for r in cells.values()) > crops.sample.total:
         found = ray.data.from_arrow([_table(row) for row in rows]).map_batches(
@@ -180,11 +194,11 @@ def _cutoff(
         )
         for batch in found.iter_batches(batch_size=None, batch_format="pyarrow"):
             table: pa.Table = batch
-            for number, told in enumerate(table.drop_columns("priority").to_pylist()):
-                if told["error"] is None:
+            for number, row in enumerate(table.drop_columns("priority").to_pylist()):
+                if row["error"] is None:
                     cutoff.add(table["priority"][number].values.to_numpy())
                 else:
-                    failed[told["slide_id"]] = record_of(crops, told["slide_id"], "failed") | told
+                    failed[row["slide_id"]] = _failed_record(crops, row)
     value = cutoff.value()
     if not failed:
         known = {"cutoff": value, "sample": asdict(crops.sample), "slides": sorted(cells)}
@@ -203,10 +217,10 @@ def _candidates(batch: pa.Table, run: RunFolder, sample: CropSample) -> Iterable
         yield pa.table([told[0], values, *told[1:]], schema=CANDIDATES)
 
 
-def _done(crops: CropSet, rows: list[Row]) -> dict[str, dict[str, Any]]:
+def _done(crops: CropSet, rows: list[Row]) -> dict[str, CropRecord]:
     """Return the records of slides that need nothing more."""
     folder = crops.record_uri("").rsplit("/", 1)[0]
-    records = [storage.read_json(uri) for uri in storage.list_files(folder)]
+    records: list[CropRecord] = [storage.read_json(u) for u in storage.list_files(folder)]
     wanted = {row["slide_id"] for row in rows}
     return {
         record["slide_id"]: record
@@ -219,7 +233,7 @@ def _done(crops: CropSet, rows: list[Row]) -> dict[str, dict[str, Any]]:
 
 def _cut(
     crops: CropSet, rows: list[Row], resources: Resources, cluster: Cluster
-) -> Iterable[dict[str, Any]]:
+) -> Iterable[CropRecord]:
     """Cut the crops of slides; yield their records."""
     memory = int(resources.memory_gb * 2**30)
     most = min(cluster.num_cpus, cluster.num_fitting(memory), len(rows))
@@ -264,7 +278,7 @@ class CutCrops:
             (record,) = self.attempts.run_guarded([row | {"tile_id": -1}], self._one)
             yield pa.table({"record": [json.dumps(record)]})
 
-    def _one(self, rows: list[Row], begins: Callable[[str], None]) -> dict[str, Any]:
+    def _one(self, rows: list[Row], begins: Callable[[str], None]) -> CropRecord:
         (row,) = rows
         if row.get("error") is None:
             begins("crops")
@@ -272,33 +286,38 @@ class CutCrops:
                 record = cut_slide(self.crops, row)
                 storage.publish_json(self.crops.record_uri(row["slide_id"]), record)
                 return record
-        told = {name: row[name] for name in ("error_type", "error")}
-        return record_of(self.crops, row["slide_id"], "failed") | told
+        return _failed_record(self.crops, row)
 
 
-def _publish_index(crops: CropSet, found: Records) -> None:
+def _failed_record(crops: CropSet, row: Row) -> CropRecord:
+    """Return the record of a slide whose row holds an error."""
+    record = record_of(crops, row["slide_id"], "failed")
+    record["error_type"], record["error"] = row["error_type"], row["error"]
+    return record
+
+
+def _publish_index(crops: CropSet, found: CropRecords) -> None:
     """Make a set the one that readers see, and remove the others.
 
     Slides whose crops failed have no record: the same command tries them again.
     """
     run_uri = crops.run.uri
-    names = ("num_crops", "num_types", "num_bytes", "digest", "centre")
     done = {s: r for s, r in sorted(found.items()) if r["status"] == "done"}
     failed = {s: r for s, r in sorted(found.items()) if r["status"] == "failed"}
     for slide_id, record in failed.items():
         told = (slide_id, record["error"])
         logger.error("no crops of slide %s: %s", *told, extra=log_fields(slide_id, None, "crops"))
-    index = {
+    index: CropIndex = {
         "format_version": schemas.FORMAT_VERSION,
         "run_digest": crops.run.digest,
         "set": crops.set_id,
-        "sample": asdict(crops.sample),
+        "sample": crops.sample.as_json(),
         "crop_um": schemas.STORED_CROP_UM,
         "crop_px": schemas.STORED_CROP_PX,
         "codec": CODEC,
         "row_group": ROW_GROUP,
         "num_crops": sum(record["num_crops"] for record in done.values()),
-        "slides": {s: {name: record[name] for name in names} for s, record in done.items()},
+        "slides": {s: _in_index(record) for s, record in done.items()},
         "failed": {s: f"{r['error_type']}: {r['error']}" for s, r in failed.items()},
     }
     storage.publish_json(index_uri(run_uri), index)
@@ -306,3 +325,14 @@ def _publish_index(crops: CropSet, found: Records) -> None:
     for uri in storage.list_files(storage.join(run_uri, "crops")):
         if uri not in kept:
             storage.remove_tree(uri)
+
+
+def _in_index(record: CropRecord) -> SlideCrops:
+    """Return what crops.json says of a slide."""
+    return {
+        "num_crops": record["num_crops"],
+        "num_types": record["num_types"],
+        "num_bytes": record["num_bytes"],
+        "digest": record["digest"],
+        "centre": record["centre"],
+    }

@@ -30,6 +30,7 @@ from scellst_ray.pipelines.finishing import CompleteSlide, RemoteFinisher
 from scellst_ray.pipelines.shard_uses import ShardUses
 from scellst_ray.runs.compaction import unfinished_record
 from scellst_ray.runs.folder import FINISHED, RunFolder, last_of_each_tile, split_by_slide
+from scellst_ray.runs.records import SlideRecord
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.plan_slide import imported_name
 from scellst_ray.stages.tiles import CellsSpec
@@ -55,7 +56,7 @@ class Progress:
     """Where a run stands, for whoever shows it."""
 
     num_slides: int
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    records: dict[str, SlideRecord] = field(default_factory=dict)
     num_tiles: int = 0
     num_tiles_known: int = 0
     num_cells: int = 0
@@ -306,7 +307,7 @@ class Driver:
         if ready:
             self.report(self.progress)
 
-    def _remove_shards(self, records: list[dict[str, Any]]) -> None:
+    def _remove_shards(self, records: list[SlideRecord]) -> None:
         """Remove the shards that were needed only by slides that are finished now.
 
         A partial slide keeps its own: a later run adds only the tiles that failed.

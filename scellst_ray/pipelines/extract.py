@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
 
 from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.attempts import Limits, forget_attempts
@@ -15,7 +14,9 @@ from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_files import CropSample
 from scellst_ray.runs.crop_store import colours_by_slide
 from scellst_ray.runs.folder import FINISHED, RunFolder, begin_run, check_manifest_unchanged
+from scellst_ray.runs.identity import OF_EACH_SLIDE, NetworkIdentity, RunIdentity
 from scellst_ray.runs.lease import hold_lease
+from scellst_ray.runs.records import SlideRecord, SlideSource
 from scellst_ray.runs.sources import sources_of
 from scellst_ray.runs.summary import write_summary
 from scellst_ray.slides.manifest import SlideRow, read_manifest, select_slides
@@ -29,7 +30,7 @@ OWN_WORK = WorkFunctions(plan_slide, make_stage)
 logger = logging.getLogger(__name__)
 
 
-def extract(config: ExtractConfig, report: Report = lambda _: None) -> dict[str, dict[str, Any]]:
+def extract(config: ExtractConfig, report: Report = lambda _: None) -> dict[str, SlideRecord]:
     """Run `extract`; return the record of every slide of the manifest.
 
     Raises:
@@ -47,7 +48,7 @@ def run_cells(
     report: Report,
     prepare: Callable[[], None] = lambda: None,
     work: WorkFunctions = OWN_WORK,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, SlideRecord]:
     """Open the run, do what is missing, and return the record of every slide.
 
     Args:
@@ -82,7 +83,7 @@ def run_cells(
         with ray_session() as cluster:
             unfit: tuple[str, ...] = ()
             if work is OWN_WORK:
-                unfit = _check_nodes(config, identity, run, cluster, pending)
+                unfit = _check_nodes(config, networks.identity, run, cluster, pending)
             forget_attempts(run)
             driver.report = watched(run, report)
             spec = replace(cells_spec(config, networks), colours=colours)
@@ -100,40 +101,45 @@ def run_cells(
     return progress.records
 
 
-def _identity(config: ExtractConfig, networks: CheckedNetworks) -> dict[str, Any]:
-    """Return all that decides results; a run folder is of one."""
-    settings = ("segmenter", "read_mpp", "core_px", "halo_px", "store_embeddings", "precision")
-    identity = networks.identity | {name: getattr(config, name) for name in settings}
-    identity["segmenter_version"] = SEGMENTER_VERSIONS[config.segmenter]
-    if config.colours_from is not None:
-        identity["colours"] = "of each slide"
-    return identity
+def _identity(config: ExtractConfig, networks: CheckedNetworks) -> RunIdentity:
+    """Return every setting that changes results; a run folder has one such identity."""
+    return RunIdentity(
+        networks=networks.identity,
+        segmenter=config.segmenter,
+        segmenter_version=SEGMENTER_VERSIONS[config.segmenter],
+        read_mpp=config.read_mpp,
+        core_px=config.core_px,
+        halo_px=config.halo_px,
+        store_embeddings=config.store_embeddings,
+        precision=config.precision,
+        colours=None if config.colours_from is None else OF_EACH_SLIDE,
+    )
 
 
 def _check_nodes(
     config: ExtractConfig,
-    identity: Mapping[str, Any],
+    identity: NetworkIdentity,
     run: RunFolder,
     cluster: Cluster,
     slides: list[SlideRow],
 ) -> tuple[str, ...]:
     """Stop a run that cannot succeed here, before its work starts; return nodes to leave out."""
     weights = [
-        (config.encoder, identity["encoder"]),
-        (config.segmenter_weights, identity.get("segmenter_weights")),
+        (config.encoder, identity.encoder),
+        (config.segmenter_weights, identity.segmenter_weights),
     ]
     gpus = cluster.num_gpus > 0 if config.gpus is None else config.gpus
     asked = asked_for(run.uri, weights, gpus=gpus)
     return check_before_run(asked, cluster, slides, imported=config.segmenter == "imported")
 
 
-def _finished(run: RunFolder) -> dict[str, dict[str, Any]]:
+def _finished(run: RunFolder) -> dict[str, SlideRecord]:
     """Return the records of all slides of this run that are finished."""
     return {s: r for s, r in run.records().items() if r["status"] in FINISHED}
 
 
 def _pending(
-    slides: list[SlideRow], finished: Mapping[str, dict[str, Any]], progress: Progress
+    slides: list[SlideRow], finished: Mapping[str, SlideRecord], progress: Progress
 ) -> list[SlideRow]:
     """Return the slides that are not finished; the records of the others go into `progress`."""
     wanted = {slide.slide_id for slide in slides}
@@ -141,14 +147,12 @@ def _pending(
     return [slide for slide in slides if slide.slide_id not in finished]
 
 
-def _largest_first(
-    slides: list[SlideRow], sources: Mapping[str, Mapping[str, Any]]
-) -> list[SlideRow]:
+def _largest_first(slides: list[SlideRow], sources: Mapping[str, SlideSource]) -> list[SlideRow]:
     """Return slides by size, so that no large one is begun when the others are done.
 
     Where sizes are not known, the order of the manifest stays.
     """
-    return sorted(slides, key=lambda slide: -(sources[slide.slide_id]["bytes"] or 0))
+    return sorted(slides, key=lambda slide: -(sources[slide.slide_id].get("bytes") or 0))
 
 
 def _sample(config: ExtractConfig) -> CropSample | None:

@@ -10,6 +10,7 @@ from scellst_ray import storage
 from scellst_ray.core.logs import log_context
 from scellst_ray.runs.compaction import Shards, finish_slide, unfinished_record
 from scellst_ray.runs.folder import RunFolder, split_by_slide
+from scellst_ray.runs.records import SlideRecord
 from scellst_ray.stages.tiles import Row, guarded
 
 # On a local disk threads take each other's turn in Python; a request to a store is mostly waiting.
@@ -17,7 +18,7 @@ THREADS_HERE, THREADS_REMOTE = 2, 16
 CompleteSlide = tuple[str, pa.Table]
 
 
-def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list[dict[str, Any]]:
+def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list[SlideRecord]:
     """Finish some slides; return their records, unpublished ones of those that failed.
 
     Args:
@@ -27,13 +28,14 @@ def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list
     """
     shards = Shards(run)
 
-    def finish(whole: CompleteSlide) -> dict[str, Any]:
+    def finish(whole: CompleteSlide) -> SlideRecord:
         slide_id, of_slide = whole
         outcome: Row = {}
         with log_context(slide_id), guarded(outcome, "finish"):
             outcome["record"] = finish_slide(run, slide_id, of_slide, shards, imported=imported)
         if "record" in outcome:
-            return dict(outcome["record"])
+            record: SlideRecord = outcome["record"]
+            return record
         # Its shards and receipts stay: the next run finishes it.
         return unfinished_record(slide_id, outcome["error_type"], outcome["error"])
 
@@ -45,7 +47,7 @@ def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list
 class Finisher:
     """A process that finishes slides: tasks of no core would get a new one each."""
 
-    def finish(self, run: RunFolder, receipts: pa.Table, imported: bool) -> list[dict[str, Any]]:  # noqa: FBT001 - by position through Ray
+    def finish(self, run: RunFolder, receipts: pa.Table, imported: bool) -> list[SlideRecord]:  # noqa: FBT001 - by position through Ray
         """Do as `finish_slides` does."""
         return finish_slides(run, receipts, imported=imported)
 

@@ -16,6 +16,7 @@ from ray.util.metrics import Counter, Gauge
 
 from scellst_ray.core import schemas
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.records import SlideRecord
 
 PREFIX = "scellst_ray"
 # Prometheus asks every few seconds at most.
@@ -30,7 +31,7 @@ class Standing(Protocol):
     num_tiles: int
     num_tiles_known: int
     num_cells: int
-    records: dict[str, dict[str, Any]]
+    records: dict[str, SlideRecord]
 
 
 def run_name(run: RunFolder) -> str:

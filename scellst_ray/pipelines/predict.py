@@ -11,6 +11,8 @@ from scellst_ray.models.mil.head import head_from_bytes
 from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.pipelines.driver import Report
 from scellst_ray.pipelines.extract import run_cells
+from scellst_ray.runs.identity import NetworkIdentity
+from scellst_ray.runs.records import SlideRecord
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.checked_networks import check_networks
 from scellst_ray.stages.config import PredictConfig, head_file
@@ -18,7 +20,7 @@ from scellst_ray.stages.config import PredictConfig, head_file
 logger = logging.getLogger(__name__)
 
 
-def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str, dict[str, Any]]:
+def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str, SlideRecord]:
     """Run `predict`; return the record of every slide of the manifest.
 
     Raises:
@@ -35,7 +37,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
     encoder = info["encoder"] if config.encoder == "head" else config.encoder
     config = replace(config, encoder=encoder)
     networks = check_networks(config)
-    digest = networks.identity["encoder"]
+    digest = networks.identity.encoder
     if digest != info["encoder_digest"]:
         message = (
             f"{uri}: this head was trained on embeddings of {info['encoder_digest']}, and encoder "
@@ -43,14 +45,14 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
         )
         raise ValueError(message)
     _warn_of_changes(config, networks.identity, info)
-    head = {"head": hashlib.sha256(content).hexdigest()}
+    identity = replace(networks.identity, head=hashlib.sha256(content).hexdigest())
     # The head is part of the run: what reads the run needs nothing else.
     kept = storage.join(storage.absolute(config.out), HEAD_FILE)
     return run_cells(
         "predict",
         config,
         slides,
-        replace(networks, identity=networks.identity | head, head_uri=kept),
+        replace(networks, identity=identity, head_uri=kept),
         report,
         prepare=lambda: storage.publish(kept, lambda path: _write(path, content)),
     )
@@ -60,10 +62,16 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _warn_of_changes(config: PredictConfig, identity: dict[str, Any], info: dict[str, Any]) -> None:
+def _warn_of_changes(
+    config: PredictConfig, identity: NetworkIdentity, info: dict[str, Any]
+) -> None:
     """Say so when cells are cut out differently from those the head was trained on."""
-    for name in ("segmenter", "segmenter_weights", "read_mpp"):
-        now = identity.get(name, getattr(config, name))
+    settings = {
+        "segmenter": config.segmenter,
+        "segmenter_weights": identity.segmenter_weights or config.segmenter_weights,
+        "read_mpp": config.read_mpp,
+    }
+    for name, now in settings.items():
         then = info.get("cells", {}).get(name, now)
         if then != now:
             logger.warning("%s is %s, but the head was trained with %s", name, now, then)

@@ -28,6 +28,7 @@ from scellst_ray.preflight.costs import (
 )
 from scellst_ray.preflight.rates import with_runs
 from scellst_ray.preflight.slide_plans import SlidePlan, by_slide, plan_slides
+from scellst_ray.runs.identity import NetworkIdentity, StoredIdentity
 from scellst_ray.slides.manifest import read_manifest, select_slides
 from scellst_ray.stages.checked_networks import CheckedNetworks, cells_spec, check_networks
 from scellst_ray.stages.config import (
@@ -196,7 +197,9 @@ def _networks(
         dim = encoder_dim(job.encoder)
     else:
         notes.append(f"{job.encoder} was not read: embeddings are taken to be {dim} numbers long")
-    identity = {"encoder": job.encoder, "embedding_dim": dim if job.store_embeddings else None}
+    identity = NetworkIdentity(
+        encoder=job.encoder, embedding_dim=dim if job.store_embeddings else None
+    )
     return CheckedNetworks(identity, head_uri=head_uri)
 
 
@@ -214,7 +217,7 @@ def _shape(
         crops=spec.needs_crops,
         embed=spec.encoder != "none",
         side_px=spec.side_px,
-        vector_dims=hidden_dims + (networks.identity["embedding_dim"] or 0),
+        vector_dims=hidden_dims + (networks.identity.embedding_dim or 0),
         tiles_per_task=tiles_of_task(job.tiles_per_task, gpus=gpus),
         kept_crops=job.crops or 0,
     )
@@ -229,9 +232,11 @@ def _rates(
 ) -> Rates:
     """Return the rates: of earlier runs, over those of a sample, over the defaults."""
     rates, gpus = Rates(), config.num_gpus > 0
-    identity = {"segmenter": spec.segmenter, "precision": spec.precision}
+    identity: StoredIdentity = {"segmenter": spec.segmenter, "precision": spec.precision}
     if config.calibrate is not None:
-        identity |= networks.identity
+        identity["encoder"] = networks.identity.encoder
+        if networks.identity.segmenter_weights is not None:
+            identity["segmenter_weights"] = networks.identity.segmenter_weights
         on_gpu = gpus and torch.cuda.is_available()
         per_task = tiles_of_task(config.tiles_per_task, gpus=gpus)
         sample = calibrate(by_slide(plans), spec, per_task, on_gpu=on_gpu)

@@ -1,8 +1,8 @@
 """Rates of earlier runs: seconds of every stage in their records, over what it went over."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Literal, get_args
 
 import numpy as np
 import yaml
@@ -11,24 +11,29 @@ from scipy.optimize import nnls
 
 from scellst_ray import storage
 from scellst_ray.preflight.costs import UNITS, Rates, sum_by_key
+from scellst_ray.runs.identity import StoredIdentity
 from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.records import SlideRecord, known_mpp, known_size0
 
 # Slides whose tables are measured: on object storage that is a request each.
 SIZED_SLIDES = 50
 # Tiles or slides from which on two rates are told apart.
 FIT_LEAST = 6
-SAME = ("segmenter", "segmenter_weights", "encoder", "store_embeddings", "precision", "head")
+Setting = Literal[
+    "segmenter", "segmenter_weights", "encoder", "store_embeddings", "precision", "head"
+]
+SAME: tuple[Setting, ...] = get_args(Setting)
 
 
 def with_runs(
-    rates: Rates, uris: Iterable[str], identity: Mapping[str, Any], *, on_gpu: bool
+    rates: Rates, uris: Iterable[str], identity: StoredIdentity, *, on_gpu: bool
 ) -> tuple[Rates, list[str]]:
     """Return rates with those of earlier runs in their place, and what is to be known of them.
 
     Args:
         rates: Those to replace, as far as the runs tell.
         uris: Run folders.
-        identity: Of the run that is planned, as far as known.
+        identity: Identity of the planned run, as far as it is known.
         on_gpu: Whether networks are to run on GPUs.
 
     Raises:
@@ -67,7 +72,7 @@ def with_runs(
     return rates.replaced(values, f"run {', '.join(uris)}"), notes
 
 
-def _worked_on(run: Run) -> list[dict[str, Any]]:
+def _worked_on(run: Run) -> list[SlideRecord]:
     """Return the records of slides that had tiles, and not only failed ones."""
     return [r for r in run.records.values() if r["status"] != "failed" and r["num_tiles"]]
 
@@ -90,11 +95,12 @@ def _sides_px(run: Run) -> tuple[int, int]:
     return core_px, core_px + 2 * int(run.info["identity"]["halo_px"])
 
 
-def _areas(record: Mapping[str, Any], core_px: int, side_px: int) -> dict[str, float]:
+def _areas(record: SlideRecord, core_px: int, side_px: int) -> dict[str, float]:
     """Return what a slide's tiles were; areas as their share of the slide's whole grid."""
     tiles = record["num_tiles"] - record["num_failed_tiles"]
-    ratio = record["read_mpp"] / record["mpp"]
-    sides_px = [record[name] / ratio for name in ("width0", "height0")]
+    read_mpp = known_mpp(record, "read_mpp")
+    ratio = read_mpp / known_mpp(record)
+    sides_px = [side / ratio for side in known_size0(record)]
     counts = [math.ceil(side / core_px) for side in sides_px]
     share = tiles / math.prod(counts)
     halos_px = side_px - core_px
@@ -103,12 +109,12 @@ def _areas(record: Mapping[str, Any], core_px: int, side_px: int) -> dict[str, f
         "tiles": tiles,
         "cells": record["num_cells"],
         "mpx": read_px2 * share / 1e6,
-        "mm2": math.prod(sides_px) * share * record["read_mpp"] ** 2 / 1e6,
+        "mm2": math.prod(sides_px) * share * read_mpp**2 / 1e6,
         "side_mpx": tiles * side_px**2 / 1e6,
     }
 
 
-def _table_bytes(run: Run, record: Mapping[str, Any]) -> int:
+def _table_bytes(run: Run, record: SlideRecord) -> int:
     """Return the bytes of a slide's tables."""
     slide_id = record["slide_id"]
     of_table = {"CELLS": run.folder.cells_uri, "EXPRESSION": run.folder.expression_uri}

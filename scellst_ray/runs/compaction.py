@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ from scellst_ray.nuclei import seams
 from scellst_ray.nuclei.imported.table import import_report
 from scellst_ray.runs.domain_shift import SlideScore, limit_of_head
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.records import DomainShift, ImportReport, SlideRecord, SlideStatus
 
 ROW_GROUP = 16_384
 # Of small shards kept for the next table or slide that needs them.
@@ -49,7 +50,7 @@ class TableCounts:
     num_cells: int = 0
     num_doubled: int = 0
     num_adopted: int = 0
-    domain_shift: dict[str, Any] | None = None
+    domain_shift: DomainShift | None = None
 
 
 class Shards:
@@ -92,7 +93,7 @@ def finish_slide(
     shards: Shards | None = None,
     *,
     imported: bool = False,
-) -> dict[str, Any]:
+) -> SlideRecord:
     """Write a slide's tables from its shards, then its record; return the record.
 
     The shards stay: other slides may have cells there.
@@ -114,24 +115,25 @@ def finish_slide(
         storage.remove_tree(run.failures_uri(slide_id))
     written = _write_tables(run, slide_id, receipts, shards or Shards(run))
     record = _record(slide_id, receipts, failed, written)
-    if imported:
-        record |= _imported(run, slide_id)
+    report = _import_report(run, slide_id) if imported else None
+    if report is not None:
+        record["imported"] = report
     storage.publish_json(run.record_uri(slide_id), record)
     if imported and not len(failed):
         storage.remove_tree(run.imported_uri(slide_id))
     return record
 
 
-def _imported(run: RunFolder, slide_id: str) -> dict[str, Any]:
-    """Return what became of the nuclei that came from a file; nothing if there was none."""
+def _import_report(run: RunFolder, slide_id: str) -> ImportReport | None:
+    """Return the report on a slide's imported nuclei; None if no file of them is left."""
     files = storage.list_files(run.imported_uri(slide_id))
     if not files:
-        return {}
+        return None
     report = import_report(storage.read_schema(files[-1]).empty_table())
-    return {"imported": report}
+    return cast("ImportReport", report)
 
 
-def unfinished_record(slide_id: str, error_type: str, error: str) -> dict[str, Any]:
+def unfinished_record(slide_id: str, error_type: str, error: str) -> SlideRecord:
     """Return the record, not published, of a slide whose tables could not be written."""
     return {
         "slide_id": slide_id,
@@ -147,14 +149,14 @@ def unfinished_record(slide_id: str, error_type: str, error: str) -> dict[str, A
 
 def _record(
     slide_id: str, receipts: pa.Table, failed: pa.Table, written: TableCounts
-) -> dict[str, Any]:
+) -> SlideRecord:
     """Return the record; status done, empty (no tissue or no cell), partial or failed."""
-    status = "done" if written.num_cells else "empty"
+    status: SlideStatus = "done" if written.num_cells else "empty"
     if len(failed):
         status = "failed" if len(failed) == len(receipts) else "partial"
     last = receipts.slice(len(receipts) - 1, 1).to_pylist()[0]
     seconds = {s: pc.sum(receipts[f"seconds_{s}"]).as_py() or 0.0 for s in schemas.STAGES}
-    record = {
+    record: SlideRecord = {
         "slide_id": slide_id,
         "status": status,
         "mpp": last["mpp"],
@@ -171,7 +173,9 @@ def _record(
     }
     if len(failed):
         first = failed.slice(0, 1).to_pylist()[0]
-        record |= {key: first[key] for key in ("stage", "error_type", "error")}
+        record["stage"] = first["stage"]
+        record["error_type"] = first["error_type"]
+        record["error"] = first["error"]
     if status != "failed":
         record["tables"] = list(written.tables)
         record["seams"] = {"doubled": written.num_doubled, "adopted": written.num_adopted}
@@ -215,7 +219,7 @@ def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:
 
 def _write_expression(
     run: RunFolder, slide_id: str, schema: pa.Schema, rows: Iterator[pa.Table]
-) -> dict[str, Any] | None:
+) -> DomainShift | None:
     """Write EXPRESSION; return how far the cells lie from those the run's head knows."""
     uri = run.expression_uri(slide_id)
     if "distance" not in schema.names:  # shards of an earlier release

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
+from scellst_ray.runs.records import ColourTotals, SampleSettings
 
 # Of raw, zstd, PNG, JPEG and WebP: a fifth of raw's bytes, decoded four times as fast as PNG, and
 # a mean error of one grey level, see benchmarks/crop_formats.py. 4:4:4: stains are colours.
@@ -87,6 +88,15 @@ class CropSample:
     per_slide: int | None = None
     per_type: int | None = None
     seed: int = 0
+
+    def as_json(self) -> SampleSettings:
+        """Return the fields as `crops.json` holds them."""
+        return {
+            "total": self.total,
+            "per_slide": self.per_slide,
+            "per_type": self.per_type,
+            "seed": self.seed,
+        }
 
 
 def priorities(seed: int, slide_id: str, cell_id: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -179,6 +189,10 @@ class ColourSums:
         self.num_px += num_px
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
         self.squares = [a + b for a, b in zip(self.squares, squares, strict=True)]
+
+    def as_json(self) -> ColourTotals:
+        """Return the fields as the record of a slide's crops holds them."""
+        return {"num_px": self.num_px, "sums": self.sums, "squares": self.squares}
 
     def mean_std(self) -> Colours:
         """Return mean and standard deviation of each channel, over all pixels, in 0-1."""

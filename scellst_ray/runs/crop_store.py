@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.crop_files import Colours, ColourSums, decode_into, file_uri, index_uri
+from scellst_ray.runs.records import CropIndex
 from scellst_ray.storage.credentials import redacted
 from scellst_ray.storage.retries import retried
 
@@ -133,7 +134,7 @@ def colours_by_slide(uri: str) -> dict[str, Colours]:
     }
 
 
-def _index(uri: str) -> dict[str, Any]:
+def _index(uri: str) -> CropIndex:
     """Read what crops a run has."""
     place = index_uri(uri)
     if not storage.exists(place):
@@ -144,8 +145,8 @@ def _index(uri: str) -> dict[str, Any]:
             else f"{uri}: has no crops; run `scellst-ray extract` with --crops NUMBER on it"
         )
         raise ValueError(message)
-    index: dict[str, Any] = storage.read_json(place)
-    expected = {
+    index: CropIndex = storage.read_json(place)
+    expected: dict[Literal["format_version", "crop_um", "crop_px"], float] = {
         "format_version": schemas.FORMAT_VERSION,
         "crop_um": schemas.STORED_CROP_UM,
         "crop_px": schemas.STORED_CROP_PX,

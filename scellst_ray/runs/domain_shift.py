@@ -9,17 +9,30 @@ training slide had when it was left out. Shape letters: L instances of a slide, 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from scellst_ray import storage
+from scellst_ray.runs.records import DomainShift, SlideRecord
 
 BLOCK = 4096
 # What remains of a feature that never varies; the head's own rule (MilHead.standardise).
 CONSTANT = 1e-6
+
+
+class HeadDomain(TypedDict):
+    """`domain` of a head: scores of training slides under all other training slides.
+
+    Attributes:
+        held_out: Score by slide_id.
+        limit: Highest score; None for a single slide.
+    """
+
+    held_out: dict[str, float]
+    limit: float | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ def score_under(cells: Moments, reference: Moments) -> float:
     return float(np.sqrt(square_D.mean()))
 
 
-def held_out(slides: Mapping[str, Moments]) -> dict[str, Any]:
+def held_out(slides: Mapping[str, Moments]) -> HeadDomain:
     """Return what a head stores of its domain.
 
     Args:
@@ -95,7 +108,7 @@ def held_out(slides: Mapping[str, Moments]) -> dict[str, Any]:
     return {"held_out": scores, "limit": max(scores.values(), default=None)}
 
 
-def domain_of_bags(uris: Mapping[str, str]) -> dict[str, Any]:
+def domain_of_bags(uris: Mapping[str, str]) -> HeadDomain:
     """Return `held_out` of BAGS files, by slide_id, holding one at a time."""
     slides = {}
     for slide_id, uri in uris.items():
@@ -120,7 +133,7 @@ class SlideScore:
             self.num_cells += len(distance_N)
             yield table
 
-    def result(self, limit: float | None) -> dict[str, Any] | None:
+    def result(self, limit: float | None) -> DomainShift | None:
         """Return `domain_shift` of the slide's record; None if it has no cells."""
         if not self.num_cells:
             return None
@@ -137,14 +150,14 @@ def limit_of_head(uri: str) -> float | None:
     return None if limit is None else float(limit)
 
 
-def warnings(records: Mapping[str, Mapping[str, Any]], at_most: int = 10) -> list[str]:
+def warnings(records: Mapping[str, SlideRecord], at_most: int = 10) -> list[str]:
     """Return what a person should know about the domain of a run's slides, a line each.
 
     Args:
         records: The slides' records.
         at_most: So many slides are named, the farthest first; the others are counted.
     """
-    shifts = {s: r["domain_shift"] for s, r in records.items() if r.get("domain_shift")}
+    shifts = {s: r["domain_shift"] for s, r in records.items() if "domain_shift" in r}
     beyond = sorted((s for s in shifts if shifts[s]["beyond"]), key=lambda s: -shifts[s]["score"])
     lines = [
         f"warning: {slide_id}: its cells look unlike those the head was trained on: score "

@@ -5,8 +5,6 @@ driver logs the receipts; when a slide's tiles are all in, the slide is compacte
 published last. Whatever a crash leaves beside that is never read.
 """
 
-import hashlib
-import json
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,8 @@ import yaml
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.core.version import __version__
+from scellst_ray.runs.identity import Identity, stored_identity
+from scellst_ray.runs.records import RunInfo, SlideRecord, SlideSource
 from scellst_ray.storage.credentials import refuse_credentials
 
 FINISHED = ("done", "empty")
@@ -70,12 +69,12 @@ class RunFolder:
         """Return where a slide's record is."""
         return storage.join(self.uri, "records", f"{slide_id}.json")
 
-    def records(self) -> dict[str, dict[str, Any]]:
+    def records(self) -> dict[str, SlideRecord]:
         """Read all slide records, by slide_id."""
         uris = storage.list_files(storage.join(self.uri, "records"))
         with ThreadPoolExecutor(NUM_READERS) as readers:
-            values = list(readers.map(storage.read_json, uris))
-        return {str(value["slide_id"]): value for value in values}
+            records: list[SlideRecord] = list(readers.map(storage.read_json, uris))
+        return {record["slide_id"]: record for record in records}
 
     def log_receipts(self, receipts: pa.Table) -> None:
         """Add receipts to the log; they survive the driver from here on."""
@@ -135,14 +134,14 @@ def split_by_slide(receipts: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 
 
 def begin_run(
-    uri: str, job: str, identity: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    uri: str, job: str, identity: Identity, config: Mapping[str, Any] | None = None
 ) -> RunFolder:
     """Create a run folder, or open one that was made by the same job with the same identity.
 
     Args:
         uri: The folder; created if absent.
         job: Which command.
-        identity: Everything that changes results; its hash is the run's digest.
+        identity: Every setting that changes results; the run's digest is its hash.
         config: The resolved configuration, kept beside the output for people; None: a driver that
             may yet be refused writes it later.
 
@@ -151,36 +150,38 @@ def begin_run(
     """
     # Absolute, so that it means the same in every process.
     uri = storage.absolute(uri)
-    identity = {"job": job, "scellst_ray": __version__, **identity}
-    text = json.dumps(identity, sort_keys=True, default=str)
-    identity = json.loads(text)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    wanted, digest = stored_identity(job, identity)
     run_uri = storage.join(uri, "run.json")
     if storage.exists(run_uri):
         found = storage.read_json(run_uri)
         if found.get("digest") != digest:
-            raise ValueError(_other_run(uri, found.get("identity", {}), identity))
+            raise ValueError(_other_run(uri, found.get("identity", {}), wanted))
     else:
         if storage.list_files(uri):
             message = f"{uri}: holds files that are no run of scellst_ray; give an empty folder"
             raise ValueError(message)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        told = {"digest": digest, "identity": identity, "created": created}
-        storage.publish_json(run_uri, told | {"format_version": schemas.FORMAT_VERSION})
+        info: RunInfo = {
+            "digest": digest,
+            "identity": wanted,
+            "created": created,
+            "format_version": schemas.FORMAT_VERSION,
+        }
+        storage.publish_json(run_uri, info)
     run = RunFolder(uri, digest)
     if config is not None:
         run.write_config(config)
     return run
 
 
-def _other_run(uri: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _other_run(uri: str, found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
     """Say what differs between the run in a folder and the one asked for."""
     keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
     differences = ", ".join(f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in keys)
     return f"{uri}: holds another run ({differences}); give another --out, or the same settings"
 
 
-def check_manifest_unchanged(run: RunFolder, slides: Mapping[str, Mapping[str, Any]]) -> None:
+def check_manifest_unchanged(run: RunFolder, slides: Mapping[str, SlideSource]) -> None:
     """Refuse a manifest whose rows differ from what this run has already read under their names.
 
     Args:
@@ -191,20 +192,20 @@ def check_manifest_unchanged(run: RunFolder, slides: Mapping[str, Mapping[str, A
         ValueError: a slide_id now names another file or resolution.
     """
     uri = storage.join(run.uri, "slides.json")
-    known: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {}
-    changed = [s for s, row in slides.items() if s in known and known[s] != dict(row)]
+    known: dict[str, SlideSource] = storage.read_json(uri) if storage.exists(uri) else {}
+    changed = [s for s, row in slides.items() if s in known and known[s] != row]
     # A slide that failed may be mended in the manifest: it is done anew.
     records = run.records() if changed else {}
-    changed = [s for s in changed if records.get(s, {}).get("status") != "failed"]
+    changed = [s for s in changed if s not in records or records[s]["status"] != "failed"]
     if changed:
         slide_id = changed[0]
         message = (
             f"{run.uri}: slide {slide_id!r} was read as {known[slide_id]} and is now "
-            f"{dict(slides[slide_id])} ({len(changed)} such slides); give another --out, or the "
+            f"{slides[slide_id]} ({len(changed)} such slides); give another --out, or the "
             "manifest as it was"
         )
         raise ValueError(message)
-    now = known | {key: dict(row) for key, row in slides.items()}
+    now = known | dict(slides)
     if now != known:
         storage.publish_json(uri, now)
 

@@ -27,12 +27,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
 from scellst_ray import storage
 from scellst_ray.core.signals import clean_exit_on_sigterm
+from scellst_ray.runs.records import LeaseInfo
 
 NAME = "lease.json"
 LEASE_S = 60.0
@@ -91,7 +91,7 @@ class Lease:
         Raises:
             LeaseError: another driver holds it and is alive.
         """
-        seen: dict[str, Any] | None = None
+        seen: LeaseInfo | None = None
         since = time.monotonic()
         while (found := self._try(seen, time.monotonic() - since)) is not None:
             if seen is None:
@@ -129,7 +129,7 @@ class Lease:
         except OSError as error:
             logger.warning("%s: not removed, it will run out: %s", self.uri, error)
 
-    def _try(self, seen: dict[str, Any] | None, unrenewed_s: float) -> dict[str, Any] | None:
+    def _try(self, seen: LeaseInfo | None, unrenewed_s: float) -> LeaseInfo | None:
         """Take the lease if it is free; return None, or what is held by who may be dead.
 
         Args:
@@ -179,10 +179,10 @@ class Lease:
         file.write(json.dumps(self._holder | times | lasts, indent=2).encode())
         self._renewed_at = now
 
-    def _is_ours(self, found: dict[str, Any] | None) -> bool:
+    def _is_ours(self, found: LeaseInfo | None) -> bool:
         return found is not None and found["token"] == self._holder["token"]
 
-    def _told(self, found: dict[str, Any] | None) -> str:
+    def _told(self, found: LeaseInfo | None) -> str:
         """Say who holds the lease."""
         if found is None:
             return f"{self.uri}: nobody holds the lease of this run, its file was removed"
@@ -191,7 +191,7 @@ class Lease:
             f"since {found['acquired']}, until {found['expires']} if it does not renew it"
         )
 
-    def _refusal(self, found: dict[str, Any] | None) -> str:
+    def _refusal(self, found: LeaseInfo | None) -> str:
         return (
             f"{self._told(found)}; wait until that driver ends, or stop it. If it is surely dead, "
             f"wait until then, or remove {self.uri}, and run the same command again"
@@ -277,16 +277,16 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _content(text: bytes) -> dict[str, Any] | None:
+def _content(text: bytes) -> LeaseInfo | None:
     """Return what a lease says; None if it is empty, or cut off where its writer was killed."""
     try:
-        found: dict[str, Any] = json.loads(text)
+        found: LeaseInfo = json.loads(text)
     except ValueError:
         return None
     return found
 
 
-def is_over(found: dict[str, Any]) -> bool:
+def is_over(found: LeaseInfo) -> bool:
     """Tell whether a lease is over for certain."""
     here = found["machine"] == _machine()
     if here and _process(found["pid"]) not in (found["process"], ""):

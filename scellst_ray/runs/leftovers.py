@@ -55,10 +55,11 @@ def sweep(run_uri: str, *, dry_run: bool = False) -> list[Leftover]:
     run = open_run(run_uri)  # before a lease makes a folder of a mistyped name
     if dry_run:
         holder = read_holder(run_uri)
-        if holder.state == "alive":
+        if holder.state == "alive" and holder.lease is not None:
+            pid, host = holder.lease["pid"], holder.lease["host"]
             message = (
-                f"{run_uri}: process {holder.told['pid']} on {holder.told['host']} works on this "
-                "run; wait until that driver ends, or stop it"
+                f"{run_uri}: process {pid} on {host} works on this run; wait until that driver "
+                "ends, or stop it"
             )
             raise LeaseError(message)
         return list(leftovers(run))

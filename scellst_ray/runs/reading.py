@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -29,34 +29,14 @@ from scellst_ray.models.mil.stored_head import (
     vector_matrix,
 )
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.records import RunInfo, SlideRecord, SlideSource
+from scellst_ray.runs.slides_frame import slides_frame
 
 IDS = ("slide_id", "cell_id")
 # None: the whole panel; all cells of the slide.
 Genes = Sequence[str] | None
 CellIds = Sequence[int] | NDArray[np.integer] | None
 What = Literal["mean", "sd"]
-
-SLIDES = {
-    "slide_id": pl.String,
-    "status": pl.String,
-    "num_cells": pl.Int64,
-    "num_tiles": pl.Int64,
-    "num_failed_tiles": pl.Int64,
-    "mpp": pl.Float64,
-    "read_mpp": pl.Float64,
-    "width0": pl.Int64,
-    "height0": pl.Int64,
-    **{f"seconds_{stage}": pl.Float64 for stage in schemas.STAGES},
-    "waited_s": pl.Float64,
-    "stage": pl.String,
-    "error_type": pl.String,
-    "error": pl.String,
-    "scellst_ray": pl.String,
-    "finished": pl.String,
-    # How far its cells lie from those the head was trained on; null if not known.
-    "domain_shift_score": pl.Float64,
-    "domain_shift_beyond": pl.Boolean,
-}
 
 
 @dataclass(frozen=True)
@@ -70,8 +50,8 @@ class Run:
     """
 
     folder: RunFolder
-    info: dict[str, Any]
-    records: dict[str, dict[str, Any]]
+    info: RunInfo
+    records: dict[str, SlideRecord]
 
     @property
     def uri(self) -> str:
@@ -81,17 +61,10 @@ class Run:
     @cached_property
     def slides(self) -> pl.DataFrame:
         """Return one row per slide that has a record, sorted by slide_id."""
-        rows = []
-        for slide_id in sorted(self.records):
-            record = self.records[slide_id]
-            seconds = {f"seconds_{k}": v for k, v in record.get("seconds", {}).items()}
-            shift = {f"domain_shift_{k}": v for k, v in record.get("domain_shift", {}).items()}
-            values = record | seconds | shift
-            rows.append({name: values.get(name) for name in SLIDES})
-        return pl.DataFrame(rows, schema=SLIDES)
+        return slides_frame(self.records)
 
     @cached_property
-    def sources(self) -> dict[str, dict[str, Any]]:
+    def sources(self) -> dict[str, SlideSource]:
         """Return slides.json: uri and mpp (None: the file's own) of every slide ever given."""
         uri = storage.join(self.uri, "slides.json")
         return dict(storage.read_json(uri)) if storage.exists(uri) else {}
@@ -136,7 +109,7 @@ class Run:
         if not identity.get("store_embeddings", False):
             return None
         # The first runs did not say: all had embeddings of a ResNet-50.
-        return int(identity.get("embedding_dim", schemas.EMBEDDING_DIM))
+        return identity.get("embedding_dim", schemas.EMBEDDING_DIM)
 
     def cells(self, slide_id: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the CELLS of a slide, by ascending cell_id; no rows if the slide is empty.
@@ -280,7 +253,7 @@ class Run:
         order = np.searchsorted(ids_N, np.asarray(cell_ids, np.int64))
         return ids_N[order], values_NG[order]
 
-    def _record(self, slide_id: str) -> dict[str, Any]:
+    def _record(self, slide_id: str) -> SlideRecord:
         """Return the record of a slide that did not fail."""
         if slide_id not in self.records:
             check_names([slide_id], sorted(self.records), f"{self.uri}: slides with a record")
@@ -325,14 +298,14 @@ def open_run(uri: str | os.PathLike[str]) -> Run:
     if not storage.exists(run_uri):
         message = f"{folder}: no run of scellst_ray (it has no run.json); give the --out of a run"
         raise FileNotFoundError(message)
-    info = dict(storage.read_json(run_uri))
+    info: RunInfo = storage.read_json(run_uri)
     if info["format_version"] > schemas.FORMAT_VERSION:
         message = (
             f"{folder}: written in format version {info['format_version']}; this release reads up "
             f"to {schemas.FORMAT_VERSION}. Upgrade scellst_ray."
         )
         raise ValueError(message)
-    run = RunFolder(folder, str(info["digest"]))
+    run = RunFolder(folder, info["digest"])
     return Run(run, info, run.records())
 
 

@@ -1,16 +1,16 @@
 """What a slide_id stands for in a run: noted when it begins, so that nobody changes it later."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from scellst_ray import storage
 from scellst_ray.runs.crop_files import Colours
+from scellst_ray.runs.records import SlideSource
 from scellst_ray.slides.manifest import SlideRow
 
 
 def sources_of(
     slides: Sequence[SlideRow], colours: dict[str, Colours] | None, *, imported: bool
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, SlideSource]:
     """Return, by slide_id, what decides a slide's result beside the settings of the run.
 
     Args:
@@ -18,23 +18,21 @@ def sources_of(
         colours: What crops are normalised with, if slides have their own.
         imported: Whether nuclei come from files.
     """
-    return {
-        slide.slide_id: _image(slide)
-        | (_segmentation(slide) if imported else {})
-        | ({} if colours is None else {"colours": _lists(colours.get(slide.slide_id))})
-        for slide in slides
-    }
+    sources = {}
+    for slide in slides:
+        source = _image(slide)
+        segmentation = slide.columns.get("segmentation")
+        if imported and segmentation is not None:
+            source["segmentation"] = segmentation
+            source["segmentation_bytes"] = storage.content_size(segmentation)
+        if colours is not None:
+            source["colours"] = _lists(colours.get(slide.slide_id))
+        sources[slide.slide_id] = source
+    return sources
 
 
-def _image(slide: SlideRow) -> dict[str, Any]:
+def _image(slide: SlideRow) -> SlideSource:
     return {"uri": slide.uri, "mpp": slide.mpp, "bytes": storage.content_size(slide.uri)}
-
-
-def _segmentation(slide: SlideRow) -> dict[str, Any]:
-    uri = slide.columns.get("segmentation")
-    if uri is None:
-        return {}
-    return {"segmentation": uri, "segmentation_bytes": storage.content_size(uri)}
 
 
 def _lists(colours: Colours | None) -> list[list[float]] | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -23,6 +23,7 @@ from scellst_ray.runs import lease
 from scellst_ray.runs.crop_files import index_uri
 from scellst_ray.runs.folder import FINISHED, NUM_READERS, last_of_each_tile
 from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.records import LeaseInfo, SlideRecord
 
 STATUSES = ("done", "empty", "partial", "failed", "running", "pending")
 # Files of the log further apart than a tile may take: nobody worked in between.
@@ -41,11 +42,11 @@ class Holder:
     Attributes:
         state: 'none'; 'alive'; 'silent': not renewed in time, on another host, whose clock may be
             wrong; 'dead'.
-        told: What lease.json says: host, pid, acquired, renewed, expires and more; empty if none.
+        lease: Content of lease.json; None if there is no lease.
     """
 
     state: Literal["none", "alive", "silent", "dead"]
-    told: dict[str, Any]
+    lease: LeaseInfo | None
 
     @property
     def may_work(self) -> bool:
@@ -117,9 +118,9 @@ class RunState:
 
     def recent_rate(self) -> Rate:
         """Return the rate of the driver that works now, over its last quarter of an hour."""
-        if not self.holder.may_work:
+        if not self.holder.may_work or self.holder.lease is None:
             return Rate()
-        began = datetime.fromisoformat(self.holder.told["acquired"])
+        began = datetime.fromisoformat(self.holder.lease["acquired"])
         since = max(began, self.now - timedelta(seconds=RECENT_S))
         found = self.times.filter(pl.col("logged") > since)
         if found.is_empty():
@@ -159,7 +160,7 @@ class RunState:
 def read_state(
     uri: str,
     now: datetime | None = None,
-    records: Mapping[str, dict[str, Any]] | None = None,
+    records: Mapping[str, SlideRecord] | None = None,
 ) -> RunState:
     """Look at a run.
 
@@ -216,17 +217,17 @@ def read_holder(run_uri: str) -> Holder:
     """Return who holds the lease of a run, without taking or waiting for it."""
     for _ in range(READ_TRIES):
         try:
-            told = dict(storage.read_json(storage.join(run_uri, lease.NAME)))
+            found: LeaseInfo = storage.read_json(storage.join(run_uri, lease.NAME))
         except FileNotFoundError:
-            return Holder("none", {})
+            return Holder("none", None)
         except ValueError:  # read while its holder wrote it
             continue
-        expires = datetime.fromisoformat(told["expires"])
-        if lease.is_over(told):
-            return Holder("dead", told)
-        return Holder("alive" if expires > datetime.now(UTC) else "silent", told)
-    # Nothing but the beginning of a lease: its holder was killed.
-    return Holder("none", {})
+        if lease.is_over(found):
+            return Holder("dead", found)
+        expires = datetime.fromisoformat(found["expires"])
+        return Holder("alive" if expires > datetime.now(UTC) else "silent", found)
+    # The file holds the beginning of a lease: its holder was killed while it wrote.
+    return Holder("none", None)
 
 
 def _by_slide(last: pa.Table) -> pl.DataFrame:

@@ -18,6 +18,7 @@ import yaml
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.version import __version__
+from scellst_ray.runs.records import SlideRecord
 from scellst_ray.runs.state import RunState, read_state
 from scellst_ray.storage.credentials import redacted
 
@@ -29,9 +30,7 @@ FOLDERS = ("cells", "expression", "crops", "failures", "records", "receipts", "s
 PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|0x[0-9a-f]+|\d[\d,.]*")
 
 
-def write_summary(
-    run_uri: str, records: Mapping[str, dict[str, Any]] | None = None
-) -> dict[str, Any]:
+def write_summary(run_uri: str, records: Mapping[str, SlideRecord] | None = None) -> dict[str, Any]:
     """Write summary.json and SUMMARY.md into a run folder; return what they say.
 
     Args:

@@ -1,8 +1,8 @@
 """The networks of a run, read and identified by the driver before Ray starts."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from scellst_ray.runs.identity import NetworkIdentity
 from scellst_ray.stages.config import ExtractConfig
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
 from scellst_ray.stages.tiles import CellsSpec
@@ -13,13 +13,13 @@ class CheckedNetworks:
     """What the networks of a run are.
 
     Attributes:
-        identity: What decides results: digests of their weights, length of embeddings.
+        identity: Digests of their weights and the length of embeddings.
         type_names: Nucleus types of the segmenting network, by number; empty without one.
         bytes_on_cpu: Memory the segmenting network takes where there is no GPU.
         head_uri: The expression head, or None.
     """
 
-    identity: dict[str, Any]
+    identity: NetworkIdentity
     type_names: tuple[str, ...] = ()
     bytes_on_cpu: int = 0
     head_uri: str | None = None
@@ -33,19 +33,19 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
     """
     # Torch takes half a gigabyte, which a driver without networks need not.
     if config.segmenter != "cellvit" and config.encoder in WITHOUT_FILE:
-        return CheckedNetworks({"encoder": config.encoder, "embedding_dim": None})
+        return CheckedNetworks(NetworkIdentity(encoder=config.encoder, embedding_dim=None))
     from scellst_ray.models.cellvit.checkpoint import load_cellvit  # noqa: PLC0415
     from scellst_ray.models.cellvit.inference import tile_bytes  # noqa: PLC0415
     from scellst_ray.models.encoder.encoder import encoder_digest, encoder_dim  # noqa: PLC0415
     from scellst_ray.models.encoder.weights_file import local_weights  # noqa: PLC0415
 
-    found: dict[str, Any] = {"encoder": config.encoder, "embedding_dim": None}
+    encoder, dim = config.encoder, None
+    segmenter_weights = None
     type_names: tuple[str, ...] = ()
     bytes_on_cpu = 0
     if config.segmenter == "cellvit":
         model = load_cellvit(local_weights(str(config.segmenter_weights)))
-        found["segmenter_weights"] = model.digest
-        found["segmenter_window_px"] = config.segmenter_window_px
+        segmenter_weights = model.digest
         type_names = model.type_names
         network_bytes = sum(p.nbytes for p in model.network.parameters())
         side = config.core_px + 2 * config.halo_px
@@ -57,17 +57,19 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
             raise ValueError(message)
         bytes_on_cpu = network_bytes + tile_bytes(side, "float32")
         if config.encoder == "tokens":
-            found |= {"encoder": f"tokens:{model.digest}", "embedding_dim": model.arch.dim}
+            encoder, dim = f"tokens:{model.digest}", model.arch.dim
         elif config.encoder == "types":
-            names = ",".join(type_names)
-            found |= {"encoder": f"types:{names}", "embedding_dim": len(type_names)}
+            encoder, dim = f"types:{','.join(type_names)}", len(type_names)
     if config.encoder not in WITHOUT_FILE:
         weights = local_weights(config.encoder)
-        digest, dim = encoder_digest(weights), encoder_dim(weights)
-        found |= {"encoder": digest, "embedding_dim": dim}
-    if not config.store_embeddings:
-        found["embedding_dim"] = None
-    return CheckedNetworks(found, type_names, bytes_on_cpu)
+        encoder, dim = encoder_digest(weights), encoder_dim(weights)
+    identity = NetworkIdentity(
+        encoder=encoder,
+        embedding_dim=dim if config.store_embeddings else None,
+        segmenter_weights=segmenter_weights,
+        segmenter_window_px=config.segmenter_window_px,
+    )
+    return CheckedNetworks(identity, type_names, bytes_on_cpu)
 
 
 def cells_spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:
@@ -83,7 +85,7 @@ def cells_spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:
         store_embeddings=config.store_embeddings,
         type_names=networks.type_names,
         weights=config.segmenter_weights,
-        weights_digest=networks.identity.get("segmenter_weights"),
-        encoder_digest=None if config.encoder in WITHOUT_FILE else networks.identity["encoder"],
+        weights_digest=networks.identity.segmenter_weights,
+        encoder_digest=None if config.encoder in WITHOUT_FILE else networks.identity.encoder,
         window_px=config.segmenter_window_px,
     )

@@ -6,7 +6,7 @@ Plain functions; pipelines/crops.py maps them over slides.
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ from scellst_ray.core.version import __version__
 from scellst_ray.nuclei.crops import crop_nuclei
 from scellst_ray.runs.crop_files import CropSample, Spool, draw, file_uri, set_uri
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.records import CropRecord, CropStatus
 from scellst_ray.slides.reader import Slide
 from scellst_ray.storage.node_cache import hold
 
@@ -63,7 +64,7 @@ def candidates(
     return cells.take(pa.array(index)), priority_N
 
 
-def cut_slide(crops: CropSet, row: Mapping[str, Any]) -> dict[str, Any]:
+def cut_slide(crops: CropSet, row: Mapping[str, Any]) -> CropRecord:
     """Write the crops of a slide; return its record, not yet published.
 
     Args:
@@ -89,14 +90,13 @@ def cut_slide(crops: CropSet, row: Mapping[str, Any]) -> dict[str, Any]:
         uri = file_uri(crops.run.uri, crops.set_id, row["slide_id"])
         digest = spool.publish(uri, cells.select(schemas.CROPS.names[:-1]), crops.run.digest)
         counts = cells["nucleus_type"].value_counts().to_pylist()
-        return record | {
-            "num_crops": num,
-            "num_types": {count["values"]: count["counts"] for count in counts},
-            "num_bytes": int(spool.num_bytes.sum()),
-            "digest": digest,
-            "centre": asdict(spool.moments),
-            "seconds": round(time.perf_counter() - started, 3),
-        }
+        record["num_crops"] = num
+        record["num_types"] = {count["values"]: count["counts"] for count in counts}
+        record["num_bytes"] = int(spool.num_bytes.sum())
+        record["digest"] = digest
+        record["centre"] = spool.moments.as_json()
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        return record
 
 
 def windows(xy0: NDArray[np.floating], ratio: float) -> Iterator[NDArray[np.int64]]:
@@ -129,7 +129,7 @@ def cut_window(slide: Slide, xy0: NDArray[np.floating], read_mpp: float) -> NDAr
     return crop_nuclei(image, frame.from_level0(xy0), px_per_um, *size)
 
 
-def record_of(crops: CropSet, slide_id: str, status: str) -> dict[str, Any]:
+def record_of(crops: CropSet, slide_id: str, status: CropStatus) -> CropRecord:
     """Return what every record of a slide's crops says; without crops, all it does.
 
     Args:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scellst_ray import storage
 from scellst_ray.core.logs import log_fields
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.records import SlideRecord, known_mpp
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
@@ -100,7 +101,7 @@ def training_slides(
     records = run.records()
     problems = [f"{slide_id} is asked for twice" for slide_id in _repeated(chosen)]
     for slide_id in chosen:
-        status = records.get(slide_id, {}).get("status")
+        status = records[slide_id]["status"] if slide_id in records else None
         if slide_id not in by_id:
             problems.append(f"{slide_id} is not in the manifest")
         elif not by_id[slide_id].columns.get("spots"):
@@ -117,10 +118,10 @@ def training_slides(
     return [_training_slide(by_id[slide_id], records[slide_id]) for slide_id in chosen]
 
 
-def _training_slide(row: SlideRow, record: dict[str, Any]) -> TrainingSlide:
+def _training_slide(row: SlideRow, record: SlideRecord) -> TrainingSlide:
     width0, height0 = record.get("width0"), record.get("height0")
     size0 = (int(width0), int(height0)) if width0 and height0 else None
-    return TrainingSlide(row, float(record["mpp"]), size0)
+    return TrainingSlide(row, known_mpp(record), size0)
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

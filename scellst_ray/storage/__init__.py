@@ -1,6 +1,6 @@
 """Files and URIs."""
 
-from scellst_ray.storage.files import (  # noqa: F401
+from scellst_ray.storage.files import (
     CHOOSE_PARTS,
     COMPRESSION,
     DICTIONARY,
@@ -33,3 +33,37 @@ from scellst_ray.storage.files import (  # noqa: F401
     resolve,
     sizes,
 )
+
+__all__ = [
+    "CHOOSE_PARTS",
+    "COMPRESSION",
+    "DICTIONARY",
+    "FEW_ROWS",
+    "LOCAL",
+    "MOST_PARTS",
+    "OBJECT_STORES",
+    "PART_BYTES",
+    "TEMPORARY_NAME",
+    "absolute",
+    "content_size",
+    "exists",
+    "is_local",
+    "join",
+    "list_files",
+    "local_copy",
+    "open_parquet",
+    "publish",
+    "publish_json",
+    "publish_table",
+    "publish_text",
+    "read_bytes",
+    "read_json",
+    "read_schema",
+    "read_small_table",
+    "read_table",
+    "read_text",
+    "remove_files",
+    "remove_tree",
+    "resolve",
+    "sizes",
+]

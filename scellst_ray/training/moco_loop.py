@@ -10,7 +10,7 @@ Shapes: N crops of this worker, H W px.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,25 @@ class Recipe:
     precision: str = "float32"
     recompute: bool = False
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainIdentity:
+    """Identity of a run of `pretrain`: every setting that changes its results.
+
+    Attributes:
+        recipe: Settings of the training.
+        crops: Digest of the crops.
+        init: Digest of the first weights, or 'random'.
+    """
+
+    recipe: Recipe
+    crops: str
+    init: str
+
+    def as_json(self) -> dict[str, object]:
+        """Return the fields as `run.json` holds them."""
+        return asdict(self)
 
 
 class Step(NamedTuple):

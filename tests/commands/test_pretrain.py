@@ -19,6 +19,7 @@ from scellst_ray.models.encoder.encoder import (
 from scellst_ray.runs.crop_store import open_store
 from scellst_ray.runs.folder import begin_run
 from tests.support.crop_runs import write_crop_run
+from tests.support.run_folders import Settings
 
 ARCH = "timm:test_resnet"
 
@@ -75,7 +76,7 @@ def test_what_cannot_be_trained_on_is_refused_before_ray_starts(config, tmp_path
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):
             pretrain_encoder(wrong)
-    begin_run(config.out, "pretrain", {"recipe": "another"}, {})
+    begin_run(config.out, "pretrain", Settings({"recipe": "another"}), {})
     with pytest.raises(ValueError, match="holds another run"):
         pretrain_encoder(config)
     other, _ = new_backbone("resnet18", 0)

@@ -18,6 +18,7 @@ from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.runs import compaction
 from scellst_ray.runs import folder as runs
 from scellst_ray.runs.reading import open_run
+from tests.support.run_folders import Settings
 
 GENES = ["EPCAM", "CD3E", "ERBB2"]
 WIDTH0, HEIGHT0, MPP = 600, 400, 0.5
@@ -61,7 +62,7 @@ def make_run(tmp_path, *, head):
     """A run of slides b (40 cells) and a (30), with their images."""
     uri = str(tmp_path / "run")
     identity = {"store_embeddings": not head}
-    folder = runs.begin_run(uri, "predict" if head else "extract", identity, {})
+    folder = runs.begin_run(uri, "predict" if head else "extract", Settings(identity), {})
     if head:
         torch.manual_seed(0)
         info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}

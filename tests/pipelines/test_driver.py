@@ -14,14 +14,16 @@ from scellst_ray.pipelines import extract as cells
 from scellst_ray.pipelines.driver import MAX_PARTS, Driver, Progress
 from scellst_ray.pipelines.finishing import finish_slides
 from scellst_ray.runs.folder import RunFolder, begin_run
+from scellst_ray.runs.identity import NetworkIdentity, RunIdentity
 from scellst_ray.runs.lease import LeaseError, hold_lease
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE
+from tests.support.run_folders import Settings
 
 
 @pytest.fixture
 def run(tmp_path):
-    return begin_run(str(tmp_path / "run"), "extract", {"encoder": "none"})
+    return begin_run(str(tmp_path / "run"), "extract", Settings({"encoder": "none"}))
 
 
 def receipts(slide_id, tiles, num_tiles, shard=None, num_cells=1):
@@ -170,10 +172,13 @@ def test_a_refused_driver_leaves_the_folder_as_it_is(tmp_path):
         "precision": "float32",
     }
     config = cells.ExtractConfig(out=str(tmp_path / "run"), **settings)
-    identity = {name: getattr(config, name) for name in ("segmenter", "read_mpp")}
-    identity |= {name: getattr(config, name) for name in ("core_px", "halo_px", "precision")}
-    identity |= {"encoder": "none", "embedding_dim": None, "store_embeddings": False}
-    identity["segmenter_version"] = cells.SEGMENTER_VERSIONS[config.segmenter]
+    names = ("segmenter", "read_mpp", "core_px", "halo_px", "precision")
+    identity = RunIdentity(
+        networks=NetworkIdentity(encoder="none", embedding_dim=None),
+        segmenter_version=cells.SEGMENTER_VERSIONS[config.segmenter],
+        store_embeddings=False,
+        **{name: getattr(config, name) for name in names},
+    )
     run = begin_run(config.out, "extract", identity, {"of": "the first"})
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with hold_lease(run.uri), pytest.raises(LeaseError):

@@ -11,6 +11,7 @@ from scellst_ray.models.encoder.encoder import load_encoder, save_encoder
 from scellst_ray.models.mil.head import load_head
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.pipelines.predict import predict
+from scellst_ray.runs.identity import NetworkIdentity
 from scellst_ray.runs.reading import open_run
 from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
 from scellst_ray.stages.checked_networks import check_networks
@@ -122,8 +123,8 @@ def test_what_types_are_is_part_of_the_run(checkpoint):
         core_px=192,
     )
     found = check_networks(config)
-    assert found.identity["embedding_dim"] == len(cellvit_weights.PANNUKE)
-    assert found.identity["encoder"] == "types:" + ",".join(cellvit_weights.PANNUKE)
+    assert found.identity.embedding_dim == len(cellvit_weights.PANNUKE)
+    assert found.identity.encoder == "types:" + ",".join(cellvit_weights.PANNUKE)
     assert found.type_names == tuple(cellvit_weights.PANNUKE)
 
 
@@ -138,7 +139,9 @@ def test_types_need_a_segmenter_that_knows_its_types(segmenter, reason):
 
 def test_the_length_is_known_before_ray_starts(tmp_path):
     named = ExtractConfig(manifest="m.csv", out="o", encoder="random:2:resnet34")
-    assert check_networks(named).identity == {"encoder": "random:2:resnet34", "embedding_dim": 512}
+    assert check_networks(named).identity == NetworkIdentity(
+        encoder="random:2:resnet34", embedding_dim=512
+    )
     network = load_encoder("random:1:resnet18").network
     path = tmp_path / "e.safetensors"
     save_encoder(path, network, MEAN, STD, arch="resnet18")

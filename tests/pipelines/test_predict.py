@@ -81,8 +81,8 @@ def test_the_run_takes_the_heads_encoder_and_a_copy_of_the_head(
         records = predict(config_of(tmp_path, given, out="run"))
     assert list(records) == ["s"]
     [(job, config, identity, head_uri)] = started
-    assert (job, config.encoder, identity["encoder"]) == ("predict", "random:3", "random:3")
-    assert len(identity["head"]) == 64
+    assert (job, config.encoder, identity.encoder) == ("predict", "random:3", "random:3")
+    assert len(identity.head) == 64
     # What workers are given means the same in any folder.
     assert head_uri == str(tmp_path / "run" / "head.safetensors")
     assert load_head(head_uri)[1]["genes"] == ["A", "B"]

@@ -5,8 +5,9 @@ import yaml
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.folder import RunFolder, begin_run, check_manifest_unchanged
+from tests.support.run_folders import Settings
 
-IDENTITY = {"encoder": "random:0", "read_mpp": 0.5, "shape": (1, 2)}
+IDENTITY = Settings({"encoder": "random:0", "read_mpp": 0.5, "shape": (1, 2)})
 
 
 def receipts(rows):
@@ -35,7 +36,7 @@ def test_open_and_reopen(tmp_path, run):
 
 
 def test_the_digest_does_not_depend_on_key_order(tmp_path, run):
-    turned = dict(reversed(IDENTITY.items()))
+    turned = Settings(reversed(IDENTITY.items()))
     assert begin_run(str(tmp_path / "other"), "extract", turned, {}).digest == run.digest
     assert begin_run(str(tmp_path / "third"), "predict", turned, {}).digest != run.digest
 
@@ -65,7 +66,7 @@ def test_a_run_on_an_object_store(tmp_path):
 )
 def test_another_run_is_refused_with_what_differs(run, job, identity, match):
     with pytest.raises(ValueError, match=match) as caught:
-        begin_run(run.uri, job, identity, {})
+        begin_run(run.uri, job, Settings(identity), {})
     assert run.uri in str(caught.value)
     assert "encoder" not in str(caught.value)
     assert "another --out" in str(caught.value)

@@ -22,6 +22,7 @@ from scellst_ray.models.mil.head import MilHead, formula_of, save_head
 from scellst_ray.runs import compaction
 from scellst_ray.runs import folder as runs
 from scellst_ray.runs.reading import open_run
+from tests.support.run_folders import Settings
 
 GENES = ["EPCAM", "CD3E", "ERBB2", "COL1A1", "KRT8"]
 TILE = 1 << 20
@@ -86,7 +87,7 @@ def add_slide(folder, slide_id, num_tiles=6, cells_per_tile=5, bad=(), **vectors
 
 def make_run(uri, head=None, *, embedding=False):
     identity = {"store_embeddings": embedding}
-    folder = runs.begin_run(uri, "predict" if head else "extract", identity, {})
+    folder = runs.begin_run(uri, "predict" if head else "extract", Settings(identity), {})
     if head is not None:
         info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}
         save_head(f"{uri}/head.safetensors", head, info | {"training_slides": [], "metrics": {}})

@@ -12,6 +12,14 @@ from scellst_ray.core import schemas
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.lease import LEASE_S, Lease
 
+
+class Settings(dict):
+    """An identity of any fields, as `begin_run` takes it."""
+
+    def as_json(self):
+        return dict(self)
+
+
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DIGEST = "0123456789abcdef"
 MISSING = {"stage": "plan", "error_type": "FileNotFoundError", "error": "/data/x.svs: no such file"}

@@ -28,6 +28,7 @@ from scellst_ray.evaluation.expression.scores import (
 )
 from scellst_ray.models.mil.stored_head import Formula
 from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.records import known_mpp
 from scellst_ray.slides.manifest import SlideRow, read_manifest
 from scellst_ray.spots.links import Links, link_cells
 from scellst_ray.spots.panel import CountFilter, make_targets
@@ -309,7 +310,7 @@ def _learn(run: Run, rows: list[SlideRow], *, colour: bool) -> tuple[Units, Base
 def _mpp(run: Run, slide_id: str) -> float:
     """Return um per level-0 px of a slide of the run."""
     run.choose([slide_id])
-    return float(run.records[slide_id]["mpp"])
+    return known_mpp(run.records[slide_id])
 
 
 def _shared(panel: list[str], measured: list[str], source: str) -> NDArray[np.int64]:

@@ -132,7 +132,7 @@ def evaluate_segmentation(config: EvaluateSegmentationConfig) -> Evaluation:
         predicted = _predicted(name, case, run)
         mpp = _number(case, "mpp", name)
         if mpp is None and run is not None:
-            mpp = run.records.get(name, {}).get("mpp")
+            mpp = run.records[name].get("mpp") if name in run.records else None
         annotated = _annotated(name, case, mpp)
         images[name] = score_image(truth, predicted, annotated, names, config.radius_um)
         true_names.update(truth.types_N.tolist())

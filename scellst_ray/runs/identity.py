@@ -1,0 +1,135 @@
+"""Identity of a run: every setting that changes results, and the digest of all of them.
+
+A folder holds one run, so a command with another identity is refused. A key that a job does not
+use is left out of the JSON text: adding a field later changes no digest of an earlier run.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol, TypedDict, cast
+
+from scellst_ray.core.version import __version__
+
+OF_EACH_SLIDE: Literal["of each slide"] = "of each slide"
+
+
+class Identity(Protocol):
+    """Identity of the run of one job."""
+
+    def as_json(self) -> Mapping[str, object]:
+        """Return the fields as `run.json` holds them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkIdentity:
+    """Networks of a run of `extract` or `predict`.
+
+    Attributes:
+        encoder: Digest of the encoder, see FORMAT.md.
+        embedding_dim: Length of the stored embeddings; None if none are stored.
+        segmenter_weights: Digest of the segmenting network; None without one.
+        segmenter_window_px: Window of its edge scaling in px; None: the tile.
+        head: SHA-256 of the head's file; None for `extract`.
+    """
+
+    encoder: str
+    embedding_dim: int | None
+    segmenter_weights: str | None = None
+    segmenter_window_px: int | None = None
+    head: str | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """Return the fields as `run.json` holds them; those of absent networks are left out."""
+        fields = asdict(self)
+        if self.segmenter_weights is None:
+            del fields["segmenter_weights"], fields["segmenter_window_px"]
+        if self.head is None:
+            del fields["head"]
+        return fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """Identity of a run of `extract` or `predict`.
+
+    Attributes:
+        networks: The networks.
+        segmenter: Name of the segmenter.
+        segmenter_version: Version of the segmenter.
+        read_mpp: um per px at which tiles are read; None: each slide's own choice.
+        core_px: Side of a tile's core, px.
+        halo_px: Margin around the core that is read too, px.
+        store_embeddings: Whether CELLS hold embeddings.
+        precision: Number format of the networks.
+        colours: Set if each slide's own colours normalise its crops.
+    """
+
+    networks: NetworkIdentity
+    segmenter: str
+    segmenter_version: int
+    read_mpp: float | None
+    core_px: int
+    halo_px: int
+    store_embeddings: bool
+    precision: str
+    colours: Literal["of each slide"] | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """Return the fields as `run.json` holds them, those of the networks among them."""
+        fields = asdict(self)
+        del fields["networks"]
+        if self.colours is None:
+            del fields["colours"]
+        return fields | self.networks.as_json()
+
+
+class StoredIdentity(TypedDict, total=False):
+    """`identity` in `run.json`: of any job, and of any release.
+
+    Fields are those of `RunIdentity` and `NetworkIdentity`, then those of `pretrain`. A field may
+    be absent: jobs differ in their fields, and earlier releases did not write all of them.
+
+    Attributes:
+        job: The command.
+        scellst_ray: The release.
+        recipe: `pretrain` only: settings of the training.
+        crops: `pretrain` only: digest of the crops.
+        init: `pretrain` only: digest of the first weights.
+    """
+
+    job: str
+    scellst_ray: str
+    encoder: str
+    embedding_dim: int | None
+    segmenter: str
+    segmenter_version: int
+    segmenter_weights: str
+    segmenter_window_px: int | None
+    head: str
+    read_mpp: float | None
+    core_px: int
+    halo_px: int
+    store_embeddings: bool
+    precision: str
+    colours: str
+    recipe: dict[str, object]
+    crops: str
+    init: str
+
+
+def stored_identity(job: str, identity: Identity) -> tuple[StoredIdentity, str]:
+    """Return an identity as `run.json` holds it, and its digest.
+
+    Args:
+        job: The command.
+        identity: The settings that change its results.
+
+    Returns:
+        The identity with job and release, and the first 16 hex digits of its SHA-256.
+    """
+    fields = {"job": job, "scellst_ray": __version__, **identity.as_json()}
+    text = json.dumps(fields, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return cast("StoredIdentity", json.loads(text)), digest
