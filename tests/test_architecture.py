@@ -61,8 +61,6 @@ WITHOUT_MIRROR = {
     "core/names.py",
     "core/version.py",
     "core/watchdog.py",
-    "evaluation/crossvalidation/folds.py",
-    "evaluation/crossvalidation/trial.py",
     "evaluation/simulation/conditions.py",
     "evaluation/simulation/fit.py",
     "models/encoder/header.py",

@@ -1,4 +1,4 @@
-"""Pictures: genes over a slide."""
+"""Figures for reports: how they are made and saved, and maps of genes over a slide."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +11,21 @@ if TYPE_CHECKING:
 
 
 def new_figure(width_inch: float, height_inch: float) -> "Figure":
-    """Return an empty figure of 150 dots an inch that needs no display."""
-    # Imported where something is drawn: it writes to the home folder.
+    """Return an empty figure of 150 dots per inch that needs no display."""
+    # Imported only when something is drawn, since matplotlib writes to the home folder.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(width_inch, height_inch), dpi=150)
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Save a figure as a PNG: under a temporary name first, so the file is whole or absent."""
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
 
 
 def gene_map(
@@ -28,15 +35,15 @@ def gene_map(
     mpp: float,
     background: NDArray[np.uint8] | None = None,
 ) -> None:
-    """Draw cells coloured by expression, one panel beside the other, as a PNG.
+    """Draw cells coloured by expression, in panels next to each other, as a PNG.
 
     Args:
-        path: Where to write.
-        panels: (title, xy0 [N, 2] in level-0 px, values [N]) each; every panel has its own scale,
-            from its 1 % to its 99 % quantile.
+        path: PNG to write.
+        panels: One (title, xy0 [N, 2] in level-0 px, values [N]) per panel. The colour scale of a
+            panel reaches from the 1 % to the 99 % quantile of its values.
         size0: Slide (width, height) in level-0 px.
         mpp: um per level-0 px; axes are in mm.
-        background: The slide, RGB [H, W, 3], shown as a first panel if given.
+        background: The slide, RGB [H, W, 3], shown as the first panel if given.
     """
     num_panels = len(panels) + (background is not None)
     width_mm, height_mm = (side * mpp / 1000 for side in size0)
@@ -49,16 +56,14 @@ def gene_map(
     for axis, (title, xy0, values) in zip(axes[num_panels - len(panels) :], panels, strict=True):
         low, high = np.nanpercentile(values, (1, 99)) if len(values) else (0.0, 1.0)
         xy_mm = np.asarray(xy0) * mpp / 1000
-        # About the size of a nucleus on the page.
+        # A dot is about as large on the page as a nucleus.
         dots = axis.scatter(
             *xy_mm.T, c=values, s=3.0, cmap="viridis", vmin=low, vmax=high, linewidths=0
         )
         axis.set(xlim=extent[:2], ylim=extent[2:], title=title, facecolor="#f4f4f4")
-        # Beside the panel and as high, taking no room from it: all panels stay the same size.
+        # An inset takes no space from the panel, so all panels keep the same size.
         figure.colorbar(dots, cax=axis.inset_axes((1.02, 0.0, 0.04, 1.0)))
     for axis in axes:
         axis.set(aspect="equal", xlabel="mm")
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    save_figure(figure, path)

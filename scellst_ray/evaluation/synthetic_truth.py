@@ -1,4 +1,7 @@
-"""Comparing predictions with a known truth: nuclei one to one, expression cell by cell."""
+"""Comparison of predictions with the known truth of synthetic slides.
+
+Nuclei are compared one to one, expression cell by cell.
+"""
 
 from dataclasses import dataclass
 
@@ -12,13 +15,13 @@ from scellst_ray.spots.panel import log_normalise
 
 @dataclass(frozen=True)
 class Matching:
-    """Nuclei matched one to one at an intersection over union above one half.
+    """Nuclei matched one to one at an intersection over union (IoU) above 0.5.
 
     Attributes:
-        found: int64 [M], rows of the nuclei found.
-        true: int64 [M], rows of the true nuclei they match.
-        num_found: Nuclei found.
-        num_true: True nuclei.
+        found: int64 [M], rows of the matched nuclei among those found.
+        true: int64 [M], rows of the true nuclei that they match.
+        num_found: Number of nuclei found.
+        num_true: Number of true nuclei.
     """
 
     found: NDArray[np.int64]
@@ -28,7 +31,7 @@ class Matching:
 
     @property
     def precision(self) -> float:
-        """Share of the nuclei found that are true."""
+        """Share of the found nuclei that match a true one."""
         return len(self.found) / max(self.num_found, 1)
 
     @property
@@ -38,10 +41,10 @@ class Matching:
 
 
 def match_nuclei(found_wkb: list[bytes], true_wkb: list[bytes]) -> Matching:
-    """Match outlines (WKB, one frame) with an IoU above 0.5, the best pairs first.
+    """Match outlines (WKB, both in one frame) with an IoU above 0.5, the best pairs first.
 
-    Among outlines that do not overlap each other a partner is the only one possible; a nucleus
-    that was found twice still counts once.
+    If the outlines of each side do not overlap, every outline has at most one partner. A nucleus
+    that was found twice counts once.
     """
     found, true = shapely.from_wkb(found_wkb), shapely.from_wkb(true_wkb)
     tree = shapely.STRtree(true)
@@ -71,10 +74,13 @@ def cell_correlation(
 
     Args:
         predicted_NP: Predicted expression of N matched cells, P panel genes.
-        expected_NG: Their true rates, counts per cell, of all genes: normalised over all, as
-            spots are, before the panel is taken.
+        expected_NG: Their true rates of all genes, in counts per cell. They are normalised over
+            all genes, as spots are, before the panel's columns are taken.
         panel: Columns of the panel genes.
-        seed: Shuffles the truth over cells first: what chance alone gives.
+        seed: If given, the truth is shuffled over cells first, which gives the score of chance.
+
+    Returns:
+        float64 [P].
     """
     truth_NP = log_normalise(np.asarray(expected_NG))[:, panel]
     if seed is not None:

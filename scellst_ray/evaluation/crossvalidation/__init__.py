@@ -1,1 +1,1 @@
-"""Every slide predicted by heads that never saw it."""
+"""Cross-validation: every slide is predicted by heads that were not trained on it."""

@@ -1,21 +1,23 @@
-"""Which slides train and which are scored on, protocol by protocol."""
+"""The folds of cross-validation: which slides train and which are scored."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from sklearn.model_selection import LeaveOneGroupOut
 
 Protocol = Literal["leave-one-slide-out", "leave-one-patient-out", "single-slide"]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Slides to train on and slides to score on, none in both.
+    """Slides to train on and slides to score; no slide is in both.
 
     Attributes:
-        name: Of the slide or patient that is left out, or trained on alone.
-        train: slide_ids.
-        test: slide_ids.
+        name: Name of the slide or patient that is left out. With protocol single-slide, the slide
+            that is trained on.
+        train: slide_ids to train on.
+        test: slide_ids to score.
     """
 
     name: str
@@ -24,42 +26,48 @@ class Fold:
 
 
 def make_folds(protocol: Protocol, patients: Mapping[str, str | None]) -> list[Fold]:
-    """Return the folds of a protocol.
+    """Return the folds of a protocol, in the order in which slides or patients first appear.
 
     Args:
-        protocol: Which.
-        patients: patient_id by slide_id (None: not known), in the order of the slides.
+        protocol: Protocol of the cross-validation.
+        patients: patient_id by slide_id (None: unknown), in the order of the slides.
 
     Raises:
-        ValueError: too few slides or patients, or a slide's patient is not known.
+        ValueError: there are too few slides or patients, or the patient of a slide is unknown.
     """
     slides = list(patients)
     if len(slides) < 2:
         message = f"{len(slides)} slides with spots: cross-validation needs at least 2."
         raise ValueError(message)
+    groups = slides
     if protocol == "leave-one-patient-out":
-        groups = _by_patient(patients)
-    else:
-        groups = {slide_id: [slide_id] for slide_id in slides}
+        groups = _patient_of_each(patients)
+    names = list(dict.fromkeys(groups))
+    # LeaveOneGroupOut goes through the groups in the order of these numbers.
+    numbers = [names.index(group) for group in groups]
     folds = []
-    for name, members in groups.items():
-        others = tuple(slide_id for slide_id in slides if slide_id not in members)
-        pair = (tuple(members), others) if protocol == "single-slide" else (others, tuple(members))
+    for name, split in zip(names, LeaveOneGroupOut().split(slides, groups=numbers), strict=True):
+        others, members = (tuple(slides[row] for row in rows) for rows in split)
+        pair = (members, others) if protocol == "single-slide" else (others, members)
         folds.append(Fold(name, *pair))
     return folds
 
 
-def _by_patient(patients: Mapping[str, str | None]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    unknown = [slide_id for slide_id, patient in patients.items() if not patient]
-    for slide_id, patient in patients.items():
-        groups[str(patient)].append(slide_id)
-    if unknown or len(groups) < 2:
-        one = next(iter(groups))
-        found = f"slides {unknown} have none" if unknown else f"all slides are of {one}"
+def _patient_of_each(patients: Mapping[str, str | None]) -> list[str]:
+    """Return the patient_id of each slide.
+
+    Raises:
+        ValueError: a slide has no patient_id, or there is only one patient.
+    """
+    unknown_slides = [slide_id for slide_id, patient in patients.items() if not patient]
+    groups = [str(patient) for patient in patients.values()]
+    if unknown_slides or len(set(groups)) < 2:
+        reason = f"all slides are of {groups[0]}"
+        if unknown_slides:
+            reason = f"slides {unknown_slides} have none"
         message = (
-            f"leave-one-patient-out needs a patient_id for every slide and two patients; {found}. "
+            f"leave-one-patient-out needs a patient_id for every slide and two patients; {reason}. "
             "Add the column to the manifest, or use leave-one-slide-out."
         )
         raise ValueError(message)
-    return dict(groups)
+    return groups

@@ -1,7 +1,10 @@
-"""One trial of a grid: choose genes and fit on some slides, score on others, beside baselines.
+"""One trial of cross-validation: a head is fitted on some slides and scored on others.
 
-Shape letters: S spots, K spots that count (they pass the filters and have cells), N cells under
-spots, P genes of the panel, D embedding, R draws of a bootstrap.
+The panel (the genes to predict) is chosen on the training slides, too. Baselines are scored next to
+the head.
+
+Shape letters: S spots, K kept spots (they pass the filters and have cells), N cells under spots,
+P genes of the panel, D embedding, R draws of a bootstrap.
 """
 
 import time
@@ -23,7 +26,7 @@ from scellst_ray.evaluation.expression.bootstrap import (
     times_drawn,
 )
 from scellst_ray.evaluation.expression.colour_baseline import fit_colour_ridge, slide_colours
-from scellst_ray.evaluation.expression.evaluate import COLOUR, MEAN, Units
+from scellst_ray.evaluation.expression.evaluate import COLOUR, MEAN, Units, measured_columns
 from scellst_ray.evaluation.expression.scores import (
     METRICS,
     OURS,
@@ -43,21 +46,21 @@ from scellst_ray.spots.selection import Section, choose_genes
 from scellst_ray.spots.table import Spots, check_whole_counts
 from scellst_ray.stages.supervision import Rules, TrainingSlide, link_slide
 
-# What is compared, in the order of reports; colour only if asked for.
+# The models compared, in the order of reports. COLOUR is present only if asked for.
 MODELS = (OURS, COLOUR, MEAN, SHUFFLED)
 
 
 @dataclass(frozen=True)
 class SlideData:
-    """All that trials need of a slide, whatever they train on.
+    """The data of a slide for all trials, whichever slides they train on.
 
     Attributes:
-        slide_id: The slide.
-        spots: All its spots and genes.
-        kept: int64 [K], the spots that count.
-        links: Their cells, as rows of embeddings_ND.
-        embeddings_ND: float16, of the cells under these spots.
-        colours_KC: Colour statistics of their discs; None if not asked for.
+        slide_id: slide_id.
+        spots: All spots and genes of the slide.
+        kept: int64 [K], rows of the kept spots.
+        links: Cells of the kept spots, as rows of embeddings_ND.
+        embeddings_ND: float16, embeddings of the cells under the kept spots.
+        colours_KC: Colour statistics of the discs of kept spots; None if not asked for.
     """
 
     slide_id: str
@@ -69,23 +72,23 @@ class SlideData:
 
     @property
     def source(self) -> str:
-        """Name it in errors."""
+        """Name of the slide in error messages."""
         return f"slide {self.slide_id}"
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What a trial is told.
+    """Settings of a trial.
 
     Attributes:
-        train_slides: To choose genes and fit on.
-        test_slides: To score on, each on its own.
-        genes: Rule of the panel (see choose_genes).
-        fit: How to fit.
-        rules: How spots become supervision.
-        num_draws: Bootstrap draws of spots for intervals; 0 for none.
-        num_threads: Of torch.
-        use_gpu: Fit on the GPU.
+        train_slides: slide_ids on which genes are chosen and the head is fitted.
+        test_slides: slide_ids to score, each on its own.
+        genes: Rule that chooses the panel (see choose_genes).
+        fit: Settings of the fit.
+        rules: Rules that turn spots into training targets.
+        num_draws: Bootstrap draws of spots for intervals; 0 for no intervals.
+        num_threads: Number of torch threads.
+        use_gpu: Whether to fit on the GPU.
     """
 
     train_slides: tuple[str, ...]
@@ -100,14 +103,15 @@ class TrialSettings:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What training slides teach.
+    """Models fitted on the training slides.
 
     Attributes:
         panel: Gene names.
-        head: Fitted.
-        units: From its predictions to scaled expression.
-        baselines: mean_G, and the ridge from colours if there are colours.
-        info: How the fit went.
+        head: The fitted head.
+        units: Conversion of the head's predictions to scaled expression.
+        mean_P: Mean scaled expression of the training spots, a baseline.
+        ridge: Fitted colour baseline; None without colours.
+        info: Numbers about the fit: seconds, epochs, losses, sizes.
     """
 
     panel: list[str]
@@ -121,11 +125,11 @@ class Learnt:
 def prepare_slide(
     slide: TrainingSlide, run: RunFolder, rules: Rules, *, colour: bool
 ) -> tuple[dict[str, Any], SlideData]:
-    """Read a slide once for all trials; return what to tell of it, and the data.
+    """Read a slide once for all trials; return (numbers of kept spots and their cells, data).
 
     Raises:
-        ValueError: spots that cannot be read or do not lie on the tissue, no spot has a cell,
-            counts that are needed and not whole, or embeddings that are not finite.
+        ValueError: spots cannot be read or do not lie on the tissue, no spot has a cell, counts
+            are needed and are not whole numbers, or embeddings are not finite.
     """
     slide_id, uri = slide.row.slide_id, run.cells_uri(slide.row.slide_id)
     cells = storage.read_table(uri, ["x0", "y0", "embedding"])
@@ -138,14 +142,17 @@ def prepare_slide(
     passes = np.isin(linked.spots.spot_id, passing.spot_id)
     kept = np.flatnonzero(passes & (linked.links.num_cells > 0))
     if not len(kept):
-        message = f"slide {slide_id}: none of its {passes.sum()} spots that pass has a cell."
+        message = (
+            f"slide {slide_id}: none of its {passes.sum()} spots that pass the filters has a cell. "
+            "Check the mpp and the spot positions."
+        )
         raise ValueError(message)
     links = linked.links.select(kept)
     rows, place = np.unique(links.cell_index, return_inverse=True)
     vectors = cells["embedding"].combine_chunks().take(rows)
     embeddings_ND = np.asarray(vectors.flatten()).reshape(len(rows), -1)
     if not np.isfinite(embeddings_ND).all():
-        message = f"slide {slide_id}: embeddings hold NaN or infinity: extract it again."
+        message = f"slide {slide_id}: embeddings hold NaN or infinity. Extract the slide again."
         raise ValueError(message)
     colours = slide_colours(slide.row, linked.spots.select(kept)) if colour else None
     data = SlideData(
@@ -154,22 +161,22 @@ def prepare_slide(
     return {"num_spots": len(kept), "num_cells": len(rows)}, data
 
 
-def section(data: SlideData, rules: Rules) -> Section:
-    """Return what a training slide has to say about the choice of genes."""
+def make_section(data: SlideData, rules: Rules) -> Section:
+    """Return the kept spots of a training slide, from which genes are chosen."""
     passing = filter_counts(data.spots, data.source, rules.limits)
-    chosen = np.isin(passing.spot_id, data.spots.spot_id[data.kept])
-    return Section(data.slide_id, data.spots.genes, passing.select(chosen))
+    is_kept = np.isin(passing.spot_id, data.spots.spot_id[data.kept])
+    return Section(data.slide_id, data.spots.genes, passing.select(is_kept))
 
 
 @dataclass(frozen=True)
 class SlideTargets:
-    """What the K spots of a slide that count should teach.
+    """Training targets of the K kept spots of a slide.
 
     Attributes:
         values_KP: float32, log-normalised expression of the panel.
         counts_KP: float32, raw counts.
-        factors_K: float64, size factors; None without counts.
-        median_library: Of all spots that pass the filters.
+        factors_K: float64, size factors; None if the loss is not on counts.
+        median_library: Median total counts of all spots that pass the filters.
     """
 
     values_KP: NDArray[np.float32]
@@ -178,22 +185,27 @@ class SlideTargets:
     median_library: float
 
 
-def targets_of(data: SlideData, panel: Sequence[str], rules: Rules) -> SlideTargets:
-    """Return the targets of the spots that count, as `train` makes them."""
-    found = make_targets(data.spots, panel, data.source, rules.limits)
-    rows = np.searchsorted(found.kept, data.kept)
-    factors = size_factors(found.library_K, data.source)[rows] if rules.with_counts else None
-    median = float(np.median(found.library_K))
-    return SlideTargets(found.values_KP[rows], found.counts_KP[rows], factors, median)
+def make_slide_targets(data: SlideData, panel: Sequence[str], rules: Rules) -> SlideTargets:
+    """Return the targets of the kept spots, as `train` makes them."""
+    targets = make_targets(data.spots, panel, data.source, rules.limits)
+    rows = np.searchsorted(targets.kept, data.kept)
+    factors = size_factors(targets.library_K, data.source)[rows] if rules.with_counts else None
+    median = float(np.median(targets.library_K))
+    return SlideTargets(targets.values_KP[rows], targets.counts_KP[rows], factors, median)
 
 
 def run_trial(settings: TrialSettings, slides: Mapping[str, SlideData]) -> dict[str, Any]:
-    """Choose genes and fit on the training slides, score on the test slides; return JSON.
+    """Choose genes and fit on the training slides, then score the test slides.
 
     Returns:
-        `genes`, `fit` (epochs, losses, seconds), `seconds`, and by test slide and model the
-        scores: mean over genes (`pcc`, `pcc_given_depth`, `scc`, `rmse`, `mae`), intervals of the
-        correlations over spots (`pcc_low`, ...), and `by_gene` correlations.
+        Values for JSON:
+
+        - `genes`: the panel.
+        - `fit`: epochs, losses, seconds.
+        - `seconds`: seconds of the whole trial.
+        - `scores`: by test slide and model, the means over genes (`pcc`, `pcc_given_depth`, `scc`,
+          `rmse`, `mae`), intervals of the correlations over spots (`pcc_low`, ...) and the
+          correlations `by_gene`.
     """
     started = time.monotonic()
     torch.set_num_threads(settings.num_threads)
@@ -208,11 +220,11 @@ def run_trial(settings: TrialSettings, slides: Mapping[str, SlideData]) -> dict[
 
 
 def learn(settings: TrialSettings, slides: Sequence[SlideData]) -> Learnt:
-    """Choose genes, fit the head and the baselines, on these slides only."""
+    """Choose genes, then fit the head and the baselines, on these slides only."""
     rules, config = settings.rules, settings.fit
-    panel = choose_genes(settings.genes, [section(data, rules) for data in slides]).genes
-    targets = [targets_of(data, panel, rules) for data in slides]
-    pairs = [robust_scale(found.values_KP) for found in targets]
+    panel = choose_genes(settings.genes, [make_section(data, rules) for data in slides]).genes
+    targets = [make_slide_targets(data, panel, rules) for data in slides]
+    pairs = [robust_scale(of_slide.values_KP) for of_slide in targets]
     scaled_SP = np.concatenate([scaled for scaled, _ in pairs])
     bags = join_bags(slides, targets, scaled_SP)
     slide_ids = [data.slide_id for data in slides for _ in data.kept]
@@ -232,7 +244,7 @@ def learn(settings: TrialSettings, slides: Sequence[SlideData]) -> Learnt:
     }
     colours = [data.colours_KC for data in slides if data.colours_KC is not None]
     ridge = fit_colour_ridge(np.concatenate(colours), scaled_SP) if colours else None
-    library = float(np.mean([found.median_library for found in targets]))
+    library = float(np.mean([of_slide.median_library for of_slide in targets]))
     scale_P = np.mean([scale for _, scale in pairs], axis=0)
     units = Units(scale_P, 1e4 / library if rules.with_counts else None, rules.limits)
     return Learnt(panel, head.cpu().eval(), units, scaled_SP.mean(axis=0), ridge, info)
@@ -241,31 +253,30 @@ def learn(settings: TrialSettings, slides: Sequence[SlideData]) -> Learnt:
 def join_bags(
     slides: Sequence[SlideData], targets: Sequence[SlideTargets], scaled_SP: NDArray[np.float32]
 ) -> BagSet:
-    """Return the bags of several slides as one set, with counts if there are size factors."""
+    """Return the bags (the cells of a spot and its target) of several slides as one set.
+
+    Targets are counts if the slides have size factors, else `scaled_SP`.
+    """
     sizes = np.concatenate([data.links.num_cells for data in slides])
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
     cells_LD = np.concatenate([data.embeddings_ND[data.links.cell_index] for data in slides])
-    factors = [found.factors_K for found in targets if found.factors_K is not None]
+    factors = [of_slide.factors_K for of_slide in targets if of_slide.factors_K is not None]
     if not factors:
         return BagSet(torch.from_numpy(cells_LD), offsets, torch.from_numpy(scaled_SP))
-    counts_SP = np.concatenate([found.counts_KP for found in targets])
+    counts_SP = np.concatenate([of_slide.counts_KP for of_slide in targets])
     factors_S = torch.from_numpy(np.concatenate(factors).astype(np.float32))
     return BagSet(torch.from_numpy(cells_LD), offsets, torch.from_numpy(counts_SP), factors_S)
 
 
 def score(settings: TrialSettings, learnt: Learnt, data: SlideData) -> dict[str, Any]:
-    """Score the head and the baselines on a slide's spots that count; genes it lacks are left out.
+    """Score the head and the baselines on the kept spots of a slide; absent genes are left out.
 
     Raises:
-        ValueError: it has none of the genes.
+        ValueError: the slide has none of the genes.
     """
-    there = set(data.spots.genes)
-    columns = np.array([i for i, gene in enumerate(learnt.panel) if gene in there], np.int64)
-    if not len(columns):
-        message = f"{data.source}: it has none of the {len(learnt.panel)} genes of the panel."
-        raise ValueError(message)
+    columns = measured_columns(learnt.panel, data.spots.genes, f"{data.source}: spots")
     genes = [learnt.panel[column] for column in columns]
-    targets = targets_of(data, genes, settings.rules)
+    targets = make_slide_targets(data, genes, settings.rules)
     depth_S = np.log1p(np.asarray(data.spots.counts[data.kept].sum(axis=1)).ravel())
     scaled = targets.values_KP / learnt.units.scale_G[columns]
     predicted = spot_predictions(learnt.head, data)[:, columns]
@@ -276,12 +287,12 @@ def score(settings: TrialSettings, learnt: Learnt, data: SlideData) -> dict[str,
     if learnt.ridge is not None and data.colours_KC is not None:
         models[COLOUR] = learnt.ridge.predict(data.colours_KC)[:, columns]
     truth, bootstrap = Truth(scaled, depth_S, genes), Bootstrap(0, settings.fit.seed)
-    found = score_models(models, truth, bootstrap)
+    scores_of_model = score_models(models, truth, bootstrap)
     rows_RS = draws(len(scaled), settings.num_draws, settings.fit.seed)
-    shown = {name: _means(scores.by_gene) for name, scores in found.items()}
+    results = {name: _means(scores.by_gene) for name, scores in scores_of_model.items()}
     for name, predicted_SP in models.items() if settings.num_draws else ():
-        shown[name] |= _intervals(predicted_SP, truth, times_drawn(rows_RS))
-    return {"num_spots": len(scaled), "genes": genes, "models": shown}
+        results[name] |= _intervals(predicted_SP, truth, times_drawn(rows_RS))
+    return {"num_spots": len(scaled), "genes": genes, "models": results}
 
 
 @torch.no_grad()
@@ -292,14 +303,14 @@ def spot_predictions(head: MilHead, data: SlideData, block: int = 4096) -> NDArr
         for start in range(0, len(data.embeddings_ND), block)
     )
     cells_NP = torch.cat([head.from_hidden(head.hidden(part)) for part in parts])
-    # Copies, since what comes from Ray's object store cannot be written to.
+    # Copied, since arrays from Ray's object store are read-only.
     offsets = torch.from_numpy(data.links.offsets.copy())
     index_L = torch.from_numpy(data.links.cell_index.copy())
     return np.asarray(bag_mean(cells_NP[index_L], offsets).double())
 
 
 def _means(by_gene: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
-    """Return the means over genes, and correlations by gene."""
+    """Return the mean of each metric over genes, and the correlations by gene."""
     means: dict[str, Any] = {}
     for metric in METRICS:
         if metric in by_gene:
@@ -315,9 +326,9 @@ def _intervals(
     predicted_SP: NDArray[np.floating], truth: Truth, times_RS: NDArray[np.float64]
 ) -> dict[str, Any]:
     """Return 95 % intervals, over spots, of the mean correlations."""
-    found: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     for metric, covariate_S in (("pcc", None), ("pcc_given_depth", truth.log_depth_S)):
         by_draw = pearson_of_draws(predicted_SP, truth.values_SG, times_RS, covariate_S)
         low, high = interval(mean_over_genes(by_draw))
-        found |= {f"{metric}_low": number(float(low)), f"{metric}_high": number(float(high))}
-    return found
+        intervals |= {f"{metric}_low": number(float(low)), f"{metric}_high": number(float(high))}
+    return intervals

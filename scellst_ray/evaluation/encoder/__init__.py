@@ -1,1 +1,1 @@
-"""How well embeddings tell cell types apart."""
+"""Scores of how well embeddings tell cell types apart."""

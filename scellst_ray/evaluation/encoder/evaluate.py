@@ -1,9 +1,10 @@
-"""`scellst-ray evaluate encoder`: what embeddings tell of cell types, and what of slides.
+"""`scellst-ray evaluate encoder`: how much embeddings say about cell types, and about slides.
 
-Crops are cut around annotated cells, or those of a run, as `extract` cuts them. Beside the encoder
-stand always a probe of 18 colour statistics and an untrained network of the same architecture: an
-encoder that does not beat both has learnt stain, or nothing. Scores in scores.py;
-commands/evaluate_encoder.py prints and writes them.
+Crops are cut around annotated cells, or around the cells of a run, as `extract` cuts them. Two
+baselines are always scored on the same cells: 18 colour statistics, and an untrained network of the
+same architecture. An encoder that does not beat both has learnt stain, or nothing.
+
+scores.py computes the scores; commands/evaluate_encoder.py prints and writes them.
 
 Shape letters: N cells, D embedding, Q queries, K neighbours.
 """
@@ -44,7 +45,7 @@ from scellst_ray.models.encoder.weights_file import local_weights
 
 COLOURS = "colours"
 RETRIEVED = 10
-# Encoders that see no crops.
+# Encoders that make embeddings without crops.
 WITHOUT_CROPS = ("none", "tokens", "types")
 Say = Callable[[str], None]
 
@@ -82,7 +83,7 @@ class EvaluateEncoderConfig:
     """Embed on a GPU; by default if there is one."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that do not say what is judged, on what."""
+        """Raise ValueError if settings are missing, contradict each other or cannot work."""
         message = ""
         if (self.manifest is None) == (self.run is None):
             message = "give either manifest (annotated images) or run (typed cells)"
@@ -100,14 +101,15 @@ class EvaluateEncoderConfig:
 
 @dataclass(frozen=True)
 class EncoderEvaluation:
-    """What was found.
+    """Scores of an encoder and of what it is compared with.
 
     Attributes:
-        cells: The cells judged on.
-        scores: By encoder, the one in question first: what it is, probe, knn and purity.
-        differences: By the others: how far probe and knn of the first are above theirs.
+        cells: Cells that were scored.
+        scores: By encoder, `config.encoder` first: its description, probe, knn and purity.
+        differences: By every other encoder: scores of probe and knn of `config.encoder` minus its
+            scores.
         retrieved: Queries [Q] and their neighbours [Q, K], for the gallery.
-        notes: What a person should know about the figures.
+        notes: Remarks a reader needs to interpret the scores.
     """
 
     cells: TypedCrops
@@ -120,30 +122,34 @@ class EncoderEvaluation:
 def evaluate_encoder(config: EvaluateEncoderConfig, say: Say = lambda _: None) -> EncoderEvaluation:
     """Score an encoder, an untrained one and colours on the same cells and folds.
 
+    Args:
+        config: Settings of the evaluation.
+        say: Called with a line of text about progress.
+
     Raises:
         ValueError: images, annotations or weights cannot be used, or there are fewer than two
             slides or two types.
-        FileNotFoundError: a file that is not there.
+        FileNotFoundError: a file does not exist.
     """
-    names = _beside(config)
+    names = _names_to_score(config)
     points, notes = choose_cells(config)
     cells = crops_of(points)
     say(f"{len(cells.types_N):,} cells of {len(points)} slides")
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     predicted: dict[str, dict[str, Predictions]] = {}
     retrieved = None
     for name in names:
-        embedding_ND, about = _embedded(name, cells, config)
-        predicted[name] = _predictions(embedding_ND, cells, config)
-        found[name] = about | {k: scores(v, config.seed) for k, v in predicted[name].items()}
-        found[name]["probe"]["strengths"] = list(predicted[name]["probe"].strengths)
-        found[name]["purity"] = purity(
+        embedding_ND, about = _embed(name, cells, config)
+        predicted[name] = _predict_types(embedding_ND, cells, config)
+        results[name] = about | {k: scores(v, config.seed) for k, v in predicted[name].items()}
+        results[name]["probe"]["strengths"] = list(predicted[name]["probe"].strengths)
+        results[name]["purity"] = purity(
             embedding_ND, cells.types_N, cells.groups_N, config.neighbours
         )
         if retrieved is None:
             queries_Q = choose_queries(cells.types_N, config.queries, config.seed)
             retrieved = queries_Q, retrieve(embedding_ND, cells.groups_N, queries_Q, RETRIEVED)
-        say(f"{name}: probe {found[name]['probe']['balanced_accuracy']:.3f}")
+        say(f"{name}: probe {results[name]['probe']['balanced_accuracy']:.3f}")
     assert retrieved is not None
     ours = predicted[config.encoder]
     differences = {
@@ -151,38 +157,38 @@ def evaluate_encoder(config: EvaluateEncoderConfig, say: Say = lambda _: None) -
         for name, theirs in predicted.items()
         if name != config.encoder
     }
-    return EncoderEvaluation(cells, found, differences, retrieved, notes)
+    return EncoderEvaluation(cells, results, differences, retrieved, notes)
 
 
 def choose_cells(config: EvaluateEncoderConfig) -> tuple[list[TypedPoints], list[str]]:
-    """Return the cells to judge on, slide by slide, and what to say about the choice.
+    """Return the cells to score, slide by slide, and notes about the choice.
 
     Raises:
-        ValueError: annotations cannot be used, or nothing is left.
+        ValueError: annotations cannot be used, or `drop_types` names a type that no cell has.
     """
     if config.run is not None:
         listed = points_of_run(config.run, config.slides)
-        notes = ["types are those that the run's segmenter gave, no annotation"]
+        notes = ["types were predicted by the run's segmenter; they are no annotations"]
     else:
         listed, notes = points_of_manifest(str(config.manifest)), []
-    drop, there = set(config.drop_types or []), _types(listed)
-    if drop - there:
+    drop, present = set(config.drop_types or []), _types(listed)
+    if drop - present:
         message = (
-            f"drop_types names {', '.join(sorted(drop - there))}; the cells have "
-            f"{', '.join(sorted(there))}"
+            f"drop_types names {', '.join(sorted(drop - present))}; the cells have "
+            f"{', '.join(sorted(present))}"
         )
         raise ValueError(message)
     kept = [points.take(~np.isin(points.types_N, [*drop, UNKNOWN])) for points in listed]
     dropped = _num_cells(listed) - _num_cells(kept)
-    chosen = _drawn(kept, config.max_cells, config.seed)
+    chosen = _draw_cells(kept, config.max_cells, config.seed)
     if dropped:
-        notes.append(f"{dropped:,} cells left out: of no type, or of drop_types")
+        notes.append(f"{dropped:,} cells left out: their type is unknown or one of drop_types")
     if _num_cells(chosen) < _num_cells(kept):
         notes.append(f"{_num_cells(chosen):,} of {_num_cells(kept):,} cells drawn (max_cells)")
     for name in sorted(_types(chosen)):
         homes = [points.slide_id for points in chosen if name in points.types_N]
         if len(homes) == 1:
-            notes.append(f"only {homes[0]} has {name}: no other slide can teach it")
+            notes.append(f"only slide {homes[0]} has type {name}: no probe can learn this type")
     return chosen, notes
 
 
@@ -194,10 +200,13 @@ def _num_cells(listed: Sequence[TypedPoints]) -> int:
     return sum(len(points.types_N) for points in listed)
 
 
-def _drawn(listed: Sequence[TypedPoints], max_cells: int, seed: int) -> list[TypedPoints]:
-    """Return at most `max_cells`, as many of each type of each slide as there are, or equally."""
+def _draw_cells(listed: Sequence[TypedPoints], max_cells: int, seed: int) -> list[TypedPoints]:
+    """Return at most `max_cells` cells, drawn evenly over slides and types.
+
+    Of each type of each slide, the same number of cells is drawn, or all if it has fewer.
+    """
     rng = np.random.default_rng(seed)
-    turn = []  # of each cell among those of its slide and type, in an order drawn
+    turn = []  # random rank of each cell among the cells of its slide and type
     for points in listed:
         turn_N = np.empty(len(points.types_N), np.int64)
         for name in np.unique(points.types_N):
@@ -212,8 +221,8 @@ def _drawn(listed: Sequence[TypedPoints], max_cells: int, seed: int) -> list[Typ
     return [points.take(kept_N) for points, kept_N in parts if kept_N.any()]
 
 
-def _beside(config: EvaluateEncoderConfig) -> list[str]:
-    """Return what is scored: the encoder, others asked for, an untrained one, colours."""
+def _names_to_score(config: EvaluateEncoderConfig) -> list[str]:
+    """Return the encoder, further encoders asked for, an untrained encoder and COLOURS."""
     arch = encoder_arch(local_weights(config.encoder))
     seeds = (config.seed, config.seed + 1)
     untrained = [f"random:{seed}" + f":{arch}" * (arch != "resnet50") for seed in seeds]
@@ -222,10 +231,10 @@ def _beside(config: EvaluateEncoderConfig) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _embedded(
+def _embed(
     name: str, cells: TypedCrops, config: EvaluateEncoderConfig
 ) -> tuple[Floats, dict[str, Any]]:
-    """Return embeddings [N, D], and what made them."""
+    """Return embeddings [N, D], and a description of the encoder that made them."""
     if name == COLOURS:
         embedding_NF = colours(cells.crops_NHWC)
         return embedding_NF, {"dim": embedding_NF.shape[1]}
@@ -238,9 +247,10 @@ def _embedded(
     return embedding_ND, {"dim": encoder.dim, "digest": encoder.digest, "precision": precision}
 
 
-def _predictions(
+def _predict_types(
     embedding_ND: Floats, cells: TypedCrops, config: EvaluateEncoderConfig
 ) -> dict[str, Predictions]:
+    """Return the types that the linear probe and the neighbours predict."""
     known = cells.types_N, cells.groups_N, config.seed
     return {
         "probe": linear_probe(embedding_ND, *known),

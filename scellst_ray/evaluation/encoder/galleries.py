@@ -1,4 +1,4 @@
-"""Pictures of what an encoder takes for alike: cells, and their nearest in other slides.
+"""Galleries: pictures of cells and of the cells of other slides with the most similar embeddings.
 
 Shape letters: N cells, D embedding, Q queries, K neighbours, H W C crop.
 """
@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
 from scellst_ray.evaluation.encoder.neighbours import Floats, Names, neighbours, unit
-from scellst_ray.evaluation.maps import new_figure
+from scellst_ray.evaluation.maps import new_figure, save_figure
 
 GAP_PX = 16
 RIM_PX = 3
-# Told apart by people who see no red or green (Okabe and Ito's blue and orange).
+# Blue and orange of Okabe and Ito: colour-blind people can tell them apart, too.
 SAME, OTHER, QUERY = (0, 114, 178), (230, 159, 0), (0, 0, 0)
 PAPER = 255
 SCALE = 2
 
 
 def choose_queries(types_N: Names, per_type: int, seed: int = 0) -> NDArray[np.intp]:
-    """Return up to `per_type` cells of each type, drawn by the seed, type after type."""
+    """Return up to `per_type` cells of each type, drawn with the seed, sorted by type."""
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(types_N == name) for name in np.unique(types_N)]
     return np.concatenate([np.sort(rng.permutation(cells)[:per_type]) for cells in members])
@@ -32,8 +32,8 @@ def retrieve(
 ) -> NDArray[np.intp]:
     """Return the cells [Q, K] of OTHER slides most similar to each query, the most similar first.
 
-    Similarity is the cosine of embeddings standardised over all cells. K is less than k where
-    fewer cells lie on other slides.
+    Similarity is the cosine of embeddings standardised over all cells. K is less than k if fewer
+    cells lie on other slides.
     """
     x_ND = unit(StandardScaler().fit_transform(np.asarray(embeddings_ND, np.float32)))
     return neighbours(x_ND[queries_Q], x_ND, k, apart=(groups_N[queries_Q], groups_N))
@@ -45,13 +45,14 @@ def mosaic(
     queries_Q: NDArray[np.intp],
     near_QK: NDArray[np.intp],
 ) -> NDArray[np.uint8]:
-    """Return one image: a row per query, itself first, then its neighbours.
+    """Return one image with a row per query: the query first, then its neighbours.
 
-    The rim of a query is black, that of a neighbour blue if it has the query's type, else orange.
+    The rim of a query is black. The rim of a neighbour is blue if it has the query's type, else
+    orange.
 
     Returns:
-        RGB uint8; crop (row, column) begins at ((row, column) * (side + GAP_PX) + GAP_PX), the
-        side being that of a crop enlarged SCALE times.
+        RGB uint8. Crop (row, column) begins at ((row, column) * (side + GAP_PX) + GAP_PX), where
+        side is the side of a crop enlarged SCALE times.
     """
     cells_QM = np.concatenate([queries_Q[:, None], near_QK], axis=1)
     side = crops_NHWC.shape[1] * SCALE
@@ -76,15 +77,15 @@ def gallery(
     retrieved: tuple[NDArray[np.intp], NDArray[np.intp]],
     title: str = "",
 ) -> None:
-    """Write a picture of queries and what was retrieved for them, named by type and slide.
+    """Write a picture of queries and their neighbours, each with its type and slide.
 
     Args:
         path: PNG to write.
-        crops_NHWC: uint8.
-        types_N: Type names.
-        groups_N: Slide names.
-        retrieved: The queries [Q], and for each its neighbours [Q, K], from `retrieve`.
-        title: Stands above.
+        crops_NHWC: Crops of all cells, uint8.
+        types_N: Type name of each cell.
+        groups_N: Slide name of each cell.
+        retrieved: Queries [Q], and the neighbours of each [Q, K] from `retrieve`.
+        title: Title above the picture.
     """
     queries_Q, near_QK = retrieved
     image = mosaic(crops_NHWC, types_N, queries_Q, near_QK)
@@ -103,6 +104,4 @@ def gallery(
         for column, cell in enumerate(near_K, start=1):
             place = (column * step + GAP_PX, row * step + GAP_PX - RIM_PX - 1)
             axis.text(*place, f"{types_N[cell]}, {groups_N[cell]}", va="bottom", size=3.5)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    save_figure(figure, path)

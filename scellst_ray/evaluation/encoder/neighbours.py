@@ -1,4 +1,4 @@
-"""Which cells an encoder takes for alike, and whether slides or types decide it.
+"""Nearest cells by embedding, and how much slides and types decide which cells these are.
 
 Shape letters: N cells, D embedding, K neighbours.
 """
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
 NEIGHBOURS = 20
-# Similarities of this many cells to all others are held at a time.
+# Similarities are computed for this many cells at a time, to limit memory.
 BLOCK = 1024
 
 Floats = NDArray[np.floating]
@@ -20,18 +20,21 @@ Names = NDArray[np.str_]
 def purity(
     embeddings_ND: Floats, types_N: Names, groups_N: Names, k: int = NEIGHBOURS
 ) -> dict[str, float]:
-    """Return how far slides, and how far types, decide which cells are neighbours.
+    """Return how much slides, and how much types, decide which cells are neighbours.
 
-    Neighbours are the k most similar by the cosine of standardised embeddings. Every type counts
-    the same.
+    The neighbours of a cell are the k cells with the largest cosine of standardised embeddings.
+    All types have the same weight.
 
     Returns:
-        `same_slide`: share of the neighbours among all cells that come from the cell's own slide;
-        `same_slide_chance`: that share if neighbours were drawn at random;
-        `same_slide_chance_of_type`: if they were drawn from the cells of the same type, as an
-        encoder that sees types and no stain would (slides differ in their types, too);
-        `same_type`: share of the neighbours among cells of OTHER slides that have the cell's type;
-        `same_type_chance`: that share if they were drawn at random from other slides.
+        Shares, by name:
+
+        - `same_slide`: share of the neighbours that come from the cell's own slide.
+        - `same_slide_chance`: this share if neighbours were drawn at random.
+        - `same_slide_chance_of_type`: this share if neighbours were drawn from cells of the same
+          type, as with an encoder that sees types and no stain. Slides differ in their types.
+        - `same_type`: share of the neighbours among cells of OTHER slides that have the cell's
+          type.
+        - `same_type_chance`: this share if they were drawn at random from other slides.
 
     Raises:
         ValueError: as `linear_probe`.
@@ -69,11 +72,11 @@ def neighbours(
     Args:
         queries_ND: Unit vectors.
         keys_ND: Unit vectors.
-        k: Neighbours wanted; as many as every query has, if that is fewer.
-        apart: A label per query and one per key; keys with the query's own label do not count.
+        k: Number of neighbours. It is lowered to the number that every query has.
+        apart: A label per query and a label per key; keys with the query's label are left out.
 
     Returns:
-        Numbers of keys [N, K].
+        Row numbers of keys [N, K].
     """
     k = min(k, len(keys_ND))
     if apart is not None:
@@ -92,31 +95,31 @@ def neighbours(
 
 
 def unit(x_ND: Floats) -> Floats:
-    """Return rows scaled to length one; rows of zeros stay."""
+    """Return rows scaled to length 1; rows of zeros stay zero."""
     length_N1 = np.linalg.norm(x_ND, axis=1, keepdims=True)
     return np.asarray(x_ND / np.where(length_N1 > 0, length_N1, 1))
 
 
 def checked(embeddings_ND: Floats, types_N: Names, groups_N: Names) -> NDArray[np.float32]:
-    """Return embeddings as float32.
+    """Return embeddings as float32, after checking them.
 
     Raises:
-        ValueError: fewer than two slides or types, or embeddings that are not finite.
+        ValueError: there are fewer than two slides or types, or embeddings are not finite.
     """
     x_ND = np.asarray(embeddings_ND, np.float32)
     message = ""
     if x_ND.ndim != 2 or not len(x_ND) == len(types_N) == len(groups_N):
         message = (
             f"embeddings of shape {x_ND.shape}, {len(types_N)} types and {len(groups_N)} slides; "
-            "expected a row, a type and a slide per cell"
+            "expected one row, one type and one slide per cell"
         )
     elif len(np.unique(types_N)) < 2 or len(np.unique(groups_N)) < 2:
         message = (
             f"types {sorted(set(types_N.tolist()))} on slides {sorted(set(groups_N.tolist()))}; a "
-            "score needs two types and two slides, one to learn from and one to be judged on"
+            "score needs two types, and two slides: one to train on and one to score"
         )
     elif not np.isfinite(x_ND).all():
-        message = "embeddings hold values that are not finite"
+        message = "embeddings hold NaN or infinity; compute the embeddings again"
     if message:
         raise ValueError(message)
     return x_ND

@@ -1,8 +1,8 @@
-"""What an encoder knows of cell types: a linear probe, and votes of neighbours.
+"""Scores of an encoder on cell types: a linear probe, and votes of neighbours.
 
-A probe is trained on all slides but one and judged on that one, in turn, so it cannot profit from
-the stain it was trained on. Every type counts the same: a probe that always names the commonest
-one scores 1 / (number of types).
+Each slide in turn is held out: the probe is trained on the other slides and scored on this one. So
+it cannot profit from the stain of its training slides. All types have the same weight: a probe that
+always names the commonest type scores 1 / (number of types).
 
 Shape letters: N cells, D embedding, K neighbours, G slides, T types, M encoders, B bootstrap
 samples.
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import PredefinedSplit
 from sklearn.preprocessing import StandardScaler
 
 from scellst_ray.evaluation.encoder.neighbours import (
@@ -35,13 +36,13 @@ Over = Literal["slides", "cells"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was said of cells of slides that were held out.
+    """Predicted types of cells whose slide was held out in training.
 
     Attributes:
-        types_N: The annotated type.
-        predicted_N: The type predicted when the cell's slide was held out.
-        groups_N: The cell's slide.
-        strengths: C of each fold's probe; empty for neighbours.
+        types_N: Annotated type of each cell.
+        predicted_N: Type predicted when the cell's slide was held out.
+        groups_N: Slide of each cell.
+        strengths: C (inverse penalty) of each fold's probe; empty for votes of neighbours.
     """
 
     types_N: Names
@@ -54,19 +55,19 @@ def probe(embeddings_ND: Floats, types_N: Names, groups_N: Names, seed: int = 0)
     """Return the scores of a linear probe on held-out slides.
 
     Args:
-        embeddings_ND: [N, D].
-        types_N: Type names.
-        groups_N: Slide names.
-        seed: Of the folds and of the bootstrap.
+        embeddings_ND: Embeddings [N, D].
+        types_N: Type name of each cell.
+        groups_N: Slide name of each cell.
+        seed: Seed of the folds and of the bootstrap.
 
     Returns:
-        See `scores`, and `strengths`: the C of each fold.
+        As `scores`, with `strengths`, the C of each fold.
 
     Raises:
         ValueError: as `linear_probe`.
     """
-    found = linear_probe(embeddings_ND, types_N, groups_N, seed)
-    return scores(found, seed) | {"strengths": list(found.strengths)}
+    predictions = linear_probe(embeddings_ND, types_N, groups_N, seed)
+    return scores(predictions, seed) | {"strengths": list(predictions.strengths)}
 
 
 def linear_probe(
@@ -78,12 +79,12 @@ def linear_probe(
 ) -> Predictions:
     """Predict every cell's type by multinomial logistic regression trained on other slides.
 
-    Embeddings are standardised with the training cells' statistics, types weigh the same, and C
-    is the one of `strengths` with the best balanced accuracy on held-out slides among those of
-    training; of equals, the strongest penalty.
+    Embeddings are standardised with the statistics of the training cells. All types have the same
+    weight. C is the value of `strengths` with the best balanced accuracy in a cross-validation over
+    the training slides; of equal values, the first.
 
     Raises:
-        ValueError: fewer than two slides or types, or embeddings that are not finite.
+        ValueError: there are fewer than two slides or types, or embeddings are not finite.
     """
     x_ND = checked(embeddings_ND, types_N, groups_N)
     predicted_N = np.empty_like(types_N)
@@ -103,8 +104,8 @@ def nearest_types(
 ) -> Predictions:
     """Predict every cell's type by the votes of its k most similar cells of other slides.
 
-    Similarity is the cosine of embeddings standardised with the statistics of those other slides.
-    A vote counts 1 over the number of cells of its type there, so that types weigh the same.
+    Similarity is the cosine of embeddings standardised with the statistics of those slides. A vote
+    weighs 1 / (number of cells of its type on those slides), so all types have the same weight.
 
     Raises:
         ValueError: as `linear_probe`.
@@ -126,26 +127,31 @@ def nearest_types(
 def folds(
     groups_N: Names, max_folds: int, seed: int
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Yield cells to train on and cells to judge: a slide is held out, or a part of many slides."""
+    """Yield the cells to train on and the cells to score, fold by fold.
+
+    A fold holds out one slide, or several if there are more than `max_folds` slides.
+    """
     names, number_N = np.unique(groups_N, return_inverse=True)
-    part_G = np.random.default_rng(seed).permutation(len(names)) % max_folds
-    for part in range(min(max_folds, len(names))):
-        held_out_N = part_G[number_N] == part
-        yield np.flatnonzero(~held_out_N), np.flatnonzero(held_out_N)
+    fold_G = np.random.default_rng(seed).permutation(len(names)) % max_folds
+    yield from PredefinedSplit(fold_G[number_N]).split()
 
 
 def balanced_accuracy(types_N: Names, predicted_N: Names) -> float:
-    """Return the mean, over the types there are, of the share of its cells that were named so."""
-    right_N = types_N == predicted_N
-    return float(np.mean([right_N[types_N == name].mean() for name in np.unique(types_N)]))
+    """Return the mean over types of the share of a type's cells that were predicted correctly."""
+    is_correct_N = types_N == predicted_N
+    return float(np.mean([is_correct_N[types_N == name].mean() for name in np.unique(types_N)]))
 
 
 def scores(found: Predictions, seed: int = 0) -> dict[str, Any]:
-    """Return balanced accuracy with 95 % intervals, and what it is made of.
+    """Return balanced accuracy with 95 % intervals, by type and by slide.
 
     Returns:
-        `balanced_accuracy` over the cells of all slides; `interval_slides` and `interval_cells`
-        (see `bootstrap`); `recall` by type; `slides`: that of each slide, over the types it has.
+        Values for JSON:
+
+        - `balanced_accuracy`: over the cells of all slides.
+        - `interval_slides`, `interval_cells`: its intervals (see `bootstrap`).
+        - `recall`: share of correct cells by type.
+        - `slides`: balanced accuracy of each slide over its types.
     """
     types_N, groups_N, predicted_N = found.types_N, found.groups_N, found.predicted_N
     overs: tuple[Over, ...] = ("slides", "cells")
@@ -165,11 +171,11 @@ def scores(found: Predictions, seed: int = 0) -> dict[str, Any]:
 
 
 def difference(ours: Predictions, theirs: Predictions, seed: int = 0) -> dict[str, Any]:
-    """Return by how much our balanced accuracy exceeds theirs, judged on the same cells.
+    """Return the balanced accuracy of `ours` minus that of `theirs`, on the same cells.
 
     Returns:
-        `balanced_accuracy`: the difference; `interval_slides` and `interval_cells`: of the
-        difference, both judged on the same samples.
+        `balanced_accuracy`: the difference. `interval_slides` and `interval_cells`: intervals of
+        the difference, from the same bootstrap samples for both.
     """
     overs: tuple[Over, ...] = ("slides", "cells")
     both = [balanced_accuracy(found.types_N, found.predicted_N) for found in (ours, theirs)]
@@ -181,17 +187,17 @@ def difference(ours: Predictions, theirs: Predictions, seed: int = 0) -> dict[st
 def bootstrap(
     found: Sequence[Predictions], over: Over, seed: int = 0, num_samples: int = NUM_SAMPLES
 ) -> NDArray[np.float64]:
-    """Return the balanced accuracy of predictions of the same cells on samples of these cells.
+    """Return the balanced accuracy of predictions on bootstrap samples of their cells.
 
     Args:
-        found: One or several, of the same cells in the same order.
-        over: 'slides' draws slides with replacement, which says what other slides may give;
-            'cells' draws cells within each slide, which says how exact the figure is for these.
-        seed: Of the draws.
-        num_samples: Samples.
+        found: Predictions of one or several encoders, of the same cells in the same order.
+        over: 'slides' draws slides with replacement: the spread to expect on other slides. 'cells'
+            draws cells within each slide: the error of the score on these slides.
+        seed: Seed of the draws.
+        num_samples: Number of bootstrap samples B.
 
     Returns:
-        float64 [M, B]; a type that a sample lacks does not count in it.
+        float64 [M, B]. A type that is absent from a sample is left out of its mean.
     """
     rng = np.random.default_rng(seed)
     names, type_N = np.unique(found[0].types_N, return_inverse=True)
@@ -225,9 +231,9 @@ def interval(values_B: NDArray[np.float64]) -> list[float]:
 def _best_strength(
     x_ND: Floats, types_N: Names, groups_N: Names, strengths: Sequence[float], seed: int
 ) -> float:
-    """Return the C whose probes name best the types of slides they were not trained on.
+    """Return the C whose probes score best on slides they were not trained on.
 
-    Of a single slide, parts of its cells stand for slides.
+    If there is only one slide, random parts of its cells take the place of slides.
     """
     if len(np.unique(groups_N)) < 2:
         parts_N = np.random.default_rng(seed).integers(INNER_FOLDS, size=len(groups_N))
@@ -242,13 +248,13 @@ def _best_strength(
 def _path(
     x_ND: Floats, types_N: Names, query_ND: Floats, strengths: Sequence[float]
 ) -> list[Names]:
-    """Train a probe for every C, from the weakest weights on, and name the types of `query_ND`."""
+    """Train a probe for every C, each from the weights of the one before; predict `query_ND`."""
     if len(np.unique(types_N)) == 1:
         return [np.full(len(query_ND), types_N[0]) for _ in strengths]
     scaler = StandardScaler().fit(x_ND)
     model = LogisticRegression(class_weight="balanced", max_iter=1000, tol=1e-3, warm_start=True)
-    named = []
+    predicted = []
     for strength in strengths:
         model.set_params(C=strength).fit(scaler.transform(x_ND), types_N)
-        named.append(np.asarray(model.predict(scaler.transform(query_ND)), types_N.dtype))
-    return named
+        predicted.append(np.asarray(model.predict(scaler.transform(query_ND)), types_N.dtype))
+    return predicted

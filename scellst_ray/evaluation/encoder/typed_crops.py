@@ -1,4 +1,4 @@
-"""Cells of known type: where they are, their crops as `extract` cuts them, the colours in these.
+"""Cells of known type: their points, crops as `extract` cuts them, and colour statistics.
 
 Shape letters: N cells, H W C crop.
 """
@@ -26,14 +26,14 @@ QUANTILES = (0.05, 0.25, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class TypedPoints:
-    """The cells of one slide.
+    """Points and types of the cells of one slide.
 
     Attributes:
-        slide_id: Its name.
-        uri: Its image.
-        mpp: um per level-0 px; None: the file's own.
+        slide_id: Name of the slide.
+        uri: Image file of the slide.
+        mpp: um per level-0 px; None: as the file says.
         x0y0_N2: Centroids in level-0 px.
-        types_N: Type names.
+        types_N: Type name of each cell.
     """
 
     slide_id: str
@@ -53,9 +53,9 @@ class TypedCrops:
     """N cells of several slides with their crops.
 
     Attributes:
-        crops_NHWC: uint8, 12 um and 48 px.
-        types_N: Type names.
-        groups_N: slide_ids.
+        crops_NHWC: uint8; a side is 12 um and 48 px.
+        types_N: Type name of each cell.
+        groups_N: slide_id of each cell.
     """
 
     crops_NHWC: NDArray[np.uint8]
@@ -64,17 +64,19 @@ class TypedCrops:
 
 
 def points_of_manifest(manifest: str) -> list[TypedPoints]:
-    """Read the annotated cells that a manifest lists: slide_id, uri, points and perhaps mpp.
+    """Read the annotated cells that a manifest lists: slide_id, uri, points and optionally mpp.
 
     Raises:
         ValueError: manifest or annotations cannot be used.
-        FileNotFoundError: a file that is not there.
+        FileNotFoundError: a file does not exist.
     """
     base = storage.resolve(manifest)[1] if storage.is_local(manifest) else manifest
     found = []
     for row in read_manifest(manifest, ("points",)):
         if row.mpp_error is not None or "points" not in row.columns:
-            message = row.mpp_error or f"{manifest}: slide {row.slide_id!r} has no points"
+            message = row.mpp_error or (
+                f"{manifest}: slide {row.slide_id!r} has no points; name a file with them"
+            )
             raise ValueError(message)
         nuclei = read_nuclei(absolute(str(row.columns["points"]), base.rsplit("/", 1)[0]))
         place = row.slide_id, row.uri, row.mpp
@@ -83,15 +85,18 @@ def points_of_manifest(manifest: str) -> list[TypedPoints]:
 
 
 def points_of_run(uri: str, slides: Sequence[str] | None = None) -> list[TypedPoints]:
-    """Read where the cells of a run are, and the types their segmenter gave them.
+    """Read the points of the cells of a run, and the types that the segmenter gave them.
 
     Raises:
-        ValueError: no run, no such slide, or one whose image the run does not name.
+        ValueError: it is no run, lacks a slide, or does not name the image of a slide.
     """
     run, found = open_run(uri), []
     for slide_id in run.choose(slides):
         if slide_id not in run.sources:
-            message = f"{run.uri}: its slides.json does not say where slide {slide_id!r} is"
+            message = (
+                f"{run.uri}: its slides.json does not name the image of slide {slide_id!r}; give "
+                "a manifest with points instead of the run"
+            )
             raise ValueError(message)
         source, cells = run.sources[slide_id], run.cells(slide_id, ["x0", "y0", "nucleus_type"])
         x0y0_N2 = np.stack([cells[name].to_numpy() for name in ("x0", "y0")], axis=1)
@@ -102,7 +107,7 @@ def points_of_run(uri: str, slides: Sequence[str] | None = None) -> list[TypedPo
 
 
 def crops_of(listed: Sequence[TypedPoints]) -> TypedCrops:
-    """Return the crops of the cells of several slides, one slide after another.
+    """Return the crops of the cells of several slides, slide by slide.
 
     Raises:
         ValueError: an image cannot be read, or points lie outside it.
@@ -130,11 +135,11 @@ def crops_at(slide: Slide, x0y0_N2: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Return the crops around points of a slide, read at the resolution `extract` reads at.
 
     Args:
-        slide: Open.
-        x0y0_N2: Level-0 px.
+        slide: An open slide.
+        x0y0_N2: Centres in level-0 px.
 
     Returns:
-        uint8 [N, 48, 48, 3], of 12 um.
+        uint8 [N, 48, 48, 3]; a side is 12 um.
     """
     read_mpp = default_read_mpp(slide.mpp)
     side0, margin0 = round(TILE_UM / slide.mpp), int(np.ceil(CROP_UM / slide.mpp))
@@ -150,10 +155,10 @@ def crops_at(slide: Slide, x0y0_N2: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def colours(crops_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return 18 statistics of each crop: of red, green and blue mean, deviation, four quantiles.
+    """Return 18 statistics of each crop: mean, deviation and four quantiles of each colour.
 
-    What a probe learns from these is stain and density, no shape: an encoder is worth what it
-    adds. The same family as that of benchmarks/spot_correlation.py.
+    A probe can learn stain and density from them, but no shape. So they are the baseline of every
+    encoder. benchmarks/spot_correlation.py uses the same kind of statistics.
 
     Returns:
         float32 [N, 18].

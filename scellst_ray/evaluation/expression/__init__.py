@@ -1,1 +1,1 @@
-"""How well predictions agree with measured expression."""
+"""Scores of predicted expression against measured expression."""

@@ -1,8 +1,8 @@
-"""Bootstrap intervals of scores: rows (spots or cells) drawn again with replacement.
+"""Bootstrap intervals of scores: rows (spots or cells) are drawn with replacement.
 
 Neighbouring spots resemble each other, so intervals over spots are narrower than over tissue.
-Scores made of sums are computed for all draws at once, by matrix products with how often each row
-was drawn. Shape letters: R draws, S rows, G genes.
+Scores that are sums over rows are computed for all draws at once: by matrix products with the
+number of times that each draw holds each row. Shape letters: R draws, S rows, G genes.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scellst_ray.evaluation.expression.metrics import spearman_by_column
 
 Array = NDArray[np.float64]
-# A variance below this share of the whole sample's is rounding noise: the draw is constant.
+# A draw is constant if its variance is below this share of the whole sample's: rounding noise.
 NOISE = 1e-10
 
 
@@ -40,12 +40,12 @@ def pearson_of_draws(
     """Return Pearson's r by column of every draw [R, G], NaN where a column is constant.
 
     Args:
-        a_SG: [S, G].
-        b_SG: [S, G].
+        a_SG: For example predicted expression.
+        b_SG: For example measured expression.
         times_RS: From times_drawn.
-        covariate_S: [S]; with it, the partial correlation given this covariate.
+        covariate_S: If given, partial correlations given this covariate are returned.
     """
-    # Centred by the whole sample first, so that variances do not cancel.
+    # Centred over the whole sample first, so that variances lose no digits by cancellation.
     a, b = (_standard(np.asarray(values, np.float64)) for values in (a_SG, b_SG))
     r_ab = _correlations(a, b, times_RS)
     if covariate_S is None:
@@ -62,7 +62,7 @@ def pearson_of_draws(
 
 
 def spearman_of_draws(a_SG: ArrayLike, b_SG: ArrayLike, rows_RS: NDArray[np.int64]) -> Array:
-    """Return Spearman's rho by column of every draw [R, G]; each draw is ranked anew."""
+    """Return Spearman's rho by column of every draw [R, G]; ranks are those within the draw."""
     a, b = np.asarray(a_SG), np.asarray(b_SG)
     return np.stack([spearman_by_column(a[rows], b[rows]) for rows in rows_RS])
 
@@ -70,22 +70,22 @@ def spearman_of_draws(a_SG: ArrayLike, b_SG: ArrayLike, rows_RS: NDArray[np.int6
 def interval(values: ArrayLike, level: float = 0.95) -> Array:
     """Return lower and upper quantile along the first axis [2, ...], NaN left out.
 
-    What is NaN in every draw stays NaN.
+    A value that is NaN in every draw stays NaN.
     """
     array = np.asarray(values, np.float64)
     flat = array.reshape(len(array), -1)
-    found = np.full((2, flat.shape[1]), np.nan)
+    quantiles = np.full((2, flat.shape[1]), np.nan)
     some = ~np.isnan(flat).all(axis=0)
     tail = 50 * (1 - level)
-    found[:, some] = np.nanpercentile(flat[:, some], (tail, 100 - tail), axis=0)
-    return found.reshape(2, *array.shape[1:])
+    quantiles[:, some] = np.nanpercentile(flat[:, some], (tail, 100 - tail), axis=0)
+    return quantiles.reshape(2, *array.shape[1:])
 
 
 def mean_over_genes(values_RG: Array) -> Array:
     """Return the mean over genes of every draw [R], NaN left out; NaN where all are."""
-    there = ~np.isnan(values_RG)
-    num = there.sum(axis=-1)
-    total = np.where(there, values_RG, 0.0).sum(axis=-1)
+    is_number = ~np.isnan(values_RG)
+    num = is_number.sum(axis=-1)
+    total = np.where(is_number, values_RG, 0.0).sum(axis=-1)
     return np.asarray(np.divide(total, num, out=np.full(num.shape, np.nan), where=num > 0))
 
 
@@ -98,7 +98,7 @@ def _standard(values_SG: Array) -> Array:
 
 
 def _correlations(a_SG: Array, b_SG: Array, times_RS: Array) -> Array:
-    """Return r by column of every draw, of columns that are standard in the whole sample."""
+    """Return r by column of every draw; columns must be standardised over the whole sample."""
     num = times_RS.sum(axis=1)[:, None]
     mean_a, mean_b = times_RS @ a_SG / num, times_RS @ b_SG / num
     variance_a = times_RS @ a_SG**2 / num - mean_a**2

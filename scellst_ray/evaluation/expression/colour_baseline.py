@@ -1,7 +1,7 @@
-"""Expression from colour alone: what every model that sees cells must beat.
+"""Expression predicted from colour alone, a baseline that every model must beat.
 
-Ridge regression on 18 colour statistics of each spot's disc. A model that does not beat it has
-learnt little more than stain and density. Shape letters: S spots, G genes, C statistics (18).
+It is a ridge regression on 18 colour statistics of each spot's disc. A model that does not beat it
+has learnt little more than stain and density. Shape letters: S spots, G genes, C statistics (18).
 """
 
 from dataclasses import dataclass
@@ -19,25 +19,25 @@ from scellst_ray.storage.node_cache import hold
 
 NUM_STATISTICS = 18
 QUANTILES = (10, 25, 75, 90)
-# Discs are read at this resolution or the slide's own, whichever is coarser.
+# um per px at which discs are read, unless the slide itself is coarser.
 DISC_MPP = 1.0
 PENALTIES = np.logspace(-1, 5, 13)
 
 
 @dataclass(frozen=True)
 class ColourRidge:
-    """A fitted baseline.
+    """A fitted colour baseline.
 
     Attributes:
-        scaler: Standardises statistics as of the training spots.
-        ridge: The regression; its penalty is chosen by leave-one-out on the training spots.
+        scaler: Standardises statistics with mean and deviation of the training spots.
+        ridge: The regression. Its penalty is chosen by leave-one-out on the training spots.
     """
 
     scaler: StandardScaler
     ridge: RidgeCV
 
     def predict(self, colours_SC: ArrayLike) -> NDArray[np.float64]:
-        """Return expression [S, G] in the units of the targets, from statistics [S, 18]."""
+        """Return expression [S, G], in the units of the training targets, from colours [S, 18]."""
         predicted = self.ridge.predict(self.scaler.transform(np.asarray(colours_SC)))
         return np.asarray(predicted, np.float64).reshape(len(np.asarray(colours_SC)), -1)
 
@@ -46,8 +46,8 @@ def fit_colour_ridge(colours_SC: ArrayLike, targets_SG: ArrayLike) -> ColourRidg
     """Fit the baseline on the spots of all training slides.
 
     Args:
-        colours_SC: From spot_colours [S, 18].
-        targets_SG: What the model was trained on: scaled log-normalised expression [S, G].
+        colours_SC: Colour statistics from slide_colours [S, 18].
+        targets_SG: Targets of the model: scaled log-normalised expression [S, G].
     """
     scaler = StandardScaler().fit(np.asarray(colours_SC))
     ridge = RidgeCV(alphas=PENALTIES).fit(scaler.transform(colours_SC), np.asarray(targets_SG))
@@ -55,7 +55,7 @@ def fit_colour_ridge(colours_SC: ArrayLike, targets_SG: ArrayLike) -> ColourRidg
 
 
 def slide_mpp(row: SlideRow) -> float:
-    """Return um per level-0 px of a slide: the manifest's, else the file's own."""
+    """Return um per level-0 px of a slide: as the manifest says, else as the file says."""
     if row.mpp is not None:
         return row.mpp
     with hold(row.uri) as held, Slide(held.path, held.name, None) as slide:
@@ -70,7 +70,7 @@ def slide_colours(row: SlideRow, spots: Spots) -> NDArray[np.float64]:
 def colours_around(
     row: SlideRow, xy0_S2: NDArray[np.float64], radius0: float
 ) -> NDArray[np.float64]:
-    """Open a slide and return disc_colours around these points [S, 18]."""
+    """Open a slide and return disc_colours [S, 18] around points; both in level-0 px."""
     with hold(row.uri) as held, Slide(held.path, held.name, row.mpp) as slide:
         colours = [disc_colours(slide, xy0, radius0) for xy0 in xy0_S2]
     return np.stack(colours) if colours else np.zeros((0, NUM_STATISTICS))
@@ -81,8 +81,11 @@ def disc_colours(slide: Slide, xy0: NDArray[np.float64], radius0: float) -> NDAr
 
     Args:
         slide: An open slide.
-        xy0: Centre (x, y), level-0 px.
-        radius0: Radius, level-0 px; pixels whose centre lies within count.
+        xy0: Centre (x, y) of the disc, level-0 px.
+        radius0: Radius of the disc, level-0 px. A pixel belongs to the disc if its centre does.
+
+    Returns:
+        float64 [18].
     """
     side = round(2 * radius0)
     box = Box(round(xy0[0] - radius0), round(xy0[1] - radius0), side, side)

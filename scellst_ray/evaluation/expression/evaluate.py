@@ -1,7 +1,9 @@
-"""`scellst-ray evaluate expression`: predicted expression, against spots and cells measured.
+"""`scellst-ray evaluate expression`: predicted expression against measured spots and cells.
 
-Scores in scores.py; here is which files belong together and in which units.
-commands/evaluate_expression.py prints and writes it. Shape letters: S spots, N cells, G genes.
+This module reads the files and brings predictions and measurements to the same units. scores.py
+computes the scores; commands/evaluate_expression.py prints and writes them.
+
+Shape letters: S spots, N cells, G genes.
 """
 
 from collections.abc import Mapping
@@ -64,7 +66,7 @@ class EvaluateExpressionConfig:
     """File for all scores, .json; a table goes beside it, .md."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Raise ValueError if a value cannot work."""
         message = ""
         if not self.radius_um > 0:
             message = f"radius_um is {self.radius_um}; it must be positive"
@@ -76,19 +78,19 @@ class EvaluateExpressionConfig:
             raise ValueError(message)
 
     def bootstrap(self) -> Bootstrap:
-        """Return how intervals are found."""
+        """Return the settings of bootstrap intervals."""
         return Bootstrap(self.bootstraps, self.seed)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One slide at one level.
+    """Scores of one slide at one level.
 
     Attributes:
-        level: spots or cells.
-        genes: Those compared.
-        about: What a person should know: numbers of rows, genes left out, ...
-        scores: By model.
+        level: "spots" or "cells".
+        genes: Genes that were compared.
+        about: Numbers for the reader: rows, genes left out, ...
+        scores: Scores by model.
     """
 
     level: str
@@ -99,12 +101,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Units:
-    """How the head's predictions become scaled log-normalised expression.
+    """Conversion of a head's predictions to scaled log-normalised expression.
 
     Attributes:
-        scale_G: What training slides' log-normalised expression was divided by, their mean.
-        per_rate: Counts per 10,000 for one count at size factor 1; None if it was trained on
-            expression.
+        scale_G: Mean over training slides of the divisors that scaled log-normalised expression.
+        per_rate: Counts per 10,000 that correspond to one count at size factor 1. None if the head
+            was trained on expression.
         limits: Filters of genes and spots in training.
     """
 
@@ -123,12 +125,13 @@ class Units:
 
 @dataclass
 class Baselines:
-    """What is known without seeing cells.
+    """Baselines, which predict expression without seeing cells.
 
     Attributes:
         mean_G: Mean scaled expression of the training spots.
-        ridge: From their colours; None if it is not asked for.
-        radius_um: Of their discs: a cell's colours are those a spot around it would have.
+        ridge: Colour baseline fitted on the training spots; None if not asked for.
+        radius_um: Radius of the spots' discs. A disc of this radius around a cell gives its
+            colours.
     """
 
     mean_G: NDArray[np.float64]
@@ -138,7 +141,7 @@ class Baselines:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found: by slide, at one level or both; and what to tell beside."""
+    """Comparisons by slide, at one level or both, and notes for the reader."""
 
     slides: dict[str, list[Comparison]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -148,37 +151,40 @@ def evaluate_expression(config: EvaluateExpressionConfig) -> Evaluation:
     """Score the predictions of a run.
 
     Raises:
-        ValueError: files that cannot be read or compared; the message names them.
-        FileNotFoundError: a file or run that is not there.
+        ValueError: files cannot be read or compared; the message names them.
+        FileNotFoundError: a file or run does not exist.
     """
     run = open_run(config.run)
     rows = _rows(config)
     info = run.last_layer.info
-    trained = _training_rows(config, info)
+    training_rows = _training_rows(config, info)
     notes = []
-    seen = sorted(set(rows) & set(info["training_slides"]))
-    if seen:
-        notes.append(f"the head was trained on {', '.join(seen)}: no measure of unseen slides")
-    units, baselines = _learn(run, trained, colour=config.colour)
-    found = Evaluation(notes=notes)
+    seen_slides = sorted(set(rows) & set(info["training_slides"]))
+    if seen_slides:
+        notes.append(
+            f"the head was trained on {', '.join(seen_slides)}: these scores do not hold for "
+            "unseen slides"
+        )
+    units, baselines = _learn(run, training_rows, colour=config.colour)
+    evaluation = Evaluation(notes=notes)
     for slide_id, row in rows.items():
-        found.slides[slide_id] = []
+        evaluation.slides[slide_id] = []
         if row.columns.get("spots"):
-            compared = compare_spots(run, row, units, baselines, config.bootstrap())
-            found.slides[slide_id].append(compared)
+            comparison = compare_spots(run, row, units, baselines, config.bootstrap())
+            evaluation.slides[slide_id].append(comparison)
         if row.columns.get("xenium"):
-            compared = compare_cells(run, row, units, baselines, config)
-            found.slides[slide_id].append(compared)
-    return found
+            comparison = compare_cells(run, row, units, baselines, config)
+            evaluation.slides[slide_id].append(comparison)
+    return evaluation
 
 
 def compare_spots(
     run: Run, row: SlideRow, units: Units, baselines: Baselines, bootstrap: Bootstrap
 ) -> Comparison:
-    """Compare predictions with the spots of one slide that pass the filters and hold cells."""
+    """Compare predictions with the spots of one slide that pass the filters and have cells."""
     slide_id = row.slide_id
     spots = read_spots({**row.columns, "slide_id": slide_id}, _mpp(run, slide_id))
-    columns = _shared(run.genes, spots.genes, f"slide {slide_id}: spots")
+    columns = measured_columns(run.genes, spots.genes, f"slide {slide_id}: spots")
     genes = [run.genes[column] for column in columns]
     targets = make_targets(spots, genes, f"slide {slide_id}", units.limits)
     cells = run.cells(slide_id, ["cell_id", "x0", "y0"])
@@ -215,7 +221,7 @@ def compare_spots(
 def spot_means(
     run: Run, slide_id: str, genes: list[str], cell_ids: NDArray[np.int64], links: Links
 ) -> NDArray[np.float64]:
-    """Return the mean prediction over each spot's cells [S, G]; no spot may be empty."""
+    """Return the mean prediction over each spot's cells [S, G]; every spot must have a cell."""
     index, place = np.unique(links.cell_index, return_inverse=True)
     values_NG = run.expression_numpy(genes, slide_id, cell_ids[index])
     sums = np.add.reduceat(values_NG[place].astype(np.float64), links.offsets[:-1], axis=0)
@@ -225,7 +231,7 @@ def spot_means(
 def compare_cells(
     run: Run, row: SlideRow, units: Units, baselines: Baselines, config: EvaluateExpressionConfig
 ) -> Comparison:
-    """Compare predictions with the cells of one slide that were measured one by one."""
+    """Compare predictions with the single cells measured on one slide."""
     slide_id, mpp = row.slide_id, _mpp(run, row.slide_id)
     alignment = row.columns.get("xenium_alignment") or None
     outs = str(row.columns["xenium"])
@@ -234,16 +240,16 @@ def compare_cells(
     xy0 = np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()]).astype(np.float64)
     pairs = pair_cells(xy0, measured.xy0, config.radius_um / mpp)
     truth, kept = cell_truth(measured, pairs.measured, run.genes)
-    columns = _shared(run.genes, truth.genes, f"slide {slide_id}: xenium")
-    found = pairs.found[kept]
-    ids = cells["cell_id"].to_numpy()[found]
+    columns = measured_columns(run.genes, truth.genes, f"slide {slide_id}: xenium")
+    paired = pairs.found[kept]
+    ids = cells["cell_id"].to_numpy()[paired]
     values_NG = run.expression_numpy(truth.genes, slide_id, ids)
     models = {
         OURS: units.predicted(values_NG, columns),
         MEAN: np.tile(baselines.mean_G[columns], (len(ids), 1)),
     }
     if baselines.ridge is not None:
-        colours_NC = colours_around(row, xy0[found], baselines.radius_um / mpp)
+        colours_NC = colours_around(row, xy0[paired], baselines.radius_um / mpp)
         models[COLOUR] = baselines.ridge.predict(colours_NC)[:, columns]
     scaled = Truth(truth.values_SG / units.scale_G[columns], truth.log_depth_S, truth.genes)
     about = {
@@ -257,34 +263,46 @@ def compare_cells(
 
 
 def _rows(config: EvaluateExpressionConfig) -> dict[str, SlideRow]:
-    """Return the slides to evaluate."""
+    """Return the slides to evaluate, by slide_id.
+
+    Raises:
+        ValueError: a slide has neither spots nor xenium, or no slide has.
+    """
     rows = {row.slide_id: row for row in read_manifest(config.manifest)}
     truths = {s for s, r in rows.items() if r.columns.get("spots") or r.columns.get("xenium")}
     chosen = [s for s in rows if s in truths] if config.slides is None else config.slides
-    absent = [slide_id for slide_id in chosen if slide_id not in truths]
-    if absent or not chosen:
-        what = f"slides {absent}" if absent else "any slide"
+    missing_slides = [slide_id for slide_id in chosen if slide_id not in truths]
+    if missing_slides or not chosen:
+        what = f"slides {missing_slides}" if missing_slides else "any slide"
         message = f"{config.manifest}: no spots and no xenium for {what}; add the column and a path"
         raise ValueError(message)
     return {slide_id: rows[slide_id] for slide_id in chosen}
 
 
 def _training_rows(config: EvaluateExpressionConfig, info: Mapping[str, Any]) -> list[SlideRow]:
-    """Return the training slides of the head, from the training manifest."""
+    """Return the training slides of the head, from the training manifest.
+
+    Raises:
+        ValueError: the manifest lacks a training slide or its spots.
+    """
     rows = {row.slide_id: row for row in read_manifest(config.train_manifest)}
-    wanted = list(info["training_slides"])
-    absent = [s for s in wanted if s not in rows or not rows[s].columns.get("spots")]
-    if absent:
+    training_slides = list(info["training_slides"])
+    missing_slides = [
+        slide_id
+        for slide_id in training_slides
+        if slide_id not in rows or not rows[slide_id].columns.get("spots")
+    ]
+    if missing_slides:
         message = (
-            f"{config.train_manifest}: no spots for {', '.join(absent)}, which the head was "
-            "trained on; give the manifest it was trained with"
+            f"{config.train_manifest}: no spots for {', '.join(missing_slides)}, which the head "
+            "was trained on; give the manifest it was trained with"
         )
         raise ValueError(message)
-    return [rows[slide_id] for slide_id in wanted]
+    return [rows[slide_id] for slide_id in training_slides]
 
 
 def _learn(run: Run, rows: list[SlideRow], *, colour: bool) -> tuple[Units, Baselines]:
-    """Read the training slides once: units of the head, and what the baselines learn."""
+    """Read the training slides once; return the units of the head and the fitted baselines."""
     info = run.last_layer.info
     filters = info.get("supervision", {}).get("filters")
     limits = CountFilter(**filters) if filters else CountFilter()
@@ -313,10 +331,19 @@ def _mpp(run: Run, slide_id: str) -> float:
     return known_mpp(run.records[slide_id])
 
 
-def _shared(panel: list[str], measured: list[str], source: str) -> NDArray[np.int64]:
-    """Return which genes of the panel were measured."""
-    there = set(measured)
-    columns = np.array([i for i, gene in enumerate(panel) if gene in there], np.int64)
+def measured_columns(panel: list[str], measured: list[str], source: str) -> NDArray[np.int64]:
+    """Return the columns of the panel whose genes were measured, ascending.
+
+    Args:
+        panel: Genes of the head.
+        measured: Genes of spots or cells.
+        source: Name of the spots or cells in messages, in the plural.
+
+    Raises:
+        ValueError: none of the genes was measured.
+    """
+    names = set(measured)
+    columns = np.array([i for i, gene in enumerate(panel) if gene in names], np.int64)
     if not len(columns):
         message = (
             f"{source} share no gene with the head: it predicts {panel[:3]}, they have "

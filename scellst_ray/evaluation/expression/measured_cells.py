@@ -1,4 +1,4 @@
-"""Predictions of single cells against cells that were measured one by one (Xenium).
+"""Pairing of found cells with cells that were measured one by one (Xenium).
 
 Shape letters: N cells found, M cells measured, P pairs, G genes.
 """
@@ -16,12 +16,12 @@ from scellst_ray.spots.xenium import MeasuredCells, select_genes
 
 @dataclass(frozen=True)
 class CellPairs:
-    """Cells found beside cells measured, each at most once.
+    """Pairs of a found and a measured cell; no cell is in two pairs.
 
     Attributes:
-        found: int64 [P], rows of the cells found, ascending.
-        measured: int64 [P], rows of the measured cells they are.
-        distance0: float64 [P], level-0 px between the centroids.
+        found: int64 [P], rows of the found cells, ascending.
+        measured: int64 [P], rows of the measured cells.
+        distance0: float64 [P], distance of the centroids, level-0 px.
     """
 
     found: NDArray[np.int64]
@@ -42,39 +42,40 @@ def pair_cells(
     if len(found_xy0) == 0 or len(measured_xy0) == 0:
         none = np.zeros(0, np.int64)
         return CellPairs(none, none, np.zeros(0))
-    distance0, there = cKDTree(measured_xy0).query(found_xy0)
-    _, back = cKDTree(found_xy0).query(measured_xy0)
+    distance0, nearest_measured = cKDTree(measured_xy0).query(found_xy0)
+    _, nearest_found = cKDTree(found_xy0).query(measured_xy0)
     rows = np.arange(len(found_xy0))
-    paired = np.flatnonzero((back[there] == rows) & (distance0 <= radius0))
-    return CellPairs(paired, there[paired].astype(np.int64), distance0[paired])
+    is_mutual = nearest_found[nearest_measured] == rows
+    paired = np.flatnonzero(is_mutual & (distance0 <= radius0))
+    return CellPairs(paired, nearest_measured[paired].astype(np.int64), distance0[paired])
 
 
 def cell_truth(
     cells: MeasuredCells, rows: NDArray[np.int64], genes: list[str], min_counts: int = 1
 ) -> tuple[Truth, NDArray[np.bool_]]:
-    """Return the expression measured in some cells, for those of `genes` that were measured.
+    """Return the expression measured in some cells, for the genes that were measured.
 
-    Normalised as spots are: counts per 10,000 of all genes measured, log(1 + x). A targeted panel
-    is not a transcriptome, so levels compare within a gene only.
+    Counts are normalised as those of spots: log(1 + counts per 10,000 of all measured genes). A
+    targeted panel is not a transcriptome, so values can only be compared within a gene.
 
     Args:
-        cells: All cells measured.
-        rows: Which [P].
-        genes: The head's panel.
-        min_counts: Cells with fewer counts say nothing and are left out.
+        cells: All measured cells.
+        rows: Rows of the cells to return [P].
+        genes: Genes of the head.
+        min_counts: Cells with fewer counts are left out.
 
     Returns:
-        The truth of the cells kept, and which of the P these are.
+        The truth of the kept cells, and a mask [P] of the cells kept.
 
     Raises:
-        ValueError: Where no gene was measured, or no cell is kept.
+        ValueError: no gene was measured, or no cell is kept.
     """
     totals_P = np.asarray(cells.counts[rows].sum(axis=1)).ravel()
     kept_P = totals_P >= min_counts
     if not kept_P.any():
         message = (
-            f"{len(rows)} pairs of cells found and measured, and none of these has {min_counts} "
-            "counts: nothing to compare. Check the alignment, the mpp and the radius."
+            f"none of {len(rows)} pairs of a found and a measured cell has {min_counts} or more "
+            "counts. Check the alignment, the mpp and the radius."
         )
         raise ValueError(message)
     chosen, shared = select_genes(cells, genes)

@@ -1,7 +1,8 @@
 """Scores column by column: genes are columns, cells or spots are rows.
 
-Columns are scored in blocks that fit a core's cache, several at a time; a column's score does not
-depend on its neighbours. Shape letters: S spots (or cells), G genes, B genes of a block.
+Columns are scored in blocks that fit into the cache of a CPU, several blocks at a time. The score
+of a column does not depend on other columns. Shape letters: S spots (or cells), G genes, B genes of
+a block.
 """
 
 import os
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Values in a block: 256 kB of float64.
+# Values in a block; 256 kB as float64.
 BLOCK_VALUES = 1 << 15
 # Below this many values threads cost more than they save.
 FEW_VALUES = 1 << 17
@@ -28,11 +29,11 @@ def pearson_by_column(a_SG: ArrayLike, b_SG: ArrayLike) -> Array:
         b_SG: [S, G], for example measured expression.
 
     Returns:
-        float64 [G]; NaN where either column is constant (or holds a NaN), since no correlation
-        exists there: count those columns beside any mean.
+        float64 [G]. NaN where either column is constant or holds a NaN, since no correlation
+        exists. Next to a mean, report how many columns are NaN.
 
     Raises:
-        ValueError: Where the shapes differ or are not two-dimensional.
+        ValueError: the shapes differ or are not two-dimensional.
     """
     return _by_block(lambda a_BS, b_BS: _correlate(_centred(a_BS), _centred(b_BS)), a_SG, b_SG)
 
@@ -52,20 +53,20 @@ def spearman_by_column(a_SG: ArrayLike, b_SG: ArrayLike) -> Array:
 def partial_pearson_by_column(a_SG: ArrayLike, b_SG: ArrayLike, covariate_S: ArrayLike) -> Array:
     """Return Pearson's r of each pair of columns with one covariate partialled out of both.
 
-    With log total counts as covariate it tells whether a prediction knows more than how much
-    tissue a spot holds.
+    With log total counts as covariate, it shows whether a prediction knows more than the amount of
+    tissue in a spot.
 
     Args:
-        a_SG: [S, G].
-        b_SG: [S, G].
-        covariate_S: [S]; a constant one changes nothing.
+        a_SG: [S, G], for example predicted expression.
+        b_SG: [S, G], for example measured expression.
+        covariate_S: [S]. A constant covariate changes nothing.
 
     Returns:
-        float64 [G]: the correlation of the residuals of the linear regressions of each column on
-        the covariate. NaN where a column is constant or a linear function of the covariate.
+        float64 [G], the correlation of residuals after linear regression of each column on the
+        covariate. NaN where a column is constant or a linear function of the covariate.
 
     Raises:
-        ValueError: Where the shapes differ.
+        ValueError: the shapes differ.
     """
     covariate = np.asarray(covariate_S, np.float64)
     if covariate.shape != (len(np.asarray(a_SG)),):
@@ -91,9 +92,10 @@ def mae_by_column(a_SG: ArrayLike, b_SG: ArrayLike) -> Array:
 
 
 def average_ranks(values_BS: Array) -> Array:
-    """Return ranks from 1 along each row, ties sharing their mean rank.
+    """Return ranks from 1 along each row; ties share their mean rank.
 
-    Equals scipy.stats.rankdata(axis=1), in a fifth of its time; a row with a NaN becomes NaN.
+    The result equals scipy.stats.rankdata(axis=1) and takes a fifth of its time. A row with a NaN
+    becomes NaN.
     """
     num_rows, length = values_BS.shape
     order_BS = np.argsort(values_BS, axis=1)
@@ -105,7 +107,7 @@ def average_ranks(values_BS: Array) -> Array:
     ranks = np.repeat(first % length + (num_tied + 1) / 2.0, num_tied).reshape(num_rows, length)
     result = np.empty_like(ranks)
     np.put_along_axis(result, order_BS, ranks, axis=1)
-    result[np.isnan(sorted_BS[:, -1])] = np.nan  # sorted to the end
+    result[np.isnan(sorted_BS[:, -1])] = np.nan  # NaN is sorted to the end
     return result
 
 
@@ -146,12 +148,12 @@ def _centred(values_BS: Array) -> Array:
 
 
 def _residual(centred_BS: Array, axis_S: Array) -> Array:
-    """Remove from centred rows what is linear in the centred covariate."""
+    """Remove from centred rows the part that is linear in the centred covariate."""
     length = axis_S @ axis_S
     if length == 0:
         return centred_BS
     residual = centred_BS - np.outer(centred_BS @ axis_S / length, axis_S)
-    # What is left of a row that is linear in the covariate is rounding noise: no correlation.
+    # A row that is linear in the covariate leaves rounding noise, which has no correlation.
     noise = (residual**2).sum(axis=1) <= 1e-24 * len(axis_S) * (centred_BS**2).sum(axis=1)
     residual[noise] = 0.0
     return residual

@@ -1,4 +1,4 @@
-"""Predicted against measured expression: scores per gene with intervals, and baselines beside them.
+"""Scores of predicted expression per gene, with bootstrap intervals, for several models.
 
 Rows are spots or cells. Shape letters: S rows, G genes, R draws of a bootstrap.
 """
@@ -28,20 +28,20 @@ from scellst_ray.evaluation.expression.metrics import (
 )
 
 Array = NDArray[np.float64]
-# pcc_given_depth: with the log of total counts partialled out, so more than how much tissue there
-# is; only where the depth of each row is known.
+# pcc: Pearson's r. pcc_given_depth: Pearson's r with the log of total counts partialled out, only
+# where the depth of each row is known. scc: Spearman's rho.
 METRICS = ("pcc", "pcc_given_depth", "scc", "rmse", "mae")
-# The model itself; its rows shuffled over the slide are what chance gives.
+# The model itself, and its predictions shuffled over the slide, which give the score of chance.
 OURS, SHUFFLED = "ours", "ours_shuffled"
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What was measured.
+    """Measured expression.
 
     Attributes:
         values_SG: Expression, in the units of the predictions.
-        log_depth_S: Log of each row's total counts; None where it is not known.
+        log_depth_S: Log of the total counts of each row; None if unknown.
         genes: G names.
     """
 
@@ -52,11 +52,11 @@ class Truth:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are found.
+    """Settings of bootstrap intervals.
 
     Attributes:
-        num_draws: 0 for no intervals.
-        seed: Fixes the draws, the same for every model: differences are paired.
+        num_draws: Number of draws; 0 for no intervals.
+        seed: Seed of the draws. All models have the same draws, so differences are paired.
     """
 
     num_draws: int = 200
@@ -68,8 +68,8 @@ class ModelScores:
     """Scores of one model, by metric.
 
     Attributes:
-        by_gene: [G]; NaN where no correlation exists, as of a constant prediction.
-        by_draw: [R, G], the same of every draw of rows.
+        by_gene: [G]; NaN where no correlation exists, for example of a constant prediction.
+        by_draw: [R, G], the scores on every draw of rows.
     """
 
     by_gene: dict[str, Array]
@@ -79,10 +79,12 @@ class ModelScores:
 def score_models(
     predictions: Mapping[str, NDArray[np.floating]], truth: Truth, bootstrap: Bootstrap
 ) -> dict[str, ModelScores]:
-    """Score every model [S, G] on the same rows, genes and draws; rows of OURS shuffled, too.
+    """Score every model [S, G] on the same rows, genes and draws.
+
+    If OURS is among the models, SHUFFLED is scored, too.
 
     Raises:
-        ValueError: Where shapes differ.
+        ValueError: shapes differ.
     """
     num_rows = len(truth.values_SG)
     rows_RS = draws(num_rows, bootstrap.num_draws, bootstrap.seed)
@@ -121,55 +123,60 @@ def _score(
 
 
 def summary(scores: ModelScores, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Return means over genes with intervals, as JSON (None where there is no number).
+    """Return means over genes with intervals, for JSON (None where there is no number).
 
-    For each metric: mean, median, genes (how many have the score), over_rows and over_genes (95 %
-    intervals of the mean: other spots of this slide, other genes for this slide), and for
-    correlations the share of genes above 0.
+    Returns:
+        By metric:
+
+        - `mean`, `median`: over genes.
+        - `genes`: number of genes that have the score.
+        - `over_rows`: 95 % interval of the mean over draws of spots or cells of this slide.
+        - `over_genes`: 95 % interval of the mean over draws of genes.
+        - `above_0`: share of genes above 0, for correlations only.
     """
     result = {}
     for metric in METRICS:
         if metric not in scores.by_gene:
             continue
         values_G = scores.by_gene[metric]
-        there = values_G[~np.isnan(values_G)]
-        found: dict[str, Any] = {
-            "mean": number(there.mean()) if len(there) else None,
-            "median": number(np.median(there)) if len(there) else None,
-            "genes": len(there),
+        scored = values_G[~np.isnan(values_G)]
+        row: dict[str, Any] = {
+            "mean": number(scored.mean()) if len(scored) else None,
+            "median": number(np.median(scored)) if len(scored) else None,
+            "genes": len(scored),
         }
-        if bootstrap.num_draws and len(there):
-            genes_RG = draws(len(there), bootstrap.num_draws, bootstrap.seed)
-            found["over_genes"] = _numbers(interval(there[genes_RG].mean(axis=1)))
-            found["over_rows"] = _numbers(interval(mean_over_genes(scores.by_draw[metric])))
+        if bootstrap.num_draws and len(scored):
+            genes_RG = draws(len(scored), bootstrap.num_draws, bootstrap.seed)
+            row["over_genes"] = _numbers(interval(scored[genes_RG].mean(axis=1)))
+            row["over_rows"] = _numbers(interval(mean_over_genes(scores.by_draw[metric])))
         if metric not in ("rmse", "mae"):
-            found["above_0"] = number((there > 0).mean()) if len(there) else None
-        result[metric] = found
+            row["above_0"] = number((scored > 0).mean()) if len(scored) else None
+        result[metric] = row
     return result
 
 
 def difference(one: ModelScores, other: ModelScores, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Return how far the means of `one` lie above those of `other`, with paired intervals."""
+    """Return the means of `one` minus those of `other` by metric, with paired intervals."""
     result = {}
     for metric in METRICS:
         if metric not in one.by_gene:
             continue
         gap_G = one.by_gene[metric] - other.by_gene[metric]
-        there = gap_G[~np.isnan(gap_G)]
-        if not len(there):
+        scored = gap_G[~np.isnan(gap_G)]
+        if not len(scored):
             continue
-        found: dict[str, Any] = {"mean": number(there.mean())}
+        row: dict[str, Any] = {"mean": number(scored.mean())}
         if bootstrap.num_draws:
-            genes_RG = draws(len(there), bootstrap.num_draws, bootstrap.seed)
-            found["over_genes"] = _numbers(interval(there[genes_RG].mean(axis=1)))
+            genes_RG = draws(len(scored), bootstrap.num_draws, bootstrap.seed)
+            row["over_genes"] = _numbers(interval(scored[genes_RG].mean(axis=1)))
             gap_RG = one.by_draw[metric] - other.by_draw[metric]
-            found["over_rows"] = _numbers(interval(mean_over_genes(gap_RG)))
-        result[metric] = found
+            row["over_rows"] = _numbers(interval(mean_over_genes(gap_RG)))
+        result[metric] = row
     return result
 
 
 def gene_table(scores: ModelScores) -> dict[str, Any]:
-    """Return scores by gene as JSON: metric, and metric_low and metric_high where drawn."""
+    """Return scores by gene for JSON: each metric, with metric_low and metric_high if drawn."""
     table: dict[str, Any] = {}
     for metric in METRICS:
         if metric not in scores.by_gene:
@@ -182,7 +189,7 @@ def gene_table(scores: ModelScores) -> dict[str, Any]:
 
 
 def number(value: float | np.floating) -> float | None:
-    """Return a number to 5 digits after the point, None for NaN: JSON has no NaN."""
+    """Return a number rounded to 5 decimals; None for NaN, since JSON has no NaN."""
     return None if np.isnan(value) else round(float(value), 5)
 
 

@@ -133,7 +133,7 @@ def test_what_only_one_slide_has_is_said(manifest, tmp_path):
     lines[1] = f"i0,{where}/i0.png,{tmp_path}/i0.csv,0.5"
     (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
     _, notes = choose_cells(config_of(tmp_path / "m.csv"))
-    assert "only i0 has rare: no other slide can teach it" in notes
+    assert "only slide i0 has type rare: no probe can learn this type" in notes
 
 
 def test_cells_of_a_run_are_read_from_its_slides(tmp_path, monkeypatch):
@@ -143,13 +143,13 @@ def test_cells_of_a_run_are_read_from_its_slides(tmp_path, monkeypatch):
     for number in range(2):
         noise = np.random.default_rng(number).integers(0, 256, (1040, 1280, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / f"s{number}.png")
-    monkeypatch.setattr(module, "_beside", lambda config: [config.encoder, module.COLOURS])
+    monkeypatch.setattr(module, "_names_to_score", lambda config: [config.encoder, module.COLOURS])
     settings = {"run": small.run.uri, "encoder": "random:0:resnet18", "max_cells": 60}
     found = evaluate_encoder(EvaluateEncoderConfig(**settings))
     assert len(found.cells.types_N) == 60
     assert set(found.cells.groups_N) == {"s0", "s1"}
-    assert any("no annotation" in note for note in found.notes)
-    with pytest.raises(ValueError, match="a score needs two types and two slides"):
+    assert any("no annotations" in note for note in found.notes)
+    with pytest.raises(ValueError, match="a score needs two types, and two slides"):
         evaluate_encoder(EvaluateEncoderConfig(**settings, slides=["s1"]))
 
 

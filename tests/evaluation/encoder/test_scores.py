@@ -115,6 +115,19 @@ def test_folds_leave_whole_slides_out():
         np.testing.assert_array_equal(held_out, np.arange(len(groups_N)))
 
 
+@pytest.mark.parametrize(
+    ("max_folds", "seed", "held_out"),
+    [
+        (3, 0, [[1, 4, 6], [3, 8], [0, 2, 5, 7]]),
+        (10, 1, [[2, 5], [3], [0, 7], [8], [1, 4], [6]]),
+    ],
+)
+def test_folds_of_a_seed_are_those_of_earlier_releases(max_folds, seed, held_out):
+    parts = list(folds(np.array(list("cabdabecf")), max_folds, seed))
+    assert [test.tolist() for _, test in parts] == held_out
+    assert [sorted({*range(9)} - {*test}) for test in held_out] == [t.tolist() for t, _ in parts]
+
+
 def test_two_slides_and_a_fold_of_one_type():
     x_ND, types_N, groups_N = made(num_slides=2, signal=8.0, shift=0.1)
     assert scores(linear_probe(x_ND, types_N, groups_N))["balanced_accuracy"] > 0.9
@@ -206,10 +219,10 @@ def test_probe_returns_scores_and_penalties():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda x, t, g: (x, np.full_like(t, "a"), g), "needs two types and two slides"),
-        (lambda x, t, g: (x, t, np.full_like(g, "s")), "needs two types and two slides"),
-        (lambda x, t, g: (x[:-1], t, g), "expected a row, a type and a slide per cell"),
-        (lambda x, t, g: (x * np.nan, t, g), "not finite"),
+        (lambda x, t, g: (x, np.full_like(t, "a"), g), "needs two types, and two slides"),
+        (lambda x, t, g: (x, t, np.full_like(g, "s")), "needs two types, and two slides"),
+        (lambda x, t, g: (x[:-1], t, g), "expected one row, one type and one slide per cell"),
+        (lambda x, t, g: (x * np.nan, t, g), "NaN or infinity"),
     ],
 )
 @pytest.mark.parametrize("function", [linear_probe, nearest_types, purity])

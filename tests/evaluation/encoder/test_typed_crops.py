@@ -113,7 +113,7 @@ def test_points_of_another_image_are_refused(annotated):
 
 def test_cells_of_a_run(tmp_path):
     small = write_small_run(tmp_path)
-    with pytest.raises(ValueError, match=r"slides\.json does not say where slide 's0' is"):
+    with pytest.raises(ValueError, match=r"slides\.json does not name the image of slide 's0'"):
         points_of_run(small.run.uri)
     sources = {name: {"uri": f"{name}.tiff", "mpp": 0.5} for name in ("s0", "s1")}
     storage.publish_json(f"{small.run.uri}/slides.json", sources)

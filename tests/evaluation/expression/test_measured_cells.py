@@ -46,5 +46,5 @@ def test_truth_is_normalised_over_all_genes_measured():
 def test_nothing_to_compare_is_refused():
     with pytest.raises(ValueError, match=r"none of 2 genes.*one naming and one species"):
         cell_truth(measured_cells(), np.array([1]), ["X", "Y"])
-    with pytest.raises(ValueError, match="1 pairs of cells found and measured"):
+    with pytest.raises(ValueError, match="none of 1 pairs of a found and a measured cell has"):
         cell_truth(measured_cells(), np.array([0]), ["A"])
