@@ -26,13 +26,14 @@ from scellst_ray.evaluation.expression.bootstrap import (
     times_drawn,
 )
 from scellst_ray.evaluation.expression.colour_baseline import fit_colour_ridge, slide_colours
-from scellst_ray.evaluation.expression.evaluate import COLOUR, MEAN, Units, measured_columns
+from scellst_ray.evaluation.expression.evaluate import COLOUR, MEAN, Units
 from scellst_ray.evaluation.expression.scores import (
     METRICS,
     OURS,
     SHUFFLED,
     Bootstrap,
     Truth,
+    measured_columns,
     number,
     score_models,
 )

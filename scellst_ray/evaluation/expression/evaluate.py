@@ -26,6 +26,7 @@ from scellst_ray.evaluation.expression.scores import (
     Bootstrap,
     ModelScores,
     Truth,
+    measured_columns,
     score_models,
 )
 from scellst_ray.models.mil.stored_head import Formula
@@ -329,25 +330,3 @@ def _mpp(run: Run, slide_id: str) -> float:
     """Return um per level-0 px of a slide of the run."""
     run.choose([slide_id])
     return known_mpp(run.records[slide_id])
-
-
-def measured_columns(panel: list[str], measured: list[str], source: str) -> NDArray[np.int64]:
-    """Return the columns of the panel whose genes were measured, ascending.
-
-    Args:
-        panel: Genes of the head.
-        measured: Genes of spots or cells.
-        source: Name of the spots or cells in messages, in the plural.
-
-    Raises:
-        ValueError: none of the genes was measured.
-    """
-    names = set(measured)
-    columns = np.array([i for i, gene in enumerate(panel) if gene in names], np.int64)
-    if not len(columns):
-        message = (
-            f"{source} share no gene with the head: it predicts {panel[:3]}, they have "
-            f"{measured[:3]}. Use one naming (symbols or Ensembl ids) and one species."
-        )
-        raise ValueError(message)
-    return columns

@@ -76,6 +76,28 @@ class ModelScores:
     by_draw: dict[str, Array]
 
 
+def measured_columns(panel: list[str], measured: list[str], source: str) -> NDArray[np.int64]:
+    """Return the columns of the panel whose genes were measured, ascending.
+
+    Args:
+        panel: Genes of the head.
+        measured: Genes of spots or cells.
+        source: Name of the spots or cells in messages, in the plural.
+
+    Raises:
+        ValueError: none of the genes was measured.
+    """
+    names = set(measured)
+    columns = np.array([i for i, gene in enumerate(panel) if gene in names], np.int64)
+    if not len(columns):
+        message = (
+            f"{source} share no gene with the head: it predicts {panel[:3]}, they have "
+            f"{measured[:3]}. Use one naming (symbols or Ensembl ids) and one species."
+        )
+        raise ValueError(message)
+    return columns
+
+
 def score_models(
     predictions: Mapping[str, NDArray[np.floating]], truth: Truth, bootstrap: Bootstrap
 ) -> dict[str, ModelScores]:
