@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -125,21 +126,44 @@ def row_of(module):
     return next((prefix for prefix in prefixes if prefix in MAY_IMPORT), None if module else "")
 
 
-def imports(node):
-    """Yield the dotted names a tree imports, `from a import b` as both a.b and a."""
-    for child in ast.walk(node):
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            yield "." * child.level + (child.module or "")
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+class Facts(NamedTuple):
+    """What the rules ask of one file.
+
+    Attributes:
+        lines: Number of lines.
+        imports: Dotted names it imports, `from a import b` as both a.b and a.
+        long_functions: Length in lines of each function beyond the limit, by name.
+        broad_handlers: Lines of the handlers that catch every exception.
+    """
+
+    lines: int
+    imports: set
+    long_functions: dict
+    broad_handlers: list
 
 
-def tree(path):
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+def facts_of(path):
+    """Return the facts of a file, from one walk through its syntax tree."""
+    text = path.read_text(encoding="utf-8")
+    facts = Facts(len(text.splitlines()), set(), {}, [])
+    for node in ast.walk(ast.parse(text, str(path))):
+        if isinstance(node, ast.Import):
+            facts.imports.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            facts.imports.add("." * node.level + (node.module or ""))
+            facts.imports.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if node.end_lineno - node.lineno >= MAX_FUNCTION_LINES:
+                facts.long_functions[node.name] = node.end_lineno - node.lineno + 1
+        elif isinstance(node, ast.ExceptHandler) and (
+            node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+        ):
+            facts.broad_handlers.append(node.lineno)
+    return facts
 
 
-IMPORTS = {path: set(imports(tree(path))) for path in FILES}
+FACTS = {path: facts_of(path) for path in FILES}
+IMPORTS = {path: facts.imports for path, facts in FACTS.items()}
 MODULES = {module_of(path) for path in FILES if path.name != "__init__.py"}
 ROOMS = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
 
@@ -276,25 +300,13 @@ def test_reading_pixels_starts_neither_ray_nor_torch():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_files_and_functions_stay_short(path):
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    long = {
-        node.name: node.end_lineno - node.lineno + 1
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
-    }
-    assert long == {}
+    assert FACTS[path].lines <= MAX_FILE_LINES
+    assert FACTS[path].long_functions == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_only_the_tile_guard_and_a_jobs_main_catch_everything(path):
-    broad = [
-        node.lineno
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.ExceptHandler)
-        and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
-    ]
+    broad = FACTS[path].broad_handlers
     allowed = {"stages/tiles.py", "commands/cli.py"}
     if path.relative_to(PACKAGE).as_posix() in allowed:
         assert len(broad) <= 1

@@ -181,10 +181,10 @@ def test_a_lease_whose_writer_was_killed_is_free(tmp_path, cut):
 
 
 RACE = """
-import sys, time
+import sys
 from scellst_ray.runs import lease
-while time.time() < float(sys.argv[2]):
-    pass
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     lease.Lease(sys.argv[1]).acquire()
     print("won", flush=True)
@@ -200,9 +200,12 @@ def test_of_several_that_start_together_one_wins(tmp_path, live, before):
     live.wait()
     if before == "nothing":
         (tmp_path / "lease.json").unlink()
-    command = [sys.executable, "-c", RACE, str(tmp_path), str(time.time() + 2.5)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", RACE, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     racers = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    assert {racer.stdout.readline() for racer in racers} == {"ready\n"}
+    for racer in racers:
+        racer.stdin.write("go\n")
     # The winner lives until all have tried.
     found = sorted(racer.stdout.readline().strip() for racer in racers)
     for racer in racers:
