@@ -45,7 +45,8 @@ from scellst_ray.slides.tiling import tile_edges
 from scellst_ray.stages.checked_networks import CheckedNetworks
 from scellst_ray.stages.config import ExtractConfig
 from scellst_ray.stages.make import make_stage
-from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, Row, box_columns, todo
+from scellst_ray.stages.rows import PendingSlide, TileRow
+from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, box_columns, todo
 
 CORE_PX, HALO_PX, MPP = 960, 32, 0.25
 SIDES = (8, 10, 12)
@@ -242,22 +243,31 @@ def tiles_of(number: int) -> int:
     return columns * rows
 
 
-def plan(row: Row, spec: CellsSpec) -> list[Row]:
+def plan(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
     """Return the tiles of a slide without opening it."""
     began = time.perf_counter()
     columns, rows = sides_of(int(row["slide_id"][1:]))
     width0, height0 = columns * CORE_PX, rows * CORE_PX
     edges_x, edges_y = tile_edges((width0, height0), 1.0, spec.core_px)
-    slide = {"slide_id": row["slide_id"], "uri": row["uri"], "mpp": MPP, "read_mpp": MPP}
-    slide |= {"width0": width0, "height0": height0, "num_tiles": columns * rows}
+    slide: TileRow = {
+        "slide_id": row["slide_id"],
+        "tile_id": -1,
+        "num_tiles": columns * rows,
+        "uri": row["uri"],
+        "mpp": MPP,
+        "read_mpp": MPP,
+        "width0": width0,
+        "height0": height0,
+    }
     done = set(row["done_tiles"])
-    tiles = []
+    tiles: list[TileRow] = []
     for tile_id in range(columns * rows):
         if tile_id in done:
             continue
         x0, y0 = edges_x[tile_id % columns], edges_y[tile_id // columns]
         core = Box(x0, y0, CORE_PX, CORE_PX)
-        tiles.append(slide | {"tile_id": tile_id} | box_columns(core, core.grown(HALO_PX)))
+        boxes = box_columns(core, core.grown(HALO_PX))
+        tiles.append({**slide, **boxes, "tile_id": tile_id})
     tiles[-1]["seconds_plan"] = time.perf_counter() - began
     return tiles
 
@@ -269,7 +279,7 @@ def stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Any:  
     return find if name == "find" else (lambda rows: rows)
 
 
-def find(rows: list[Row]) -> list[Row]:
+def find(rows: list[TileRow]) -> list[TileRow]:
     """Give every tile its nuclei, made for all tiles together: that is not what is measured."""
     live = todo(rows)
     tile_id = np.repeat([row["tile_id"] for row in live], CELLS_PER_TILE)

@@ -37,6 +37,7 @@ from scellst_ray.stages.find import FindNuclei
 from scellst_ray.stages.networks import Embed
 from scellst_ray.stages.plan_slide import plan_slide
 from scellst_ray.stages.read import Read
+from scellst_ray.stages.rows import PendingSlide, TileRow
 from scellst_ray.stages.tiles import CellsSpec
 from scellst_ray.stages.write import WriteShards
 
@@ -65,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = SyntheticConfig(seed=0, width_um=options.size_um, height_um=options.size_um)
         slide = write_synthetic_slide(Path(folder) / "slide", config).slide
-        row: dict[str, Any] = {
+        row: PendingSlide = {
             "slide_id": "s",
             "uri": str(slide),
             "mpp": None,
@@ -104,7 +105,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def bare_loop(row: dict[str, Any], spec: CellsSpec, run: RunFolder, workers: int) -> dict[str, Any]:
+def bare_loop(row: PendingSlide, spec: CellsSpec, run: RunFolder, workers: int) -> dict[str, Any]:
     """Loop over the tiles in plain processes, tile by tile from one shared counter."""
     tiles = plan_slide(row, spec)
     context = multiprocessing.get_context("spawn")
@@ -131,7 +132,7 @@ def bare_loop(row: dict[str, Any], spec: CellsSpec, run: RunFolder, workers: int
 
 def _loop(
     number: int,
-    tiles: list[dict[str, Any]],
+    tiles: list[TileRow],
     spec: CellsSpec,
     run: RunFolder,
     ready: Any,  # noqa: ANN401 - multiprocessing's own types differ by context
@@ -152,7 +153,7 @@ def _loop(
 
 
 def pipeline(
-    row: dict[str, Any], spec: CellsSpec, run: RunFolder, resources: Resources
+    row: PendingSlide, spec: CellsSpec, run: RunFolder, resources: Resources
 ) -> dict[str, Any]:
     """Run the Ray Data pipeline; the steady state starts with the first block of receipts."""
     started = time.monotonic()

@@ -36,7 +36,7 @@ from functools import partial
 from math import exp
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +59,8 @@ from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.checked_networks import CheckedNetworks
 from scellst_ray.stages.config import ExtractConfig
 from scellst_ray.stages.make import make_stage
-from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, Row, box_columns, todo
+from scellst_ray.stages.rows import SECONDS_OF_STAGE, PendingSlide, TileRow
+from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, box_columns, todo
 
 # Seconds of a 1024 px tile: CellViT-SAM-H in half precision and the embeddings of its cells on a
 # T4, the card of most spot nodes (assumed); reading it and finding its nuclei on a core
@@ -67,7 +68,12 @@ from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, Row, box_col
 SECONDS = {"read": 0.1, "network": 1.6, "find": 0.15, "embed": 0.2}
 PLAN_S = 1.0
 # What a stage is the last one to need.
-USED = {"read": (), "network": (), "find": ("image", "maps"), "embed": ("tokens",)}
+USED: dict[str, tuple[Literal["image", "maps", "tokens"], ...]] = {
+    "read": (),
+    "network": (),
+    "find": ("image", "maps"),
+    "embed": ("tokens",),
+}
 # A GPU's tiles keep 0.14 of a CPU busy. Real nodes have more; here each is a process to start.
 GPUS_PER_NODE, GPUS_PER_CPU = 8, 2
 SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 4, 40, 0.8
@@ -235,21 +241,35 @@ def _clocks() -> tuple[float, float]:
 
 
 def plan(
-    row: Row, spec: CellsSpec, sizes: list[int], seconds: float, places: Path, num_places: int
-) -> list[Row]:
+    row: PendingSlide,
+    spec: CellsSpec,
+    sizes: list[int],
+    seconds: float,
+    places: Path,
+    num_places: int,
+) -> list[TileRow]:
     """Return the tiles of a slide without opening it, once all actors on GPUs are there."""
     while sum(1 for _ in places.glob("*.*")) < num_places:
         time.sleep(1.0)
     time.sleep(seconds)
     num_tiles = sizes[int(row["slide_id"][1:])]
-    slide = {name: row[name] for name in ("slide_id", "uri")} | {"mpp": MPP, "read_mpp": MPP}
-    slide |= {"width0": num_tiles * CORE_PX, "height0": CORE_PX, "num_tiles": num_tiles}
-    done, tiles = set(row["done_tiles"]), []
+    slide: TileRow = {
+        "slide_id": row["slide_id"],
+        "tile_id": -1,
+        "num_tiles": num_tiles,
+        "uri": row["uri"],
+        "mpp": MPP,
+        "read_mpp": MPP,
+        "width0": num_tiles * CORE_PX,
+        "height0": CORE_PX,
+    }
+    done = set(row["done_tiles"])
+    tiles: list[TileRow] = []
     for tile_id in range(num_tiles):
         if tile_id not in done:
             core = Box(tile_id * CORE_PX, 0, spec.core_px, spec.core_px)
             boxes = box_columns(core, core.grown(spec.halo_px))
-            tiles.append(slide | {"tile_id": tile_id} | boxes)
+            tiles.append({**slide, **boxes, "tile_id": tile_id})
     tiles[-1]["seconds_plan"] = seconds
     return tiles
 
@@ -277,7 +297,7 @@ class Sleeping:
             self.gpu = SharedGpu(folder / "gpus" / self.where)
         self.calls = (folder / "calls" / f"{name}-{uuid.uuid4().hex}").open("a", buffering=1)
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Take as long as these tiles take."""
         waiting = todo(rows)
         tiles = [(row["slide_id"], row["tile_id"]) for row in waiting]
@@ -290,23 +310,24 @@ class Sleeping:
             self.gpu.work(seconds)
         self.calls.write(json.dumps({"ended": time.time()}) + "\n")
         for row in waiting:
-            row.update(_made(self.name, row))
-            row["seconds_segment" if self.name == "find" else f"seconds_{self.name}"] = self.seconds
+            _add_results(self.name, row)
+            row[SECONDS_OF_STAGE["segment" if self.name == "find" else self.name]] = self.seconds
             for used in USED[self.name]:
                 row.pop(used, None)
         return rows
 
 
-def _made(name: str, row: Row) -> Row:
-    """Return what a stage adds to a tile."""
+def _add_results(name: str, row: TileRow) -> None:
+    """Add to a tile what a stage adds."""
     if name == "read":
-        return {"image": np.zeros(IMAGE, np.uint8)}
-    if name == "network":
-        return {"maps": np.zeros(MAPS, np.uint32), "tokens": np.zeros(TOKENS, np.float16)}
-    return {"cells": _cells(row)} if name == "find" else {}
+        row["image"] = np.zeros(IMAGE, np.uint8)
+    elif name == "network":
+        row["maps"], row["tokens"] = np.zeros(MAPS, np.uint32), np.zeros(TOKENS, np.float16)
+    elif name == "find":
+        row["cells"] = _cells(row)
 
 
-def _cells(row: Row) -> pa.Table:
+def _cells(row: TileRow) -> pa.Table:
     size = CELLS_PER_TILE
     columns = {
         "slide_id": pa.repeat(row["slide_id"], size),

@@ -29,11 +29,12 @@ from scellst_ray.pipelines.ask_nodes import node_problems, working_nodes
 from scellst_ray.pipelines.session import ray_session
 from scellst_ray.preflight.checks import FoundSlides, Problem, find_slides
 from scellst_ray.preflight.nodes import NodeRequirements, write_probe
-from scellst_ray.preflight.slide_plans import header_of, slide_row
+from scellst_ray.preflight.slide_plans import Header, header_of, slide_row
 from scellst_ray.slides.manifest import SlideRow, read_manifest
 from scellst_ray.stages.config import head_file
+from scellst_ray.stages.rows import Outcome
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
-from scellst_ray.stages.tiles import Row, guarded
+from scellst_ray.stages.tiles import guarded
 
 # Slides that are named when they are well.
 NAMED_WELL = 100
@@ -181,7 +182,7 @@ def _asked(config: DoctorConfig) -> NodeRequirements:
     for weights in (config.encoder, config.segmenter_weights):
         if weights is None or is_named(weights) or weights in WITHOUT_FILE:
             continue
-        outcome: Row = {}
+        outcome = Outcome()
         with guarded(outcome, "weights"):
             digests.append((weights, file_digest(Path(local_weights(weights)))))
     return NodeRequirements(out=config.out, weights=tuple(digests), gpus=bool(config.gpus))
@@ -214,7 +215,7 @@ def _slides(console: Console, slides: list[SlideRow], found: FoundSlides) -> int
     return num_bad
 
 
-def _told(slide_id: str, headers: dict[str, Row | Died], found: FoundSlides) -> str:
+def _told(slide_id: str, headers: dict[str, Header | Died], found: FoundSlides) -> str:
     """Return what is known of a slide that is well."""
     header = headers.get(slide_id)
     if isinstance(header, dict) and "mpp" in header:

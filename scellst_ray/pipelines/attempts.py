@@ -28,7 +28,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,12 +41,14 @@ from scellst_ray.core.memory_limit import limit_memory
 from scellst_ray.core.watchdog import Watchdog
 from scellst_ray.runs.folder import FOLDER, RunFolder
 from scellst_ray.stages.gpu_watch import GpuWatch
-from scellst_ray.stages.tiles import Row, guarded
+from scellst_ray.stages.rows import AttemptedRow, Outcome
+from scellst_ray.stages.tiles import guarded
 
 HOSTS_PER_ATTEMPT = 4
 TILES_OF_ROTTEN_SLIDE = 3
 Key = tuple[str, int]
 Done = TypeVar("Done")
+Row = TypeVar("Row", bound=AttemptedRow)
 Work = Callable[[list[Row], Callable[[str], None]], Done]
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class Attempts:
         self._written = 0
         self._begin([])
         note: dict[str, Any] = {}
-        outcome: Row = {}
+        outcome = Outcome()
         with guarded(outcome, "note"):
             if storage.exists(uri):
                 content = storage.read_bytes(uri)
@@ -135,7 +137,7 @@ class Attempts:
             # Written down at once: this process, too, may end before its first batch.
             self._write()
 
-    def run_guarded(self, rows: list[Row], work: Work[Done]) -> list[Done]:
+    def run_guarded(self, rows: list[Row], work: Work[Row, Done]) -> list[Done]:
         """Do `work` on rows, all at once, or one at a time where one of them is suspected.
 
         Rows of tiles that have ended too many processes get an error; `work` sees them too.
@@ -155,7 +157,7 @@ class Attempts:
         # In the order of the rows: Ray takes what a retried batch gives by its place.
         return [self._attempt([row], work) for row in rows]
 
-    def _attempt(self, rows: list[Row], work: Work[Done]) -> Done:
+    def _attempt(self, rows: list[Row], work: Work[Row, Done]) -> Done:
         live = [row for row in rows if _is_live(row)]
         if not live:
             return work(rows, lambda _: None)
@@ -203,7 +205,7 @@ class Attempts:
     def _is_given_up(self, ended: Ended) -> bool:
         return ended.alone and ended.attempts() >= self.max_attempts
 
-    def _give_up_if_due(self, row: Row) -> None:
+    def _give_up_if_due(self, row: AttemptedRow) -> None:
         """Turn a row into an error if its tile, or too much of its slide, ended processes."""
         slide_id = row["slide_id"]
         ended = self.ended.get(_key(row), Ended())
@@ -238,7 +240,7 @@ class Attempts:
             "ended": [[*key, asdict(ended)] for key, ended in self.ended.items()],
             "failed_slides": self.gpu.failed_slides,
         }
-        outcome: Row = {}
+        outcome = Outcome()
         with self._writing, guarded(outcome, "note"):
             # Blanks over what an earlier note had more: JSON does not mind them.
             content = json.dumps(note).encode().ljust(self._written)
@@ -247,11 +249,11 @@ class Attempts:
         _warn(outcome, f"{self.uri}: cannot be written, no protection against crashes")
 
 
-def _is_live(row: Row) -> bool:
+def _is_live(row: Mapping[str, object]) -> bool:
     return row.get("error") is None and row.get("num_tiles") != 0
 
 
-def _key(row: Row) -> Key:
+def _key(row: AttemptedRow) -> Key:
     return row["slide_id"], row["tile_id"]
 
 
@@ -260,7 +262,7 @@ def _named(keys: list[Key]) -> str:
     return ", ".join(f"slide {s!r}" + (f" tile {t}" if t >= 0 else "") for s, t in keys)
 
 
-def _warn(outcome: Row, what: str) -> None:
+def _warn(outcome: Outcome, what: str) -> None:
     if outcome.get("error") is not None:
         logger.warning("%s: %s: %s", what, outcome["error_type"], outcome["error"])
 

@@ -39,7 +39,8 @@ from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.records import CropIndex, CropRecord, SlideCrops, SlideRecord
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.cut_crops import CropSet, candidates, cut_slide, record_of
-from scellst_ray.stages.tiles import Row, guarded
+from scellst_ray.stages.rows import AttemptedCropSlide, AttemptedRow, CropSlide
+from scellst_ray.stages.tiles import guarded
 
 logger = logging.getLogger(__name__)
 SlideRecords = Mapping[str, SlideRecord]
@@ -118,10 +119,8 @@ def make_crops(
     DataContext.get_current().execution_options.preserve_order = False
     # A large slide takes its time: silence is not a fault.
     DataContext.get_current().execution_no_progress_timeout_s = -1
-    rows = [
-        {"slide_id": slide.slide_id, "uri": slide.uri} | _resolution(cells[slide.slide_id])
-        for slide in slides
-        if slide.slide_id in cells
+    rows: list[CropSlide] = [
+        _crop_slide(slide, cells[slide.slide_id]) for slide in slides if slide.slide_id in cells
     ]
     cutoff, found = _cutoff(crops, rows, cells)
     crops = replace(crops, cutoff=cutoff)
@@ -151,9 +150,12 @@ def with_crops(records: SlideRecords, crops: CropRecords) -> dict[str, SlideReco
     return joined
 
 
-def _resolution(record: SlideRecord) -> Row:
-    """Return um per level-0 px and um per px read of a slide, as columns of ROWS."""
-    return {"mpp": record.get("mpp"), "read_mpp": record.get("read_mpp")}
+def _crop_slide(slide: SlideRow, record: SlideRecord) -> CropSlide:
+    """Return a slide of the manifest, with the um per px of its record, as `cut_slide` takes it."""
+    mpp, read_mpp = record.get("mpp"), record.get("read_mpp")
+    assert mpp is not None, "a slide with cells was opened"
+    assert read_mpp is not None, "a slide with cells was read"
+    return {"slide_id": slide.slide_id, "uri": slide.uri, "mpp": mpp, "read_mpp": read_mpp}
 
 
 def _index(run: RunFolder) -> CropIndex | None:
@@ -177,7 +179,7 @@ def _set_id(run: RunFolder, cells: SlideRecords, sample: CropSample) -> str:
 
 
 def _cutoff(
-    crops: CropSet, rows: list[Row], cells: SlideRecords
+    crops: CropSet, rows: list[CropSlide], cells: SlideRecords
 ) -> tuple[int, dict[str, CropRecord]]:
     """Return the priority up to which cells are in, and records of slides it could not count."""
     uri = storage.join(set_uri(crops.run.uri, crops.set_id), "set.json")
@@ -208,16 +210,19 @@ def _cutoff(
 
 def _candidates(batch: pa.Table, run: RunFolder, sample: CropSample) -> Iterable[pa.Table]:
     for slide_id in batch["slide_id"].to_pylist():
-        row: Row = {"slide_id": slide_id}
+        row: AttemptedRow = {"slide_id": slide_id, "tile_id": -1}
         priority_N = np.zeros(0, np.uint64)
         with guarded(row, "crops"):
             _, priority_N = candidates(run, slide_id, sample)
         values = pa.ListArray.from_arrays([0, len(priority_N)], pa.array(priority_N))
-        told = [pa.array([row.get(n)], pa.string()) for n in ("slide_id", "error_type", "error")]
+        told = [
+            pa.array([value], pa.string())
+            for value in (slide_id, row.get("error_type"), row.get("error"))
+        ]
         yield pa.table([told[0], values, *told[1:]], schema=CANDIDATES)
 
 
-def _done(crops: CropSet, rows: list[Row]) -> dict[str, CropRecord]:
+def _done(crops: CropSet, rows: list[CropSlide]) -> dict[str, CropRecord]:
     """Return the records of slides that need nothing more."""
     folder = crops.record_uri("").rsplit("/", 1)[0]
     records: list[CropRecord] = [storage.read_json(u) for u in storage.list_files(folder)]
@@ -232,7 +237,7 @@ def _done(crops: CropSet, rows: list[Row]) -> dict[str, CropRecord]:
 
 
 def _cut(
-    crops: CropSet, rows: list[Row], resources: Resources, cluster: Cluster
+    crops: CropSet, rows: list[CropSlide], resources: Resources, cluster: Cluster
 ) -> Iterable[CropRecord]:
     """Cut the crops of slides; yield their records."""
     memory = int(resources.memory_gb * 2**30)
@@ -257,7 +262,7 @@ def _cut(
             yield json.loads(text)
 
 
-def _table(row: Row) -> pa.Table:
+def _table(row: CropSlide) -> pa.Table:
     return pa.Table.from_pylist([row], schema=ROWS)
 
 
@@ -274,11 +279,12 @@ class CutCrops:
 
     def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
         """Yield the record of each slide, as JSON."""
-        for row in batch.to_pylist():
-            (record,) = self.attempts.run_guarded([row | {"tile_id": -1}], self._one)
+        for slide in batch.to_pylist():
+            row: AttemptedCropSlide = slide | {"tile_id": -1}
+            (record,) = self.attempts.run_guarded([row], self._one)
             yield pa.table({"record": [json.dumps(record)]})
 
-    def _one(self, rows: list[Row], begins: Callable[[str], None]) -> CropRecord:
+    def _one(self, rows: list[AttemptedCropSlide], begins: Callable[[str], None]) -> CropRecord:
         (row,) = rows
         if row.get("error") is None:
             begins("crops")
@@ -289,10 +295,10 @@ class CutCrops:
         return _failed_record(self.crops, row)
 
 
-def _failed_record(crops: CropSet, row: Row) -> CropRecord:
+def _failed_record(crops: CropSet, row: AttemptedRow) -> CropRecord:
     """Return the record of a slide whose row holds an error."""
     record = record_of(crops, row["slide_id"], "failed")
-    record["error_type"], record["error"] = row["error_type"], row["error"]
+    record["error_type"], record["error"] = str(row["error_type"]), str(row["error"])
     return record
 
 

@@ -33,6 +33,7 @@ from scellst_ray.runs.folder import FINISHED, RunFolder, last_of_each_tile, spli
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.plan_slide import imported_name
+from scellst_ray.stages.rows import PendingSlide
 from scellst_ray.stages.tiles import CellsSpec
 
 # A dead driver's successor redoes what came in meanwhile; in long runs fewer files are worth more.
@@ -93,7 +94,7 @@ class Driver:
 
     def resume(
         self, pending: list[SlideRow], spec: CellsSpec, finished: Collection[str] = ()
-    ) -> list[dict[str, Any]]:
+    ) -> list[PendingSlide]:
         """Take up the receipts of an earlier driver; return the slides that still need work.
 
         Args:
@@ -112,11 +113,12 @@ class Driver:
         for slide_id, receipts in found.items():
             if slide_id not in wanted:
                 self._use(slide_id, receipts)
-        rows = []
+        rows: list[PendingSlide] = []
         for slide in pending:
             done = found.get(slide.slide_id, log.slice(0, 0))
             self._add(slide.slide_id, done)
             if slide.slide_id not in self.whole:
+                segmentation, imported_uri = self._imported(slide, spec)
                 rows.append(
                     {
                         "slide_id": slide.slide_id,
@@ -124,7 +126,8 @@ class Driver:
                         "mpp": slide.mpp,
                         "mpp_error": slide.mpp_error,
                         "done_tiles": done["tile_id"].to_pylist(),
-                        **self._imported(slide, spec),
+                        "segmentation": segmentation,
+                        "imported_uri": imported_uri,
                     }
                 )
         self.progress.num_cells_before = self.progress.num_cells
@@ -141,16 +144,13 @@ class Driver:
     def _use(self, slide_id: str, receipts: pa.Table) -> None:
         self.uses.add(slide_id, receipts["shard"].drop_null().unique().to_pylist())
 
-    def _imported(self, slide: SlideRow, spec: CellsSpec) -> dict[str, str | None]:
+    def _imported(self, slide: SlideRow, spec: CellsSpec) -> tuple[str | None, str | None]:
         """Return where a slide's imported nuclei are, and where they shall lie sorted by tile."""
         source = slide.columns.get("segmentation")
         if spec.segmenter != "imported" or source is None:
-            return {"segmentation": None, "imported_uri": None}
+            return None, None
         folder = self.run.imported_uri(slide.slide_id)
-        return {
-            "segmentation": source,
-            "imported_uri": storage.join(folder, imported_name(source, slide.mpp, spec)),
-        }
+        return source, storage.join(folder, imported_name(source, slide.mpp, spec))
 
     def consume(self, dataset: ray.data.Dataset) -> None:
         """Run the pipeline to its end."""

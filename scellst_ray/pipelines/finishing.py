@@ -11,7 +11,8 @@ from scellst_ray.core.logs import log_context
 from scellst_ray.runs.compaction import Shards, finish_slide, unfinished_record
 from scellst_ray.runs.folder import RunFolder, split_by_slide
 from scellst_ray.runs.records import SlideRecord
-from scellst_ray.stages.tiles import Row, guarded
+from scellst_ray.stages.rows import Outcome
+from scellst_ray.stages.tiles import guarded
 
 # On a local disk threads take each other's turn in Python; a request to a store is mostly waiting.
 THREADS_HERE, THREADS_REMOTE = 2, 16
@@ -30,14 +31,14 @@ def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list
 
     def finish(whole: CompleteSlide) -> SlideRecord:
         slide_id, of_slide = whole
-        outcome: Row = {}
+        outcome = Outcome()
         with log_context(slide_id), guarded(outcome, "finish"):
-            outcome["record"] = finish_slide(run, slide_id, of_slide, shards, imported=imported)
-        if "record" in outcome:
-            record: SlideRecord = outcome["record"]
-            return record
-        # Its shards and receipts stay: the next run finishes it.
-        return unfinished_record(slide_id, outcome["error_type"], outcome["error"])
+            record = finish_slide(run, slide_id, of_slide, shards, imported=imported)
+        error = outcome.get("error")
+        if error is not None:
+            # Shards and receipts of the slide stay: the next run finishes it.
+            record = unfinished_record(slide_id, str(outcome["error_type"]), error)
+        return record
 
     threads = THREADS_HERE if storage.is_local(run.uri) else THREADS_REMOTE
     with ThreadPoolExecutor(threads) as pool:

@@ -1,17 +1,17 @@
 """Rows between two stages of different actors, as Ray Data carries them."""
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Frame
-from scellst_ray.stages.tiles import Row
+from scellst_ray.stages.rows import TileRow
 
-# What a row may carry between stages, beside its cells: name and element type.
-ARRAYS: dict[str, Any] = {
+# Arrays that a row may carry between stages next to its cells: name and element type.
+ARRAYS: dict[Literal["image", "maps", "tokens", "crops", "boxes"], Any] = {
     "image": np.uint8,
     "maps": np.uint32,
     "tokens": np.float16,
@@ -24,7 +24,7 @@ ARRAYS: dict[str, Any] = {
 PADDING, PACKED = "padding", "packed"
 
 
-def pack(rows: list[Row]) -> pa.Table:
+def pack(rows: list[TileRow]) -> pa.Table:
     """Put rows of tiles into a table of one row.
 
     Ray Data cuts blocks between rows, and every block costs its driver milliseconds, whatever is in
@@ -40,7 +40,7 @@ def pack(rows: list[Row]) -> pa.Table:
     return pa.table({PACKED: values})
 
 
-def _as_table(rows: list[Row]) -> pa.Table:
+def _as_table(rows: list[TileRow]) -> pa.Table:
     """Return one row per tile, cells as a nested column."""
     timing = [pa.field(f"seconds_{stage}", pa.float32()) for stage in schemas.STAGES]
     waiting = [pa.field("waited_s", pa.float32()), pa.field("queued_at", pa.float64())]
@@ -58,7 +58,7 @@ def _as_table(rows: list[Row]) -> pa.Table:
     return pa.table(columns)
 
 
-def unpack(table: pa.Table) -> list[Row]:
+def unpack(table: pa.Table) -> list[TileRow]:
     """Undo `pack`, or read a table of plain rows. Arrays are read-only.
 
     What no row has is in none: most tiles have no error, and a row of few columns is made sooner.
@@ -69,11 +69,11 @@ def unpack(table: pa.Table) -> list[Row]:
     return [row for part in parts for row in _as_rows(part)]
 
 
-def _as_rows(table: pa.Table) -> list[Row]:
+def _as_rows(table: pa.Table) -> list[TileRow]:
     nested = [n for n in ("cells", "frame", *ARRAYS) if n in table.column_names]
     shapes = [f"{name}_shape" for name in nested if name in ARRAYS]
     plain = [n for n in table.column_names if n not in {*nested, *shapes, PADDING}]
-    rows: list[Row] = table.select([n for n in plain if not _is_empty(table[n])]).to_pylist()
+    rows: list[TileRow] = table.select([n for n in plain if not _is_empty(table[n])]).to_pylist()
     if not nested:
         return rows
     cells = table["cells"].combine_chunks()
@@ -94,7 +94,7 @@ def _is_empty(column: pa.ChunkedArray) -> bool:
     return bool(column.null_count == len(column))
 
 
-def stamp_queued(rows: list[Row]) -> list[Row]:
+def stamp_queued(rows: list[TileRow]) -> list[TileRow]:
     """Note in rows when they are put down for another process; return them."""
     now = time.time()
     for row in rows:
@@ -102,7 +102,7 @@ def stamp_queued(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def add_waiting_time(rows: list[Row]) -> list[Row]:
+def add_waiting_time(rows: list[TileRow]) -> list[TileRow]:
     """Add to the `waited_s` of rows how long they have been put down; return them.
 
     By the clocks of both processes: where the later one is behind, a wait counts as none.

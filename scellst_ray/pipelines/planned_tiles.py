@@ -11,7 +11,8 @@ from ray.data import ActorPoolStrategy
 from scellst_ray.core.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.packing import PADDING, stamp_queued
-from scellst_ray.stages.tiles import PLANNED, CellsSpec, Row
+from scellst_ray.stages.rows import AttemptedSlide, PendingSlide, TileRow
+from scellst_ray.stages.tiles import PLANNED, CellsSpec
 
 # Ray Data cuts blocks by bytes, and takes work to where a block lies only if that is the object
 # store, not if it is so small that it travels with the message (100 KiB). So blocks of tiles are
@@ -26,8 +27,7 @@ SLIDES = pa.schema(
         pa.field("done_tiles", pa.list_(pa.int64())),
     ]
 )
-FAILED_PLAN = ("slide_id", "tile_id", "uri", "stage", "error_type", "error")
-Plan = Callable[[Row, CellsSpec], list[Row]]
+Plan = Callable[[PendingSlide, CellsSpec], list[TileRow]]
 
 
 def block_bytes(tiles_per_task: int) -> int:
@@ -36,7 +36,7 @@ def block_bytes(tiles_per_task: int) -> int:
 
 
 def plan_dataset(
-    rows: list[dict[str, Any]],
+    rows: list[PendingSlide],
     planners: int,
     how: dict[str, Any],
     elsewhere: dict[str, str] | None = None,
@@ -62,14 +62,14 @@ def plan_dataset(
     )
 
 
-def _planned_together(rows: list[dict[str, Any]], planners: int) -> Iterator[list[dict[str, Any]]]:
+def _planned_together(rows: list[PendingSlide], planners: int) -> Iterator[list[PendingSlide]]:
     """Yield the slides of each planning task: few enough to share them out, and to lose."""
     size = max(1, min(SLIDES_PER_PLAN, len(rows) // (TASKS_PER_PLANNER * planners)))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
-def _slide_table(rows: list[dict[str, Any]]) -> pa.Table:
+def _slide_table(rows: list[PendingSlide]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SLIDES)
 
 
@@ -93,9 +93,10 @@ class PlanTiles:
 
     def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
         """Yield the tiles of a batch of `plan_slide` rows, as many as a task takes at a time."""
-        waiting: list[Row] = []
-        for row in batch.to_pylist():
-            (tiles,) = self.attempts.run_guarded([row | {"tile_id": -1}], self._plan)
+        waiting: list[TileRow] = []
+        for slide in batch.to_pylist():
+            row: AttemptedSlide = slide | {"tile_id": -1}
+            (tiles,) = self.attempts.run_guarded([row], self._plan)
             waiting += tiles
             while len(waiting) >= self.tiles_per_task:
                 yield self._padded(waiting[: self.tiles_per_task])
@@ -103,14 +104,23 @@ class PlanTiles:
         if waiting:
             yield self._padded(waiting)
 
-    def _plan(self, rows: list[Row], begins: Callable[[str], None]) -> list[Row]:
+    def _plan(self, rows: list[AttemptedSlide], begins: Callable[[str], None]) -> list[TileRow]:
         (row,) = rows
         if row.get("error") is not None:
-            return [{"num_tiles": 0} | {name: row.get(name) for name in FAILED_PLAN}]
+            failed: TileRow = {
+                "slide_id": row["slide_id"],
+                "tile_id": row["tile_id"],
+                "num_tiles": 0,
+                "uri": row["uri"],
+                "stage": row.get("stage"),
+                "error_type": row.get("error_type"),
+                "error": row.get("error"),
+            }
+            return [failed]
         begins("plan")
         return self.plan(row, self.spec)
 
-    def _padded(self, rows: list[Row]) -> pa.Table:
+    def _padded(self, rows: list[TileRow]) -> pa.Table:
         tiles = pa.Table.from_pylist(stamp_queued(rows), schema=PLANNED)
         # More than where blocks are cut, and less than half of it more, which is cut again.
         num_bytes = block_bytes(self.tiles_per_task) * 6 // 5 - tiles.nbytes

@@ -26,6 +26,7 @@ from scellst_ray.pipelines.session import Cluster
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.config import tiles_of_task
 from scellst_ray.stages.make import NETWORKS, Stage, stage_groups
+from scellst_ray.stages.rows import PendingSlide
 from scellst_ray.stages.tiles import CellsSpec
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Resources:
 
 
 def receipts_dataset(
-    rows: list[dict[str, Any]],
+    rows: list[PendingSlide],
     spec: CellsSpec,
     run: RunFolder,
     resources: Resources,

@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 from scellst_ray import storage
 from scellst_ray.preflight.costs import UNITS
 from scellst_ray.preflight.rates import split_segment
-from scellst_ray.preflight.slide_plans import read_mpx
+from scellst_ray.preflight.slide_plans import SampledTile, read_mpx
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.find import MARGIN_UM
 from scellst_ray.stages.make import NETWORKS, make_stage, stage_groups
 from scellst_ray.stages.read import Read
-from scellst_ray.stages.tiles import CellsSpec, Row, guarded
+from scellst_ray.stages.rows import Outcome, TileRow
+from scellst_ray.stages.tiles import CellsSpec, guarded
 
 WORKER = "from scellst_ray.pipelines import find, networks, read, receipts, write"
 # What the command does before its workers start. A cluster it would join is there already.
@@ -58,7 +59,7 @@ class Sample:
 
 
 def calibrate(
-    tiles: Iterable[Row], spec: CellsSpec, tiles_per_task: int, *, on_gpu: bool
+    tiles: Iterable[SampledTile], spec: CellsSpec, tiles_per_task: int, *, on_gpu: bool
 ) -> Sample:
     """Measure the stages on a sample of tiles; the first task is done twice and counted once.
 
@@ -130,7 +131,7 @@ class _Worker:
         self.start_s = made_s + _children_s() - started
         self.clocks = [0.0, 0.0]
 
-    def done(self, tiles: list[Row]) -> pa.Table:
+    def done(self, tiles: list[SampledTile]) -> pa.Table:
         """Return the RECEIPTS of some tiles."""
         rows: Any = [dict(tile) for tile in tiles]
         for name, stage in self.stages.items():
@@ -141,12 +142,12 @@ class _Worker:
                 self.clocks[1] += time.process_time() - started[1]
         return rows
 
-    def open_s(self, tile: Row) -> float:
+    def open_s(self, tile: TileRow) -> float:
         """Open the slide of a tile anew; return the seconds that takes."""
         read = self.stages["read"]
         if not isinstance(read, Read) or read.no_pixels:
             return 0.0
-        outcome: Row = {}
+        outcome = Outcome()
         read.slides.drop(tile["uri"], tile["mpp"])
         with guarded(outcome, "open"):  # what is wrong with it, its tiles will tell
             read.slides.get(tile["uri"], tile["mpp"])
@@ -177,7 +178,7 @@ def _children_s() -> float:
 
 
 def _seconds(
-    receipts: pa.Table, tiles: list[Row], spec: CellsSpec, *, on_gpu: bool
+    receipts: pa.Table, tiles: list[SampledTile], spec: CellsSpec, *, on_gpu: bool
 ) -> dict[str, float]:
     """Return the seconds of a unit for every stage."""
     num_cells = receipts["num_cells"].to_numpy().astype(np.float64)
@@ -197,7 +198,9 @@ def _seconds(
     return rates | split_segment(segment, units["mpx"], num_cells)
 
 
-def _density(receipts: pa.Table, tiles: list[Row]) -> tuple[dict[str, float], dict[str, float]]:
+def _density(
+    receipts: pa.Table, tiles: list[SampledTile]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Return the cells of a mm2, of cores and of tissue, and of the tissue of each slide sampled.
 
     A tile also offers nuclei around its core, which its neighbours offer too. A slide's own density
@@ -207,7 +210,7 @@ def _density(receipts: pa.Table, tiles: list[Row]) -> tuple[dict[str, float], di
     sides_um = np.array([(t["core_w0"] * t["mpp"], t["core_h0"] * t["mpp"]) for t in tiles])
     core_um2, offered_um2 = sides_um.prod(axis=1), (sides_um + 2 * MARGIN_UM).prod(axis=1)
     found = {"cells_per_mm2": float(1e6 * num_cells.sum() / offered_um2.sum())}
-    tissue_mm2 = np.array([tile.get("tissue_mm2", 0.0) for tile in tiles]) * offered_um2 / core_um2
+    tissue_mm2 = np.array([tile["tissue_mm2"] or 0.0 for tile in tiles]) * offered_um2 / core_um2
     if not tissue_mm2.any():
         return found, {}
     density = float(num_cells.sum() / tissue_mm2.sum())

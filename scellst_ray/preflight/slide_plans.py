@@ -19,8 +19,29 @@ from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
 from scellst_ray.stages.plan_slide import imported_name, plan_slide
-from scellst_ray.stages.tiles import CellsSpec, Row, guarded
+from scellst_ray.stages.rows import Outcome, PendingSlide, TileRow
+from scellst_ray.stages.tiles import CellsSpec, guarded
 from scellst_ray.storage.node_cache import hold
+
+
+class SampledTile(TileRow):
+    """A tile of the sample.
+
+    Attributes:
+        key: Random number of the tile; the sample has the least keys.
+        tissue_mm2: Area of the tissue in its core; None for imported nuclei.
+    """
+
+    key: int
+    tissue_mm2: float | None
+
+
+class Header(Outcome, total=False):
+    """What a slide's header says: size in level-0 px, and um per level-0 px."""
+
+    width0: int
+    height0: int
+    mpp: float
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,7 @@ class SlidePlan:
     width0: int | None = None
     height0: int | None = None
     error: str | None = None
-    sample: tuple[Row, ...] = field(default=(), repr=False)
+    sample: tuple[SampledTile, ...] = field(default=(), repr=False)
 
 
 def plan_slides(
@@ -84,7 +105,7 @@ def plan_slides(
         cohort being as likely as any other.
     """
     planned: dict[str, SlidePlan] = {}
-    kept: list[Row] = []
+    kept: list[SampledTile] = []
     rows = (slide_row(slide) for slide in slides)
     one = partial(plan_one, spec=spec, keep=keep)
     for row, plan in each_isolated(one, rows, processes, timeout_s):
@@ -95,14 +116,14 @@ def plan_slides(
             kept = sorted([*kept, *plan.sample], key=_key)[:keep]
             planned[row["slide_id"]] = replace(plan, sample=())
         report(len(planned))
-    chosen: dict[str, list[Row]] = {}
+    chosen: dict[str, list[SampledTile]] = {}
     for tile in kept:
         chosen.setdefault(tile["slide_id"], []).append(tile)
     ordered = (planned[slide.slide_id] for slide in slides)
     return [replace(plan, sample=tuple(chosen.get(plan.slide_id, ()))) for plan in ordered]
 
 
-def slide_row(slide: SlideRow) -> Row:
+def slide_row(slide: SlideRow) -> PendingSlide:
     """Return a slide as `plan_slide` takes it, nothing of it done."""
     return {
         "slide_id": slide.slide_id,
@@ -115,13 +136,13 @@ def slide_row(slide: SlideRow) -> Row:
     }
 
 
-def plan_one(row: Row, spec: CellsSpec, keep: int = 0) -> SlidePlan:
+def plan_one(row: PendingSlide, spec: CellsSpec, keep: int = 0) -> SlidePlan:
     """Plan one slide, and sample its tiles: at most `keep`, each with its `tissue_mm2`."""
     started = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         if spec.segmenter == "imported" and row["segmentation"] is not None:
             name = imported_name(row["segmentation"], row["mpp"], spec)
-            row = row | {"imported_uri": storage.join(folder, name)}
+            row = {**row, "imported_uri": storage.join(folder, name)}
         tiles = plan_slide(row, spec)
         num_cells = _imported_cells(row, tiles)
     wall_s, cpu_s = time.perf_counter() - started[0], time.process_time() - started[1]
@@ -129,32 +150,42 @@ def plan_one(row: Row, spec: CellsSpec, keep: int = 0) -> SlidePlan:
     if first.get("error") is not None:
         return SlidePlan(row["slide_id"], error=f"{first['error_type']}: {first['error']}")
     tiles[-1].pop("seconds_plan")  # told as `seconds`; a receipt of the sample must not have it
-    there = [tile for tile in tiles if tile["num_tiles"]]
-    for tile in there:
-        tile["key"] = zlib.crc32(f"{tile['slide_id']}/{tile['tile_id']}".encode())
+    there: list[SampledTile] = [
+        {
+            **tile,
+            "key": zlib.crc32(f"{tile['slide_id']}/{tile['tile_id']}".encode()),
+            "tissue_mm2": None,
+        }
+        for tile in tiles
+        if tile["num_tiles"]
+    ]
     sample = tuple(sorted(there, key=_key)[:keep])
-    outcome: Row = {"tissue_mm2": None, "num_bytes": None}
+    outcome = Outcome()
+    num_bytes, tissue_mm2 = None, None
     with guarded(outcome, "tissue"):
-        outcome["num_bytes"] = size_of(row["uri"])
+        num_bytes = size_of(row["uri"])
         if spec.segmenter != "imported":
-            outcome["tissue_mm2"] = _tissue_mm2(row, sample)
+            tissue_mm2 = _tissue_mm2(row, sample)
     return SlidePlan(
         row["slide_id"],
         len(there),
-        outcome["tissue_mm2"],
+        tissue_mm2,
         sum(tile["core_w0"] * tile["core_h0"] for tile in there) * first["mpp"] ** 2 / 1e6,
         sum(read_mpx(tile) for tile in there),
-        outcome["num_bytes"],
+        num_bytes,
         num_cells,
         cpu_s if storage.is_local(row["uri"]) else wall_s,
-        **{name: first[name] for name in ("mpp", "read_mpp", "width0", "height0")},
+        mpp=first["mpp"],
+        read_mpp=first["read_mpp"],
+        width0=first["width0"],
+        height0=first["height0"],
         sample=sample,
     )
 
 
-def header_of(row: Row) -> Row:
+def header_of(row: PendingSlide) -> Header:
     """Return what a slide's header says, or the error of opening it."""
-    told: Row = {}
+    told: Header = {}
     with guarded(told, "open"):
         if row["mpp_error"]:
             raise ValueError(row["mpp_error"])
@@ -163,23 +194,23 @@ def header_of(row: Row) -> Row:
     return told
 
 
-def read_mpx(tile: Row) -> float:
+def read_mpx(tile: TileRow) -> float:
     """Return how many million px a tile reads."""
     scale = float(tile["mpp"] / tile["read_mpp"])
     return float(tile["read_w0"] * tile["read_h0"]) * scale**2 / 1e6
 
 
-def _key(tile: Row) -> tuple[int, str, int]:
+def _key(tile: SampledTile) -> tuple[int, str, int]:
     return tile["key"], tile["slide_id"], tile["tile_id"]
 
 
-def _imported_cells(row: Row, tiles: list[Row]) -> int | None:
+def _imported_cells(row: PendingSlide, tiles: list[TileRow]) -> int | None:
     if row["imported_uri"] is None or tiles[0].get("error") is not None:
         return None
     return len(storage.read_table(row["imported_uri"], ["tile_id"]))
 
 
-def _tissue_mm2(row: Row, sample: tuple[Row, ...]) -> float:
+def _tissue_mm2(row: PendingSlide, sample: tuple[SampledTile, ...]) -> float:
     """Return the area of a slide's tissue, as its planning sees it, and put it into the tiles."""
     with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
         mpp = max(TISSUE_MPP, slide.mpp)
@@ -194,7 +225,7 @@ def _tissue_mm2(row: Row, sample: tuple[Row, ...]) -> float:
     return float(mask.sum()) * px_mm2
 
 
-def by_slide(plans: list[SlidePlan]) -> Iterator[Row]:
+def by_slide(plans: list[SlidePlan]) -> Iterator[SampledTile]:
     """Yield the sampled tiles, those of a slide together, in the order of the slides."""
     for plan in plans:
         yield from plan.sample

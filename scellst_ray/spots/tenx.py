@@ -1,7 +1,4 @@
-"""Read feature-barcode matrices (HDF5 or a MEX folder), the format of all 10x instruments.
-
-B: barcodes (spots or cells); G: genes.
-"""
+"""Reads 10x feature-barcode matrices (HDF5 or a MEX folder), which all their instruments write."""
 
 import io
 from collections.abc import Iterable
@@ -22,60 +19,55 @@ def read_matrix(
     """Read the features of type "Gene Expression" of a matrix.
 
     Args:
-        fs: File system of the matrix.
-        path: Path of an HDF5 file (its name ends in .h5), or of a MEX folder, plain or gzipped,
-            with features.tsv or the older genes.tsv.
+        fs: Where it is.
+        path: An HDF5 file (its name ends in .h5), or a MEX folder, plain or gzipped, with
+            features.tsv or the older genes.tsv.
 
     Returns:
         (counts [B, G], B barcodes, G gene symbols).
 
     Raises:
-        ValueError: The files are incomplete or do not fit together.
+        ValueError: Where the files are not whole or do not fit together.
     """
     return _read_h5(fs, path) if path.endswith(".h5") else _read_mex(fs, path)
 
 
 def find_file(fs: fsspec.AbstractFileSystem, root: str, names: Iterable[str]) -> str:
-    """Return the path of the first of the names that exists in the folder.
+    """Return the first of the names that exists in the folder.
 
-    If none exists, a single file whose name ends in "_" and one of the names is returned, since
-    10x's downloads put the name of the data set before it.
-
-    Args:
-        fs: File system of the folder.
-        root: Path of the folder.
-        names: File or folder names, in order of preference.
+    Where none does, a single file counts whose name ends in "_" and one of the names: 10x's
+    downloads put the name of the data set before it.
 
     Raises:
-        ValueError: No such file exists; the message lists the names and the folder's content.
+        ValueError: Naming what was looked for and what is there.
     """
     root = root.rstrip("/")
     names = list(names)
     for name in names:
         if fs.exists(f"{root}/{name}"):
             return f"{root}/{name}"
-    problem = "the folder does not exist"
+    found = "no such folder exists"
     if fs.isdir(root):
-        files = sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False))
+        there = sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False))
         for name in names:
-            matches = [file for file in files if file.endswith(f"_{name}")]
-            if len(matches) == 1:
-                return f"{root}/{matches[0]}"
-        problem = f"the folder holds {files}"
+            named = [file for file in there if file.endswith(f"_{name}")]
+            if len(named) == 1:
+                return f"{root}/{named[0]}"
+        found = f"it holds {there}"
     message = (
-        f"{root}: not a complete 10x output folder: expected one of {names}, but {problem}. Give "
+        f"{root}: not a complete 10x output folder: looked for one of {names}, but {found}. Give "
         "the folder as the instrument's software wrote it (Space Ranger names it `outs`)."
     )
     raise ValueError(message)
 
 
 def read_bytes(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """Return the content of a file, decompressed if its name ends in .gz."""
+    """Read a file whole, unzipping it when its name ends in .gz."""
     try:
         with fs.open(path, "rb", compression="infer") as file:
             return bytes(file.read())
     except (EOFError, OSError) as error:
-        message = f"{path}: cannot be read ({error}). It may be cut off: copy it again."
+        message = f"{path}: cannot be read ({error}). Is it whole? Copy it again."
         raise ValueError(message) from error
 
 
@@ -89,7 +81,7 @@ def _read_mex(
     try:
         matrix = scipy_io.mmread(io.BytesIO(read_bytes(fs, matrix_path)))
     except (ValueError, OverflowError) as error:
-        message = f"{matrix_path}: not a complete MatrixMarket file ({error}). Copy it again."
+        message = f"{matrix_path}: not a whole MatrixMarket file ({error}). Copy it again."
         raise ValueError(message) from error
     counts_BG = sparse.csr_matrix(matrix.T)
     if counts_BG.shape != (len(barcodes), len(features[0])):
@@ -99,18 +91,18 @@ def _read_mex(
             "files must come from one run of Space Ranger."
         )
         raise ValueError(message)
-    genes = features[min(1, len(features) - 1)]  # columns are id, symbol, type; or only symbol
+    genes = features[min(1, len(features) - 1)]  # id, symbol, type; or the symbol alone
     kinds = features[2] if len(features) > 2 else None
     return _only_genes(counts_BG, barcodes, genes, kinds, folder)
 
 
 def _find_mex(fs: fsspec.AbstractFileSystem, folder: str, names: tuple[str, ...]) -> str:
-    """Return the path of a file of a MEX folder, gzipped (Space Ranger's default) or plain."""
+    """Find a file of a MEX folder, gzipped (Space Ranger's default) or plain."""
     return find_file(fs, folder, [name + end for name in names for end in (".gz", "")])
 
 
 def _read_columns(fs: fsspec.AbstractFileSystem, path: str) -> list[list[str]]:
-    """Return the columns of a TSV without header as strings."""
+    """Read the columns of a header-less TSV as strings."""
     table = read_strings(read_bytes(fs, path), path, separator="\t")
     return [column.to_list() for column in table]
 
@@ -118,17 +110,7 @@ def _read_columns(fs: fsspec.AbstractFileSystem, path: str) -> list[list[str]]:
 def read_strings(
     text: bytes, path: str, *, separator: str, has_header: bool = False
 ) -> pl.DataFrame:
-    """Parse a table and return its cells as strings.
-
-    Args:
-        text: Content of the file.
-        path: Name of the file in errors.
-        separator: Separator of columns.
-        has_header: Whether the first line names the columns.
-
-    Raises:
-        ValueError: The text is no table.
-    """
+    """Read a table as strings."""
     try:
         return pl.read_csv(
             text,
@@ -161,7 +143,7 @@ def _read_h5(
             raise ValueError(message)
         group = file["matrix"]
         num_features, num_barcodes = (int(size) for size in group["shape"][:])
-        # The file holds features x barcodes by column, which equals barcodes x features by row.
+        # The file is features x barcodes by column, which is barcodes x features by row.
         counts_BG = sparse.csr_matrix(
             (group["data"][:], group["indices"][:], group["indptr"][:]),
             shape=(num_barcodes, num_features),
@@ -180,7 +162,7 @@ def _only_genes(
     kinds: list[str] | None,
     source: str,
 ) -> tuple[sparse.csr_matrix, list[str], list[str]]:
-    """Return the features of type "Gene Expression", without antibodies and probes."""
+    """Keep features of type "Gene Expression" (antibodies and probes are no genes)."""
     if kinds is None:
         return counts_BG, barcodes, genes
     columns = [column for column, kind in enumerate(kinds) if kind == GENE_EXPRESSION]

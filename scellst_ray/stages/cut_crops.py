@@ -5,10 +5,9 @@ Plain functions; pipelines/crops.py maps them over slides.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ from scellst_ray.runs.crop_files import CropSample, Spool, draw, file_uri, set_u
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.records import CropRecord, CropStatus
 from scellst_ray.slides.reader import Slide
+from scellst_ray.stages.rows import CropSlide
 from scellst_ray.storage.node_cache import hold
 
 # Cells are cut a square of this many px read at a time; of one with few cells less is read.
@@ -64,7 +64,7 @@ def candidates(
     return cells.take(pa.array(index)), priority_N
 
 
-def cut_slide(crops: CropSet, row: Mapping[str, Any]) -> CropRecord:
+def cut_slide(crops: CropSet, row: CropSlide) -> CropRecord:
     """Write the crops of a slide; return its record, not yet published.
 
     Args:

@@ -1,6 +1,6 @@
 """Finding nuclei: the stage from pixels, or a network's maps, to nuclei and their crops."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
@@ -13,13 +13,16 @@ from scellst_ray.nuclei.crops import crop_nuclei
 from scellst_ray.nuclei.hv_maps import nuclei_from_packed
 from scellst_ray.nuclei.imported.tiles import nuclei_in_frame, read_tile
 from scellst_ray.nuclei.instances import Nuclei
-from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, Row, box_of, guarded, todo
+from scellst_ray.stages.rows import TileRow
+from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, box_of, guarded, todo
 
 if TYPE_CHECKING:
     from scellst_ray.core.geometry import Frame
 
 # How far outside its core a tile still offers nuclei that no tile may own: see nuclei/seams.py.
 MARGIN_UM = 2.0
+# What no later stage needs.
+USED_UP: tuple[Literal["image", "maps", "frame"], ...] = ("image", "maps", "frame")
 
 
 class FindNuclei:
@@ -30,7 +33,7 @@ class FindNuclei:
         cv2.setNumThreads(spec.num_threads)
         self.spec = spec
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Replace the pixels by `cells` (a table without vectors) and what embeds them.
 
         That is `crops`, uint8 [N, 48, 48, 3], or for tokens `boxes`, px of the tile, int [N, 4];
@@ -38,11 +41,11 @@ class FindNuclei:
         """
         for row in todo(rows):
             self._one(row)
-            for name in ("image", "maps", "frame"):
+            for name in USED_UP:
                 row.pop(name, None)
         return rows
 
-    def _one(self, row: Row) -> None:
+    def _one(self, row: TileRow) -> None:
         frame: Frame = row["frame"]
         with guarded(row, "segment"):
             nuclei = self._nuclei(row)
@@ -64,14 +67,14 @@ class FindNuclei:
                 row["crops"] = crop_nuclei(row["image"], nuclei.centroid_px, px_per_um)
             row["cells"] = table
 
-    def _margin_um(self, row: Row) -> float:
+    def _margin_um(self, row: TileRow) -> float:
         """Return how far outside its core a tile offers nuclei; their crops must lie in it."""
         if not self.spec.needs_crops:
             return MARGIN_UM
         halo_um = self.spec.halo_px * float(row["read_mpp"])
         return max(0.0, min(MARGIN_UM, halo_um - schemas.CROP_UM / 2))
 
-    def _nuclei(self, row: Row) -> Nuclei:
+    def _nuclei(self, row: TileRow) -> Nuclei:
         """Return the tile's nuclei in px of its image, those in the halo included."""
         if self.spec.segmenter == "cellvit":
             return nuclei_from_packed(row["maps"], self.spec.type_names)
@@ -80,7 +83,7 @@ class FindNuclei:
         return hematoxylin.segment(row["image"], row["read_mpp"])
 
 
-def _offered(nuclei: Nuclei, row: Row, margin_um: float) -> tuple[Nuclei, NDArray[np.uint8]]:
+def _offered(nuclei: Nuclei, row: TileRow, margin_um: float) -> tuple[Nuclei, NDArray[np.uint8]]:
     """Return the nuclei this tile offers, and what compaction must know of them at seams."""
     frame: Frame = row["frame"]
     boxes = nuclei.boxes_px().astype(np.float64)
@@ -96,7 +99,7 @@ def _offered(nuclei: Nuclei, row: Row, margin_um: float) -> tuple[Nuclei, NDArra
     return nuclei.take(index), seam
 
 
-def _cells(nuclei: Nuclei, seam: NDArray[np.uint8], row: Row) -> pa.Table:
+def _cells(nuclei: Nuclei, seam: NDArray[np.uint8], row: TileRow) -> pa.Table:
     """Return nuclei as rows of a shard, without vectors."""
     frame: Frame = row["frame"]
     centroid_x0y0 = frame.to_level0(nuclei.centroid_px).astype(np.float32)

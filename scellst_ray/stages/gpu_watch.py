@@ -1,8 +1,9 @@
 """When slide after slide fails on one GPU: the run is stopped, rather than turned into failures."""
 
 import socket
+from collections.abc import Sequence
 
-from scellst_ray.stages.tiles import Row
+from scellst_ray.stages.rows import AttemptedRow
 
 # Set to 1 by tests: workers compute on CPUs what they have GPUs for.
 PRETEND = "SCELLST_RAY_PRETEND_GPU"
@@ -25,7 +26,7 @@ class GpuWatch:
         self.on_gpu = on_gpu
         self.failed_slides: list[str] = []
 
-    def look(self, rows: list[Row]) -> None:
+    def look(self, rows: Sequence[AttemptedRow]) -> None:
         """Take note of rows that went through a stage, or were given up.
 
         Raises:
@@ -38,7 +39,7 @@ class GpuWatch:
             if self.on_gpu and row.get("stage") in STAGES:
                 self._add(row)
 
-    def _add(self, row: Row) -> None:
+    def _add(self, row: AttemptedRow) -> None:
         if row["slide_id"] not in self.failed_slides:
             self.failed_slides.append(row["slide_id"])
         if len(self.failed_slides) >= SLIDES_OF_BROKEN_GPU:

@@ -11,15 +11,18 @@ they load, and torch takes seconds and half a gigabyte, which readers beside a G
 # ruff: noqa: PLC0415 - see above
 
 from collections.abc import Callable
-from typing import Any
+
+import pyarrow as pa
 
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.stages.rows import TileRow
 from scellst_ray.stages.tiles import CellsSpec
 
 # Raised whenever a segmenter's results change: part of every run's digest.
 SEGMENTER_VERSIONS = {"hematoxylin": 2, "cellvit": 1, "imported": 1}
 NETWORKS = ("network", "embed")
-Stage = Callable[[Any], Any]
+# The last stage returns RECEIPTS, the others rows.
+Stage = Callable[[list[TileRow]], list[TileRow] | pa.Table]
 
 
 def make_stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Stage:

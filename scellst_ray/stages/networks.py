@@ -24,7 +24,8 @@ from scellst_ray.models.encoder.weights_file import local_weights
 from scellst_ray.models.mil.head import MilHead, load_head, stored_hidden
 from scellst_ray.nuclei import hv_maps
 from scellst_ray.stages.gpu_watch import PRETEND
-from scellst_ray.stages.tiles import CellsSpec, Row, guarded, todo
+from scellst_ray.stages.rows import Outcome, TileRow
+from scellst_ray.stages.tiles import CellsSpec, guarded, todo
 
 Device = Literal["cpu", "cuda"]
 logger = logging.getLogger(__name__)
@@ -42,13 +43,13 @@ class Network:
         _check_digest(spec.weights, self.model.digest, spec.weights_digest)
         self.pack = _pack_on_cpu if device == "cpu" else pack_maps
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Add `maps`, uint32 [side, side], and for tokens `tokens`, float16 [side/16, side/16, D].
 
         Tiles share a batch; if that fails, each is tried alone, so a tile's fault is its own.
         """
         waiting = todo(rows)
-        outcome: Row = {}
+        outcome = Outcome()
         with guarded(outcome, "network"):
             self._run(waiting)
         if outcome.get("error") is None:
@@ -61,7 +62,7 @@ class Network:
             end_process_if_broken(self.device, row)
         return rows
 
-    def _run(self, rows: list[Row]) -> None:
+    def _run(self, rows: list[TileRow]) -> None:
         found = segment_tiles(
             self.model,
             [row["image"] for row in rows],
@@ -94,7 +95,7 @@ class Embed:
         if spec.head_uri is not None:
             self.head = load_head(spec.head_uri)[0].to(device)
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Replace `crops`, or `tokens` and `boxes`, if any, by vector columns of `cells`."""
         for row in todo(rows):
             with guarded(row, "embed"):
@@ -166,7 +167,7 @@ def _check_digest(weights: str, found: str, expected: str | None) -> None:
         raise ValueError(message)
 
 
-def end_process_if_broken(device: Device, row: Row) -> None:
+def end_process_if_broken(device: Device, row: TileRow) -> None:
     """End this process if its GPU no longer works, so that Ray starts a new one.
 
     After an illegal access or a memory fault every later call on a CUDA context fails, and fast:

@@ -1,8 +1,6 @@
 """TILES: from slides to boxes; no pixels beyond a low-power view."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -18,12 +16,13 @@ from scellst_ray.slides.tiling import (
     tile_edges,
 )
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
-from scellst_ray.stages.tiles import CellsSpec, Row, box_columns, guarded
+from scellst_ray.stages.rows import PendingSlide, TileRow
+from scellst_ray.stages.tiles import CellsSpec, box_columns, guarded
 from scellst_ray.storage import node_cache
 from scellst_ray.storage.node_cache import hold
 
 
-def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
+def plan_slide(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
     """Plan a slide's tiles.
 
     Args:
@@ -36,29 +35,31 @@ def plan_slide(row: Mapping[str, Any], spec: CellsSpec) -> list[Row]:
         One row per tile still to do; a single row with tile_id -1 and num_tiles 0 if the slide
         cannot be opened or has nothing to do: no tissue, or no imported nucleus.
     """
-    nothing: Row = {"slide_id": row["slide_id"], "tile_id": -1, "num_tiles": 0, "uri": row["uri"]}
-    rows: list[Row] = []
+    nothing: TileRow = {
+        "slide_id": row["slide_id"],
+        "tile_id": -1,
+        "num_tiles": 0,
+        "uri": row["uri"],
+    }
+    rows: list[TileRow] = []
     with guarded(nothing, "plan"):
         if row["mpp_error"]:
             raise ValueError(row["mpp_error"])
         with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
             read_mpp = _read_mpp(slide, spec)
-            nothing |= {
-                "mpp": slide.mpp,
-                "read_mpp": read_mpp,
-                "width0": slide.width0,
-                "height0": slide.height0,
-            }
+            nothing["mpp"], nothing["read_mpp"] = slide.mpp, read_mpp
+            nothing["width0"], nothing["height0"] = slide.width0, slide.height0
             if spec.segmenter == "imported":
-                nothing["imported"] = row["imported_uri"]
-                tiles = _tiles_of_nuclei(slide, read_mpp, row, spec)
+                source, nothing["imported"] = _imported_files(row)
+                tiles = _tiles_of_nuclei(slide, read_mpp, source, nothing["imported"], spec)
             else:
                 tiles = _tiles_of_tissue(slide, read_mpp, spec)
         done = set(row["done_tiles"])
         for tile in tiles:
             if tile.tile_id not in done:
                 boxes = box_columns(tile.core, tile.read)
-                rows.append(nothing | {"tile_id": tile.tile_id, "num_tiles": len(tiles)} | boxes)
+                ids = (tile.tile_id, len(tiles))
+                rows.append({**nothing, **boxes, "tile_id": ids[0], "num_tiles": ids[1]})
     rows = rows or [nothing]
     rows[-1]["seconds_plan"] = nothing["seconds_plan"]
     return rows
@@ -78,27 +79,37 @@ def _tiles_of_tissue(slide: Slide, read_mpp: float, spec: CellsSpec) -> list[Til
     return plan_tiles(size0, ratio, tissue_mask(image, mpp), frame, spec.core_px, spec.halo_px)
 
 
+def _imported_files(row: PendingSlide) -> tuple[str, str]:
+    """Return where a slide's imported nuclei are, and where they lie sorted by tile.
+
+    Raises:
+        ValueError: the manifest names no file of imported nuclei.
+    """
+    source, by_tile = row["segmentation"], row["imported_uri"]
+    if not source or by_tile is None:
+        message = f"slide {row['slide_id']!r}: the manifest names no file in column segmentation"
+        raise ValueError(message)
+    return source, by_tile
+
+
 def _tiles_of_nuclei(
-    slide: Slide, read_mpp: float, row: Mapping[str, Any], spec: CellsSpec
+    slide: Slide, read_mpp: float, source: str, by_tile: str, spec: CellsSpec
 ) -> list[Tile]:
     """Return the tiles that have imported nuclei, after sorting these by tile.
 
-    Tissue is not asked for: whoever segmented the slide decided that.
+    The slide's tissue is not looked for: the segmentation decided which nuclei count.
     """
     size0, ratio = (slide.width0, slide.height0), read_mpp / slide.mpp
-    if not row["segmentation"]:
-        message = f"slide {row['slide_id']!r}: the manifest names no file in column segmentation"
-        raise ValueError(message)
-    if not storage.exists(row["imported_uri"]):
-        with hold(row["segmentation"]) as held:
+    if not storage.exists(by_tile):
+        with hold(source) as held:
             table = read_segmentation(held.path, held.name)
         table = check_within(table, *size0, held.name, slide.mpp)
         edges_x, edges_y = map(np.array, tile_edges(size0, ratio, spec.core_px))
-        publish_by_tile(table, edges_x, edges_y, row["imported_uri"])
-        for uri in storage.list_files(row["imported_uri"].rsplit("/", 1)[0]):
-            if uri != row["imported_uri"]:  # made of another file, or for other tiles
+        publish_by_tile(table, edges_x, edges_y, by_tile)
+        for uri in storage.list_files(by_tile.rsplit("/", 1)[0]):
+            if uri != by_tile:  # made of another file, or for other tiles
                 storage.remove_tree(uri)
-    wanted = set(storage.read_table(row["imported_uri"], ["tile_id"])["tile_id"].to_pylist())
+    wanted = set(storage.read_table(by_tile, ["tile_id"])["tile_id"].to_pylist())
     everywhere, frame = np.ones((1, 1), np.bool_), Frame(0.0, 0.0, *map(float, size0))
     tiles = plan_tiles(size0, ratio, everywhere, frame, spec.core_px, spec.halo_px)
     return [tile for tile in tiles if tile.tile_id in wanted]

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 import cv2
 
 from scellst_ray.slides.reader import Slide, box_frame
-from scellst_ray.stages.tiles import CellsSpec, Row, box_of, guarded, todo
+from scellst_ray.stages.rows import TileRow
+from scellst_ray.stages.tiles import CellsSpec, box_of, guarded, todo
 from scellst_ray.storage.node_cache import hold
 
 
@@ -45,7 +46,7 @@ class Read:
         # Nuclei that are given and not embedded need no pixels.
         self.no_pixels = spec.segmenter == "imported" and spec.encoder == "none"
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Add `image` (RGB uint8 [H, W, 3]) and `frame` (where it lies) to each row."""
         for row in todo(rows):
             if self.no_pixels:

@@ -5,10 +5,10 @@ Every worker imports this first, so nothing here takes long to load.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import pyarrow as pa
 
@@ -17,8 +17,8 @@ from scellst_ray.core.geometry import Box
 from scellst_ray.core.logs import log_context
 from scellst_ray.nuclei import seams
 from scellst_ray.runs.crop_files import Colours
+from scellst_ray.stages.rows import SECONDS_OF_STAGE, Outcome, TileBoxes, TileRow
 
-Row = dict[str, Any]
 MAX_CELLS_PER_TILE = 1 << seams.TILE_BITS
 OUT_OF_MEMORY = (
     "(more memory than the worker may have: check the file, or give workers more with memory_gb)"
@@ -80,11 +80,14 @@ class CellsSpec:
 
 
 @contextmanager
-def guarded(row: Row, stage: str) -> Iterator[None]:
-    """Time a stage of one tile, and turn what it raises into values of its row."""
+def guarded(row: Outcome, stage: str) -> Iterator[None]:
+    """Time a stage of one tile, and turn what it raises into values of its row.
+
+    Log lines name the slide and the tile of the row, if it has these fields.
+    """
     started = time.perf_counter()
     try:
-        with log_context(row.get("slide_id"), row.get("tile_id"), stage):
+        with log_context(*_slide_and_tile(row), stage):
             yield
     except Exception as error:  # noqa: BLE001 - the one place where a tile's failure is caught
         notes = " ".join(getattr(error, "__notes__", ()))
@@ -93,22 +96,39 @@ def guarded(row: Row, stage: str) -> Iterator[None]:
             kind, notes = "MemoryError", f"{notes} {OUT_OF_MEMORY}"
         row |= {"stage": stage, "error_type": kind, "error": f"{error} {notes}".strip() or kind}
     finally:
-        row[f"seconds_{stage}"] = time.perf_counter() - started
+        if stage in SECONDS_OF_STAGE:
+            row[SECONDS_OF_STAGE[stage]] = time.perf_counter() - started
 
 
-BOX_NAMES = tuple(f"{kind}_{name}" for kind in ("core", "read") for name in Box._fields)
+def _slide_and_tile(row: Mapping[str, object]) -> tuple[str | None, int | None]:
+    slide_id, tile_id = row.get("slide_id"), row.get("tile_id")
+    return (
+        slide_id if isinstance(slide_id, str) else None,
+        tile_id if isinstance(tile_id, int) else None,
+    )
 
 
-def box_columns(core: Box, read: Box) -> dict[str, int]:
+def box_columns(core: Box, read: Box) -> TileBoxes:
     """Return a tile's boxes as columns of TILES."""
-    return dict(zip(BOX_NAMES, (*core, *read), strict=True))
+    return {
+        "core_x0": core.x0,
+        "core_y0": core.y0,
+        "core_w0": core.w0,
+        "core_h0": core.h0,
+        "read_x0": read.x0,
+        "read_y0": read.y0,
+        "read_w0": read.w0,
+        "read_h0": read.h0,
+    }
 
 
-def todo(rows: list[Row]) -> list[Row]:
+def todo(rows: list[TileRow]) -> list[TileRow]:
     """Return the rows that still stand for a tile without an error."""
     return [row for row in rows if row.get("error") is None and row["num_tiles"]]
 
 
-def box_of(row: Row, kind: str) -> Box:
+def box_of(row: TileBoxes, kind: Literal["core", "read"]) -> Box:
     """Return a row's 'core' or 'read' box, level-0 px."""
-    return Box(*(row[f"{kind}_{name}"] for name in Box._fields))
+    if kind == "core":
+        return Box(row["core_x0"], row["core_y0"], row["core_w0"], row["core_h0"])
+    return Box(row["read_x0"], row["read_y0"], row["read_w0"], row["read_h0"])

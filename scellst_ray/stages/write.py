@@ -7,7 +7,8 @@ import pyarrow as pa
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.folder import RunFolder
-from scellst_ray.stages.tiles import Row, guarded
+from scellst_ray.stages.rows import Outcome, TileRow
+from scellst_ray.stages.tiles import guarded
 
 
 class WriteShards:
@@ -17,7 +18,7 @@ class WriteShards:
         """Write below `run`."""
         self.run = run
 
-    def __call__(self, rows: list[Row]) -> pa.Table:
+    def __call__(self, rows: list[TileRow]) -> pa.Table:
         """Publish the cells of these tiles; return RECEIPTS."""
         self._publish(rows)
         for row in rows:
@@ -30,7 +31,7 @@ class WriteShards:
         }
         return pa.table(columns, schema=schemas.RECEIPTS)
 
-    def _publish(self, rows: list[Row]) -> None:
+    def _publish(self, rows: list[TileRow]) -> None:
         """Write the cells of tiles that have any; if that fails, all of these tiles failed."""
         rows = [
             row
@@ -39,16 +40,18 @@ class WriteShards:
         ]
         if not rows:
             return
-        outcome: Row = {}
+        outcome = Outcome()
         name = f"{uuid.uuid4().hex}.parquet"
         with guarded(outcome, "write"):
             # One chunk is written in two thirds of the time of one a tile.
             table = pa.concat_tables([row["cells"] for row in rows]).combine_chunks()
             storage.publish_table(self.run.shard_uri(name), table)
-        outcome["seconds_write"] /= len(rows)
         start = 0
         for row in rows:
-            row.update(outcome)
-            if row.get("error") is None:
-                row.update(shard=name, shard_row=start)
+            row["seconds_write"] = outcome["seconds_write"] / len(rows)
+            if outcome.get("error") is None:
+                row["shard"], row["shard_row"] = name, start
+            else:
+                row["stage"], row["error_type"] = outcome["stage"], outcome["error_type"]
+                row["error"] = outcome["error"]
             start += len(row["cells"])
