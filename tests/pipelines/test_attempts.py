@@ -227,12 +227,13 @@ def run_python(code, *arguments):
 
 ENDLESS = """
 import ctypes, sys, time
-from scellst_ray.pipelines import attempts, watchdog
+from scellst_ray.core import watchdog
+from scellst_ray.pipelines import attempts
 watchdog.GRACE_S = 0.5
 # PyDLL keeps the interpreter's lock: no other thread of Python runs meanwhile.
 sleep = time.sleep if sys.argv[2] == "free" else ctypes.PyDLL(None).sleep
 rows = [{"slide_id": "s", "tile_id": 7, "num_tiles": 9}]
-attempts.Attempts(sys.argv[1], 3, 0.3).over(rows, lambda rows, begins: sleep(50))
+attempts.Attempts(sys.argv[1], 3, 0.3).run_guarded(rows, lambda rows, begins: sleep(50))
 """
 
 
@@ -244,7 +245,7 @@ def test_what_takes_too_long_ends_its_process(tmp_path, lock, reason):
     assert note["begun"] == [["s", 7]]
     assert note["reason"] == reason
     # The stacks are told, in any case.
-    assert 'File "<string>", line 8 in <lambda>' in done.stderr
+    assert 'File "<string>", line 9 in <lambda>' in done.stderr
     if reason:
         assert "slide 's' tile 7: took longer than 0.3 s" in done.stderr
 

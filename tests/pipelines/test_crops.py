@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_cutting import write_cells
 
 from scellst_ray import storage
 from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
@@ -17,6 +16,7 @@ from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.manifest import SlideRow, read_manifest
 from scellst_ray.stages.config import ExtractConfig
 from scellst_ray.stages.cut_crops import CropSet, cut_slide
+from tests.stages.test_cut_crops import write_cells
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 RESOURCES = Resources(workers=None, gpus=False, memory_gb=0.5, tiles_per_task=1)

@@ -205,7 +205,7 @@ def test_a_failure_at_any_later_stage(
     rows = plan_slide(helpers.slide_row(synthetic_slide.slide), cells_spec)[:2]
     run = RunFolder(str(tmp_path), "d1g")
     segment, write = helpers.find_stage(cells_spec), WriteShards(run)
-    monkeypatch.setattr(f"scellst_ray.pipelines.{broken[stage]}", fail)
+    monkeypatch.setattr(f"scellst_ray.stages.{broken[stage]}", fail)
     receipts = write(embed_stage(segment(rows)))
     assert receipts["stage"].to_pylist() == [stage] * 2
     assert receipts["error"].to_pylist() == ["broken"] * 2
@@ -221,7 +221,7 @@ def test_a_shard_that_could_not_be_written_spoils_no_other(
     run = RunFolder(str(tmp_path), "d1g")
     rows = [row for row in embed_stage(few_rows()[3:7]) if len(row["cells"])]
     with monkeypatch.context() as patch:
-        patch.setattr("scellst_ray.storage.files.publish_table", lambda *_: 1 / 0)
+        patch.setattr("scellst_ray.storage.publish_table", lambda *_: 1 / 0)
         first = WriteShards(run)(rows[:1])
     receipts = pa.concat_tables([first, WriteShards(run)(rows[1:])])
     record = finish_slide(run, "s", receipts)

@@ -155,7 +155,7 @@ def test_a_slide_too_coarse_for_the_network_says_so(network_spec, synthetic_slid
     row = helpers.slide_row(synthetic_slide.slide, mpp=0.9)
     (planned,) = plan_slide(row, network_spec)
     assert planned["stage"] == "plan"
-    assert "0.9 um/px is coarser than the 0.75" in planned["error"]
+    assert "0.9 um/px is coarser than 0.75, the limit of CellViT" in planned["error"]
 
 
 def test_tiles_that_share_a_pass_give_what_each_gives_alone(network, read_rows):
