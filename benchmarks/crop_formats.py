@@ -150,7 +150,7 @@ def write_store(folder: Path, crops: dict[str, Images], num: int, row_group: int
         with Spool(len(index)) as spool:
             spool.add(np.arange(len(index)), images[index % len(images)])
             digest = spool.publish(file_uri(str(folder), "set", slide_id), cells, "")
-            moments = vars(spool.moments)
+            moments = vars(spool.colours)
         slides[slide_id] = {"num_crops": len(index), "digest": digest, "centre": moments}
     form = {"format_version": schemas.FORMAT_VERSION, "crop_um": schemas.STORED_CROP_UM}
     form |= {"crop_px": schemas.STORED_CROP_PX, "row_group": row_group}

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from scellst_ray.commands.progress import shown_progress
 from scellst_ray.pipelines.extract import extract
-from scellst_ray.runs import domain_shift
+from scellst_ray.runs.domain_shift import domain_warnings
 from scellst_ray.runs.folder import FINISHED
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.stages.config import ExtractConfig
@@ -31,7 +31,7 @@ def summarise(records: Mapping[str, SlideRecord], out: str) -> int:
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
     line = f"{len(records)} slides: {text}; {num_cells:,} cells in {out}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for text in domain_shift.warnings(records):
+    for text in domain_warnings(records):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     bad = {k: r for k, r in sorted(records.items()) if r["status"] not in FINISHED}
     if bad:

@@ -12,10 +12,9 @@ from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.pipelines.driver import Report
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.pipelines.predict import predict
-from scellst_ray.runs.folder import FINISHED
+from scellst_ray.runs.folder import FINISHED, read_config
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.runs.records import SlideRecord
-from scellst_ray.runs.summary import read_config
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.config import ExtractConfig, PredictConfig
 

@@ -9,11 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from scellst_ray.runs.folder import SUMMARY_FILE, SUMMARY_PAGE
 from scellst_ray.runs.state import Holder, RunState, read_state
 from scellst_ray.runs.summary import (
     FAILURE_HEADER,
-    JSON_NAME,
-    MARKDOWN_NAME,
     failure_row,
     format_number,
     pace_line,
@@ -55,7 +54,7 @@ def status(config: StatusConfig) -> int:
     if config.write:
         write_summary(config.run)
         if not config.json:
-            text = f"wrote {JSON_NAME} and {MARKDOWN_NAME} into {config.run}"
+            text = f"wrote {SUMMARY_FILE} and {SUMMARY_PAGE} into {config.run}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 

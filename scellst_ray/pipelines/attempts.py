@@ -39,7 +39,7 @@ from scellst_ray import storage
 from scellst_ray.core.logs import named_tiles
 from scellst_ray.core.memory_limit import limit_memory
 from scellst_ray.core.watchdog import Watchdog
-from scellst_ray.runs.folder import FOLDER, RunFolder
+from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.gpu_watch import GpuWatch
 from scellst_ray.stages.rows import AttemptedRow, Outcome
 from scellst_ray.stages.tiles import guarded
@@ -291,12 +291,12 @@ def _overwrite(uri: str, content: bytes) -> None:
 
 def new_session(run: RunFolder) -> str:
     """Return a folder for the notes of one pipeline's workers."""
-    return storage.join(run.uri, FOLDER, uuid.uuid4().hex[:12])
+    return storage.join(run.attempts_uri, uuid.uuid4().hex[:12])
 
 
 def forget_attempts(run: RunFolder) -> None:
     """Remove the notes of all sessions: of those that are over, nothing is wanted."""
-    storage.remove_tree(storage.join(run.uri, FOLDER))
+    storage.remove_tree(run.attempts_uri)
 
 
 def attempts_of_actor(

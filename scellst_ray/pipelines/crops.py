@@ -32,6 +32,7 @@ from scellst_ray.runs.crop_files import (
     ROW_GROUP,
     CropSample,
     Cutoff,
+    crops_uri,
     index_uri,
     set_uri,
 )
@@ -328,7 +329,7 @@ def _publish_index(crops: CropSet, found: CropRecords) -> None:
     }
     storage.publish_json(index_uri(run_uri), index)
     kept = {index_uri(run_uri), set_uri(run_uri, crops.set_id)}
-    for uri in storage.list_files(storage.join(run_uri, "crops")):
+    for uri in storage.list_files(crops_uri(run_uri)):
         if uri not in kept:
             storage.remove_tree(uri)
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from scellst_ray import storage
 from scellst_ray.preflight.costs import UNITS, Rates, sum_by_key
+from scellst_ray.runs.folder import read_config
 from scellst_ray.runs.identity import StoredIdentity
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.runs.records import SlideRecord, known_mpp, known_size0
@@ -163,8 +163,7 @@ def _seconds(run: Run, suffix: str) -> dict[str, float]:
 
 def _on_gpu(run: Run, notes: list[str], *, on_gpu: bool) -> bool:
     """Tell whether a run's networks were on GPUs: as its command said, else as is planned now."""
-    config = storage.read_text(storage.join(run.folder.uri, "config.yaml"))
-    told = yaml.safe_load(config).get("gpus")
-    if told is None and on_gpu:
+    gpus = read_config(run.uri).get("gpus")
+    if gpus is None and on_gpu:
         notes.append(f"run {run.folder.uri}: not known whether it had GPUs; taken to have had them")
-    return on_gpu if told is None else bool(told)
+    return on_gpu if gpus is None else bool(gpus)

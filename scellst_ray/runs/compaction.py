@@ -1,9 +1,12 @@
-"""From a slide's receipts to its tables and its record.
+"""Compaction: the receipts of a slide become its tables and its record.
 
-Streams: memory is one row group, one shard and a few numbers for each nucleus near a seam between
-tiles, whatever the size of the slide. Rows come in the order of cell ids, what is the same nucleus
-at a seam depends on the nuclei alone, and row groups are cut by number of rows alone, so the tables
-are the same however the tiles were shared out, retried or resumed.
+A shard holds the cells of some tiles; a seam is the border between two tiles.
+
+- Memory does not grow with the slide: one row group, one shard, and a few numbers for each nucleus
+  near a seam.
+- Rows are in the order of cell ids. Which nuclei at a seam are the same depends on the nuclei
+  alone. Row groups are cut by number of rows alone. So the tables do not depend on how tiles were
+  shared out, retried or resumed.
 """
 
 import json
@@ -31,20 +34,28 @@ from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.records import DomainShift, ImportReport, SlideRecord, SlideStatus
 
 ROW_GROUP = 16_384
-# Of small shards kept for the next table or slide that needs them.
+# Bytes of small shards kept in memory for the next table or slide that needs them.
 KEPT_BYTES = 2**27
 Stretch = tuple[str, int, int]
 GEO = {
     "version": "1.1.0",
     "primary_column": "polygon",
-    # crs must be null: absent would mean longitude and latitude.
+    # crs must be null: without the key, readers take longitude and latitude.
     "columns": {"polygon": {"encoding": "WKB", "crs": None, "geometry_types": ["Polygon"]}},
 }
 
 
 @dataclass(frozen=True)
 class TableCounts:
-    """What a slide's tables hold; as it stands, that of a slide without cells."""
+    """Counts of a slide's tables; the defaults are those of a slide without cells.
+
+    Attributes:
+        tables: Names of the tables written.
+        num_cells: Number of nuclei kept.
+        num_doubled: Number of nuclei found by two tiles and kept once.
+        num_adopted: Number of nuclei owned by no tile and kept.
+        domain_shift: Distance from the cells of the head's training; None without a head.
+    """
 
     tables: tuple[str, ...] = ()
     num_cells: int = 0
@@ -54,19 +65,19 @@ class TableCounts:
 
 
 class Shards:
-    """Reads shards of a run. Those of small slides are read once for all tables and slides."""
+    """Reader of the shards of a run. A small shard is read once for all tables and slides."""
 
     def __init__(self, run: RunFolder) -> None:
-        """Read below `run`."""
+        """Read the shards of `run`."""
         self.run = run
         self.kept: dict[str, pa.Table] = {}
         self.lock = threading.Lock()
 
     def read(self, name: str, columns: list[str], *, keep: bool) -> pa.Table:
-        """Return some columns of a shard, which may be kept whole if it is small."""
+        """Return some columns of a shard; with `keep`, a small shard stays in memory."""
         table = self.kept.get(name)
         if table is None and keep:
-            # Not with the lock: a request to a store takes its time, and others wait for none.
+            # Without the lock, so that no thread waits for a request of another one.
             table = storage.read_small_table(self.run.shard_uri(name), ROW_GROUP)
             if table is not None:
                 self._keep(name, table)
@@ -96,14 +107,14 @@ def finish_slide(
 ) -> SlideRecord:
     """Write a slide's tables from its shards, then its record; return the record.
 
-    The shards stay: other slides may have cells there.
+    The shards stay: they may hold cells of other slides.
 
     Args:
         run: The run.
         slide_id: The slide.
-        receipts: RECEIPTS of this slide, one per tile, all of them.
-        shards: Where to read them, if several slides are finished.
-        imported: Whether its nuclei came from a file: the record tells what became of them.
+        receipts: RECEIPTS of this slide, one for each of its tiles.
+        shards: Reader of shards, shared if several slides are finished.
+        imported: Whether the nuclei came from a file. The record then counts what became of them.
     """
     if (np.diff(receipts["tile_id"].to_numpy()) < 0).any():
         receipts = receipts.sort_by("tile_id")
@@ -150,7 +161,7 @@ def unfinished_record(slide_id: str, error_type: str, error: str) -> SlideRecord
 def _record(
     slide_id: str, receipts: pa.Table, failed: pa.Table, written: TableCounts
 ) -> SlideRecord:
-    """Return the record; status done, empty (no tissue or no cell), partial or failed."""
+    """Return the record. The status is empty if there is no tissue or no cell."""
     status: SlideStatus = "done" if written.num_cells else "empty"
     if len(failed):
         status = "failed" if len(failed) == len(receipts) else "partial"
@@ -185,7 +196,7 @@ def _record(
 
 
 def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Shards) -> TableCounts:
-    """Write CELLS, and EXPRESSION if the shards hold hidden vectors, each nucleus once."""
+    """Write CELLS, each nucleus once, and EXPRESSION if the shards hold hidden factors."""
     stretches = list(_stretches(receipts))
     if not stretches:
         return TableCounts()
@@ -195,20 +206,20 @@ def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Sha
         keep = num_offered <= ROW_GROUP
         return _cells_in_order(stretches, lambda name: shards.read(name, columns, keep=keep))
 
-    found = seams.resolve(lambda: _seam_cells(cells(["cell_id", "seam", "polygon"])))
+    resolved = seams.resolve(lambda: _seam_cells(cells(["cell_id", "seam", "polygon"])))
     shard = shards.schema(stretches[0][0])
     dim = shard.field("embedding").type.list_size if "embedding" in shard.names else None
     geo = {b"geo": json.dumps(GEO).encode()}
     schema = schemas.signed(schemas.cells_schema(dim), "CELLS", run.digest, geo)
-    _write(run.cells_uri(slide_id), schema, _without(found.dropped, cells(schema.names)))
+    _write(run.cells_uri(slide_id), schema, _without(resolved.dropped, cells(schema.names)))
     tables, shift = ["CELLS"], None
     if "hidden" in shard.names:
         schema = _expression_schema(run, shard)
-        rows = _without(found.dropped, cells(schema.names))
+        rows = _without(resolved.dropped, cells(schema.names))
         shift = _write_expression(run, slide_id, schema, rows)
         tables.append("EXPRESSION")
-    num_cells = num_offered - len(found.dropped)
-    return TableCounts(tuple(tables), num_cells, found.num_doubled, found.num_adopted, shift)
+    num_cells = num_offered - len(resolved.dropped)
+    return TableCounts(tuple(tables), num_cells, resolved.num_doubled, resolved.num_adopted, shift)
 
 
 def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:
@@ -220,7 +231,7 @@ def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:
 def _write_expression(
     run: RunFolder, slide_id: str, schema: pa.Schema, rows: Iterator[pa.Table]
 ) -> DomainShift | None:
-    """Write EXPRESSION; return how far the cells lie from those the run's head knows."""
+    """Write EXPRESSION; return how far the cells lie from those of the head's training."""
     uri = run.expression_uri(slide_id)
     if "distance" not in schema.names:  # shards of an earlier release
         _write(uri, schema, rows)
@@ -231,7 +242,7 @@ def _write_expression(
 
 
 def _seam_cells(cells: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:
-    """Yield what is needed of the nuclei of each part that other tiles may also have found."""
+    """Yield ids, seam bits and outlines of the nuclei that other tiles may also have found."""
     for part in cells:
         near = part.filter(pc.greater(part["seam"], 0))
         if len(near):
@@ -240,7 +251,7 @@ def _seam_cells(cells: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:
 
 
 def _without(dropped: NDArray[np.int64], cells: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the cells of each part whose ids are not among those dropped (ascending)."""
+    """Yield the cells of each part without those whose ids are in `dropped` (ascending)."""
     for part in cells:
         cell_id = part["cell_id"].to_numpy()
         start, end = np.searchsorted(dropped, [cell_id[0], cell_id[-1] + 1])
@@ -259,7 +270,7 @@ def _cells_in_order(
 
 
 def _stretches(receipts: pa.Table) -> Iterator[Stretch]:
-    """Yield shard, first row and number of rows of tiles whose cells follow each other there."""
+    """Yield shard, first row and number of rows of tiles that follow each other in a shard."""
     name, start, end = "", 0, 0
     columns = (receipts[n].to_pylist() for n in ("shard", "shard_row", "num_cells"))
     for shard, row, num_cells in zip(*columns, strict=True):

@@ -1,9 +1,10 @@
-"""CROPS on disk: which cells are sampled, how a crop is coded, what a slide's file holds.
+"""CROPS on disk: which cells are sampled, how a crop is coded, and the file of a slide.
 
-A cell is drawn by a random number of its own, a hash of the seed, its slide and its id: the cells
-with the lowest numbers are a uniform sample without replacement, the same whoever draws it and in
-whatever order, and a smaller sample is the beginning of a larger one. A slide's file has its crops
-in the order of these numbers, so any stretch of it is a random sample too.
+A crop is the image around one nucleus. Each cell has a random number, its priority: a hash of the
+seed, its slide and its id. The cells with the lowest priorities are a uniform sample without
+replacement. The sample does not depend on who draws it or in which order. A smaller sample is the
+beginning of a larger one. A slide's file holds its crops in the order of their priorities, so each
+stretch of it is a random sample too.
 
 Shapes: N crops, H W px, C channels.
 """
@@ -26,10 +27,11 @@ from numpy.typing import NDArray
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
+from scellst_ray.runs.folder import CROPS
 from scellst_ray.runs.records import ColourTotals, SampleSettings
 
-# Of raw, zstd, PNG, JPEG and WebP: a fifth of raw's bytes, decoded four times as fast as PNG, and
-# a mean error of one grey level, see benchmarks/crop_formats.py. 4:4:4: stains are colours.
+# JPEG takes a fifth of the bytes of raw pixels, is decoded four times as fast as PNG, and has a
+# mean error of one grey level (benchmarks/crop_formats.py). 4:4:4 keeps colours, as stains are.
 CODEC = "jpeg"
 QUALITY = 95
 PARAMETERS = (
@@ -39,9 +41,9 @@ PARAMETERS = (
     cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
 )
 ROW_GROUP = 128
-# Every priority is at most this.
+# Highest possible priority: a cutoff that leaves out no cell.
 NO_CUTOFF = (1 << 64) - 1
-# The odd constants of splitmix64 (Steele, Lea and Flood, 2014).
+# Constants of splitmix64 (Steele, Lea and Flood, 2014).
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX = (
     (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
@@ -56,8 +58,8 @@ def key(*parts: object) -> np.uint64:
     return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], "<u8")[0]  # type: ignore[no-any-return]
 
 
-def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return splitmix64's output for each value: uniform 64 bits, without repeats."""
+def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the output of splitmix64 for each value: uniform 64 bits, without repeats."""
     out = values + GOLDEN
     for shift, factor in MIX:
         out = (out ^ (out >> shift)) * factor
@@ -67,21 +69,21 @@ def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def permutation(num: int, *parts: object) -> NDArray[np.int64]:
     """Return the numbers below `num` in an order that depends on the parts alone.
 
-    Not NumPy's own, whose streams may change with its version.
+    NumPy's own permutations may change with its version.
     """
-    values = mixed(np.arange(num, dtype=np.uint64) + key(*parts))
+    values = splitmix64(np.arange(num, dtype=np.uint64) + key(*parts))
     return np.argsort(values, kind="stable").astype(np.int64)
 
 
 @dataclass(frozen=True)
 class CropSample:
-    """Which cells get crops.
+    """Rule for which cells get crops.
 
     Attributes:
-        total: At most so many of all slides together.
-        per_slide: At most so many of a slide; None: no limit.
-        per_type: At most so many of a slide and nucleus type; None: no limit.
-        seed: Another seed draws other cells.
+        total: Highest number of crops of all slides together.
+        per_slide: Highest number of crops of a slide; None: no limit.
+        per_type: Highest number of crops of a nucleus type of a slide; None: no limit.
+        seed: Seed of the priorities. Another seed draws other cells.
     """
 
     total: int
@@ -100,20 +102,20 @@ class CropSample:
 
 
 def priorities(seed: int, slide_id: str, cell_id: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return each cell's random number, uint64 [N]."""
-    return mixed(mixed(cell_id.astype(np.uint64)) + key("crop", seed, slide_id))
+    """Return each cell's priority, uint64 [N]."""
+    return splitmix64(splitmix64(cell_id.astype(np.uint64)) + key("crop", seed, slide_id))
 
 
 def draw(
     sample: CropSample, slide_id: str, cell_id: NDArray[np.int64], nucleus_type: pa.Array
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Draw a slide's candidates: those it would give if it were the only slide.
+    """Draw a slide's candidates: the cells that get crops if the run has no other slide.
 
     Args:
-        sample: How many.
+        sample: The rule.
         slide_id: The slide.
-        cell_id: Its cells [N].
-        nucleus_type: Their types, strings [N].
+        cell_id: Ids of its cells [N].
+        nucleus_type: Types of these cells, strings [N].
 
     Returns:
         Rows of the sampled cells and their priorities, ascending.
@@ -133,29 +135,29 @@ def draw(
 
 
 class Cutoff:
-    """Finds the priority up to which candidates of all slides fit the total, a slide at a time."""
+    """Cutoff: the priority up to which candidates of all slides together fit the total."""
 
     def __init__(self, total: int) -> None:
-        """Start with no candidates; memory stays a few times `total` numbers."""
+        """Start without candidates; memory stays at a few times `total` numbers."""
         self.total = total
         self.lowest: list[NDArray[np.uint64]] = []
         self.num = 0
 
     def add(self, priority_N: NDArray[np.uint64]) -> None:
-        """Take a slide's candidates."""
+        """Add a slide's candidates."""
         self.lowest.append(priority_N)
         self.num += len(priority_N)
         if self.num > 4 * self.total + 1_000_000:
-            # One more than the total, to know whether any was left out.
-            found = np.partition(np.concatenate(self.lowest), self.total)[: self.total + 1]
-            self.lowest, self.num = [found], len(found)
+            # One more than the total, to know whether any candidate is left out.
+            lowest = np.partition(np.concatenate(self.lowest), self.total)[: self.total + 1]
+            self.lowest, self.num = [lowest], len(lowest)
 
     def value(self) -> int:
-        """Return the highest priority at or below which there are at most `total` candidates."""
-        found = np.sort(np.concatenate([*self.lowest, np.zeros(0, np.uint64)]))
-        if len(found) <= self.total:
+        """Return the highest priority that at most `total` candidates do not exceed."""
+        ascending = np.sort(np.concatenate([*self.lowest, np.zeros(0, np.uint64)]))
+        if len(ascending) <= self.total:
             return NO_CUTOFF
-        below = found[found < found[self.total]]
+        below = ascending[ascending < ascending[self.total]]
         return int(below[-1]) if len(below) else 0
 
 
@@ -165,10 +167,10 @@ Colours = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass
 class ColourSums:
-    """Sums over the px of crops' centres: exact, so they add up to the same in any order.
+    """Sums over the pixels of the centres of crops. They are exact, so their order is irrelevant.
 
     Attributes:
-        num_px: Pixels.
+        num_px: Number of pixels.
         sums: Sum of the values 0-255 of each channel.
         squares: Sum of their squares.
     """
@@ -178,7 +180,7 @@ class ColourSums:
     squares: list[int] = field(default_factory=lambda: [0, 0, 0])
 
     def add(self, crops_NHWC: NDArray[np.uint8]) -> None:
-        """Take the centres of crops: what an encoder will see."""
+        """Add the centres of crops, the part that an encoder sees."""
         first = (crops_NHWC.shape[1] - schemas.CROP_PX) // 2
         end = first + schemas.CROP_PX
         centre = crops_NHWC[:, first:end, first:end].reshape(-1, 3).astype(np.uint64)
@@ -198,7 +200,7 @@ class ColourSums:
         """Return mean and standard deviation of each channel, over all pixels, in 0-1."""
         num = max(self.num_px, 1)
         pairs = list(zip(self.sums, self.squares, strict=True))
-        # In whole numbers: the difference of two large ones.
+        # In whole numbers, since it is the difference of two large ones.
         variances = [(num * squares - total**2) / num**2 for total, squares in pairs]
         return tuple(t / num / 255 for t in self.sums), tuple(v**0.5 / 255 for v in variances)
 
@@ -221,13 +223,13 @@ def decode_into(images: Sequence[NDArray[np.uint8]], out_NHWC: NDArray[np.uint8]
 
 
 class Spool:
-    """Coded crops on this node's disk: cut by place on the slide, written by priority."""
+    """Coded crops on this node's disk. They are cut by place on the slide, written by priority."""
 
     def __init__(self, num_crops: int) -> None:
-        """Make room for so many."""
+        """Prepare for `num_crops` crops."""
         self.start = np.zeros(num_crops, np.int64)
         self.num_bytes = np.zeros(num_crops, np.int64)
-        self.moments = ColourSums()
+        self.colours = ColourSums()
         self._end = 0
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the spool
 
@@ -245,8 +247,8 @@ class Spool:
         self._file.close()
 
     def add(self, rows: NDArray[np.int64], crops_NHWC: NDArray[np.uint8]) -> None:
-        """Take the crops of some rows."""
-        self.moments.add(crops_NHWC)
+        """Add the crops of some rows."""
+        self.colours.add(crops_NHWC)
         for row, crop_HWC in zip(rows, crops_NHWC, strict=True):
             image = encode(crop_HWC)
             self._file.write(image)
@@ -257,9 +259,9 @@ class Spool:
         """Write the file of a slide; return a digest of its content.
 
         Args:
-            uri: Where.
+            uri: URI of the file.
             cells: slide_id, cell_id and nucleus_type of the rows.
-            run_digest: Of the run the cells are of.
+            run_digest: Digest of the run that has the cells.
         """
         extra = {
             b"scellst_ray.codec": CODEC.encode(),
@@ -272,7 +274,7 @@ class Spool:
 
         def write(path: Path) -> None:
             options: dict[str, Any] = {
-                # Coded images do not shrink; their least and greatest bytes tell nobody anything.
+                # Coded images do not shrink, and the least and greatest of them say nothing.
                 "compression": {n: storage.COMPRESSION for n in schema.names if n != "image"},
                 "use_dictionary": ["slide_id", "nucleus_type"],
                 "write_statistics": ["cell_id"],
@@ -295,16 +297,21 @@ class Spool:
         return digest.hexdigest()
 
 
+def crops_uri(run_uri: str) -> str:
+    """Return the folder of all crops of a run."""
+    return storage.join(run_uri, CROPS)
+
+
 def index_uri(run_uri: str) -> str:
-    """Return where a run says which crops it has."""
-    return storage.join(run_uri, "crops", "crops.json")
+    """Return the URI of the index of a run's crops."""
+    return storage.join(crops_uri(run_uri), "crops.json")
 
 
 def set_uri(run_uri: str, set_id: str) -> str:
     """Return the folder of one set of crops."""
-    return storage.join(run_uri, "crops", set_id)
+    return storage.join(crops_uri(run_uri), set_id)
 
 
 def file_uri(run_uri: str, set_id: str, slide_id: str) -> str:
-    """Return where the crops of a slide are."""
+    """Return the URI of the crops of a slide."""
     return storage.join(set_uri(run_uri, set_id), f"{slide_id}.parquet")

@@ -1,6 +1,6 @@
-"""Reading crops: what runs have, and some of them in memory. training/crop_order.py feeds them on.
+"""Reading crops: the crops of several runs as one store, and some of them in memory.
 
-Shapes: N crops, H W px, C channels.
+training/crop_order.py hands them to the training. Shapes: N crops, H W px, C channels.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ class CropFile:
     Attributes:
         slide_id: The slide.
         uri: Its file.
-        num_crops: Rows.
-        row_group: Rows of each of its row groups but the last.
+        num_crops: Number of rows.
+        row_group: Number of rows of each row group but the last.
     """
 
     slide_id: str
@@ -48,15 +48,15 @@ class CropStore:
 
     Attributes:
         uris: The run folders.
-        num_crops: Of all slides.
-        mean: Of each channel over all px of the centres that encoders see, 0-1.
-        std: Likewise, of all px together.
-        crop_um: Side of a crop on the slide.
-        crop_px: Side of a crop as stored.
-        digest: Changes with any crop.
-        slides: Crops of each slide, by slide_id.
-        failed: Why slides have no crops, by slide_id.
-        files: Where they are, by slide_id ascending.
+        num_crops: Number of crops of all slides.
+        mean: Mean of each channel over all pixels of the centres that encoders see, 0-1.
+        std: Standard deviation of each channel over the same pixels, 0-1.
+        crop_um: Side of a crop on the slide, um.
+        crop_px: Side of a crop as stored, px.
+        digest: Digest of all crops.
+        slides: Number of crops of each slide, by slide_id.
+        failed: Reason why a slide has no crops, by slide_id.
+        files: Files of the slides, by ascending slide_id.
     """
 
     uris: tuple[str, ...]
@@ -75,18 +75,18 @@ def open_store(uris: Sequence[str]) -> CropStore:
     """Open the crops of run folders of `extract` (or `predict`) as one store.
 
     Args:
-        uris: The folders; their order does not matter.
+        uris: The folders, in any order.
 
     Raises:
-        ValueError: a folder has no crops, or they are not finished, or of a newer release, or two
-            folders have crops of the same slide.
+        ValueError: the crops of a folder are absent, unfinished or written by a newer release, or
+            two folders have crops of the same slide.
     """
     uris = tuple(storage.absolute(uri) for uri in uris)
-    moments, failed, files, digests = ColourSums(), {}, {}, {}
+    colours, failed, files, digests = ColourSums(), {}, {}, {}
     for uri in uris:
         index = _index(uri)
         failed.update(index["failed"])
-        for slide_id, found in index["slides"].items():
+        for slide_id, crops in index["slides"].items():
             if slide_id in files:
                 message = (
                     f"{uri}: has crops of slide {slide_id!r}, and so has another of the folders; "
@@ -94,14 +94,14 @@ def open_store(uris: Sequence[str]) -> CropStore:
                 )
                 raise ValueError(message)
             place = file_uri(uri, index["set"], slide_id)
-            files[slide_id] = CropFile(slide_id, place, found["num_crops"], index["row_group"])
-            digests[slide_id] = found["digest"]
-            moments.join(**found["centre"])
+            files[slide_id] = CropFile(slide_id, place, crops["num_crops"], index["row_group"])
+            digests[slide_id] = crops["digest"]
+            colours.join(**crops["centre"])
     num_crops = sum(file.num_crops for file in files.values())
     if not num_crops:
-        message = f"{', '.join(uris) or 'no folder'}: no crops at all; give runs that found cells"
+        message = f"{', '.join(uris) or 'no folder'}: no crops; give runs that found cells"
         raise ValueError(message)
-    mean, std = moments.mean_std()
+    mean, std = colours.mean_std()
     content = json.dumps(sorted(digests.items())).encode()
     return CropStore(
         uris,
@@ -124,24 +124,24 @@ def colours_by_slide(uri: str) -> dict[str, Colours]:
         uri: A run folder with crops.
 
     Raises:
-        ValueError: it has none, or they are not finished, or of a newer release.
+        ValueError: its crops are absent, unfinished or written by a newer release.
     """
     slides = _index(storage.absolute(uri))["slides"]
     return {
-        slide_id: ColourSums(**found["centre"]).mean_std()
-        for slide_id, found in slides.items()
-        if found["num_crops"]
+        slide_id: ColourSums(**crops["centre"]).mean_std()
+        for slide_id, crops in slides.items()
+        if crops["num_crops"]
     }
 
 
 def _index(uri: str) -> CropIndex:
-    """Read what crops a run has."""
+    """Read the index of a run's crops."""
     place = index_uri(uri)
     if not storage.exists(place):
-        begun = storage.exists(place.rsplit("/", 1)[0])
+        is_begun = storage.exists(place.rsplit("/", 1)[0])
         message = (
             f"{uri}: its crops are not finished; run the same `scellst-ray extract` command again"
-            if begun
+            if is_begun
             else f"{uri}: has no crops; run `scellst-ray extract` with --crops NUMBER on it"
         )
         raise ValueError(message)
@@ -166,10 +166,10 @@ class Crops:
     """Some crops in memory.
 
     Attributes:
-        slide_id: [N] strings.
-        cell_id: [N].
-        nucleus_type: [N] strings.
-        images_NHWC: RGB uint8 [N, 72, 72, 3].
+        slide_id: Slides, strings [N].
+        cell_id: Ids of the cells within their slides, int64 [N].
+        nucleus_type: Types, strings [N].
+        images_NHWC: RGB images, uint8 [N, 72, 72, 3].
     """
 
     slide_id: NDArray[np.str_]
@@ -185,8 +185,8 @@ def read_crops(
 
     Args:
         store: The store.
-        slide_ids: Of these slides, in this order; all by slide_id if None.
-        per_slide: At most so many of each slide: a uniform sample of its crops. All if None.
+        slide_ids: The slides, in this order; all by slide_id if None.
+        per_slide: Highest number of crops of each slide, a uniform sample; all if None.
 
     Raises:
         ValueError: a slide has no crops in the store.
@@ -194,7 +194,7 @@ def read_crops(
     by_id = {file.slide_id: file for file in store.files}
     unknown = [s for s in slide_ids or () if s not in by_id]
     if unknown:
-        message = f"no crops of slide(s) {unknown}; the store has {sorted(by_id)}"
+        message = f"no crops of slides {unknown}; choose from those of the store: {sorted(by_id)}"
         raise ValueError(message)
     tables = [schemas.CROPS.empty_table()]
     for slide_id in store.slides if slide_ids is None else slide_ids:
@@ -210,14 +210,14 @@ def read_crops(
 
 
 class CropFiles:
-    """Reads row groups of files; from several threads at once, if need be."""
+    """Reader of row groups. Several threads may use it at once."""
 
     def __init__(self) -> None:
-        """Begin without footers; each is read once."""
+        """Start without footers; each one is read once."""
         self._footers: dict[str, pq.FileMetaData] = {}
 
     def read(self, file: CropFile, groups: list[int], columns: list[str]) -> pa.Table:
-        """Return row groups of a file; from object storage just their bytes are asked for."""
+        """Return row groups of a file; only their bytes are read from object storage."""
         return retried(partial(self._read, file, groups, columns), redacted(file.uri))
 
     def _read(self, file: CropFile, groups: list[int], columns: list[str]) -> pa.Table:
@@ -226,15 +226,16 @@ class CropFiles:
         with ExitStack() as stack:
             source = path
             if not storage.is_local(file.uri):
-                # Without a cache of fsspec's, which would read ahead what nobody wants.
+                # Without fsspec's cache, which would read bytes ahead that nobody needs.
                 source = stack.enter_context(fs.open(path, "rb", cache_type="none"))
             parquet = stack.enter_context(pq.ParquetFile(source, metadata=footer, pre_buffer=True))
             if footer is None:
                 schemas.check(parquet.schema_arrow, "CROPS", file.uri)
                 if parquet.metadata.num_rows != file.num_crops:
                     message = (
-                        f"{file.uri}: {parquet.metadata.num_rows} crops, not the {file.num_crops} "
-                        "there were; open the store anew, without other jobs changing it"
+                        f"{file.uri}: holds {parquet.metadata.num_rows} crops, and held "
+                        f"{file.num_crops} when the store was opened; open the store again, while "
+                        "no other job changes it"
                     )
                     raise ValueError(message)
                 self._footers[file.uri] = parquet.metadata
@@ -243,11 +244,11 @@ class CropFiles:
 
 def image_bytes(column: pa.ChunkedArray) -> list[NDArray[np.uint8]]:
     """Return the bytes of each value of a binary column, without copying them."""
-    found = []
+    images = []
     for chunk in column.chunks:
         if len(chunk):
             _, offsets, data = chunk.buffers()
             ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
             values = np.frombuffer(data, np.uint8)
-            found += [values[a:b] for a, b in pairwise(ends)]
-    return found
+            images += [values[a:b] for a, b in pairwise(ends)]
+    return images

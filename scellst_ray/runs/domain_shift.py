@@ -1,9 +1,11 @@
-"""How far the cells of a slide lie from those a head was trained on.
+"""Domain shift: how far the cells of a slide lie from the cells that a head was trained on.
 
-A cell's distance is the root mean square over features of (x - mean) / std, with the mean and
-deviation of the training instances that the head holds: about 1 for a cell like those. A slide's
-score is the root mean square of its cells' distances; the limit is the highest score that a
-training slide had when it was left out. Shape letters: L instances of a slide, N cells, D features.
+A cell's distance is the root mean square over features of (x - mean) / std. Mean and standard
+deviation are those of the training instances, which the head holds. A cell like those has a
+distance of about 1. A slide's score is the root mean square of its cells' distances. The limit is
+the highest score that a training slide had when it was left out.
+
+Shape letters: L instances of a slide, N cells, D features.
 """
 
 import json
@@ -19,7 +21,7 @@ from scellst_ray import storage
 from scellst_ray.runs.records import DomainShift, SlideRecord
 
 BLOCK = 4096
-# What remains of a feature that never varies; the head's own rule (MilHead.standardise).
+# A feature whose deviation is below this share of its mean is constant (MilHead.standardise).
 CONSTANT = 1e-6
 
 
@@ -37,12 +39,12 @@ class HeadDomain(TypedDict):
 
 @dataclass(frozen=True)
 class Moments:
-    """How many instances there are, and mean and variance (over L) of each feature.
+    """Number of instances, and mean and variance (over L) of each feature.
 
     Attributes:
-        count: L.
-        mean_D: float64 [D].
-        var_D: float64 [D].
+        count: Number of instances, L.
+        mean_D: Means, float64 [D].
+        var_D: Variances, float64 [D].
     """
 
     count: int
@@ -50,11 +52,11 @@ class Moments:
     var_D: NDArray[np.float64]
 
 
-def pooled(parts: Iterable[Moments]) -> Moments:
+def pool_moments(parts: Iterable[Moments]) -> Moments:
     """Return the moments of several sets of instances together.
 
     Raises:
-        ValueError: no set, or none with instances.
+        ValueError: no set holds instances.
     """
     some = list(parts)
     count = sum(part.count for part in some)
@@ -62,20 +64,20 @@ def pooled(parts: Iterable[Moments]) -> Moments:
         message = f"{len(some)} sets hold no instances, expected at least one: link cells to spots."
         raise ValueError(message)
     mean_D = np.sum([part.count * part.mean_D for part in some], axis=0) / count
-    # Deviations from the common mean, not squares minus its square: nothing cancels.
+    # Deviations from the common mean: nothing cancels, as it would in a difference of squares.
     square_D = [part.count * (part.var_D + (part.mean_D - mean_D) ** 2) for part in some]
     return Moments(count, mean_D, np.sum(square_D, axis=0) / count)
 
 
-def moments(x_LD: NDArray[np.floating]) -> Moments:
-    """Return the moments of instances of any float type [L, D], in float64 by blocks."""
+def moments_of(x_LD: NDArray[np.floating]) -> Moments:
+    """Return the moments of instances [L, D] of any float type, in float64 by blocks."""
 
     def blocks() -> Iterator[Moments]:
         for start in range(0, len(x_LD), BLOCK):
             block = x_LD[start : start + BLOCK].astype(np.float64)
             yield Moments(len(block), block.mean(axis=0), block.var(axis=0))
 
-    return pooled(blocks())
+    return pool_moments(blocks())
 
 
 def score_under(cells: Moments, reference: Moments) -> float:
@@ -90,43 +92,39 @@ def score_under(cells: Moments, reference: Moments) -> float:
     return float(np.sqrt(square_D.mean()))
 
 
-def held_out(slides: Mapping[str, Moments]) -> HeadDomain:
-    """Return what a head stores of its domain.
+def score_held_out(slides: Mapping[str, Moments]) -> HeadDomain:
+    """Score each training slide under all other training slides; return the head's `domain`.
 
     Args:
-        slides: The moments of each training slide's instances, by slide_id.
-
-    Returns:
-        held_out: the score of each slide under all others; limit: the highest, None where a single
-        slide leaves nothing to compare with.
+        slides: Moments of each training slide's instances, by slide_id.
     """
     scores = {}
     if len(slides) > 1:
         for slide_id, mine in sorted(slides.items()):
-            others = pooled(part for other, part in slides.items() if other != slide_id)
+            others = pool_moments(part for other, part in slides.items() if other != slide_id)
             scores[slide_id] = score_under(mine, others)
     return {"held_out": scores, "limit": max(scores.values(), default=None)}
 
 
 def domain_of_bags(uris: Mapping[str, str]) -> HeadDomain:
-    """Return `held_out` of BAGS files, by slide_id, holding one at a time."""
+    """Return `score_held_out` of BAGS files (URIs by slide_id), with one in memory at a time."""
     slides = {}
     for slide_id, uri in uris.items():
         bags = storage.read_table(uri, ["embedding"])["embedding"].combine_chunks()
         flat = bags.flatten()
-        slides[slide_id] = moments(np.asarray(flat.flatten()).reshape(len(flat), -1))
-    return held_out(slides)
+        slides[slide_id] = moments_of(np.asarray(flat.flatten()).reshape(len(flat), -1))
+    return score_held_out(slides)
 
 
 class SlideScore:
-    """The score of a slide, gathered while its cells go by."""
+    """Score of a slide, computed while its cells are written."""
 
     def __init__(self) -> None:
-        """Begin without cells."""
+        """Start without cells."""
         self.sum_squares, self.num_cells = 0.0, 0
 
     def counting(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Yield the tables, whose column `distance` counts."""
+        """Yield the tables, and add their column `distance` to the score."""
         for table in tables:
             distance_N = table["distance"].to_numpy().astype(np.float64)
             self.sum_squares += float(distance_N @ distance_N)
@@ -143,37 +141,37 @@ class SlideScore:
 
 
 def limit_of_head(uri: str) -> float | None:
-    """Read a head's limit from the header of its file; None if the head does not know it."""
+    """Read a head's limit from the header of its file; None if the head has none."""
     size = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
     header = json.loads(storage.read_bytes(uri, 8, 8 + size))
     limit = json.loads(header["__metadata__"]["info"]).get("domain", {}).get("limit")
     return None if limit is None else float(limit)
 
 
-def warnings(records: Mapping[str, SlideRecord], at_most: int = 10) -> list[str]:
-    """Return what a person should know about the domain of a run's slides, a line each.
+def domain_warnings(records: Mapping[str, SlideRecord], at_most: int = 10) -> list[str]:
+    """Return warnings for people about slides far from the head's training, one a line.
 
     Args:
         records: The slides' records.
-        at_most: So many slides are named, the farthest first; the others are counted.
+        at_most: Number of slides named, the farthest first. Further ones are counted.
     """
     shifts = {s: r["domain_shift"] for s, r in records.items() if "domain_shift" in r}
     beyond = sorted((s for s in shifts if shifts[s]["beyond"]), key=lambda s: -shifts[s]["score"])
     lines = [
         f"warning: {slide_id}: its cells look unlike those the head was trained on: score "
         f"{shifts[slide_id]['score']:.2f}, held-out training slides at most "
-        f"{shifts[slide_id]['limit']:.2f}; do not trust expression there without checking stain "
-        "and resolution"
+        f"{shifts[slide_id]['limit']:.2f}; check stain and resolution before you trust its "
+        "expression"
         for slide_id in beyond[:at_most]
     ]
     if len(beyond) > at_most:
         lines.append(
-            f"warning: so do those of {len(beyond) - at_most} more slides: see domain_shift in the "
-            "records"
+            f"warning: so do the cells of {len(beyond) - at_most} more slides: see domain_shift in "
+            "the records"
         )
     if any(shift["limit"] is None for shift in shifts.values()):
         lines.append(
-            "note: no limit of domain shift is known: it takes a head trained on two slides or "
-            "more, by this release; scores are in the records"
+            "note: this head has no limit of domain shift; train it with this release on two or "
+            "more slides to get one. Scores are in the records"
         )
     return lines

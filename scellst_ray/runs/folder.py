@@ -1,8 +1,11 @@
-"""The run folder: what a run is, what has been done in it, and what is still pending.
+"""The run folder: names of its files, its identity, the slides it knows and its receipts log.
 
-Done means a record, not a file. Workers publish shards and hand back receipts, one per tile; the
-driver logs the receipts; when a slide's tiles are all in, the slide is compacted and its record
-published last. Whatever a crash leaves beside that is never read.
+Done means that a record exists, not that a table exists.
+
+1. Workers publish shards (cells of some tiles) and hand back receipts, one per tile.
+2. The driver logs the receipts.
+3. When all tiles of a slide are in the log, the slide's tables are written.
+4. Its record is published last. What a crash leaves without a record is never read.
 """
 
 import uuid
@@ -23,8 +26,25 @@ from scellst_ray.runs.identity import Identity, stored_identity
 from scellst_ray.runs.records import RunInfo, SlideRecord, SlideSource
 from scellst_ray.storage.credentials import refuse_credentials
 
+# Sub folders, with what they hold.
+CELLS = "cells"  # CELLS of each slide
+EXPRESSION = "expression"  # EXPRESSION of each slide
+CROPS = "crops"  # sets of CROPS, see crop_files.py
+FAILURES = "failures"  # FAILURES of each slide
+RECORDS = "records"  # the record of each slide
+RECEIPTS = "receipts"  # the receipts log
+SHARDS = "shards"  # cells of slides that are not finished
+IMPORTED = "imported"  # imported nuclei of slides that are not finished
+ATTEMPTS = "attempts"  # notes of workers on tiles they have begun
+# Sub folders whose bytes the summary counts, in its order. Notes of attempts are no data.
+DATA_FOLDERS = (CELLS, EXPRESSION, CROPS, FAILURES, RECORDS, RECEIPTS, SHARDS, IMPORTED)
+# Files directly in the folder; the head's name is that of models/mil/stored_head.py.
+RUN_FILE, CONFIG_FILE, SLIDES_FILE = "run.json", "config.yaml", "slides.json"
+LEASE_FILE = "lease.json"
+SUMMARY_FILE, SUMMARY_PAGE = "summary.json", "SUMMARY.md"
+
 FINISHED = ("done", "empty")
-# Small files read at a time: on object storage each takes a round trip.
+# Number of small files read at a time: on object storage each one takes a round trip.
 NUM_READERS = 16
 
 
@@ -34,67 +54,77 @@ class RunFolder:
 
     Attributes:
         uri: The folder.
-        digest: Identifies everything that changes results: a resumed run must have the same.
+        digest: Digest of every setting that changes results. A resumed run must have the same one.
     """
 
     uri: str
     digest: str
 
     def cells_uri(self, slide_id: str) -> str:
-        """Return where a slide's CELLS are."""
-        return storage.join(self.uri, "cells", f"{slide_id}.parquet")
+        """Return the URI of a slide's CELLS."""
+        return storage.join(self.uri, CELLS, f"{slide_id}.parquet")
 
     def expression_uri(self, slide_id: str) -> str:
-        """Return where a slide's EXPRESSION is."""
-        return storage.join(self.uri, "expression", f"{slide_id}.parquet")
+        """Return the URI of a slide's EXPRESSION."""
+        return storage.join(self.uri, EXPRESSION, f"{slide_id}.parquet")
 
     def failures_uri(self, slide_id: str) -> str:
-        """Return where a slide's FAILURES are."""
-        return storage.join(self.uri, "failures", f"{slide_id}.parquet")
+        """Return the URI of a slide's FAILURES."""
+        return storage.join(self.uri, FAILURES, f"{slide_id}.parquet")
 
     @property
     def shards_uri(self) -> str:
-        """The folder of all shards."""
-        return storage.join(self.uri, "shards")
+        """Return the folder of all shards."""
+        return storage.join(self.uri, SHARDS)
 
     def shard_uri(self, name: str) -> str:
-        """Return where a shard is."""
+        """Return the URI of a shard."""
         return storage.join(self.shards_uri, name)
 
     def imported_uri(self, slide_id: str) -> str:
-        """Return the folder of a slide's imported nuclei, while it is not finished."""
-        return storage.join(self.uri, "imported", slide_id)
+        """Return the folder of a slide's imported nuclei. It exists until the slide is finished."""
+        return storage.join(self.uri, IMPORTED, slide_id)
 
     def record_uri(self, slide_id: str) -> str:
-        """Return where a slide's record is."""
-        return storage.join(self.uri, "records", f"{slide_id}.json")
+        """Return the URI of a slide's record."""
+        return storage.join(self.uri, RECORDS, f"{slide_id}.json")
+
+    @property
+    def receipts_uri(self) -> str:
+        """Return the folder of the receipts log."""
+        return storage.join(self.uri, RECEIPTS)
+
+    @property
+    def attempts_uri(self) -> str:
+        """Return the folder of the notes of attempts."""
+        return storage.join(self.uri, ATTEMPTS)
 
     def records(self) -> dict[str, SlideRecord]:
         """Read all slide records, by slide_id."""
-        uris = storage.list_files(storage.join(self.uri, "records"))
+        uris = storage.list_files(storage.join(self.uri, RECORDS))
         with ThreadPoolExecutor(NUM_READERS) as readers:
             records: list[SlideRecord] = list(readers.map(storage.read_json, uris))
         return {record["slide_id"]: record for record in records}
 
     def log_receipts(self, receipts: pa.Table) -> None:
-        """Add receipts to the log; they survive the driver from here on."""
+        """Add receipts to the log. From here on they survive the driver."""
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
         name = f"{stamp}-{uuid.uuid4().hex[:8]}.parquet"
         table = schemas.conform(receipts, schemas.RECEIPTS, "RECEIPTS", self.digest)
-        storage.publish_table(storage.join(self.uri, "receipts", name), table)
+        storage.publish_table(storage.join(self.receipts_uri, name), table)
 
     def receipts(self, besides: Collection[str] = ()) -> pa.Table:
         """Read the receipts log: the last receipt of each tile, errors included.
 
         Args:
-            besides: Not of these slides.
+            besides: slide_ids whose receipts are left out.
         """
-        uris = storage.list_files(storage.join(self.uri, "receipts"))
+        uris = storage.list_files(self.receipts_uri)
         unwanted = pa.array(list(besides), pa.string())
 
         def read(uri: str) -> pa.Table:
             table = storage.read_table(uri)
-            if "waited_s" not in table.column_names:  # of an earlier release
+            if "waited_s" not in table.column_names:  # written by an earlier release
                 table = table.append_column("waited_s", pa.nulls(len(table), pa.float32()))
             return table.filter(pc.invert(pc.is_in(table["slide_id"], unwanted)))
 
@@ -103,14 +133,14 @@ class RunFolder:
         return last_of_each_tile(pa.concat_tables(tables or [schemas.RECEIPTS.empty_table()]))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Keep the configuration of the command that works on this folder, for people.
+        """Write the configuration of the command that works on this folder, for people.
 
         Raises:
-            ValueError: it holds credentials.
+            ValueError: the configuration holds credentials.
         """
         refuse_credentials(config)
         settings = yaml.safe_dump(dict(config), sort_keys=False)
-        storage.publish_text(storage.join(self.uri, "config.yaml"), settings)
+        storage.publish_text(storage.join(self.uri, CONFIG_FILE), settings)
 
 
 def last_of_each_tile(receipts: pa.Table) -> pa.Table:
@@ -123,12 +153,13 @@ def last_of_each_tile(receipts: pa.Table) -> pa.Table:
 
 
 def split_by_slide(receipts: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """Yield each run of receipts of one slide."""
+    """Yield each stretch of receipts of one slide, with the slide_id."""
     if not len(receipts):
         return
-    runs = pc.run_end_encode(receipts["slide_id"].combine_chunks())
+    stretches = pc.run_end_encode(receipts["slide_id"].combine_chunks())
     start = 0
-    for slide_id, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+    slide_ids, ends = stretches.values.to_pylist(), stretches.run_ends.to_pylist()
+    for slide_id, end in zip(slide_ids, ends, strict=True):
         yield slide_id, receipts.slice(start, end - start)
         start = end
 
@@ -139,11 +170,11 @@ def begin_run(
     """Create a run folder, or open one that was made by the same job with the same identity.
 
     Args:
-        uri: The folder; created if absent.
-        job: Which command.
+        uri: The folder. It is created if it is absent.
+        job: The command.
         identity: Every setting that changes results; the run's digest is its hash.
-        config: The resolved configuration, kept beside the output for people; None: a driver that
-            may yet be refused writes it later.
+        config: The resolved configuration, kept next to the output for people. None: a driver
+            that may still be refused writes it later.
 
     Raises:
         ValueError: the folder holds another run (the message says what differs) or other files.
@@ -151,7 +182,7 @@ def begin_run(
     # Absolute, so that it means the same in every process.
     uri = storage.absolute(uri)
     wanted, digest = stored_identity(job, identity)
-    run_uri = storage.join(uri, "run.json")
+    run_uri = storage.join(uri, RUN_FILE)
     if storage.exists(run_uri):
         found = storage.read_json(run_uri)
         if found.get("digest") != digest:
@@ -174,27 +205,38 @@ def begin_run(
     return run
 
 
+def read_config(run_uri: str) -> dict[str, Any]:
+    """Return the configuration of the last command on a run; empty if the run has none."""
+    uri = storage.join(run_uri, CONFIG_FILE)
+    if not storage.exists(uri):
+        return {}
+    return dict(yaml.safe_load(storage.read_text(uri)) or {})
+
+
 def _other_run(uri: str, found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
-    """Say what differs between the run in a folder and the one asked for."""
+    """Say what differs between the run in a folder and the one that is wanted."""
     keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    differences = ", ".join(f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in keys)
+    differences = ", ".join(
+        f"{k}: {found.get(k)!r} in the folder, {wanted.get(k)!r} now" for k in keys
+    )
     return f"{uri}: holds another run ({differences}); give another --out, or the same settings"
 
 
 def check_manifest_unchanged(run: RunFolder, slides: Mapping[str, SlideSource]) -> None:
-    """Refuse a manifest whose rows differ from what this run has already read under their names.
+    """Refuse a manifest whose rows differ from those that this run read under the same slide_ids.
 
     Args:
         run: The run.
-        slides: uri and mpp by slide_id, as the manifest has them now; the union is kept.
+        slides: Sources by slide_id, as the manifest has them now. `slides.json` keeps the union
+            of these and those of earlier commands.
 
     Raises:
         ValueError: a slide_id now names another file or resolution.
     """
-    uri = storage.join(run.uri, "slides.json")
+    uri = storage.join(run.uri, SLIDES_FILE)
     known: dict[str, SlideSource] = storage.read_json(uri) if storage.exists(uri) else {}
     changed = [s for s, row in slides.items() if s in known and known[s] != row]
-    # A slide that failed may be mended in the manifest: it is done anew.
+    # A slide that failed may be fixed in the manifest: it is done again from the start.
     records = run.records() if changed else {}
     changed = [s for s in changed if s not in records or records[s]["status"] != "failed"]
     if changed:
@@ -208,6 +250,3 @@ def check_manifest_unchanged(run: RunFolder, slides: Mapping[str, SlideSource]) 
     now = known | dict(slides)
     if now != known:
         storage.publish_json(uri, now)
-
-
-FOLDER = "attempts"

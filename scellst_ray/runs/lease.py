@@ -1,18 +1,21 @@
-"""The lease of a run folder: two drivers on one run would do each tile twice, so one is refused.
+"""The lease of a run folder: a note that says which driver works on the run.
 
-`lease.json` names its holder, who renews it every third of its time and removes it at the end. What
-a dead holder left is taken over: at once if the holder was a process of this host that is no more,
-or if its time was over long ago; else after it has gone unrenewed for as long as it lasts.
+Two drivers on one run would do each tile twice, so the second one is refused. `lease.json` names
+its holder. The holder renews it after each third of its duration and removes it at the end. The
+lease of a dead holder is taken over:
 
-Clocks of two hosts are not trusted to agree within MAX_SKEW_S: whether a lease of another host is
-alive is found by watching it, on the watcher's own clock. So a second driver on another host is
-refused when it sees the first renew, after a third of the lease's time.
+- at once if the holder was a process of this host that has ended,
+- at once if the lease expired more than MAX_SKEW_S ago,
+- otherwise after it has not been renewed for its whole duration.
 
-On local and network disks the file is read and changed under its own lock (flock): of two drivers
-that start together exactly one wins. Where there is no such lock, as on object storage, a driver
-writes its lease, waits SETTLE_S and reads it back: of two that start together the last to write
-wins. A write that took longer than that would let both in, until the first finds at its next
-renewal that it has lost, and stops. Of the receipts of both, the last of each tile counts.
+Clocks of two hosts may differ by up to MAX_SKEW_S. So a driver watches the lease of another host on
+its own clock. It is refused as soon as it sees a renewal, after a third of the lease's duration.
+
+On local and network disks the file is read and changed under its own lock (flock). Of two drivers
+that start together exactly one wins. Object storage has no such lock. A driver writes its lease
+there, waits SETTLE_S and reads it back, so that the last one to write wins. A write that takes
+longer than SETTLE_S lets both in. The first one then finds at its next renewal that it has lost,
+and stops. Of the receipts of both, the last one of each tile counts.
 """
 
 import fcntl
@@ -32,9 +35,9 @@ import fsspec
 
 from scellst_ray import storage
 from scellst_ray.core.signals import clean_exit_on_sigterm
+from scellst_ray.runs.folder import LEASE_FILE
 from scellst_ray.runs.records import LeaseInfo
 
-NAME = "lease.json"
 LEASE_S = 60.0
 MAX_SKEW_S = 600.0
 SETTLE_S = 2.0
@@ -51,10 +54,10 @@ def hold_lease(run_uri: str, seconds: float = LEASE_S) -> Iterator["Lease"]:
 
     Args:
         run_uri: The run folder.
-        seconds: How long the lease lasts without being renewed.
+        seconds: Duration of the lease if it is not renewed.
 
     Raises:
-        LeaseError: another driver holds it and is alive.
+        LeaseError: another driver holds the lease and is alive.
     """
     lease = Lease(run_uri, seconds)
     with clean_exit_on_sigterm():
@@ -70,8 +73,8 @@ class Lease:
     """One driver's lease of a run."""
 
     def __init__(self, run_uri: str, seconds: float = LEASE_S) -> None:
-        """Start without it; `seconds` is how long it lasts without being renewed."""
-        self.uri, self.seconds = storage.join(run_uri, NAME), seconds
+        """Start without the lease; `seconds` is its duration if it is not renewed."""
+        self.uri, self.seconds = storage.join(run_uri, LEASE_FILE), seconds
         self._holder = {
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
@@ -86,27 +89,27 @@ class Lease:
         self._changing = threading.Lock()
 
     def acquire(self) -> None:
-        """Take the lease, from a dead holder if need be.
+        """Take the lease, also from a dead holder.
 
         Raises:
-            LeaseError: another driver holds it and is alive.
+            LeaseError: another driver holds the lease and is alive.
         """
         seen: LeaseInfo | None = None
         since = time.monotonic()
         while (found := self._try(seen, time.monotonic() - since)) is not None:
             if seen is None:
                 seen, since = found, time.monotonic()
-                logger.warning("%s; waiting to see if it is alive", self._told(seen))
+                logger.warning("%s; waiting to see whether it is alive", self._describe(seen))
             time.sleep(min(1.0, self.seconds / 10))
 
     def check(self) -> None:
-        """Make sure that the lease is still ours: to be called before writing what counts.
+        """Make sure that the lease is still ours. Call it before writing anything that counts.
 
         Raises:
-            LeaseError: somebody else has taken or removed it.
+            LeaseError: another driver has taken the lease, or its file was removed.
         """
         if self._lost is None and time.monotonic() - self._renewed_at > self.seconds / 2:
-            # The thread that renews was held up, as the whole process may have been.
+            # The thread that renews was held up; the whole process may have been.
             self._renew()
         if self._lost is not None:
             raise self._lost
@@ -117,27 +120,27 @@ class Lease:
             try:
                 self._renew()
             except OSError as error:
-                logger.warning("%s: not renewed, trying again: %s", self.uri, error)
+                logger.warning("%s: not renewed, will try again: %s", self.uri, error)
 
     def release(self) -> None:
-        """Give the lease back, if it is still ours."""
+        """Remove the lease, if it is still ours."""
         self._ended.set()
         try:
             with self._changing, _exclusive(self.uri) as file:
                 if self._is_ours(_content(file.read())):
                     file.remove()
         except OSError as error:
-            logger.warning("%s: not removed, it will run out: %s", self.uri, error)
+            logger.warning("%s: not removed, it will expire: %s", self.uri, error)
 
     def _try(self, seen: LeaseInfo | None, unrenewed_s: float) -> LeaseInfo | None:
-        """Take the lease if it is free; return None, or what is held by who may be dead.
+        """Take the lease if it is free; return the lease of a holder that may be dead, else None.
 
         Args:
-            seen: What it held when the watch began; None before.
-            unrenewed_s: Seconds since then.
+            seen: The lease when the watch began; None before the watch.
+            unrenewed_s: Seconds since the watch began.
 
         Raises:
-            LeaseError: another driver holds it and is alive.
+            LeaseError: another driver holds the lease and is alive.
         """
         with _exclusive(self.uri) as file:
             found = _content(file.read())
@@ -147,7 +150,7 @@ class Lease:
                 if seen is None or unrenewed_s < found["seconds"]:
                     return found
             if found is not None:
-                logger.warning("%s, and is dead; going on in its place", self._told(found))
+                logger.warning("%s; it is dead, so this driver takes over", self._describe(found))
             self._acquired = _time(0)
             self._write(file)
         if not file.is_locked:
@@ -166,7 +169,7 @@ class Lease:
                 self._write(file)
                 return
         message = (
-            f"{self._told(found)}; it was ours since {self._acquired}, so this driver stops. "
+            f"{self._describe(found)}; it was ours since {self._acquired}, so this driver stops. "
             "Nothing that it has logged is lost"
         )
         logger.error(message)
@@ -182,24 +185,25 @@ class Lease:
     def _is_ours(self, found: LeaseInfo | None) -> bool:
         return found is not None and found["token"] == self._holder["token"]
 
-    def _told(self, found: LeaseInfo | None) -> str:
-        """Say who holds the lease."""
+    def _describe(self, found: LeaseInfo | None) -> str:
+        """Return a text that says who holds the lease."""
         if found is None:
-            return f"{self.uri}: nobody holds the lease of this run, its file was removed"
+            return f"{self.uri}: nobody holds the lease of this run; its file was removed"
         return (
             f"{self.uri}: process {found['pid']} on {found['host']} has held the lease of this run "
-            f"since {found['acquired']}, until {found['expires']} if it does not renew it"
+            f"since {found['acquired']}; it expires at {found['expires']} unless it is renewed"
         )
 
     def _refusal(self, found: LeaseInfo | None) -> str:
         return (
-            f"{self._told(found)}; wait until that driver ends, or stop it. If it is surely dead, "
-            f"wait until then, or remove {self.uri}, and run the same command again"
+            f"{self._describe(found)}. Wait until that driver ends, or stop it. If it is "
+            f"certainly dead, wait until the lease expires or remove {self.uri}. Then run the same "
+            "command again"
         )
 
 
 class _Locked:
-    """The lease's file on a disk, changed in place by whoever has it locked."""
+    """The lease's file on a disk, changed in place by the process that has locked it."""
 
     is_locked = True
 
@@ -210,7 +214,7 @@ class _Locked:
         return os.pread(self.descriptor, 1 << 16, 0)
 
     def write(self, content: bytes) -> None:
-        # In this order a full disk, which refuses to write, leaves the lease as it was.
+        # A full disk refuses to write; in this order it leaves the lease as it was.
         os.pwrite(self.descriptor, content, 0)
         os.ftruncate(self.descriptor, len(content))
 
@@ -219,7 +223,7 @@ class _Locked:
 
 
 class _Unlocked:
-    """The lease's file where nothing can be locked."""
+    """The lease's file on a storage without locks."""
 
     is_locked = False
 
@@ -241,7 +245,7 @@ class _Unlocked:
 
 @contextmanager
 def _exclusive(uri: str) -> Iterator[_Locked | _Unlocked]:
-    """Give the lease's file to one process at a time, where the storage can do that."""
+    """Give the lease's file to one process at a time, if the storage has locks."""
     fs, path = storage.resolve(uri)
     descriptor = _open_locked(Path(path)) if storage.is_local(uri) else None
     if descriptor is None:
@@ -250,13 +254,13 @@ def _exclusive(uri: str) -> Iterator[_Locked | _Unlocked]:
     try:
         yield _Locked(descriptor, Path(path))
         if not os.fstat(descriptor).st_size:
-            Path(path).unlink()  # it was not there before
+            Path(path).unlink()  # it did not exist before
     finally:
         os.close(descriptor)
 
 
 def _open_locked(path: Path) -> int | None:
-    """Open and lock a file, creating it if need be; None where the disk knows no locks."""
+    """Open and lock a file, creating it if it is absent; return None on a disk without locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -264,7 +268,7 @@ def _open_locked(path: Path) -> int | None:
         except OSError:
             os.close(descriptor)
             return None
-        # Whoever had it locked before may have removed it: then the name is no longer this file's.
+        # The process that had locked it may have removed it: the name is then another file's.
         if _is_at(descriptor, path):
             return descriptor
         os.close(descriptor)
@@ -278,7 +282,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _content(text: bytes) -> LeaseInfo | None:
-    """Return what a lease says; None if it is empty, or cut off where its writer was killed."""
+    """Return the content of a lease; None if it is empty or was cut off when its writer died."""
     try:
         found: LeaseInfo = json.loads(text)
     except ValueError:
@@ -287,7 +291,7 @@ def _content(text: bytes) -> LeaseInfo | None:
 
 
 def is_over(found: LeaseInfo) -> bool:
-    """Tell whether a lease is over for certain."""
+    """Return whether a lease is certainly over."""
     here = found["machine"] == _machine()
     if here and _process(found["pid"]) not in (found["process"], ""):
         return True
@@ -296,14 +300,15 @@ def is_over(found: LeaseInfo) -> bool:
 
 
 def _time(ahead_s: float) -> str:
-    """Return the time so many seconds from now."""
+    """Return the UTC time `ahead_s` seconds from now."""
     return (datetime.now(UTC) + timedelta(seconds=ahead_s)).isoformat(timespec="milliseconds")
 
 
 def _machine() -> str:
-    """Return what processes that see each other's pids, and the same clock, have in common.
+    """Return a name that processes share if they see each other's pids and the same clock.
 
-    A host's name is not enough: containers may share it, and pids of another one mean nothing here.
+    A host's name is not enough: containers may share it, and the pids of another container mean
+    nothing in this one.
     """
     parts = [socket.gethostname()]
     for name in ("sys/kernel/random/boot_id", "self/ns/pid"):
@@ -314,14 +319,17 @@ def _machine() -> str:
 
 
 def _process(pid: int) -> str | None:
-    """Return what tells a process from others that had its number; None if it is dead."""
+    """Return the start time of a process, which a later one of its pid does not share.
+
+    None if the process is dead; empty if the system does not say.
+    """
     try:
-        with suppress(PermissionError):  # it is another user's
+        with suppress(PermissionError):  # the process is another user's
             os.kill(pid, 0)
         stat = Path("/proc", str(pid), "stat").read_text(encoding="utf-8")
     except ProcessLookupError:
         return None
     except OSError:
-        return ""  # this system does not say
+        return ""
     state, *_, started = stat.rpartition(")")[2].split()[:20]
     return None if state in "ZX" else started

@@ -1,4 +1,4 @@
-"""What crashes leave in a run folder and nothing will ever read."""
+"""Leftovers: files that crashes leave in a run folder and nothing will ever read."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,21 +8,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scellst_ray import storage
-from scellst_ray.runs.folder import FINISHED, last_of_each_tile
-from scellst_ray.runs.folder import FOLDER as ATTEMPTS
+from scellst_ray.runs.folder import (
+    ATTEMPTS,
+    DATA_FOLDERS,
+    FINISHED,
+    IMPORTED,
+    SHARDS,
+    last_of_each_tile,
+)
 from scellst_ray.runs.lease import LeaseError, hold_lease
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.runs.state import read_holder, read_log
 
-SHARDS, IMPORTED = "shards", "imported"
 FINISHED_SHARDS = "shards of finished slides"
 ORPHANS = "shards that no receipt names"
 FINISHED_IMPORTED = "imported nuclei of finished slides"
 TEMPORARY = "temporary files"
 NOTES = "notes of attempts"
 KINDS = (FINISHED_SHARDS, ORPHANS, FINISHED_IMPORTED, TEMPORARY, NOTES)
-FOLDERS = ("cells", "crops", "expression", "failures", "receipts", "records", SHARDS, IMPORTED)
-AT_ONCE = 1000
+# Files removed between two looks at the lease.
+BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class Leftover:
     """A file that nothing will read.
 
     Attributes:
-        path: Within the run's filesystem.
+        path: Path within the run's filesystem.
         kind: One of KINDS.
-        num_bytes: Its size.
+        num_bytes: Size.
     """
 
     path: str
@@ -41,18 +46,19 @@ class Leftover:
 
 
 def sweep(run_uri: str, *, dry_run: bool = False) -> list[Leftover]:
-    """Find what nothing will read, and remove it.
+    """Find the files that nothing will read, and remove them.
 
     Args:
         run_uri: The run folder.
-        dry_run: Only find it.
+        dry_run: Find the files without removing them.
 
     Raises:
-        FileNotFoundError: no run there.
-        LeaseError: a driver works on the run; what it has not logged yet would look left over.
+        FileNotFoundError: the folder holds no run.
+        LeaseError: a driver works on the run. Its shards that are not logged yet would look like
+            leftovers.
     """
     run_uri = storage.absolute(run_uri)
-    run = open_run(run_uri)  # before a lease makes a folder of a mistyped name
+    run = open_run(run_uri)  # first, so that a lease makes no folder of a mistyped name
     if dry_run:
         holder = read_holder(run_uri)
         if holder.state == "alive" and holder.lease is not None:
@@ -64,32 +70,32 @@ def sweep(run_uri: str, *, dry_run: bool = False) -> list[Leftover]:
             raise LeaseError(message)
         return list(leftovers(run))
     with hold_lease(run_uri) as lease:
-        # Once more, now that no driver can change it.
-        found = list(leftovers(open_run(run_uri)))
-        for start in range(0, len(found), AT_ONCE):
+        # Read the run again, now that no driver can change it.
+        removed = list(leftovers(open_run(run_uri)))
+        for start in range(0, len(removed), BATCH):
             lease.check()
-            paths = [_within(run_uri, each.path) for each in found[start : start + AT_ONCE]]
+            paths = [_within(run_uri, each.path) for each in removed[start : start + BATCH]]
             storage.remove_files([storage.join(run_uri, path) for path in paths])
         _remove_empty_folders(run_uri)
-    return found
+    return removed
 
 
 def leftovers(run: Run) -> Iterator[Leftover]:
-    """Yield what nothing will read, of a run on which no driver works."""
+    """Yield the files that nothing will read, of a run on which no driver works."""
     finished = {s for s, record in run.records.items() if record["status"] in FINISHED}
     receipts = last_of_each_tile(read_log(run.uri, ("slide_id", "tile_id", "shard", "error")))
     receipts = receipts.filter(
         pc.and_(pc.is_null(receipts["error"]), pc.is_valid(receipts["shard"]))
     )
-    of_finished = pc.is_in(receipts["slide_id"], pa.array(list(finished), pa.string()))
+    is_of_finished = pc.is_in(receipts["slide_id"], pa.array(list(finished), pa.string()))
     named = set(receipts["shard"].unique().to_pylist())
-    needed = set(receipts.filter(pc.invert(of_finished))["shard"].unique().to_pylist())
+    needed = set(receipts.filter(pc.invert(is_of_finished))["shard"].unique().to_pylist())
     for path, num_bytes in storage.sizes(run.uri).items():
         *folders, name = parts = _within(run.uri, path).split("/")
         kind = None
         if parts[0] == ATTEMPTS:
             kind = NOTES
-        elif storage.TEMPORARY_NAME.fullmatch(name) and (not folders or folders[0] in FOLDERS):
+        elif storage.TEMPORARY_NAME.fullmatch(name) and (not folders or folders[0] in DATA_FOLDERS):
             kind = TEMPORARY
         elif name.startswith("."):
             kind = None
@@ -106,12 +112,12 @@ def _root(uri: str) -> str:
 
 
 def _within(run_uri: str, path: str) -> str:
-    """Return a path of the filesystem as one within the run folder."""
+    """Return the part of a path of the filesystem that lies within the run folder."""
     return path.removeprefix(f"{_root(run_uri)}/")
 
 
 def _remove_empty_folders(run_uri: str) -> None:
-    """Remove the folders of slides and sessions that have no file any more."""
+    """Remove the folders of slides and sessions that are empty now."""
     if not storage.is_local(run_uri):
         return
     root = Path(_root(run_uri))
@@ -122,5 +128,5 @@ def _remove_empty_folders(run_uri: str) -> None:
 
 def _folders(*roots: Path) -> Iterable[Path]:
     """Return all folders below these, the deepest first."""
-    found = [folder for root in roots for folder in root.rglob("*") if folder.is_dir()]
-    return sorted(found, key=lambda folder: -len(folder.parts))
+    folders = [path for root in roots for path in root.rglob("*") if path.is_dir()]
+    return sorted(folders, key=lambda folder: -len(folder.parts))

@@ -1,7 +1,8 @@
 """Reading a run: its slides, cells, embeddings and any genes of any cells.
 
-Needs neither Ray nor torch. What counts is what a slide's record says: files without one, which a
-crash may leave, are never looked at. Expression is computed when read, from the stored factor.
+This module needs neither Ray nor torch. A table counts only if its slide's record names it; files
+that a crash left without a record are never read. Expression is computed when it is read, from the
+stored hidden factor.
 """
 
 import os
@@ -28,24 +29,25 @@ from scellst_ray.models.mil.stored_head import (
     row_groups,
     vector_matrix,
 )
-from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.folder import RUN_FILE, SLIDES_FILE, RunFolder
+from scellst_ray.runs.frames import frame_of, slides_frame
 from scellst_ray.runs.records import RunInfo, SlideRecord, SlideSource
-from scellst_ray.runs.slides_frame import slides_frame
 
 IDS = ("slide_id", "cell_id")
-# None: the whole panel; all cells of the slide.
+# None means the whole panel.
 Genes = Sequence[str] | None
+# None means all cells of the slide.
 CellIds = Sequence[int] | NDArray[np.integer] | None
 What = Literal["mean", "sd"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it was when opened; open it again to see slides finished since.
+    """A run as it was when it was opened. Open it again to see slides finished since.
 
     Attributes:
-        folder: Where everything is.
-        info: run.json: digest, identity (what decides results), format_version, created.
+        folder: The run folder.
+        info: Content of run.json.
         records: The record of every slide that has one, by slide_id.
     """
 
@@ -65,12 +67,12 @@ class Run:
 
     @cached_property
     def sources(self) -> dict[str, SlideSource]:
-        """Return slides.json: uri and mpp (None: the file's own) of every slide ever given."""
-        uri = storage.join(self.uri, "slides.json")
+        """Return the content of slides.json: every slide that commands on this run were given."""
+        uri = storage.join(self.uri, SLIDES_FILE)
         return dict(storage.read_json(uri)) if storage.exists(uri) else {}
 
     def failures(self) -> pl.DataFrame:
-        """Return the failed tiles of all slides (tile_id -1: the slide could not be planned)."""
+        """Return the failed tiles of all slides; tile_id -1: the slide could not be planned."""
         tables = [schemas.FAILURES.empty_table()]
         for slide_id in sorted(self.records):
             if self.records[slide_id]["num_failed_tiles"]:
@@ -78,14 +80,14 @@ class Run:
                 table = storage.read_table(uri)
                 schemas.check(table.schema, "FAILURES", uri)
                 tables.append(table.select(schemas.FAILURES.names).cast(schemas.FAILURES))
-        return _frame(pa.concat_tables(tables))
+        return frame_of(pa.concat_tables(tables))
 
     @cached_property
     def last_layer(self) -> LastLayer:
         """Return the last layer of the run's head.
 
         Raises:
-            ValueError: the run has no head, or the file is no whole head.
+            ValueError: the run has no head, or the file is not a whole head.
         """
         if not self.has_expression:
             message = f"{self.uri}: this run has no expression: run predict (scellst-ray predict)"
@@ -99,7 +101,7 @@ class Run:
 
     @property
     def has_expression(self) -> bool:
-        """Tell whether this is a run of `predict`."""
+        """Return whether this is a run of `predict`."""
         return storage.exists(storage.join(self.uri, HEAD_FILE))
 
     @property
@@ -108,7 +110,7 @@ class Run:
         identity = self.info.get("identity", {})
         if not identity.get("store_embeddings", False):
             return None
-        # The first runs did not say: all had embeddings of a ResNet-50.
+        # The first releases wrote no length: their embeddings came from a ResNet-50.
         return identity.get("embedding_dim", schemas.EMBEDDING_DIM)
 
     def cells(self, slide_id: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -116,10 +118,11 @@ class Run:
 
         Args:
             slide_id: The slide.
-            columns: Which columns, in this order; all if None.
+            columns: The columns to read, in this order; all if None.
 
         Raises:
-            ValueError: no such slide or column, the slide failed, or the file is another table.
+            ValueError: the slide or a column is unknown, the slide failed, or the file holds
+                another table.
         """
         with self._open(slide_id, "CELLS") as file:
             schema = schemas.cells_schema(self.embedding_dim) if file is None else file.schema_arrow
@@ -135,19 +138,19 @@ class Run:
         """Return CELLS of several slides in one frame, without embeddings.
 
         Args:
-            slide_ids: Which slides, in this order; all that have cells or none to have if None.
-            columns: Which columns; all but vectors if None.
+            slide_ids: The slides, in this order; all that did not fail if None.
+            columns: The columns to read; all but vectors if None.
         """
         names = schemas.cells_schema(None).names if columns is None else list(columns)
-        frames = [_frame(self.cells(slide_id, names)) for slide_id in self.choose(slide_ids)]
+        frames = [frame_of(self.cells(slide_id, names)) for slide_id in self.choose(slide_ids)]
         empty = schemas.cells_schema(self.embedding_dim).empty_table()
-        return pl.concat(frames) if frames else _frame(empty.select(names))
+        return pl.concat(frames) if frames else frame_of(empty.select(names))
 
     def choose(self, slide_ids: Iterable[str] | None = None) -> list[str]:
         """Return these slides, or if None all that did not fail, sorted.
 
         Raises:
-            ValueError: a slide has no record or failed, or is there twice.
+            ValueError: a slide has no record, failed, or is named twice.
         """
         if slide_ids is None:
             return [s for s in sorted(self.records) if self.records[s]["status"] != "failed"]
@@ -161,7 +164,7 @@ class Run:
         """Return these genes, or if None the whole panel.
 
         Raises:
-            ValueError: a gene is not in the panel or is there twice, or the run has no head.
+            ValueError: a gene is not in the panel or is named twice, or the run has no head.
         """
         panel = self.last_layer.genes
         return list(panel) if genes is None else check_names(genes, panel, f"{self.uri}: genes")
@@ -179,16 +182,17 @@ class Run:
         """Yield expression in blocks of bounded memory, in the stored order of cells.
 
         Args:
-            genes: Which genes, in this order; the whole panel if None.
+            genes: The genes, in this order; the whole panel if None.
             slide_id: The slide.
-            cell_ids: Which cells; all if None.
-            what: mean, or sd: how far the members of an ensemble disagree.
+            cell_ids: The cells; all if None.
+            what: 'mean', or 'sd' for the standard deviation over the members of an ensemble.
 
         Yields:
             slide_id and cell_id of N cells, and their expression float32 [N, G].
 
         Raises:
-            ValueError: unknown slide, genes or cells, a slide that failed, or a run without a head.
+            ValueError: the slide, a gene or a cell is unknown, the slide failed, or the run has no
+                head.
         """
         layer = self.last_layer.select(self._gene_index(genes))
         wanted = None if cell_ids is None else np.unique(np.asarray(cell_ids, np.int64))
@@ -208,9 +212,9 @@ class Run:
     def expression_numpy(
         self, genes: Genes, slide_id: str, cell_ids: CellIds = None, what: What = "mean"
     ) -> NDArray[np.float32]:
-        """Return expression float32 [N, G]: genes and cells in the order given.
+        """Return expression float32 [N, G], genes and cells in the order of the arguments.
 
-        Arguments and errors are those of `iter_expression`; a cell may be asked for repeatedly.
+        Arguments and errors are those of `iter_expression`. A cell may be named several times.
         """
         return self._expression(genes, slide_id, cell_ids, what)[1]
 
@@ -224,10 +228,10 @@ class Run:
 
     def expression(self, genes: Genes, slide_id: str, cell_ids: CellIds = None) -> pl.DataFrame:
         """Return `expression_arrow` as a polars frame."""
-        return _frame(self.expression_arrow(genes, slide_id, cell_ids))
+        return frame_of(self.expression_arrow(genes, slide_id, cell_ids))
 
     def _gene_index(self, genes: Genes) -> NDArray[np.int64]:
-        """Return where in the panel the genes are."""
+        """Return the positions of the genes in the panel."""
         place = {gene: i for i, gene in enumerate(self.last_layer.genes)}
         return np.array([place[name] for name in self.choose_genes(genes)], np.int64)
 
@@ -261,7 +265,8 @@ class Run:
         if record["status"] == "failed":
             message = (
                 f"slide {slide_id!r} failed at {record.get('stage')} with "
-                f"{record.get('error_type')}: {record.get('error')}. Mend it and run again."
+                f"{record.get('error_type')}: {record.get('error')}. Fix its file and run the same "
+                "command again."
             )
             raise ValueError(message)
         return record
@@ -290,11 +295,11 @@ def open_run(uri: str | os.PathLike[str]) -> Run:
         uri: Local path or fsspec URI.
 
     Raises:
-        FileNotFoundError: no run there.
-        ValueError: written by a newer release.
+        FileNotFoundError: the folder holds no run.
+        ValueError: a newer release wrote the run.
     """
     folder = os.fspath(uri).rstrip("/")
-    run_uri = storage.join(folder, "run.json")
+    run_uri = storage.join(folder, RUN_FILE)
     if not storage.exists(run_uri):
         message = f"{folder}: no run of scellst_ray (it has no run.json); give the --out of a run"
         raise FileNotFoundError(message)
@@ -316,9 +321,3 @@ def _check_table(schema: pa.Schema, name: str, uri: str, digest: str) -> None:
     if found != digest:
         message = f"{uri}: belongs to run {found}, not to this one ({digest}); files were mixed up"
         raise ValueError(message)
-
-
-def _frame(table: pa.Table) -> pl.DataFrame:
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame

@@ -1,4 +1,4 @@
-"""What a slide_id stands for in a run: noted when it begins, so that nobody changes it later."""
+"""Sources of a run's slides: the files behind each slide_id, so that a later change is noticed."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from scellst_ray.slides.manifest import SlideRow
 def sources_of(
     slides: Sequence[SlideRow], colours: dict[str, Colours] | None, *, imported: bool
 ) -> dict[str, SlideSource]:
-    """Return, by slide_id, what decides a slide's result beside the settings of the run.
+    """Return what decides each slide's result next to the settings of the run, by slide_id.
 
     Args:
         slides: The manifest.
-        colours: What crops are normalised with, if slides have their own.
+        colours: Mean and deviation of RGB by slide_id, if each slide's own normalise its crops.
         imported: Whether nuclei come from files.
     """
     sources = {}
@@ -36,5 +36,5 @@ def _image(slide: SlideRow) -> SlideSource:
 
 
 def _lists(colours: Colours | None) -> list[list[float]] | None:
-    """Return what JSON gives back unchanged."""
+    """Return colours as lists, which JSON gives back unchanged."""
     return None if colours is None else [list(part) for part in colours]

@@ -1,9 +1,12 @@
-"""Where a run stands, from its folder alone: while a driver works on it, and after one died.
+"""State of a run, read from its folder alone, while a driver works on it or after.
 
-Which slides there are is in slides.json, what became of them in their records, how far the others
-are and since when in the receipts log, and who works on it in lease.json. Nothing is written or
-locked here. The log knows the time only by the names of its files, written a few seconds apart:
-rates are those between files.
+- `slides.json` lists the slides.
+- Records say what became of them.
+- The receipts log says how far unfinished slides are, and since when.
+- `lease.json` says who works on the run.
+
+Nothing is written or locked here. The log knows times only by the names of its files, which are
+written a few seconds apart. So rates are rates between files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +24,21 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs import lease
 from scellst_ray.runs.crop_files import index_uri
-from scellst_ray.runs.folder import FINISHED, NUM_READERS, last_of_each_tile
+from scellst_ray.runs.folder import (
+    FINISHED,
+    LEASE_FILE,
+    NUM_READERS,
+    RECEIPTS,
+    last_of_each_tile,
+)
+from scellst_ray.runs.frames import frame_of
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.runs.records import LeaseInfo, SlideRecord
 
 STATUSES = ("done", "empty", "partial", "failed", "running", "pending")
-# Files of the log further apart than a tile may take: nobody worked in between.
+# Longest time between two files of the log that counts as work. After a longer one the run paused.
 PAUSE_S = 1800.0
-# What a rate that is to tell the near future is taken over.
+# Time over which the recent rate is taken; it predicts the near future.
 RECENT_S = 900.0
 READ_TRIES = 3
 WHY = ["stage", "error_type", "error"]
@@ -37,11 +47,11 @@ LOG_COLUMNS = ("slide_id", "tile_id", "num_tiles", "num_cells", *WHY)
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lease of a run.
+    """Holder of the lease of a run.
 
     Attributes:
-        state: 'none'; 'alive'; 'silent': not renewed in time, on another host, whose clock may be
-            wrong; 'dead'.
+        state: 'none', 'alive', 'dead', or 'silent': the lease was not renewed in time, but its
+            holder is on another host, whose clock may be wrong.
         lease: Content of lease.json; None if there is no lease.
     """
 
@@ -50,18 +60,18 @@ class Holder:
 
     @property
     def may_work(self) -> bool:
-        """Tell whether a driver may be working on the run."""
+        """Return whether a driver may be working on the run."""
         return self.state in ("alive", "silent")
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast a run went.
+    """Speed of a run over some time.
 
     Attributes:
-        seconds: Over which time; 0: not known.
-        num_tiles: Tiles logged in it.
-        num_cells: Their cells.
+        seconds: Length of that time; 0 if it is not known.
+        num_tiles: Number of tiles logged in it.
+        num_cells: Number of cells of these tiles.
     """
 
     seconds: float = 0.0
@@ -70,12 +80,12 @@ class Rate:
 
     @property
     def tiles_per_s(self) -> float | None:
-        """Return tiles per second; None if not known."""
+        """Return tiles per second; None if the time is not known."""
         return self.num_tiles / self.seconds if self.seconds > 0 else None
 
     @property
     def cells_per_s(self) -> float | None:
-        """Return cells per second; None if not known."""
+        """Return cells per second; None if the time is not known."""
         return self.num_cells / self.seconds if self.seconds > 0 else None
 
 
@@ -84,16 +94,17 @@ class RunState:
     """A run at one moment.
 
     Attributes:
-        run: Its folder and the records.
-        now: When it was looked at, UTC.
-        holder: Who works on it.
-        slides: One row per slide ever given: `slide_id`, `status` (see STATUSES; running: some of
-            its tiles are logged), `bytes`, `num_tiles` (null: not known yet), `tiles_done`,
-            `tiles_failed`, `num_cells`, `seconds` (of workers, from the record), `stage`,
-            `error_type`, `error`.
-        failures: One row per failed tile of a slide that is not finished: `slide_id`, `tile_id`
-            (-1 or null: the slide as a whole), `stage`, `error_type`, `error`.
-        times: One row per file of the log: `logged` (UTC), `num_tiles`, `num_cells`; ascending.
+        run: Its folder and records.
+        now: UTC time at which the folder was read.
+        holder: Holder of the lease.
+        slides: One row per slide that commands were given. Columns: `slide_id`, `status` (one of
+            STATUSES; a slide is running if some of its tiles are logged), `bytes`, `num_tiles`
+            (null: not known yet), `tiles_done`, `tiles_failed`, `num_cells`, `seconds` (worker
+            seconds, from the record), `stage`, `error_type`, `error`.
+        failures: One row per failed tile of a slide that is not finished. Columns: `slide_id`,
+            `tile_id` (-1 or null: the whole slide), `stage`, `error_type`, `error`.
+        times: One row per file of the log, by time. Columns: `logged` (UTC), `num_tiles`,
+            `num_cells`.
     """
 
     run: Run
@@ -104,20 +115,20 @@ class RunState:
     times: pl.DataFrame
 
     def counts(self) -> dict[str, int]:
-        """Return how many slides there are of each status."""
-        found = dict(self.slides["status"].value_counts().iter_rows())
-        return {status: int(found.get(status, 0)) for status in STATUSES}
+        """Return the number of slides of each status."""
+        num_slides = dict(self.slides["status"].value_counts().iter_rows())
+        return {status: int(num_slides.get(status, 0)) for status in STATUSES}
 
     def rate(self) -> Rate:
-        """Return the rate of all drivers together, pauses between them left out."""
+        """Return the rate of all drivers together, without the pauses between them."""
         gap_s = self.times["logged"].diff().dt.total_microseconds() / 1e6
-        # What the first file after a pause tells of was begun at a time that nobody knows.
+        # The first file after a pause does not count: nothing says when its tiles were begun.
         worked = self.times.with_columns(gap_s=gap_s).filter(pl.col("gap_s") <= PAUSE_S)
         totals = (int(worked[name].sum()) for name in ("num_tiles", "num_cells"))
         return Rate(float(worked["gap_s"].sum()), *totals)
 
     def recent_rate(self) -> Rate:
-        """Return the rate of the driver that works now, over its last quarter of an hour."""
+        """Return the rate of the driver that works now, over its last 15 minutes."""
         if not self.holder.may_work or self.holder.lease is None:
             return Rate()
         began = datetime.fromisoformat(self.holder.lease["acquired"])
@@ -125,16 +136,16 @@ class RunState:
         found = self.times.filter(pl.col("logged") > since)
         if found.is_empty():
             return Rate()
-        # Until the last file, if that one's clock is ahead of ours.
+        # If the clock that named the last file is ahead of ours, its time is the end.
         until = max([self.now, *found["logged"]])
         totals = (int(found[name].sum()) for name in ("num_tiles", "num_cells"))
         return Rate((until - since).total_seconds(), *totals)
 
     def tiles_left(self) -> float | None:
-        """Return how many tiles slides without a record still have; those not yet planned by guess.
+        """Return the number of tiles left in slides without a record; None if none is planned.
 
-        They are taken to have as many tiles a byte (or a slide, where sizes are not known) as the
-        others. None if no slide is planned yet.
+        The number of an unplanned slide is a guess: planned slides say how many tiles a byte
+        gives, or how many a slide gives where sizes are not known.
         """
         waiting = self.slides.filter(pl.col("status").is_in(["running", "pending"]))
         planned = waiting.filter(pl.col("num_tiles").is_not_null())
@@ -152,7 +163,7 @@ class RunState:
         return left + float(known["num_tiles"].sum()) * sizes[0] / sizes[1]
 
     def eta_s(self) -> float | None:
-        """Return the seconds until the last tile is done; None if no driver works, or not known."""
+        """Return a guess of the seconds until the last tile is done; None without a driver."""
         per_s, left = self.recent_rate().tiles_per_s, self.tiles_left()
         return None if not per_s or left is None else left / per_s
 
@@ -162,19 +173,19 @@ def read_state(
     now: datetime | None = None,
     records: Mapping[str, SlideRecord] | None = None,
 ) -> RunState:
-    """Look at a run.
+    """Read the state of a run.
 
     Args:
         uri: The run folder.
-        now: The time to reckon from, UTC; by default the clock's.
-        records: What is known of slides beyond their published records: why a slide could not be
-            finished is known to its driver alone.
+        now: UTC time that counts as now; by default the clock's.
+        records: Records that replace published ones. Only the driver knows why a slide could not
+            be finished.
 
     Raises:
-        FileNotFoundError: no run there.
-        ValueError: written by a newer release.
+        FileNotFoundError: the folder holds no run.
+        ValueError: a newer release wrote the run.
     """
-    # The log first: a slide whose record appears meanwhile is then merely counted by it.
+    # The log first: a slide that is finished after this line then counts by its record.
     folder = storage.absolute(uri)
     log = read_log(folder)
     run = open_run(folder)
@@ -188,8 +199,8 @@ def read_state(
 
 
 def read_log(run_uri: str, columns: Sequence[str] = LOG_COLUMNS) -> pa.Table:
-    """Read all receipts ever logged, oldest first, with `logged`, the UTC time of their file."""
-    uris = storage.list_files(storage.join(run_uri, "receipts"))
+    """Read all receipts of the log, oldest first; `logged` is the UTC time of their file."""
+    uris = storage.list_files(storage.join(run_uri, RECEIPTS))
     names = list(columns)
 
     def read(uri: str) -> pa.Table:
@@ -205,7 +216,7 @@ def read_log(run_uri: str, columns: Sequence[str] = LOG_COLUMNS) -> pa.Table:
 
 
 def logged_at(name: str) -> datetime | None:
-    """Return when a file of the log was written, by its name; None if that does not tell."""
+    """Return the UTC time in the name of a file of the log; None if the name has none."""
     stamp = name.rsplit("/", 1)[-1].partition("-")[0]
     try:
         return datetime.strptime(stamp, "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC)
@@ -214,13 +225,13 @@ def logged_at(name: str) -> datetime | None:
 
 
 def read_holder(run_uri: str) -> Holder:
-    """Return who holds the lease of a run, without taking or waiting for it."""
+    """Return the holder of a run's lease, without taking the lease or waiting for it."""
     for _ in range(READ_TRIES):
         try:
-            found: LeaseInfo = storage.read_json(storage.join(run_uri, lease.NAME))
+            found: LeaseInfo = storage.read_json(storage.join(run_uri, LEASE_FILE))
         except FileNotFoundError:
             return Holder("none", None)
-        except ValueError:  # read while its holder wrote it
+        except ValueError:  # the file was read while its holder wrote it
             continue
         if lease.is_over(found):
             return Holder("dead", found)
@@ -231,8 +242,8 @@ def read_holder(run_uri: str) -> Holder:
 
 
 def _by_slide(last: pa.Table) -> pl.DataFrame:
-    """Return what is logged of each slide, from the last receipts of its tiles."""
-    # In Arrow, which holds a million receipts in a third of the memory of a frame.
+    """Return counts of each slide, from the last receipts of its tiles."""
+    # Arrow holds a million receipts in a third of the memory of a frame.
     good = pc.and_(pc.is_null(last["error"]), pc.greater_equal(last["tile_id"], 0))
     columns = {
         "good": pc.cast(good, pa.int64()),
@@ -240,16 +251,16 @@ def _by_slide(last: pa.Table) -> pl.DataFrame:
         "cells": pc.if_else(good, last["num_cells"], 0),
     }
     table = pa.table({name: last[name] for name in ("slide_id", "tile_id", "num_tiles")} | columns)
-    # A slide that could not be planned once, and was later, has tiles of both kinds.
+    # A slide that failed to be planned and was planned later has receipts of both kinds.
     most = [(name, "max") for name in ("tile_id", "num_tiles")]
     totals = [(name, "sum") for name in columns]
-    found = _frame(table.group_by("slide_id").aggregate([*most, *totals]))
+    counts = frame_of(table.group_by("slide_id").aggregate([*most, *totals]))
     names = {f"{name}_sum": name for name in columns}
-    return found.rename(names | {"tile_id_max": "last_tile", "num_tiles_max": "tiles_logged"})
+    return counts.rename(names | {"tile_id_max": "last_tile", "num_tiles_max": "tiles_logged"})
 
 
 def _slides(run: Run, logged: pl.DataFrame, *, may_run: bool) -> pl.DataFrame:
-    """Return one row per slide, from what is logged of it and all else in the folder."""
+    """Return one row per slide, from the log and from all other files of the folder."""
     sources, crops = _sources(run), _failed_crops(run)
     ids = pl.concat([frame["slide_id"] for frame in (sources, run.slides, logged)]).unique().sort()
     joined = ids.to_frame()
@@ -286,7 +297,7 @@ def _sources(run: Run) -> pl.DataFrame:
 
 
 def _failed_crops(run: Run) -> pl.DataFrame:
-    """Return the slides whose crops could not be cut, which makes them partial, and why."""
+    """Return the slides whose crops could not be cut, and the reasons. It makes them partial."""
     uri = index_uri(run.uri)
     failed: dict[str, str] = storage.read_json(uri)["failed"] if storage.exists(uri) else {}
     rows = [(slide_id, "crops", *text.partition(": ")[::2]) for slide_id, text in failed.items()]
@@ -297,33 +308,27 @@ def _failed_crops(run: Run) -> pl.DataFrame:
 def _failures(last: pa.Table, logged: pl.DataFrame, slides: pl.DataFrame) -> pl.DataFrame:
     """Return one row per failed tile of slides that are not finished."""
     finished = slides.filter(pl.col("status").is_in(FINISHED))
-    bad = _frame(last.filter(pc.is_valid(last["error"])).drop_columns("logged"))
-    # A slide that could be planned in the end has tiles: that it once could not is past.
+    failed_tiles = frame_of(last.filter(pc.is_valid(last["error"])).drop_columns("logged"))
+    # A slide that was planned in the end has tiles: its earlier failure no longer counts.
     planned = logged.filter(pl.col("last_tile") >= 0)
-    stale = bad.filter(pl.col("tile_id") < 0).join(planned, on="slide_id", how="semi")
+    stale = failed_tiles.filter(pl.col("tile_id") < 0).join(planned, on="slide_id", how="semi")
     failed = (
-        bad.join(finished, on="slide_id", how="anti")
+        failed_tiles.join(finished, on="slide_id", how="anti")
         .join(stale, on=["slide_id", "tile_id"], how="anti")
         .select("slide_id", "tile_id", *WHY)
     )
-    # Those whose record tells of a failure, and the log does not.
-    told = slides.filter(pl.col("status").is_in(["partial", "failed"])).join(
+    # Slides whose record has a failure that the log does not have.
+    unlogged = slides.filter(pl.col("status").is_in(["partial", "failed"])).join(
         failed, on="slide_id", how="anti"
     )
-    whole = told.select("slide_id", pl.lit(None, pl.Int64).alias("tile_id"), *WHY)
+    whole = unlogged.select("slide_id", pl.lit(None, pl.Int64).alias("tile_id"), *WHY)
     return pl.concat([failed, whole]).sort("slide_id", "tile_id")
 
 
 def _times(log: pa.Table) -> pl.DataFrame:
-    """Return what each file of the log tells of, oldest first."""
-    told = _frame(log.select(["logged", "tile_id", "num_cells"])).filter(
+    """Return one row per file of the log, oldest first: its time, tiles and cells."""
+    receipts = frame_of(log.select(["logged", "tile_id", "num_cells"])).filter(
         pl.col("logged").is_not_null() & (pl.col("tile_id") >= 0)
     )
     cells = pl.col("num_cells").sum()
-    return told.group_by("logged").agg(num_tiles=pl.len(), num_cells=cells).sort("logged")
-
-
-def _frame(table: pa.Table) -> pl.DataFrame:
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+    return receipts.group_by("logged").agg(num_tiles=pl.len(), num_cells=cells).sort("logged")

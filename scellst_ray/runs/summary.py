@@ -1,6 +1,6 @@
-"""What became of a run, for people and machines: SUMMARY.md and summary.json in its folder.
+"""Summary of a run, for people and machines: SUMMARY.md and summary.json in its folder.
 
-All of it is found in the folder, so it can be written again at any time, by whoever reads it.
+Everything in it is read from the folder, so it can be written again at any time.
 """
 
 import importlib.metadata
@@ -18,36 +18,35 @@ import yaml
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.version import __version__
+from scellst_ray.runs.folder import DATA_FOLDERS, SUMMARY_FILE, SUMMARY_PAGE, read_config
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.runs.state import RunState, read_state
 from scellst_ray.storage.credentials import redacted
 
-JSON_NAME, MARKDOWN_NAME = "summary.json", "SUMMARY.md"
 NUM_SLOWEST = 5
 LIBRARIES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "openslide-python", "openslide-bin")
-FOLDERS = ("cells", "expression", "crops", "failures", "records", "receipts", "shards", "imported")
-# What differs between two messages of one cause: names in quotes, paths and numbers.
+# Parts in which two messages of one cause differ: names in quotes, paths and numbers.
 PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|0x[0-9a-f]+|\d[\d,.]*")
 
 
 def write_summary(run_uri: str, records: Mapping[str, SlideRecord] | None = None) -> dict[str, Any]:
-    """Write summary.json and SUMMARY.md into a run folder; return what they say.
+    """Write summary.json and SUMMARY.md into a run folder; return the content of summary.json.
 
     Args:
         run_uri: The run folder.
-        records: What the driver knows of slides beyond their published records.
+        records: Records that replace published ones. The driver knows more than is published.
 
     Raises:
-        FileNotFoundError: no run there.
+        FileNotFoundError: the folder holds no run.
     """
-    summary = summarised(read_state(run_uri, records=records))
-    storage.publish_json(storage.join(run_uri, JSON_NAME), summary)
-    storage.publish_text(storage.join(run_uri, MARKDOWN_NAME), markdown(summary))
+    summary = summarise_state(read_state(run_uri, records=records))
+    storage.publish_json(storage.join(run_uri, SUMMARY_FILE), summary)
+    storage.publish_text(storage.join(run_uri, SUMMARY_PAGE), markdown(summary))
     return summary
 
 
 def progress_of(state: RunState) -> dict[str, Any]:
-    """Return where a run stands, as JSON: what `status` and the summary have in common."""
+    """Return the progress of a run as JSON: the keys that `status` and the summary share."""
     slides, rate = state.slides, state.rate()
     known = int(slides["num_tiles"].sum())
     return {
@@ -71,16 +70,16 @@ def progress_of(state: RunState) -> dict[str, Any]:
     }
 
 
-def summarised(state: RunState) -> dict[str, Any]:
+def summarise_state(state: RunState) -> dict[str, Any]:
     """Return the content of summary.json."""
     records = list(state.run.records.values())
     releases = Counter(str(record.get("scellst_ray")) for record in records)
     finished = [str(record["finished"]) for record in records if "finished" in record]
     stages = [f"seconds_{stage}" for stage in schemas.STAGES]
     seconds = state.slides.select(pl.col(stages).sum()).row(0, named=True)
-    sizes = {name: storage.sizes(storage.join(state.run.uri, name)) for name in FOLDERS}
-    num_bytes = {name: sum(found.values()) for name, found in sizes.items()}
-    read = state.slides["bytes"]
+    sizes = {name: storage.sizes(storage.join(state.run.uri, name)) for name in DATA_FOLDERS}
+    num_bytes = {name: sum(files.values()) for name, files in sizes.items()}
+    slide_bytes = state.slides["bytes"]
     logged = state.times["logged"]
     return progress_of(state) | {
         "format_version": schemas.FORMAT_VERSION,
@@ -90,7 +89,10 @@ def summarised(state: RunState) -> dict[str, Any]:
         "last_receipt": _iso(logged.last()),
         "last_record": max(finished, default=None),
         "seconds": {n.removeprefix("seconds_"): round(float(s), 3) for n, s in seconds.items()},
-        "bytes": {"slides": None if read.null_count() else int(read.sum()), "run": num_bytes},
+        "bytes": {
+            "slides": None if slide_bytes.null_count() else int(slide_bytes.sum()),
+            "run": num_bytes,
+        },
         "versions": {"python": platform.python_version(), "scellst_ray": __version__}
         | _libraries(),
         "releases": dict(releases),
@@ -100,42 +102,34 @@ def summarised(state: RunState) -> dict[str, Any]:
 
 
 def slowest(slides: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return the slides that took workers longest, and the stage that most of it went to."""
-    found = slides.filter(pl.col("seconds") > 0).sort(
+    """Return the slides with most worker seconds, and the stage with most of these."""
+    by_seconds = slides.filter(pl.col("seconds") > 0).sort(
         "seconds", "slide_id", descending=[True, False]
     )
     rows = []
-    for row in found.head(NUM_SLOWEST).iter_rows(named=True):
+    for row in by_seconds.head(NUM_SLOWEST).iter_rows(named=True):
         stages = {stage: row[f"seconds_{stage}"] or 0.0 for stage in schemas.STAGES}
-        told = {name: row[name] for name in ("slide_id", "num_tiles", "num_cells")}
+        values = {name: row[name] for name in ("slide_id", "num_tiles", "num_cells")}
         longest = max(stages, key=lambda stage: stages[stage])
-        rows.append(told | {"seconds": round(row["seconds"], 3), "stage": longest})
+        rows.append(values | {"seconds": round(row["seconds"], 3), "stage": longest})
     return rows
 
 
 def failure_groups(state: RunState) -> list[dict[str, Any]]:
-    """Return what went wrong, by cause, the most frequent first, with an example of each."""
+    """Return the failures by cause, the most frequent first, with an example of each."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     slides: dict[tuple[str, ...], set[str]] = {}
     for row in state.failures.iter_rows(named=True):
         error = redacted(str(row["error"]))
         kind = {name: str(row[name]) for name in ("stage", "error_type")}
-        # A slide may be named without quotes.
+        # A message may name the slide without quotes.
         key = (*kind.values(), PARTICULARS.sub("*", error.replace(row["slide_id"], "*")))
         example = {"slide_id": row["slide_id"], "tile_id": row["tile_id"], "error": error}
         group = groups.setdefault(key, kind | {"num_tiles": 0, "example": example})
         group["num_tiles"] += row["tile_id"] is not None and row["tile_id"] >= 0
         slides.setdefault(key, set()).add(row["slide_id"])
-    told = [group | {"num_slides": len(slides[key])} for key, group in groups.items()]
-    return sorted(told, key=lambda group: (-group["num_slides"], -group["num_tiles"]))
-
-
-def read_config(run_uri: str) -> dict[str, Any]:
-    """Return the configuration of the last command on a run; empty if it is not kept."""
-    uri = storage.join(run_uri, "config.yaml")
-    if not storage.exists(uri):
-        return {}
-    return dict(yaml.safe_load(storage.read_text(uri)) or {})
+    counted = [group | {"num_slides": len(slides[key])} for key, group in groups.items()]
+    return sorted(counted, key=lambda group: (-group["num_slides"], -group["num_tiles"]))
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -167,23 +161,23 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tiles_line(found: dict[str, Any]) -> str:
-    """Say how many tiles are done."""
-    tiles = found["tiles"]
+def tiles_line(progress: dict[str, Any]) -> str:
+    """Return how many tiles are done, as a line of text."""
+    tiles = progress["tiles"]
     return f"{tiles['done']:,} of {tiles['known']:,} known, {tiles['failed']:,} failed"
 
 
-def pace_line(found: dict[str, Any]) -> str:
-    """Say how fast a run went."""
+def pace_line(progress: dict[str, Any]) -> str:
+    """Return how fast a run went, as a line of text."""
     rate = [
-        format_number(found["throughput"][name])
+        format_number(progress["throughput"][name])
         for name in ("tiles_per_s", "cells_per_s", "seconds")
     ]
     return "{} tiles/s, {} cells/s, over {} s of receipts".format(*rate)
 
 
 def _tables(summary: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of the tables of a summary; those without rows are left out."""
+    """Yield the lines of the tables of a summary; a table without rows is left out."""
     total = sum(summary["seconds"].values())
     rows: list[tuple[str, ...]]
     rows = [(s, f"{v:,.1f}", f"{v / total:.0%}") for s, v in summary["seconds"].items() if v]
@@ -212,13 +206,13 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
         return
     yield from ("", f"## {title}")
     for row in (header, ("---",) * len(header), *rows):
-        # A bar would end the cell, and a line's end the table.
+        # A bar would end the cell, and a line break would end the table.
         cells = (" ".join(cell.split()).replace("|", "\\|") for cell in row)
         yield f"| {' | '.join(cells)} |"
 
 
 def format_number(value: float | None) -> str:
-    """Return a number as people read it."""
+    """Return a number with thousands separators, small ones to 3 digits; '?' for None."""
     if value is None:
         return "?"
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
@@ -228,20 +222,20 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def _iso(when: Any) -> str | None:  # noqa: ANN401 - what polars keeps in a column of times
+def _iso(when: Any) -> str | None:  # noqa: ANN401 - a value of a column of times
     return when.isoformat(timespec="milliseconds") if isinstance(when, datetime) else None
 
 
 def _libraries() -> dict[str, str]:
     """Return the versions of libraries, without importing them."""
-    found = {}
+    versions = {}
     for name in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
-def _redacted(value: Any) -> Any:  # noqa: ANN401 - whatever a configuration holds
+def _redacted(value: Any) -> Any:  # noqa: ANN401 - any value of a configuration
     """Return a configuration without credentials in its URIs."""
     if isinstance(value, dict):
         return {key: _redacted(part) for key, part in value.items()}

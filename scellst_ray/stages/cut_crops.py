@@ -94,7 +94,7 @@ def cut_slide(crops: CropSet, row: CropSlide) -> CropRecord:
         record["num_types"] = {count["values"]: count["counts"] for count in counts}
         record["num_bytes"] = int(spool.num_bytes.sum())
         record["digest"] = digest
-        record["centre"] = spool.moments.as_json()
+        record["centre"] = spool.colours.as_json()
         record["seconds"] = round(time.perf_counter() - started, 3)
         return record
 

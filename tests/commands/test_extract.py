@@ -65,7 +65,7 @@ def test_slides_unlike_the_training_slides_are_named_and_change_no_exit_code(cap
     records = {name: record("done", domain_shift=unknown) for name in "ab"}
     assert summarise(records, "out") == 0
     _, line = capsys.readouterr().out.splitlines()
-    assert "no limit of domain shift is known" in line
+    assert "this head has no limit of domain shift" in line
 
 
 def test_run_extract_reports_the_records_it_got(capsys, monkeypatch):

@@ -20,16 +20,16 @@ from scellst_ray.runs.crop_files import (
     decode_into,
     draw,
     encode,
-    mixed,
     permutation,
     priorities,
+    splitmix64,
 )
 from tests.support.crop_runs import numbered, numbers_of
 
 MASK = (1 << 64) - 1
 
 
-def splitmix64(state):
+def published_step(state):
     """Return one step of the published generator, in Python's whole numbers."""
     z = (state + 0x9E3779B97F4A7C15) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
@@ -41,7 +41,7 @@ def draw_slowly(sample, slide_id, cell_ids, types):
     """Draw one cell after the other, lowest number first."""
     text = json.dumps(["crop", str(sample.seed), slide_id]).encode()
     key = int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
-    numbers = {c: splitmix64((splitmix64(c) + key) & MASK) for c in cell_ids}
+    numbers = {c: published_step((published_step(c) + key) & MASK) for c in cell_ids}
     type_of, taken, per_type = dict(zip(cell_ids, types, strict=True)), [], {}
     for cell in sorted(cell_ids, key=numbers.get):
         num = per_type[type_of[cell]] = per_type.get(type_of[cell], 0) + 1
@@ -52,9 +52,9 @@ def draw_slowly(sample, slide_id, cell_ids, types):
 
 
 def test_the_generator_is_the_published_one():
-    assert mixed(np.zeros(1, np.uint64))[0] == 0xE220A8397B1DCDAF
+    assert splitmix64(np.zeros(1, np.uint64))[0] == 0xE220A8397B1DCDAF
     values = np.array([0, 1, 7, 1 << 40, MASK], np.uint64)
-    assert mixed(values).tolist() == [splitmix64(int(value)) for value in values]
+    assert splitmix64(values).tolist() == [published_step(int(value)) for value in values]
 
 
 def test_permutations_are_uniform_and_named_by_their_parts():

@@ -12,10 +12,10 @@ from scellst_ray.runs import domain_shift as module
 from scellst_ray.runs.domain_shift import (
     SlideScore,
     domain_of_bags,
-    held_out,
+    domain_warnings,
     limit_of_head,
-    moments,
-    warnings,
+    moments_of,
+    score_held_out,
 )
 from scellst_ray.stages.networks import stored_distance, vectors
 
@@ -45,7 +45,7 @@ def score_by_loop(x_ND, others_ND):
 def test_closed_form_equals_a_loop_over_cells(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 37)
     slides = {"a": cells_of(0, 90), "b": cells_of(1, 150, 0.4), "c": cells_of(2, 40)}
-    found = held_out({slide_id: moments(x_ND) for slide_id, x_ND in slides.items()})
+    found = score_held_out({slide_id: moments_of(x_ND) for slide_id, x_ND in slides.items()})
     for slide_id, x_ND in slides.items():
         others_ND = np.concatenate([other for s, other in slides.items() if s != slide_id])
         expected = score_by_loop(x_ND, others_ND)
@@ -54,9 +54,9 @@ def test_closed_form_equals_a_loop_over_cells(monkeypatch):
 
 
 def test_a_single_slide_gives_no_limit():
-    assert held_out({"a": moments(cells_of(0, 9))}) == {"held_out": {}, "limit": None}
+    assert score_held_out({"a": moments_of(cells_of(0, 9))}) == {"held_out": {}, "limit": None}
     with pytest.raises(ValueError, match="hold no instances"):
-        moments(np.zeros((0, DIM), np.float16))
+        moments_of(np.zeros((0, DIM), np.float16))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def trained(tmp_path):
     head.standardise(torch.from_numpy(np.concatenate(list(slides.values()))))
     info = {"genes": ["A"], "scaling": {}, "embedding_dim": DIM, "encoder_digest": "e"}
     info |= {"training_slides": sorted(slides), "metrics": {}}
-    domain = held_out({slide_id: moments(x_ND) for slide_id, x_ND in slides.items()})
+    domain = score_held_out({slide_id: moments_of(x_ND) for slide_id, x_ND in slides.items()})
     save_head(str(tmp_path / "head"), head, info | {"domain": domain})
     save_head(str(tmp_path / "old"), head, info)
     return head, domain, tmp_path
@@ -135,7 +135,7 @@ def test_instances_are_those_of_the_bags(tmp_path):
         uris[slide_id] = str(tmp_path / f"{slide_id}.parquet")
         signed = schemas.conform(table, schemas.bags_schema(DIM), "BAGS")
         storage.publish_table(uris[slide_id], signed)
-    expected = held_out({slide_id: moments(x_ND) for slide_id, x_ND in slides.items()})
+    expected = score_held_out({slide_id: moments_of(x_ND) for slide_id, x_ND in slides.items()})
     assert domain_of_bags(uris) == expected
 
 
@@ -143,11 +143,11 @@ def test_warnings_name_the_farthest_and_count_the_rest():
     far = {f"s{n:02}": {"score": 2.0 + n, "limit": 1.2, "beyond": True} for n in range(12)}
     near = {"near": {"score": 1.1, "limit": 1.2, "beyond": False}}
     records = {slide_id: {"domain_shift": shift} for slide_id, shift in (far | near).items()}
-    lines = warnings(records | {"extracted": {}})
+    lines = domain_warnings(records | {"extracted": {}})
     assert len(lines) == 11
     assert lines[0].startswith("warning: s11: its cells look unlike")
     assert "2 more slides" in lines[-1]
     assert not any("near" in line for line in lines)
     unknown = {"domain_shift": {"score": 9.0, "limit": None, "beyond": None}}
-    (line,) = warnings({"a": unknown, "b": unknown})
-    assert "no limit of domain shift is known" in line
+    (line,) = domain_warnings({"a": unknown, "b": unknown})
+    assert "this head has no limit of domain shift" in line

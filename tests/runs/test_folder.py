@@ -58,10 +58,10 @@ def test_a_run_on_an_object_store(tmp_path):
 @pytest.mark.parametrize(
     ("job", "identity", "match"),
     [
-        ("extract", IDENTITY | {"read_mpp": 0.25}, r"read_mpp: 0.5 there, 0.25 now"),
-        ("predict", IDENTITY, r"job: 'extract' there, 'predict' now"),
-        ("extract", IDENTITY | {"head": "h"}, r"head: None there, 'h' now"),
-        ("extract", {"encoder": "random:0"}, r"read_mpp: 0.5 there, None now, shape"),
+        ("extract", IDENTITY | {"read_mpp": 0.25}, r"read_mpp: 0.5 in the folder, 0.25 now"),
+        ("predict", IDENTITY, r"job: 'extract' in the folder, 'predict' now"),
+        ("extract", IDENTITY | {"head": "h"}, r"head: None in the folder, 'h' now"),
+        ("extract", {"encoder": "random:0"}, r"read_mpp: 0.5 in the folder, None now, shape"),
     ],
 )
 def test_another_run_is_refused_with_what_differs(run, job, identity, match):

@@ -7,12 +7,12 @@ import pytest
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
+from scellst_ray.runs.folder import read_config
 from scellst_ray.runs.state import read_state
 from scellst_ray.runs.summary import (
     failure_groups,
     format_number,
     markdown,
-    read_config,
     write_summary,
 )
 from tests.support.run_folders import MISSING, START, after, make_run, receipt, record, write_lease

@@ -47,8 +47,8 @@ def write_crop_run(folder, num_crops, images=None):
             rows = np.arange(num)[::-1]
             spool.add(rows, crops[rows])
             digest = spool.publish(file_uri(str(folder), "set", slide_id), cells, "0123")
-            moments = vars(spool.moments)
-        slides[slide_id] = {"num_crops": num, "digest": digest, "centre": moments}
+            totals = spool.colours.as_json()
+        slides[slide_id] = {"num_crops": num, "digest": digest, "centre": totals}
         first += num
     index = {
         "format_version": schemas.FORMAT_VERSION,

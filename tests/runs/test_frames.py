@@ -1,4 +1,6 @@
-from scellst_ray.runs.slides_frame import SLIDES, slides_frame
+import pyarrow as pa
+
+from scellst_ray.runs.frames import SLIDES, frame_of, slides_frame
 from tests.support.run_folders import record
 
 
@@ -20,3 +22,7 @@ def test_what_a_record_lacks_is_null():
     assert frame["domain_shift_score"].to_list() == [None, 1.5]
     assert frame["domain_shift_beyond"].to_list() == [None, True]
     assert frame["mpp"].to_list() == [None, None]
+
+
+def test_a_table_as_a_frame():
+    assert frame_of(pa.table({"x": [1, 2]}))["x"].to_list() == [1, 2]

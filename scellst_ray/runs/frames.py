@@ -1,8 +1,9 @@
-"""The records of a run as one table of slides."""
+"""Frames of polars: from Arrow tables, and from the records of a run."""
 
 from collections.abc import Mapping
 
 import polars as pl
+import pyarrow as pa
 
 from scellst_ray.core import schemas
 from scellst_ray.runs.records import SlideRecord
@@ -44,3 +45,10 @@ def slides_frame(records: Mapping[str, SlideRecord]) -> pl.DataFrame:
         values |= {f"domain_shift_{k}": v for k, v in record.get("domain_shift", {}).items()}
         rows.append({name: values.get(name) for name in SLIDES})
     return pl.DataFrame(rows, schema=SLIDES)
+
+
+def frame_of(table: pa.Table) -> pl.DataFrame:
+    """Return an Arrow table as a frame."""
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
