@@ -21,8 +21,13 @@ from rich.progress import (
 from rich.table import Table
 
 from scellst_ray import storage
-from scellst_ray.models.weights.catalogue import CATALOGUE, Published, cache_folder, published
-from scellst_ray.models.weights.digests import Digests, Expected, digests_of, mismatch
+from scellst_ray.models.weights.catalogue import (
+    CATALOGUE,
+    PublishedFile,
+    cache_folder,
+    find_published,
+)
+from scellst_ray.models.weights.digests import Digests, ExpectedFile, describe_mismatch, digests_of
 from scellst_ray.models.weights.fetch import Patience, Report, WrongFileError, download, zenodo_file
 
 Say = Callable[[str], None]
@@ -46,7 +51,7 @@ class ModelsFetchConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is no digest, and names that are not in the catalogue."""
-        published(self.name)
+        find_published(self.name)
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
             message = f"sha256 is {self.sha256!r}; give the 64 hex digits of a SHA-256"
             raise ValueError(message)
@@ -72,7 +77,7 @@ def fetch_model(config: ModelsFetchConfig) -> int:
     """Fetch weights with progress on the console; return 0."""
     console = Console()
     say: Say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    model = published(config.name)
+    model = find_published(config.name)
     say(f"{model.name}: {model.what}\nlicence: {model.licence}\nsource: {model.source}")
     bar, report = _shown(console, model.file_name)
     with bar:
@@ -96,13 +101,13 @@ def fetch(
         ValueError: what came, or what is there already, is not what it should be.
         OSError: no network, no room, or another process is at it.
     """
-    model = published(config.name)
-    pinned = str(config.sha256 or model.locked.get("sha256") or model.sha256).lower()
+    model = find_published(config.name)
+    pinned = str(config.sha256 or model.lock_content.get("sha256") or model.sha256).lower()
     own = pinned.startswith(model.sha256)
-    expected = Expected(model.size if own else None, pinned)
+    expected = ExpectedFile(model.size if own else None, pinned)
     if model.path.is_file():
         found = digests_of(model.path)
-        wrong = mismatch(found, expected)
+        wrong = describe_mismatch(found, expected)
         if wrong:
             message = f"{model.path}: {wrong}; remove it to fetch it anew{_lock_hint(model)}"
             raise ValueError(message)
@@ -116,15 +121,15 @@ def fetch(
             message = f"{error}{_explained(error.found, expected)}{_lock_hint(model)}"
             raise ValueError(message) from error
         say(f"SHA-256 {found.sha256}; known beforehand: {pinned}")
-    if not model.locked or model.locked["sha256"] != found.sha256:
+    if not model.lock_content or model.lock_content["sha256"] != found.sha256:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         received = asdict(found) | {"url": config.url or model.url, "fetched": now}
         storage.publish_text(str(model.lock_path), json.dumps(received, indent=2) + "\n")
 
 
 def _with_record(
-    record: str, expected: Expected, model: Published, say: Say, patience: Patience | None
-) -> Expected:
+    record: str, expected: ExpectedFile, model: PublishedFile, say: Say, patience: Patience | None
+) -> ExpectedFile:
     """Add the MD5 that the record states; without a record, the pinned digest has to do."""
     try:
         stated = zenodo_file(record, model.file_name, patience)
@@ -137,10 +142,10 @@ def _with_record(
             f"of {expected.size:,}; if the authors replaced it, give its --sha256"
         )
         raise ValueError(message)
-    return Expected(expected.size, expected.sha256, stated.md5)
+    return ExpectedFile(expected.size, expected.sha256, stated.md5)
 
 
-def _explained(found: Digests, expected: Expected) -> str:
+def _explained(found: Digests, expected: ExpectedFile) -> str:
     """Say what it means if the record vouches for a file that the catalogue does not know."""
     if expected.md5 is None or found.md5 != expected.md5:
         return ""
@@ -150,9 +155,9 @@ def _explained(found: Digests, expected: Expected) -> str:
     )
 
 
-def _lock_hint(model: Published) -> str:
+def _lock_hint(model: PublishedFile) -> str:
     """Name the file that holds the digest of an earlier fetch, if there is one."""
-    return f" (the digest is that of {model.lock_path})" if model.locked else ""
+    return f" (the digest is that of {model.lock_path})" if model.lock_content else ""
 
 
 def _shown(console: Console, name: str) -> tuple[AbstractContextManager[object], Report]:

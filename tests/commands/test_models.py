@@ -194,7 +194,7 @@ def test_without_the_record_the_digest_has_to_do(entry, server):
     made = entry(record={})
     server.statuses = [404]
     said = run()
-    assert "the server said 404" in said
+    assert "the server answered 404" in said
     assert "checking the SHA-256 alone" in said
     assert made.path.read_bytes() == CONTENT
 

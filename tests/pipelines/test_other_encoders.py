@@ -146,5 +146,5 @@ def test_the_length_is_known_before_ray_starts(tmp_path):
     path = tmp_path / "e.safetensors"
     save_encoder(path, network, MEAN, STD, arch="resnet18")
     path.write_bytes(path.read_bytes().replace(b'"crop_um":"12.0"', b'"crop_um":"18.0"'))
-    with pytest.raises(ValueError, match=r"e\.safetensors: was trained for crops of 18 um"):
+    with pytest.raises(ValueError, match=r"e\.safetensors: it was trained on crops of 18 um"):
         check_networks(replace(named, encoder=str(path)))

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from scellst_ray.models.mil.bags import BagSet
-from scellst_ray.models.mil.head import bag_mean
+from scellst_ray.models.mil.bags import BagSet, bag_mean
 
 
 def make_bags(num_spots=23, dim=6, num_genes=4, seed=0, dtype=torch.float64) -> BagSet:
@@ -24,3 +23,9 @@ def make_counts(bags: BagSet, seed=0) -> BagSet:
     factors = torch.rand(len(bags), generator=generator) + 0.5
     counts = torch.poisson(3 * bags.targets_SG * factors[:, None], generator=generator)
     return replace(bags, targets_SG=counts, size_factors_S=factors.to(counts.dtype))
+
+
+def single_cells(embeddings_ND, targets_NG, size_factors_N=None) -> BagSet:
+    """Return bags of one cell each, with a target for every cell: full supervision."""
+    offsets = torch.arange(len(embeddings_ND) + 1)
+    return BagSet(embeddings_ND, offsets, targets_NG, size_factors_N)

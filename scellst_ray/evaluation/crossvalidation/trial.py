@@ -37,9 +37,9 @@ from scellst_ray.evaluation.expression.scores import (
     number,
     score_models,
 )
-from scellst_ray.models.mil.bags import BagSet, split_spots
+from scellst_ray.models.mil.bags import BagSet, bag_mean, split_spots
 from scellst_ray.models.mil.fit import FitConfig, fit_head, new_head
-from scellst_ray.models.mil.head import MilHead, bag_mean
+from scellst_ray.models.mil.head import MilHead
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.spots.links import Links
 from scellst_ray.spots.panel import filter_counts, make_targets, robust_scale, size_factors

@@ -1,7 +1,8 @@
 """The two encoders of CellViT: a plain ViT with a class token, and SAM's windowed ViT.
 
-Parameter names are those of the published checkpoints (DINO's and SAM's). Both return what the
-tissue head reads and four grids of tokens, taken after four blocks and before the final norm.
+Parameter names are those of the published checkpoints (DINO's and SAM's). A token is the vector
+of one square of 16 x 16 px. Both encoders return the input of the tissue head and four grids of
+tokens. The grids are taken after four of the blocks, before the final norm.
 
 Shape letters: B images, D channels, N tokens, C H W image, R T rows and columns of tokens,
 E attention heads, K channels of a head, L = K + R + T.
@@ -13,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TOKEN_PX = 16  # side of the square of pixels that makes one token
-WINDOW = 14  # tokens along the side of a window of SAM's local attention
-MAX_TOKENS = 64  # tokens along a side that SAM has positions for: 1024 px
-VIT_TOKENS = 14  # tokens along a side of the image the plain ViT's positions were learned on
+TOKEN_PX = 16  # side of the square that becomes one token
+WINDOW = 14  # side of a window of SAM's local attention, in tokens
+MAX_TOKENS = 64  # side of the grid of SAM's positions, in tokens: 1024 px
+VIT_TOKENS = 14  # side of the grid that the plain ViT's positions were learned on, in tokens
 NECK_CHANNELS = 256
 NORM_EPS = 1e-6
 
 
 class PatchEmbed(nn.Module):
-    """Squares of 16 x 16 px to tokens."""
+    """A layer that turns squares of 16 x 16 px into tokens."""
 
     def __init__(self, dim: int) -> None:
         """Make the projection to `dim` channels."""
@@ -36,7 +37,7 @@ class PatchEmbed(nn.Module):
 
 
 class VitMlp(nn.Module):
-    """Two linear layers with a GELU between, named as in DINO."""
+    """Two linear layers with a GELU between them; parameters are named as in DINO."""
 
     def __init__(self, dim: int) -> None:
         """Make layers of 4 x `dim` hidden channels."""
@@ -51,7 +52,7 @@ class VitMlp(nn.Module):
 
 
 class SamMlp(nn.Module):
-    """The same, named as in SAM."""
+    """Two linear layers with a GELU between them; parameters are named as in SAM."""
 
     def __init__(self, dim: int) -> None:
         """Make layers of 4 x `dim` hidden channels."""
@@ -122,7 +123,7 @@ class VitEncoder(nn.Module):
             dim: Channels of a token.
             num_heads: Attention heads; divides `dim`.
             depth: Number of blocks.
-            skip_blocks: After which blocks, counted from 1, a grid of tokens is taken.
+            skip_blocks: Blocks, counted from 1, after which a grid of tokens is taken.
             num_classes: Tissue classes; with 0 the class token itself is returned.
         """
         super().__init__()
@@ -135,10 +136,11 @@ class VitEncoder(nn.Module):
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Return the positions [1, 1 + rows * columns, D], interpolated as published.
+        """Return the positions [1, 1 + rows * columns, D], interpolated as in DINO.
 
-        DINO adds 0.1 to the wanted size so that rounding down never loses a row, and bicubic
-        interpolation then uses the scale with that 0.1 in it: part of the trained weights' meaning.
+        DINO adds 0.1 to the new size, so that rounding down never loses a row. Its bicubic
+        interpolation uses the scale with that 0.1 in it. The weights were trained so, hence the
+        same is done here.
         """
         if rows == columns == VIT_TOKENS:
             return self.pos_embed
@@ -149,7 +151,7 @@ class VitEncoder(nn.Module):
         return torch.cat([own, grid.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return tissue logits [B, classes] and the taken grids, each [B, D, R, T]."""
+        """Return tissue logits [B, classes] and the grids of `skip_blocks`, each [B, D, R, T]."""
         grid_BRTD: Tensor = self.patch_embed(x_BCHW)
         B, R, T, D = grid_BRTD.shape
         own_B1D = self.cls_token.expand(B, -1, -1)
@@ -166,9 +168,9 @@ def relative_positions(table_LK: Tensor, size: int) -> Tensor:
     """Return, for every query and key along one axis, the vector of their offset.
 
     Args:
-        table_LK: One vector per offset -(n - 1)..n - 1 of the trained size n; interpolated linearly
-            to another size, as SAM does.
-        size: Tokens along the axis.
+        table_LK: One vector per offset -(n - 1)..n - 1, where n is the size in training. For
+            another size the table is interpolated linearly, as SAM does.
+        size: Number of tokens along the axis.
 
     Returns:
         [size, size, K], query first.
@@ -183,11 +185,15 @@ def relative_positions(table_LK: Tensor, size: int) -> Tensor:
 class SamAttention(Attention):
     """Self-attention over a grid, with SAM's relative positions added to the logits.
 
-    The position term is a sum of one term for the rows and one for the columns (decomposed:
-    MViTv2, arXiv:2112.01526, section 4.1), and reads the query before it is scaled. Here it is part
-    of the product of queries and keys: a query is lengthened by its terms for every row and every
-    column, a key by a one at its own row and column. So no table of every query and every key is
-    needed, 1.4 GiB less of memory for a tile of 1024 px in SAM-B, at the same speed on a CPU.
+    The position term is the sum of a term for the rows and a term for the columns (MViTv2,
+    arXiv:2112.01526, section 4.1). It depends on the query before scaling. Here it is part of the
+    product of queries and keys:
+
+    - A query is lengthened by its terms for every row and every column.
+    - A key is lengthened by a one at its own row and a one at its own column.
+
+    Therefore no table of all pairs of queries and keys is made. For a tile of 1024 px in SAM-B
+    that saves 1.4 GiB of memory, at the same speed on a CPU.
     """
 
     def __init__(self, dim: int, num_heads: int, side: int) -> None:
@@ -203,18 +209,18 @@ class SamAttention(Attention):
         K = q_BENK.shape[3]
         terms = self._position_terms(q_BENK.view(B, self.num_heads, R, T, K))
         place = torch.arange(R * T, device=x_BRTD.device)
-        here = torch.cat([F.one_hot(place // T, R), F.one_hot(place % T, T)], dim=1)
-        here = here.to(k_BENK.dtype).expand(B, self.num_heads, -1, -1)
+        own_place = torch.cat([F.one_hot(place // T, R), F.one_hot(place % T, T)], dim=1)
+        own_place = own_place.to(k_BENK.dtype).expand(B, self.num_heads, -1, -1)
         y_BENL = F.scaled_dot_product_attention(
-            torch.cat([q_BENK, terms * K**0.5], dim=3),  # the scale is for the product alone
-            torch.cat([k_BENK, here], dim=3),
-            F.pad(v_BENK, (0, R + T)),  # the fast kernels want values as long as keys
+            torch.cat([q_BENK, terms * K**0.5], dim=3),  # K**0.5 undoes the scale for the terms
+            torch.cat([k_BENK, own_place], dim=3),
+            F.pad(v_BENK, (0, R + T)),  # the fast kernels need values as long as keys
             scale=K**-0.5,
         )
         return self.join_heads(y_BENL[..., :K]).view(B, R, T, D)
 
     def _position_terms(self, q_BERTK: Tensor) -> Tensor:
-        """Return, for every query, its term for each row, then for each column [B, E, N, R + T]."""
+        """Return the terms of every query for each row, then for each column [B, E, N, R + T]."""
         R, T = q_BERTK.shape[2:4]
         down = relative_positions(self.rel_pos_h, R).to(q_BERTK.dtype)
         across = relative_positions(self.rel_pos_w, T).to(q_BERTK.dtype)
@@ -233,14 +239,14 @@ def to_windows(x_BRTD: Tensor) -> Tensor:
 
 
 def from_windows(windows: Tensor, num_images: int, rows: int, columns: int) -> Tensor:
-    """Put windows of `to_windows` back together: [B, rows, columns, D]."""
+    """Join the windows that `to_windows` cut into the grid [B, rows, columns, D]."""
     down, across = -(-rows // WINDOW), -(-columns // WINDOW)
     grid = windows.view(num_images, down, across, WINDOW, WINDOW, -1).transpose(2, 3)
     return grid.flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
 
 
 class SamBlock(nn.Module):
-    """A pre-norm transformer block over a grid, in windows or over all of it."""
+    """A pre-norm transformer block over a grid; it attends within windows or over all tokens."""
 
     def __init__(self, dim: int, num_heads: int, *, windowed: bool) -> None:
         """Make the block."""
@@ -255,7 +261,7 @@ class SamBlock(nn.Module):
         """Return a grid of the input's shape."""
         B, R, T, _ = x_BRTD.shape
         y: Tensor = self.norm1(x_BRTD)
-        # The padding of windows is not masked: the weights were trained attending to it.
+        # The padding of windows is not masked: the weights were trained with it.
         y = from_windows(self.attn(to_windows(y)), B, R, T) if self.windowed else self.attn(y)
         x_BRTD = x_BRTD + y
         out_BRTD: Tensor = x_BRTD + self.mlp(self.norm2(x_BRTD))
@@ -279,7 +285,11 @@ class ChannelNorm(nn.Module):
 
 
 class SamEncoder(nn.Module):
-    """SAM's image encoder (arXiv:2304.02643): windows of 14 tokens, four blocks global."""
+    """SAM's image encoder (arXiv:2304.02643).
+
+    Four blocks attend over the whole grid. All other blocks attend within windows of 14 x 14
+    tokens.
+    """
 
     def __init__(
         self,
@@ -295,8 +305,8 @@ class SamEncoder(nn.Module):
             dim: Channels of a token.
             num_heads: Attention heads; divides `dim`.
             depth: Number of blocks.
-            skip_blocks: After which blocks, counted from 1, a grid of tokens is taken.
-            global_blocks: Which blocks, counted from 0, attend over the whole grid.
+            skip_blocks: Blocks, counted from 1, after which a grid of tokens is taken.
+            global_blocks: Blocks, counted from 0, that attend over the whole grid.
         """
         super().__init__()
         self.skip_blocks = tuple(skip_blocks)
@@ -313,10 +323,10 @@ class SamEncoder(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the neck's mean [B, 256] and the taken grids, each [B, D, R, T]."""
+        """Return the neck's mean [B, 256] and the grids of `skip_blocks`, each [B, D, R, T]."""
         x_BRTD: Tensor = self.patch_embed(x_BCHW)
         _, R, T, _ = x_BRTD.shape
-        # A smaller image takes the first positions: CellViT slices where SAM only knew 1024 px.
+        # SAM takes images of 1024 px only. CellViT gives a smaller image the first positions.
         x_BRTD = x_BRTD + self.pos_embed[:, :R, :T]
         skips = []
         for number, block in enumerate(self.blocks, start=1):

@@ -1,10 +1,10 @@
-"""CellViT over tiles: images in, four bytes a pixel out.
+"""CellViT over tiles: images in, four bytes per pixel out.
 
-Everything that shrinks the network's maps happens on its device: the edge energy of the
-horizontal-vertical map (HoVer-Net, arXiv:1812.06499, section 3.2), and the argmax of the two class
-maps, packed into one 32-bit number a pixel as `schemas` describes it. The edge energy repeats
-OpenCV's arithmetic (Sobel in float64, min-max in single precision with one rounding), so that
-thresholds fall as in the published post-processing.
+The network's maps are shrunk on its device to one 32-bit number per pixel (see MAP_LEVEL in
+`core/schemas.py`). That number holds the edge energy of the horizontal-vertical map (HoVer-Net,
+arXiv:1812.06499, section 3.2) and the argmax of the two class maps. The edge energy repeats
+OpenCV's arithmetic: Sobel in float64, min-max scaling in float32 with one rounding. Therefore
+thresholds act as in the published post-processing.
 
 Shape letters: B tiles, H W pixels, R T rows and columns of tokens, D channels of a token, Y nucleus
 types, N nuclei.
@@ -25,34 +25,36 @@ from scellst_ray.models.cellvit.encoders import TOKEN_PX
 from scellst_ray.models.cellvit.network import Maps
 
 SOBEL_SIDE = 21
-# On a CPU the filter works through bands of rows that stay in the cache: a third of the time.
+# On a CPU the filter works on bands of rows that fit into the cache: it takes a third of the time.
 BAND_ROWS = 128
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Numbers held at once per pixel of a tile, at the last full-size block of a decoder: the skips
-# (64 + 128 / 4 + 256 / 16 + 8), the upsampled map (64), both joined (128), a convolution's output
-# and its normalised copy (64 + 64); and a quarter more for the convolutions' workspaces.
+# Most numbers in memory at once, per pixel, at the last full-size block of a decoder: skips
+# (64 + 128 / 4 + 256 / 16 + 8), upsampled map (64), both joined (128), a convolution's output and
+# its normalised copy (64 + 64). A quarter is added for the workspaces of convolutions.
 NUMBERS_PER_PIXEL = 1.25 * (120 + 64 + 128 + 64 + 64)
-FREE_SHARE = 0.8  # of free device memory that a batch may plan to use
+FREE_SHARE = 0.8  # share of the free device memory that a batch may use
 
 
 def pack_maps(
     binary_B2HW: Tensor, hv_B2HW: Tensor, types_BYHW: Tensor, window_px: int | None = None
 ) -> Tensor:
-    """Shrink the maps of a batch to one 32-bit number a pixel.
+    """Shrink the maps of a batch to one 32-bit number per pixel.
 
     Args:
         binary_B2HW: Logits of background and nucleus.
         hv_B2HW: Offsets from the nucleus's centre, horizontal first.
         types_BYHW: Logits of at most 64 types, background first.
-        window_px: Side of the square, centred on a pixel, whose least and greatest gradient its
-            own is scaled by; None, as published, takes those of the whole tile.
+        window_px: Side of a square centred on each pixel. The pixel's gradient is scaled by the
+            least and the greatest gradient in that square. None, as published: by those of the
+            whole tile.
 
     Returns:
-        int32 [B, H, W] on the maps' device; read as uint32: see MAP_LEVEL in `schemas`.
+        int32 [B, H, W] on the maps' device, to be read as uint32 (see MAP_LEVEL in
+        `core/schemas.py`).
     """
     energy_BHW = edge_energy(hv_B2HW, window_px)
     level_BHW = ((1 - energy_BHW) * MAP_LEVEL).round().to(torch.int32).clamp(0, MAP_LEVEL)
-    # As published the argmax is of probabilities: where they round to a tie the first class wins.
+    # As published, argmax takes probabilities. Where they round to a tie, the first class wins.
     nucleus_BHW = binary_B2HW.float().softmax(dim=1).argmax(dim=1).to(torch.int32)
     type_BHW = types_BYHW.float().softmax(dim=1).argmax(dim=1).to(torch.int32)
     return level_BHW + nucleus_BHW * MAP_NUCLEUS + (type_BHW << MAP_TYPE_SHIFT)
@@ -61,13 +63,14 @@ def pack_maps(
 def edge_energy(hv_B2HW: Tensor, window_px: int | None = None) -> Tensor:
     """Return how much each pixel looks like an edge between nuclei, float32 [B, H, W] in 0-1.
 
-    The horizontal offset falls steeply from one nucleus to its right neighbour, the vertical one
-    from a nucleus to the one below: the larger of the two scaled gradients, turned round.
+    The horizontal offset falls steeply from a nucleus to its right neighbour. The vertical offset
+    falls steeply from a nucleus to the one below. Each gradient is scaled to 0-1 and subtracted
+    from 1. The energy is the larger of the two results.
     """
     energies = []
     for channel in range(2):
         offset_BHW = hv_B2HW[:, channel].float()
-        if window_px is None:  # scaling before a linear filter that is scaled again only rounds
+        if window_px is None:  # as published; it changes no more than a rounding
             offset_BHW = _scale(offset_BHW, *_extremes(offset_BHW))
         gradient_BHW = _sobel(offset_BHW, horizontal=channel == 0)
         if window_px is None:
@@ -83,7 +86,7 @@ def _extremes(x_BHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scale(x_BHW: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Map `low` to 0 and `high` to 1 as cv2.normalize does to float32; a flat map gives 0."""
+    """Map `low` to 0 and `high` to 1 in float32, as cv2.normalize does; a flat map gives 0."""
     low, spread = low.double(), high.double() - low.double()
     flat = spread <= torch.finfo(torch.float64).eps
     factor = torch.where(flat, 0.0, 1 / spread).float().double()
@@ -92,7 +95,7 @@ def _scale(x_BHW: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _sobel(x_BHW: Tensor, *, horizontal: bool) -> Tensor:
-    """Return the Sobel derivative, float64 [B, H, W], borders mirrored without their edge."""
+    """Return the Sobel derivative, float64 [B, H, W]; borders are mirrored without the edge."""
     smooth = [float(math.comb(SOBEL_SIDE - 1, k)) for k in range(SOBEL_SIDE)]
     shorter = [math.comb(SOBEL_SIDE - 2, k) for k in range(SOBEL_SIDE - 1)]
     slope = [float(a - b) for a, b in zip([0, *shorter], [*shorter, 0], strict=True)]
@@ -124,10 +127,10 @@ def _filter(x_BHW: Tensor, taps: list[float], dim: int) -> Tensor:
 
 
 def _window_max(x_BHW: Tensor, window_px: int) -> Tensor:
-    """Return the greatest value in the centred square around each pixel, cut at the borders.
+    """Return the greatest value in the square centred on each pixel; squares end at the borders.
 
-    The sides are grown by doubling: nine steps for 256 px. A sliding maximum of a smooth map has no
-    jumps, so no line where a window ends shows in what is scaled by it.
+    The sides grow by doubling: nine steps for 256 px. A sliding maximum of a smooth map has no
+    jumps. Therefore a map scaled by it shows no lines at the ends of windows.
     """
     half = window_px // 2
     side = 2 * half + 1
@@ -146,7 +149,7 @@ def _window_max(x_BHW: Tensor, window_px: int) -> Tensor:
 Pack = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 
 
-def segment_tiles(  # noqa: PLR0913 - what, on what and how: no two of these belong together
+def segment_tiles(  # noqa: PLR0913 - no two of these arguments belong together
     model: CellVit,
     images: Sequence[NDArray[np.uint8]],
     side: int,
@@ -158,38 +161,42 @@ def segment_tiles(  # noqa: PLR0913 - what, on what and how: no two of these bel
     batch_size: int | None = None,
     pack: Pack = pack_maps,
 ) -> list[tuple[NDArray[np.uint32], NDArray[np.float16] | None]]:
-    """Run the network over tiles and shrink what it says.
+    """Run the network over tiles and shrink its maps.
 
     Args:
-        model: From `load_cellvit`; moved to `device` if it is not there.
-        images: uint8 RGB [h, w, 3], each at most `side` a side; white is added right and below.
-        side: Side of the square the network sees, px: a multiple of 16.
+        model: Model from `load_cellvit`; it is moved to `device` if necessary.
+        images: uint8 RGB [h, w, 3]; no side is longer than `side`. White is added to the right
+            and below.
+        side: Side of the square that the network sees, in px: a multiple of 16.
         device: 'cpu' or 'cuda'.
-        precision: 'float32', 'bfloat16' or 'float16', of matrix products and convolutions; in
-            float32 a GPU may still round a convolution's factors to TF32, as is torch's default.
-        tokens: Whether the encoder's last tokens are wanted too.
-        window_px: As in `pack_maps`.
-        batch_size: Tiles per pass; None: what free memory allows on a GPU, 1 on a CPU, where more
-            gains nothing and a result must not depend on what tiles share a pass.
-        pack: What shrinks the maps; `pack_maps`, or a twin that is quicker on a CPU.
+        precision: Precision of matrix products and convolutions: 'float32', 'bfloat16' or
+            'float16'. In float32 a GPU may still round a convolution's factors to TF32, which is
+            torch's default.
+        tokens: Whether to return the encoder's last tokens, too.
+        window_px: See `pack_maps`.
+        batch_size: Number of tiles per pass. None: as many as the free memory of a GPU allows; 1
+            on a CPU, where more gain nothing. There, a result then never depends on the other
+            tiles of a pass.
+        pack: Function that shrinks the maps: `pack_maps`, or an equal one that is quicker on a
+            CPU.
 
     Returns:
-        Per image: packed maps uint32 [side, side], and tokens float16 [side / 16, side / 16, D]
-        or None.
+        For each image: packed maps uint32 [side, side], and tokens float16
+        [side / 16, side / 16, D] or None.
 
     Raises:
-        ValueError: an image that does not fit, a side the network does not take, maps that are not
-            finite, or a device without memory for one tile.
+        ValueError: An image does not fit, the network does not take the side, maps are not
+            finite, or the device has no memory for one tile.
     """
-    _check(images, side, precision)
+    _check_images(images, side, precision)
     model.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = batch_size or _batch_size(side, device, precision, len(images))
     results: list[tuple[NDArray[np.uint32], NDArray[np.float16] | None]] = []
     while len(results) < len(images):
         batch = images[len(results) : len(results) + size]
         try:
-            maps = _maps_of(model, batch, side, device, precision, want_tokens=tokens)
-            results += _shrunk(maps, window_px, precision, pack)
+            maps = _compute_maps(model, batch, side, device, precision, want_tokens=tokens)
+            results += _shrink_maps(maps, window_px, precision, pack)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 message = (
@@ -203,7 +210,7 @@ def segment_tiles(  # noqa: PLR0913 - what, on what and how: no two of these bel
 
 
 @torch.inference_mode()
-def _maps_of(
+def _compute_maps(
     model: CellVit,
     images: Sequence[NDArray[np.uint8]],
     side: int,
@@ -212,20 +219,20 @@ def _maps_of(
     *,
     want_tokens: bool,
 ) -> Maps:
-    """Return what the network says of images, padded with white to squares."""
+    """Return the network's maps of images, which are padded with white to squares."""
     batch = np.full((len(images), side, side, 3), 255, np.uint8)
     for image_HWC, row in zip(images, batch, strict=True):
         row[: image_HWC.shape[0], : image_HWC.shape[1]] = image_HWC
     x_BHW3 = torch.from_numpy(batch).to(device).float() / 255
     mean, std = (torch.tensor(values, device=device) for values in (model.mean, model.std))
-    # Permuted so, channels come last in memory, which convolutions are fastest on.
+    # After this permutation channels are last in memory, the fastest layout for convolutions.
     x_B3HW = ((x_BHW3 - mean) / std).permute(0, 3, 1, 2)
     with torch.autocast(device, DTYPES[precision], enabled=precision != "float32"):
         maps: Maps = model.network(x_B3HW, want_tokens=want_tokens)
     return maps
 
 
-def _check(images: Sequence[NDArray[np.uint8]], side: int, precision: str) -> None:
+def _check_images(images: Sequence[NDArray[np.uint8]], side: int, precision: str) -> None:
     if precision not in DTYPES:
         message = f"precision {precision!r}: expected one of {', '.join(DTYPES)}"
         raise ValueError(message)
@@ -243,24 +250,24 @@ def _batch_size(side: int, device: str, precision: str, num_images: int) -> int:
     if device == "cpu":
         return 1
     free, _ = torch.cuda.mem_get_info(device)
-    # What this process has reserved and does not use is free to it as well.
+    # This process can also use the memory that it has reserved and not yet allocated.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, min(num_images, int(FREE_SHARE * free / tile_bytes(side, precision))))
 
 
 def tile_bytes(side: int, precision: str) -> int:
-    """Return about how many bytes a tile of `side` px takes while it is computed.
+    """Return about how many bytes of memory the network needs for a tile of `side` px.
 
-    The decoders at full size need the most, and are as wide in every variant.
+    The decoders at full size need the most memory. They are equally wide in every variant.
     """
     return int(NUMBERS_PER_PIXEL * side**2 * DTYPES[precision].itemsize)
 
 
 @torch.inference_mode()
-def _shrunk(
+def _shrink_maps(
     maps: Maps, window_px: int | None, precision: str, pack: Pack
 ) -> list[tuple[NDArray[np.uint32], NDArray[np.float16] | None]]:
-    """Return packed maps and tokens of each tile of a batch, in the host's memory."""
+    """Return the packed maps and tokens of each tile of a batch, in the host's memory."""
     hv = maps.hv_map
     packed_BHW = pack(maps.nuclei_binary_map, hv, maps.nuclei_type_map, window_px)
     tokens_BRTD = None
@@ -283,14 +290,14 @@ def tokens_of(
     """Return the mean of the tokens under each nucleus's bounding box.
 
     Args:
-        tokens_RTD: Of one tile, from `segment_tiles`.
+        tokens_RTD: Tokens of one tile, from `segment_tiles`.
         boxes_N4: x0, y0, x1, y1 in px of the tile, ends exclusive.
 
     Returns:
         float16 [N, D].
 
     Raises:
-        ValueError: a box that is empty or reaches out of the tile.
+        ValueError: A box is empty or reaches out of the tile.
     """
     rows, columns, dim = tokens_RTD.shape
     boxes = np.asarray(boxes_N4).reshape(-1, 4)
@@ -300,11 +307,11 @@ def tokens_of(
     wrong |= (right > columns) | (bottom > rows)
     if wrong.any():
         message = (
-            f"box {boxes[wrong][0].tolist()} (x0, y0, x1, y1): expected one that is not empty and "
-            f"lies in a tile of {columns * TOKEN_PX} x {rows * TOKEN_PX} px"
+            f"box {boxes[wrong][0].tolist()} (x0, y0, x1, y1): expected a box that is not empty "
+            f"and lies in a tile of {columns * TOKEN_PX} x {rows * TOKEN_PX} px"
         )
         raise ValueError(message)
-    sums = np.zeros((rows + 1, columns + 1, dim))  # sums[r, c] is that of tokens[:r, :c]
+    sums = np.zeros((rows + 1, columns + 1, dim))  # sums[r, c] is the sum of tokens[:r, :c]
     np.cumsum(tokens_RTD, axis=0, dtype=np.float64, out=sums[1:, 1:])
     np.cumsum(sums[1:, 1:], axis=1, out=sums[1:, 1:])
     total = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]

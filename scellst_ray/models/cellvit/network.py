@@ -1,9 +1,9 @@
 """CellViT (Hörst et al. 2024, arXiv:2306.15350): a ViT encoder and three U-shaped decoders.
 
-Written from the paper and a description of its parameters; names and shapes are those of the
-published checkpoints, so that these load unchanged. The published forward computes the four skip
-decoders anew for each of the three branches although they share their weights; here they are
-computed once.
+The code is written from the paper and a description of the parameters. Names and shapes are those
+of the published checkpoints, so that these load unchanged. The published forward pass computes the
+four skip decoders again for each of the three branches. These share their weights, so here they
+are computed once.
 
 Shape letters: B images, C channels, D channels of a token, H W image, R T rows and columns of
 tokens, S tissue classes, Y nucleus types.
@@ -24,21 +24,21 @@ from scellst_ray.models.cellvit.encoders import (
     VitEncoder,
 )
 
-MAP_CHANNELS = 2  # of the binary, the horizontal-vertical and the regression map
-WIDE_DIM = 512  # from this width of the encoder on, the decoders are wider too
+MAP_CHANNELS = 2  # channels of the binary, the horizontal-vertical and the regression map
+WIDE_DIM = 512  # encoders at least this wide have wider decoders, too
 
 
 @dataclass(frozen=True)
 class Arch:
-    """The measures of one variant.
+    """The sizes of one variant.
 
     Attributes:
         variant: '256', 'SAM-B', 'SAM-L' or 'SAM-H'.
-        dim: Channels of a token.
-        depth: Blocks of the encoder.
-        num_heads: Attention heads.
-        skip_blocks: After which blocks, counted from 1, tokens go to the decoders.
-        global_blocks: Blocks, counted from 0, of SAM that attend over the whole image; empty for
+        dim: Number of channels of a token.
+        depth: Number of blocks of the encoder.
+        num_heads: Number of attention heads.
+        skip_blocks: Blocks, counted from 1, after which tokens go to the decoders.
+        global_blocks: Blocks of SAM, counted from 0, that attend over the whole image. Empty for
             a plain ViT.
     """
 
@@ -56,7 +56,7 @@ class Arch:
 
     @property
     def max_px(self) -> int | None:
-        """Largest side of an image in px; None where there is no limit."""
+        """Largest side of an image in px; None: no limit."""
         return MAX_TOKENS * TOKEN_PX if self.is_sam else None
 
 
@@ -72,10 +72,10 @@ ARCHS = {
 
 
 def arch_of(variant: str) -> Arch:
-    """Return the measures of a variant.
+    """Return the sizes of a variant.
 
     Raises:
-        ValueError: no such variant.
+        ValueError: The variant is unknown.
     """
     if variant not in ARCHS:
         message = f"CellViT variant {variant!r} is unknown; expected one of {', '.join(ARCHS)}"
@@ -84,15 +84,16 @@ def arch_of(variant: str) -> Arch:
 
 
 class Maps(NamedTuple):
-    """What the network says of a batch of images, under the published names.
+    """The network's output for a batch of images; field names are the published ones.
 
     Attributes:
-        tissue_types: Logits [B, S].
+        tissue_types: Logits of tissue types [B, S].
         nuclei_binary_map: Logits of background and nucleus [B, 2, H, W].
-        hv_map: Offsets from a nucleus's centre, horizontal first [B, 2, H, W].
-        nuclei_type_map: Logits [B, Y, H, W], background first.
-        tokens: Last tokens before the final norm [B, D, H / 16, W / 16], if asked for.
-        regression_map: Offsets [B, 2, H, W], of networks trained with that loss.
+        hv_map: Offsets from the nucleus's centre, horizontal first [B, 2, H, W].
+        nuclei_type_map: Logits of nucleus types, background first [B, Y, H, W].
+        tokens: Last tokens before the final norm [B, D, H / 16, W / 16]; None if not requested.
+        regression_map: Offsets [B, 2, H, W]; None if the network was trained without the
+            regression loss.
     """
 
     tissue_types: Tensor
@@ -104,10 +105,10 @@ class Maps(NamedTuple):
 
 
 class ConvBlock(nn.Module):
-    """3 x 3 convolution, batch norm, ReLU."""
+    """A 3 x 3 convolution, batch norm and ReLU."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
-        """Make the block from channels to channels."""
+        """Make the block from `num_in` to `num_out` channels."""
         super().__init__()
         self.block = nn.Sequential(
             nn.Conv2d(num_in, num_out, kernel_size=3, padding=1),
@@ -122,13 +123,13 @@ class ConvBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Twice the size by a transposed convolution, then 3 x 3 convolution, batch norm, ReLU."""
+    """A transposed convolution to twice the size, 3 x 3 convolution, batch norm and ReLU."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
-        """Make the block from channels to channels."""
+        """Make the block from `num_in` to `num_out` channels."""
         super().__init__()
         self.block = nn.Sequential(
-            _twice(num_in, num_out),
+            _double_size(num_in, num_out),
             nn.Conv2d(num_out, num_out, kernel_size=3, padding=1),
             nn.BatchNorm2d(num_out),
             nn.ReLU(inplace=True),
@@ -140,34 +141,34 @@ class UpBlock(nn.Module):
         return y_BCHW
 
 
-def _twice(num_in: int, num_out: int) -> nn.ConvTranspose2d:
+def _double_size(num_in: int, num_out: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(num_in, num_out, kernel_size=2, stride=2)
 
 
 class Branch(nn.Module):
-    """One decoder: from the last tokens up to full size, taking in a skip at each size."""
+    """One decoder: it enlarges the last tokens to full size and joins a skip at each size."""
 
     def __init__(self, dim: int, bottleneck: int, num_out: int) -> None:
         """Make the branch.
 
         Args:
-            dim: Channels of a token.
-            bottleneck: Channels at an eighth of the size.
-            num_out: Channels of the map.
+            dim: Number of channels of a token.
+            bottleneck: Number of channels at an eighth of the size.
+            num_out: Number of channels of the map.
         """
         super().__init__()
-        self.bottleneck_upsampler = _twice(dim, bottleneck)
+        self.bottleneck_upsampler = _double_size(dim, bottleneck)
         self.decoder3_upsampler = nn.Sequential(
             ConvBlock(2 * bottleneck, bottleneck),
             ConvBlock(bottleneck, bottleneck),
             ConvBlock(bottleneck, bottleneck),
-            _twice(bottleneck, 256),
+            _double_size(bottleneck, 256),
         )
         self.decoder2_upsampler = nn.Sequential(
-            ConvBlock(2 * 256, 256), ConvBlock(256, 256), _twice(256, 128)
+            ConvBlock(2 * 256, 256), ConvBlock(256, 256), _double_size(256, 128)
         )
         self.decoder1_upsampler = nn.Sequential(
-            ConvBlock(2 * 128, 128), ConvBlock(128, 128), _twice(128, 64)
+            ConvBlock(2 * 128, 128), ConvBlock(128, 128), _double_size(128, 64)
         )
         self.decoder0_header = nn.Sequential(
             ConvBlock(2 * 64, 64), ConvBlock(64, 64), nn.Conv2d(64, num_out, kernel_size=1)
@@ -178,8 +179,8 @@ class Branch(nn.Module):
 
         Args:
             last_BDRT: The encoder's last tokens.
-            skips: What the skip decoders made, full size first: 64 channels at the image's size,
-                128 at half, 256 at a quarter, `bottleneck` at an eighth.
+            skips: Outputs of the skip decoders, full size first: 64 channels at the image's size,
+                128 at half, 256 at a quarter and `bottleneck` at an eighth of it.
         """
         full, half, quarter, eighth = skips
         x: Tensor = self.bottleneck_upsampler(last_BDRT)
@@ -191,7 +192,7 @@ class Branch(nn.Module):
 
 
 class CellViT(nn.Module):
-    """The network; `state_dict` has the keys and shapes of the published checkpoints."""
+    """The network; its `state_dict` has the keys and shapes of the published checkpoints."""
 
     def __init__(
         self,
@@ -204,9 +205,9 @@ class CellViT(nn.Module):
         """Make the network.
 
         Args:
-            arch: From `arch_of`.
-            num_nuclei_classes: Nucleus types, background included.
-            num_tissue_classes: Tissue types; with 0 the features before that head are returned.
+            arch: Sizes from `arch_of`.
+            num_nuclei_classes: Number of nucleus types, background included.
+            num_tissue_classes: Number of tissue types. With 0 the tissue head's input is returned.
             regression_loss: Whether the binary decoder also gives a regression map.
         """
         super().__init__()
@@ -234,7 +235,7 @@ class CellViT(nn.Module):
         """Return the maps of normalised RGB images [B, 3, H, W].
 
         Raises:
-            ValueError: a side is no multiple of 16, or larger than the encoder has positions for.
+            ValueError: A side is no multiple of 16, or the encoder has no positions for it.
         """
         self._check_size(*x_BCHW.shape[-2:])
         summary, grids = self.encoder(x_BCHW)
@@ -249,11 +250,11 @@ class CellViT(nn.Module):
         )
 
     def decode(self, x_BCHW: Tensor, grids: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the binary (and regression), horizontal-vertical and type maps.
+        """Return the binary map (with the regression map), horizontal-vertical and type maps.
 
         Args:
-            x_BCHW: The images.
-            grids: The encoder's four grids of tokens [B, D, H / 16, W / 16], last blocks last.
+            x_BCHW: Normalised images.
+            grids: The encoder's four grids of tokens [B, D, H / 16, W / 16], in order of blocks.
         """
         first, second, third, last = grids
         skips = (

@@ -1,4 +1,4 @@
-"""Backbones to pretrain: torchvision's residual networks, and any of timm by name.
+"""Backbones to pretrain: residual networks of torchvision, and every network of timm by name.
 
 Shape letters: N crops, D embedding.
 """
@@ -15,19 +15,20 @@ RESNETS = ("resnet18", "resnet34", "resnet50")
 
 
 def new_backbone(arch: str, seed: int, crop_px: int = CROP_PX) -> tuple[nn.Module, int]:
-    """Make a randomly initialised backbone; torch's global random state is left as it was.
+    """Make a randomly initialised backbone; torch's global random state does not change.
 
     Args:
-        arch: 'resnet18', 'resnet34' or 'resnet50' of torchvision, the last norm of each residual
-            block starting at zero; or 'timm:NAME'.
-        seed: Fixes the weights.
-        crop_px: Side of the crops.
+        arch: 'resnet18', 'resnet34' or 'resnet50' of torchvision, or 'timm:NAME'. In torchvision's
+            networks the last norm of each residual block starts at zero.
+        seed: Number that fixes the weights.
+        crop_px: Side of the crops in px.
 
     Returns:
-        Crops [N, 3, H, W] to embeddings [N, D], and D.
+        The network, which maps crops [N, 3, H, W] to embeddings [N, D], and D.
 
     Raises:
-        ValueError: Unknown name, timm is not installed, or the network cannot take such crops.
+        ValueError: The name is unknown, timm is not installed, or the network does not accept
+            crops of this size.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -37,33 +38,33 @@ def new_backbone(arch: str, seed: int, crop_px: int = CROP_PX) -> tuple[nn.Modul
             resnet.fc = nn.Identity()
             return resnet, dim
         if arch.startswith("timm:"):
-            network = _timm_network(arch.removeprefix("timm:"), crop_px)
-            return network, _embedding_dim(network, arch, crop_px)
+            network = _make_timm_network(arch.removeprefix("timm:"), crop_px)
+            return network, _measure_embedding_dim(network, arch, crop_px)
     message = f"backbone is {arch!r}, expected one of {', '.join(RESNETS)} or 'timm:NAME'."
     raise ValueError(message)
 
 
-def _timm_network(name: str, crop_px: int) -> nn.Module:
+def _make_timm_network(name: str, crop_px: int) -> nn.Module:
     try:
         import timm  # noqa: PLC0415 - optional
     except ImportError as error:
         message = f"backbone 'timm:{name}' needs timm, which is not installed: pip install timm."
         raise ValueError(message) from error
     if not timm.is_model(name):
-        message = f"timm has no model {name!r}; timm.list_models() names those it has."
+        message = f"timm has no model {name!r}; timm.list_models() lists its models."
         raise ValueError(message)
-    # Transformers know the number of their tokens; others take any size and no such argument.
+    # Transformers have a fixed number of tokens. Other networks have no `img_size` argument.
     defaults = timm.get_pretrained_cfg(name)
-    fixed: dict[str, Any] = (
+    size_args: dict[str, Any] = (
         {"img_size": crop_px} if defaults is not None and defaults.fixed_input_size else {}
     )
-    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **fixed)
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **size_args)
     return network
 
 
 @torch.no_grad()
-def _embedding_dim(network: nn.Module, arch: str, crop_px: int) -> int:
-    """Return D, found by embedding one black crop."""
+def _measure_embedding_dim(network: nn.Module, arch: str, crop_px: int) -> int:
+    """Return D; the function embeds one black crop to find it."""
     network.eval()
     try:
         shape = network(torch.zeros(1, 3, crop_px, crop_px)).shape

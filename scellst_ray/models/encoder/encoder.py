@@ -1,10 +1,10 @@
-"""The cell encoder: a network without its classifier, crop in, D numbers out.
+"""The cell encoder: a network without its classifier that turns a crop into D numbers.
 
-| weights | what it is |
+| weights | meaning |
 | --- | --- |
-| a file | safetensors of this project, or a torch checkpoint of a torchvision-style ResNet-50 |
-| 'imagenet' | torchvision's ResNet-50, IMAGENET1K_V2, downloaded by torchvision on first use |
-| 'timm:NAME' | timm's pretrained network, downloaded from the Hugging Face hub on first use |
+| a file | safetensors of this project, or a torch checkpoint of torchvision's ResNet-50 |
+| 'imagenet' | torchvision's ResNet-50, IMAGENET1K_V2; torchvision downloads it on first use |
+| 'timm:NAME' | timm's pretrained network; timm downloads it (Hugging Face) on first use |
 | 'random:SEED', 'random:SEED:ARCH' | an untrained ResNet-50, or another architecture |
 
 Shape letters: N crops, D embedding.
@@ -35,19 +35,19 @@ from scellst_ray.models.encoder.header import (
     read_header,
 )
 from scellst_ray.models.encoder.named_networks import (
-    blank,
     check_arch,
-    random_network,
-    random_of,
+    load_timm_network,
+    make_blank_network,
+    make_random_network,
+    parse_random,
     timm_name,
-    timm_network,
 )
 from scellst_ray.models.weights.digests import DAMAGE, file_digest
 
 UNREADABLE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError, SafetensorError)
-# How others nest a ResNet in a checkpoint: DataParallel, MoCo v3's query encoder.
+# Prefixes of parameter names in checkpoints of other projects: DataParallel, MoCo v3.
 PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "backbone.")
-# Counters of training steps; old checkpoints lack them, and they decide nothing.
+# Counters of training steps: old checkpoints lack them, and results do not depend on them.
 COUNTER = "num_batches_tracked"
 # Values of oneDNN's variable ONEDNN_MAX_CPU_ISA that keep it from native bfloat16.
 ISAS_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
@@ -58,11 +58,11 @@ class Encoder:
     """An encoder ready to embed.
 
     Attributes:
-        network: uint8-normalised [N, 3, H, W] to [N, D], in eval mode.
-        mean: RGB mean (of values in 0-1) subtracted before the network.
-        std: RGB standard deviation divided by.
-        digest: Identifies the weights and the normalisation.
-        dim: D.
+        network: Network in eval mode; it maps normalised crops [N, 3, H, W] to [N, D].
+        mean: RGB mean that is subtracted before the network; pixel values lie in 0-1.
+        std: RGB standard deviation that pixel values are divided by.
+        digest: Identifier of the weights and the normalisation.
+        dim: Length D of an embedding.
     """
 
     network: nn.Module
@@ -73,17 +73,17 @@ class Encoder:
 
 
 def is_named(weights: str) -> bool:
-    """Tell whether weights are a name ('imagenet', 'random:SEED', 'timm:NAME') and not a file."""
+    """Return whether weights are a name ('imagenet', 'random:SEED', 'timm:NAME') and not a file."""
     return weights == "imagenet" or weights.startswith(("random:", TIMM))
 
 
 def encoder_digest(weights: str) -> str:
-    """Return what identifies an encoder's weights, without building it.
+    """Return the identifier of an encoder's weights, without building the encoder.
 
     Raises:
-        ValueError: no such file or name.
+        ValueError: There is no such file or name.
     """
-    random = random_of(weights)
+    random = parse_random(weights)
     if random is not None:
         check_arch(random[1], weights)
         return weights.removesuffix(":resnet50")
@@ -102,54 +102,56 @@ def encoder_digest(weights: str) -> str:
 
 
 def encoder_dim(weights: str) -> int:
-    """Return the length of an encoder's embeddings, by its name or its file's header.
+    """Return the length of an encoder's embeddings, from its name or its file's header.
 
     Raises:
-        ValueError: unknown name, a file that cannot be read, or one for crops of another size.
+        ValueError: The name is unknown, the file cannot be read, or it is for crops of another
+            size.
     """
     if not is_named(weights):
-        return _header(weights).dim
+        return _read_fitting_header(weights).dim
     arch = encoder_arch(weights)
-    return RESNET_DIMS.get(arch) or blank(arch, weights)[1]
+    return RESNET_DIMS.get(arch) or make_blank_network(arch, weights)[1]
 
 
 def encoder_arch(weights: str) -> str:
-    """Return the architecture of an encoder, by its name or its file's header.
+    """Return the architecture of an encoder, from its name or its file's header.
 
     Raises:
-        ValueError: as `encoder_dim`.
+        ValueError: See `encoder_dim`.
     """
-    random = random_of(weights)
+    random = parse_random(weights)
     if random is not None:
         return random[1]
     if weights == "imagenet":
         return "resnet50"
-    return weights if weights.startswith(TIMM) else _header(weights).arch
+    return weights if weights.startswith(TIMM) else _read_fitting_header(weights).arch
 
 
 def load_encoder(weights: str) -> Encoder:
     """Load an encoder.
 
     Args:
-        weights: A local file or a name, see the top of this module.
+        weights: A local file or a name; see the table at the top of this module.
 
     Raises:
-        ValueError: unknown name, or a file that is cut off or not what it says it is.
+        ValueError: The name is unknown, or the file is cut off, or its content contradicts its
+            header.
     """
     digest = encoder_digest(weights)
-    random = random_of(weights)
+    random = parse_random(weights)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     if random is not None:
-        network, dim = random_network(*random, weights)
+        network, dim = make_random_network(*random, weights)
     elif weights == "imagenet":
         network, dim = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2), RESNET_DIMS["resnet50"]
         network.fc = nn.Identity()
     elif weights.startswith(TIMM):
-        network, dim, mean, std = timm_network(weights)
+        network, dim, mean, std = load_timm_network(weights)
     else:
-        header = _header(weights)
-        network, dim = _filled(weights, header)
+        header = _read_fitting_header(weights)
+        network, dim = _load_network(weights, header)
         mean, std = header.mean, header.std
     network.eval().requires_grad_(requires_grad=False)
     return Encoder(network, mean, std, digest, dim)
@@ -167,28 +169,28 @@ def save_encoder(
 
     Args:
         path: Local file.
-        network: As `new_backbone(arch, seed)` gives it: crops to embeddings.
-        mean: RGB mean (of values in 0-1) of the crops it was trained on.
-        std: RGB standard deviation of them.
+        network: Network of `new_backbone(arch, seed)`, which maps crops to embeddings.
+        mean: RGB mean of the training crops; pixel values lie in 0-1.
+        std: RGB standard deviation of the training crops.
         arch: 'resnet18', 'resnet34', 'resnet50' or 'timm:NAME'.
-        provenance: What it was trained on and how, as JSON: slides, number of cells, epochs,
-            configuration, release.
+        provenance: Origin of the weights, as JSON: slides, number of cells, epochs, configuration,
+            release.
 
     Raises:
-        ValueError: the network is not of this architecture.
+        ValueError: The network is not of this architecture.
     """
-    empty, dim = blank(arch, str(path))
+    blank_network, dim = make_blank_network(arch, str(path))
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
-    _check_tensors(state, empty, str(path), arch)
+    _check_tensors(state, blank_network, str(path), arch)
     header = Header(arch, dim, mean, std, provenance=dict(provenance or {}))
     save_file(state, path, metadata=header.metadata())
 
 
 def encoder_header(weights: str) -> Header:
-    """Return what an encoder file says about itself.
+    """Return the header of an encoder file.
 
     Raises:
-        ValueError: no such file, or it cannot be read.
+        ValueError: The file does not exist or cannot be read.
     """
     path = Path(weights)
     if not path.is_file():
@@ -197,32 +199,32 @@ def encoder_header(weights: str) -> Header:
     try:
         return read_header(path)
     except UNREADABLE as error:
-        raise ValueError(_unreadable(weights, error)) from error
+        raise ValueError(_explain_unreadable(weights, error)) from error
 
 
-def _header(weights: str) -> Header:
-    """Return the header of a file for crops of our size."""
+def _read_fitting_header(weights: str) -> Header:
+    """Return the header of a file; refuse one for crops of another size than this release cuts."""
     header = encoder_header(weights)
     check_crops(header, weights)
     return header
 
 
-def _unreadable(weights: str, error: Exception) -> str:
+def _explain_unreadable(weights: str, error: Exception) -> str:
     return f"encoder {weights}: cannot be read as weights ({error}); is the file cut off?"
 
 
-def _filled(weights: str, header: Header) -> tuple[nn.Module, int]:
+def _load_network(weights: str, header: Header) -> tuple[nn.Module, int]:
     """Return the network of a file, with its weights, and the length of its embeddings."""
     try:
         state = _read_weights(Path(weights))
     except UNREADABLE as error:
-        raise ValueError(_unreadable(weights, error)) from error
-    network, dim = blank(header.arch, weights)
+        raise ValueError(_explain_unreadable(weights, error)) from error
+    network, dim = make_blank_network(header.arch, weights)
     shapes = _check_tensors(state, network, weights, header.arch)
     if dim != header.dim:
         message = (
-            f"encoder {weights}: its header promises embeddings of {header.dim}, and {header.arch} "
-            f"gives {dim}"
+            f"encoder {weights}: its header states embeddings of length {header.dim}, but "
+            f"{header.arch} gives {dim}"
         )
         raise ValueError(message)
     values = {key: state[key] for key in shapes}
@@ -234,10 +236,10 @@ def _filled(weights: str, header: Header) -> tuple[nn.Module, int]:
 def _check_tensors(
     state: Mapping[str, torch.Tensor], network: nn.Module, source: str, arch: str
 ) -> dict[str, torch.Size]:
-    """Return the shapes of the tensors a network needs, which are all there.
+    """Return the shapes of the tensors a network needs; `state` holds all of them.
 
     Raises:
-        ValueError: one is missing or of another shape.
+        ValueError: A tensor is missing or has another shape.
     """
     shapes = {k: v.shape for k, v in network.state_dict().items() if not k.endswith(COUNTER)}
     wrong = [k for k, shape in shapes.items() if k not in state or state[k].shape != shape]
@@ -245,8 +247,8 @@ def _check_tensors(
         named = {"resnet50": "ResNet-50", "resnet34": "ResNet-34", "resnet18": "ResNet-18"}
         kind = f"{named[arch]} as torchvision names it" if arch in named else arch
         message = (
-            f"encoder {source}: not a {kind}; {len(wrong)} tensors are missing or of another "
-            f"shape, {wrong[0]} among them"
+            f"encoder {source}: not a {kind}; {len(wrong)} tensors are missing or have another "
+            f"shape, for example {wrong[0]}"
         )
         raise ValueError(message)
     return shapes
@@ -269,12 +271,13 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def best_precision(device: str) -> Literal["float32", "bfloat16", "float16"]:
-    """Return 'bfloat16' where the device computes in it natively, else what it does quickly.
+    """Return 'bfloat16' where the device computes in it natively.
 
-    On a CPU oneDNN computes, and ONEDNN_MAX_CPU_ISA limits what of the CPU it may use.
+    Elsewhere the result is 'float16' on a GPU and 'float32' on a CPU. On a CPU oneDNN computes,
+    and its variable ONEDNN_MAX_CPU_ISA limits the instructions that it uses.
     """
     if device == "cuda":
-        # A driver without a GPU speaks for workers that have one: all since Ampere do bfloat16.
+        # A driver without a GPU decides for workers with one. All GPUs since Ampere have bfloat16.
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native or not torch.cuda.is_available() else "float16"
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISAS_WITHOUT_BFLOAT16:
@@ -289,21 +292,21 @@ def embed_crops(
 ) -> NDArray[np.float16]:
     """Embed crops.
 
-    One call is one tile's crops, cut into batches in order, so an embedding never depends on what
-    other tiles happened to share a task.
+    One call embeds the crops of one tile. They are cut into batches in their order. Therefore an
+    embedding never depends on the other tiles of a task.
 
     Args:
-        encoder: From `load_encoder`, already on `device`.
+        encoder: Encoder from `load_encoder`, already on `device`.
         crops: uint8 [N, H, W, 3].
         device: 'cpu' or 'cuda'.
         precision: 'float32', 'bfloat16' or 'float16'.
-        batch_size: Crops per forward pass.
+        batch_size: Number of crops per forward pass.
 
     Returns:
         float16 [N, D].
 
     Raises:
-        ValueError: an embedding is not finite in float16.
+        ValueError: An embedding is not finite in float16.
     """
     out_ND = np.empty((len(crops), encoder.dim), np.float16)
     scale = torch.tensor(encoder.std, device=device).mul(255).view(1, 3, 1, 1)
@@ -311,14 +314,17 @@ def embed_crops(
     dtype = getattr(torch, precision)
     with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         for start in range(0, len(crops), batch_size):
-            # Copied: crops that came out of Arrow are read-only.
+            # torch.tensor copies: crops from Arrow are read-only.
             batch = torch.tensor(crops[start : start + batch_size], device=device)
-            # [N, H, W, 3] permuted is channels-last, which convolutions are fastest on.
+            # [N, H, W, 3] permuted is channels-last, the fastest layout for convolutions.
             x_NCHW = (batch.permute(0, 3, 1, 2).to(torch.float32) - shift) / scale
             y_ND = encoder.network(x_NCHW.contiguous(memory_format=torch.channels_last))
-            with np.errstate(over="ignore"):  # found below
+            with np.errstate(over="ignore"):  # an overflow is reported below
                 out_ND[start : start + batch_size] = y_ND.float().cpu().numpy()
     if not np.isfinite(out_ND).all():
-        message = "embedding is not finite in float16; the encoder's outputs are too large"
+        message = (
+            "embedding is not finite in float16; the encoder's outputs are too large, use another "
+            "encoder"
+        )
         raise ValueError(message)
     return out_ND

@@ -1,9 +1,9 @@
-"""What an encoder file says about itself: architecture, normalisation, crops, where it is from.
+"""The header of an encoder file: architecture, normalisation, size of crops, provenance.
 
-Encoders are safetensors whose metadata are strings: `format`, `version`, `arch`, `dim`, `mean`,
-`std`, `crop_um`, `crop_px` and `provenance` (JSON). Version 1 had no `dim`, no crop size and no
-provenance, and was always a ResNet-50. Safetensors of others say nothing of all this and are read
-as a ResNet-50 with ImageNet's normalisation.
+An encoder is a safetensors file. Its metadata are strings: `format`, `version`, `arch`, `dim`,
+`mean`, `std`, `crop_um`, `crop_px` and `provenance` (JSON). Version 1 had no `dim`, no size of
+crops and no provenance, and was always a ResNet-50. Safetensors files of other projects have none
+of these metadata. They are read as a ResNet-50 with ImageNet's normalisation.
 """
 
 import json
@@ -31,11 +31,11 @@ class Header:
     Attributes:
         arch: 'resnet18', 'resnet34', 'resnet50' or 'timm:NAME'.
         dim: Length of an embedding.
-        mean: RGB mean (of values in 0-1) subtracted before the network.
-        std: RGB standard deviation divided by.
-        crop_um: Side on the slide of the crops it was trained for.
-        crop_px: Side of these crops in px.
-        provenance: Slides, number of cells, epochs, configuration and release that made it.
+        mean: RGB mean that is subtracted before the network; pixel values lie in 0-1.
+        std: RGB standard deviation that pixel values are divided by.
+        crop_um: Side of the training crops on the slide, in micrometres.
+        crop_px: Side of the training crops, in px.
+        provenance: Slides, number of cells, epochs, configuration and release of the training.
     """
 
     arch: str = "resnet50"
@@ -47,7 +47,7 @@ class Header:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
-        """Return what safetensors store."""
+        """Return the metadata as safetensors store them."""
         values = {"dim": self.dim, "mean": self.mean, "std": self.std, "crop_um": self.crop_um}
         values |= {"crop_px": self.crop_px, "provenance": self.provenance}
         text = {"format": FORMAT, "version": str(VERSION), "arch": self.arch}
@@ -57,11 +57,12 @@ class Header:
 def read_header(path: Path) -> Header:
     """Return the header of a file of weights, without reading the weights.
 
-    Files that are no safetensors are torch checkpoints of a ResNet-50.
+    A file without the suffix `.safetensors` is taken for a torch checkpoint of a ResNet-50.
 
     Raises:
-        SafetensorError, OSError: it cannot be read.
-        ValueError: damaged, something else of this project, or of a newer release.
+        SafetensorError, OSError: The file cannot be read.
+        ValueError: The header is damaged, belongs to another kind of file of this project, or was
+            written by a newer release.
     """
     if path.suffix != ".safetensors":
         return Header()
@@ -77,43 +78,43 @@ def read_header(path: Path) -> Header:
         )
     if message:
         raise ValueError(message)
-    return _header(stored)
+    return _parse_header(stored)
 
 
-def _header(stored: Mapping[str, str]) -> Header:
-    """Return the header that these metadata say, with the defaults of version 1.
+def _parse_header(stored: Mapping[str, str]) -> Header:
+    """Return the header of these metadata; a missing value is that of version 1.
 
     Raises:
-        ValueError: not what a header holds.
+        ValueError: A value is not what a header holds.
     """
     names = ("dim", "mean", "std", "crop_um", "crop_px", "provenance")
     try:
-        found = {name: json.loads(stored[name]) for name in names if name in stored}
+        values = {name: json.loads(stored[name]) for name in names if name in stored}
         for name in ("mean", "std"):
-            if name in found:
-                found[name] = tuple(float(value) for value in found[name])
-        header = Header(arch=stored.get("arch", "resnet50"), **found)
-        whole = len(header.mean) == len(header.std) == 3 and min(header.std) > 0
-        whole &= header.dim > 0 and isinstance(header.provenance, dict)
+            if name in values:
+                values[name] = tuple(float(value) for value in values[name])
+        header = Header(arch=stored.get("arch", "resnet50"), **values)
+        is_sound = len(header.mean) == len(header.std) == 3 and min(header.std) > 0
+        is_sound &= header.dim > 0 and isinstance(header.provenance, dict)
     except TypeError as error:
-        message = f"its header is damaged ({error})"
+        message = f"its header is damaged ({error}); write or copy the encoder again"
         raise ValueError(message) from error
-    if not whole:
-        message = f"its header is damaged: {header}"
+    if not is_sound:
+        message = f"its header is damaged: {header}; write or copy the encoder again"
         raise ValueError(message)
     return header
 
 
 def check_crops(header: Header, source: str) -> None:
-    """Refuse an encoder of crops of another size than those `extract` cuts.
+    """Refuse an encoder for crops of another size than those that `extract` cuts.
 
     Raises:
-        ValueError: another size.
+        ValueError: The size differs.
     """
     if (header.crop_um, header.crop_px) != (CROP_UM, CROP_PX):
         message = (
-            f"encoder {source}: was trained for crops of {header.crop_um:g} um and "
+            f"encoder {source}: it was trained on crops of {header.crop_um:g} um and "
             f"{header.crop_px} px, and this release cuts {CROP_UM:g} um and {CROP_PX} px; "
-            "pretrain one for those"
+            "pretrain an encoder on such crops"
         )
         raise ValueError(message)

@@ -1,7 +1,7 @@
-"""The networks encoders are made of: by architecture, at random, and timm's by name.
+"""The networks of encoders: blank, with random weights, or pretrained by timm.
 
-timm is optional. A name without weights, or weights that cannot be had, are refused: a random
-network is only ever given where 'random:SEED' asks for one.
+timm is optional. A name of timm whose weights do not exist or cannot be loaded is refused. Only
+'random:SEED' gives a random network.
 """
 
 import importlib
@@ -22,31 +22,31 @@ RANDOM = re.compile(r"random:(\d+)(?::(.+))?")
 RANDOM_GAIN = 0.2
 
 
-def random_of(weights: str) -> tuple[int, str] | None:
+def parse_random(weights: str) -> tuple[int, str] | None:
     """Return seed and architecture of 'random:SEED' or 'random:SEED:ARCH'; None for other names."""
     match = RANDOM.fullmatch(weights)
     return None if match is None else (int(match[1]), match[2] or "resnet50")
 
 
 def check_arch(arch: str, source: str) -> None:
-    """Refuse architectures that cannot be built here.
+    """Refuse architectures that cannot be built on this machine.
 
     Raises:
-        ValueError: unknown, or timm's and timm is not installed or has none of that name.
+        ValueError: The name is unknown, or timm is not installed.
     """
     if arch.startswith(TIMM):
         timm_name(arch, source)
     elif arch not in RESNET_DIMS:
         known = ", ".join(RESNET_DIMS)
-        message = f"encoder {source}: no architecture {arch!r}; there are {known} and timm:NAME"
+        message = f"encoder {source}: no architecture {arch!r}; expected {known} or timm:NAME"
         raise ValueError(message)
 
 
-def blank(arch: str, source: str) -> tuple[nn.Module, int]:
-    """Return a network to put weights into, and the length of its embeddings.
+def make_blank_network(arch: str, source: str) -> tuple[nn.Module, int]:
+    """Return a network whose weights are still to be loaded, and the length of its embeddings.
 
     Raises:
-        ValueError: as `check_arch`, or a network that takes no crops of our size.
+        ValueError: See `check_arch`. Also if the network does not accept crops of CROP_PX.
     """
     check_arch(arch, source)
     if arch in RESNET_DIMS:
@@ -55,12 +55,12 @@ def blank(arch: str, source: str) -> tuple[nn.Module, int]:
     return new_backbone(arch, 0)
 
 
-def random_network(seed: int, arch: str, source: str) -> tuple[nn.Module, int]:
-    """Return a seeded random network whose activations stay of order one, and its length.
+def make_random_network(seed: int, arch: str, source: str) -> tuple[nn.Module, int]:
+    """Return a seeded random network and the length of its embeddings.
 
-    Untrained batch norms do nothing in eval mode, so sixteen residual sums would grow by 2^8; with
-    a last gain of zero, as pretraining starts from, the branches would say nothing. A small one
-    keeps the sum close to its input.
+    The gain of each residual branch's last norm is small, so that activations stay of order one.
+    With a gain of one, sixteen residual sums would grow by 2^8, since untrained batch norms do
+    nothing in eval mode. With a gain of zero, as pretraining starts, branches would have no effect.
     """
     check_arch(arch, source)
     network, dim = new_backbone(arch, seed)
@@ -72,15 +72,15 @@ def random_network(seed: int, arch: str, source: str) -> tuple[nn.Module, int]:
 
 
 def timm_name(weights: str, source: str) -> str:
-    """Return timm's full name, with the tag that says which weights, of 'timm:NAME'.
+    """Return timm's full name of 'timm:NAME', including the tag that identifies the weights.
 
     Raises:
         ValueError: timm is not installed, or has no network of that name.
     """
-    timm, name = _timm(source), weights.removeprefix(TIMM)
+    timm, name = _import_timm(source), weights.removeprefix(TIMM)
     try:
         config = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # of a tag that its architecture does not have
+    except RuntimeError:  # the architecture has no such tag
         config = None
     if config is None or not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(pretrained=True), n=3)
@@ -90,17 +90,17 @@ def timm_name(weights: str, source: str) -> str:
     return f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
 
 
-def timm_network(
+def load_timm_network(
     weights: str,
 ) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
     """Return timm's pretrained network of 'timm:NAME', its length, mean and deviation.
 
     Raises:
-        ValueError: no timm, no such network, no weights for it, or they could not be had.
+        ValueError: timm is not installed, has no such network, or could not load its weights.
     """
-    name, timm = timm_name(weights, weights), _timm(weights)
-    config, (_, dim) = timm.get_pretrained_cfg(name), blank(f"{TIMM}{name}", weights)
-    # Transformers of a fixed size get their position embeddings resampled to our crops.
+    name, timm = timm_name(weights, weights), _import_timm(weights)
+    config, (_, dim) = timm.get_pretrained_cfg(name), make_blank_network(f"{TIMM}{name}", weights)
+    # timm resamples the position embeddings of transformers with a fixed size to our crops.
     size: dict[str, Any] = {"img_size": CROP_PX} if config.fixed_input_size else {}
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0, **size)
@@ -108,21 +108,21 @@ def timm_network(
         reason = " ".join(str(error).split())[:300]
         message = (
             f"encoder {weights}: timm could not load its weights ({reason}); they come from the "
-            "Hugging Face hub: check the network, fetch them once where HF_HOME keeps them, or "
+            "Hugging Face hub: check the network, or fetch them once into the folder HF_HOME, or "
             "give a file"
         )
         raise ValueError(message) from error
     return network, dim, tuple(config.mean), tuple(config.std)
 
 
-def _timm(source: str) -> ModuleType:
+def _import_timm(source: str) -> ModuleType:
     """Return the optional package timm.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: timm is not installed.
     """
     try:
         return importlib.import_module("timm")
     except ImportError as error:
-        message = f"encoder {source}: needs the package timm: pip install timm"
+        message = f"encoder {source}: it needs the package timm: pip install timm"
         raise ValueError(message) from error

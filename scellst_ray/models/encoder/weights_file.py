@@ -1,4 +1,4 @@
-"""Weights as the loaders take them: any storage, or a name of the catalogue, to a local path."""
+"""The local path of weights that are given as a URI or as a name of the catalogue."""
 
 from scellst_ray import storage
 from scellst_ray.models.encoder.encoder import is_named
@@ -6,10 +6,13 @@ from scellst_ray.models.weights.catalogue import is_catalogued, weights_path
 
 
 def local_weights(weights: str) -> str:
-    """Return weights as the loaders take them: a file of any storage as a local path.
+    """Return weights as the loaders take them: a local path, or a name that they know.
+
+    A file of any storage is copied to this node. A name of the catalogue becomes the path of the
+    fetched file.
 
     Raises:
-        ValueError: a name of the catalogue that has not been fetched on this node.
+        ValueError: The weights of a name of the catalogue have not been fetched on this node.
     """
     if is_named(weights):
         return weights

@@ -1,9 +1,10 @@
-"""One epoch of fitting the MIL head, in one process or shared out over many.
+"""One epoch of fitting the MIL head, in one process or over several workers.
 
-Every worker sees the same global batches and takes every world_size-th spot of each. Local losses
-are weighted so that the average of the gradients over workers, which is what
-DistributedDataParallel computes, is the gradient one process would get. (With dropout, workers
-draw masks of their own.)
+MIL is multiple-instance learning: a bag (spot) has a target, its instances (cells) have none.
+Every worker sees the same global batches and takes every world_size-th spot of each.
+DistributedDataParallel averages the gradients of workers. Local losses are weighted so that this
+average is the gradient that one process would compute. With dropout each worker draws its own
+masks.
 
 Shape letters: S spots (bags), K members of an ensemble, G genes.
 """
@@ -17,15 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scellst_ray.models.mil.bags import BagSet
-from scellst_ray.models.mil.head import MilHead, bag_mean, loss_sum
+from scellst_ray.models.mil.bags import BagSet, bag_mean
+from scellst_ray.models.mil.head import MilHead, loss_sum
 
 # Sums a tensor over all workers, in place or not, and returns it.
 AllReduce = Callable[[Tensor], Tensor]
 
 
-class Among(TypedDict, total=False):
-    """Which worker this is, among how many: keywords of what workers run together."""
+class WorkerOptions(TypedDict, total=False):
+    """Keyword arguments of functions that all workers run together.
+
+    Attributes:
+        rank: Number of this worker, from 0.
+        world_size: Number of workers.
+        all_reduce: Function that sums a tensor over all workers.
+    """
 
     rank: int
     world_size: int
@@ -33,11 +40,11 @@ class Among(TypedDict, total=False):
 
 
 def bag_loss(model: nn.Module, bags: BagSet) -> Tensor:
-    """Return the loss of these bags, summed over spots, members of an ensemble and genes.
+    """Return the loss of these bags, summed over spots, members of the ensemble and genes.
 
     Args:
         model: The head, or the head in DistributedDataParallel.
-        bags: Moved to the device of the head if they are elsewhere.
+        bags: Bags; they are moved to the device of the head if necessary.
     """
     head = model.module if isinstance(model, DistributedDataParallel) else model
     assert isinstance(head, MilHead)
@@ -47,7 +54,7 @@ def bag_loss(model: nn.Module, bags: BagSet) -> Tensor:
 
 
 def num_terms(model: nn.Module, num_spots: int) -> int:
-    """Return how many terms the loss of so many spots sums: spots by members by genes."""
+    """Return the number of terms in the loss of `num_spots` spots: spots x members x genes."""
     head = model.module if isinstance(model, DistributedDataParallel) else model
     return num_spots * len(head.last.bias)  # type: ignore[union-attr, arg-type]
 
@@ -58,18 +65,18 @@ def backward_batch(
     """Add this worker's gradient for one global batch; return its summed loss, float64.
 
     The worker takes batch[rank::world_size]. Its loss is weighted by world_size over the size of
-    the global batch, so that averaging gradients over workers gives those of one process. A
-    worker without spots still runs forward and backward, on nothing: the collective calls inside
-    backward need every worker, and its gradient is zero.
+    the global batch. Then the average of the gradients over workers is that of one process. A
+    worker without spots still runs forward and backward, with a gradient of zero, since the
+    collective calls inside backward need every worker.
 
     Raises:
-        FloatingPointError: Where the loss is not finite, before any step is taken.
+        FloatingPointError: The loss is not finite. No step has been taken.
     """
     total = bag_loss(model, bags.take(batch[rank::world_size]))
     if not torch.isfinite(total):
         message = (
-            f"training loss is {total.item()}: stopped before the step. Check embeddings for NaN "
-            "and lower the learning rate."
+            f"training loss is {total.item()}: training stopped before the step. Check the "
+            "embeddings for NaN and lower the learning rate."
         )
         raise FloatingPointError(message)
     weight = world_size / num_terms(model, len(batch))
@@ -91,12 +98,13 @@ def train_epoch(
 
     Args:
         model: The head, or the head wrapped in DistributedDataParallel when world_size > 1.
-        optimiser: Over the model's parameters.
-        bags: All training bags (each worker holds the same).
+        optimiser: Optimiser over the model's parameters.
+        bags: All training bags; every worker holds the same.
         batches: The epoch's global batches, the same on every worker (see epoch_batches).
-        rank: This worker.
-        world_size: Workers.
-        all_reduce: Sums a tensor over workers, for the reported loss; needed when world_size > 1.
+        rank: Number of this worker, from 0.
+        world_size: Number of workers.
+        all_reduce: Function that sums a tensor over workers, for the returned loss. Needed when
+            world_size > 1.
 
     Returns:
         The mean loss over the epoch's spots and genes, the same on every worker.
@@ -123,9 +131,9 @@ def validation_loss(
 ) -> float:
     """Return the mean loss over all bags and genes, the same on every worker.
 
-    Workers share the spots as in training; the model's mode is left as it was found. With
-    DistributedDataParallel pass the wrapped `.module`, since workers may run different numbers
-    of batches.
+    Workers share the spots as in training. The model's mode (training or evaluation) does not
+    change. With DistributedDataParallel pass the wrapped `.module`, since workers may run different
+    numbers of batches.
     """
     was_training = model.training
     model.eval()
@@ -140,8 +148,11 @@ def validation_loss(
 def _mean_over_workers(
     total: Tensor, count: int, world_size: int, all_reduce: AllReduce | None
 ) -> float:
-    """Sum over workers and divide by the global count."""
+    """Return the sum over workers divided by the global count."""
     if world_size > 1 and all_reduce is None:
-        message = f"world_size is {world_size}: pass all_reduce, or the loss is one worker's share."
+        message = (
+            f"world_size is {world_size}: pass all_reduce; without it the loss is that of one "
+            "worker."
+        )
         raise ValueError(message)
     return float(all_reduce(total) if all_reduce is not None else total) / count

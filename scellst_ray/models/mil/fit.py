@@ -1,6 +1,7 @@
-"""Fitting the MIL head: plain functions, the same for one process and for each of many workers.
+"""Fitting the MIL head: settings, early stopping and resuming.
 
-What an epoch does is in epoch.py; here are the settings, and when to stop and to go on.
+The functions are the same for one process and for each of several workers. One epoch is in
+epoch.py.
 
 Shape letters: S spots (bags), D embedding, G genes.
 """
@@ -16,27 +17,28 @@ import torch
 from torch import nn
 
 from scellst_ray.models.mil.bags import BagSet, epoch_batches
-from scellst_ray.models.mil.epoch import Among, train_epoch, validation_loss
+from scellst_ray.models.mil.epoch import WorkerOptions, train_epoch, validation_loss
 from scellst_ray.models.mil.head import OURS, MilHead, formula_of
 from scellst_ray.models.mil.stored_head import Formula
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How the head is fitted; defaults are those of sCellST.
+    """Settings of the fit; defaults are those of sCellST.
 
     Attributes:
-        lr: AdamW learning rate.
-        weight_decay: AdamW weight decay.
-        batch_spots: Spots per global batch, over all workers.
-        max_epochs: Upper bound on epochs.
-        patience: Epochs without a better validation loss before stopping.
-        seed: Fixes initial weights, the split and the order of spots.
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        batch_spots: Number of spots per global batch, over all workers.
+        max_epochs: Largest number of epochs.
+        patience: Number of epochs without a better validation loss after which the fit stops.
+        seed: Number that fixes the initial weights, the split and the order of spots.
         val_share: Share of each slide's spots held out for early stopping.
-        predictor: ours, or published: LeakyReLU, dropout and softplus of the published code.
-        loss: mse, nb or nb_total (see Formula).
-        ensemble: Networks fitted side by side from different initial weights, on the same batches,
-            with the best epoch chosen for all: each is as if fitted alone, but for that choice.
+        predictor: 'ours', or 'published': LeakyReLU, dropout and softplus of the published code.
+        loss: 'mse', 'nb' or 'nb_total' (see Formula).
+        ensemble: Number of networks (members) fitted at the same time, on the same batches, from
+            different initial weights. The best epoch is chosen for all together. But for that
+            choice, each member is as if fitted alone.
     """
 
     lr: float = 1e-4
@@ -51,10 +53,11 @@ class FitConfig:
     ensemble: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be trained with.
+        """Refuse values outside of their range.
 
         Raises:
-            ValueError: Naming the field, its value and what is allowed.
+            ValueError: A value is out of range. The message names the field, its value and the
+                range.
         """
         allowed = {
             "lr": (math.isfinite(self.lr) and self.lr > 0, "a positive number"),
@@ -75,18 +78,18 @@ class FitConfig:
         self.formula()
 
     def formula(self) -> Formula:
-        """Return what the head computes."""
+        """Return the formula of the head."""
         return formula_of(self.predictor, self.loss, self.ensemble)
 
 
 @dataclass
 class EarlyStopping:
-    """Counts epochs without a better validation loss.
+    """A counter of epochs without a better validation loss.
 
     Attributes:
-        patience: Epochs to wait.
+        patience: Number of epochs to wait.
         best: Lowest loss so far.
-        wait: Epochs since then.
+        wait: Number of epochs since the lowest loss.
     """
 
     patience: int = 20
@@ -94,7 +97,7 @@ class EarlyStopping:
     wait: int = 0
 
     def update(self, loss: float) -> bool:
-        """Take an epoch's loss; return whether it is the best so far (NaN never is)."""
+        """Count an epoch; return whether its loss is the best so far. NaN is never the best."""
         if loss < self.best:
             self.best, self.wait = loss, 0
             return True
@@ -103,18 +106,18 @@ class EarlyStopping:
 
     @property
     def should_stop(self) -> bool:
-        """Whether patience is spent."""
+        """Whether `patience` epochs have passed without a better loss."""
         return self.wait >= self.patience
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What fitting did.
+    """The result of a fit.
 
     Attributes:
-        best_epoch: Epoch (from 0) whose weights the head now holds.
-        best_loss: Its validation loss.
-        history: Per epoch, (training loss, validation loss).
+        best_epoch: Epoch, from 0, whose weights the head now holds.
+        best_loss: Validation loss of that epoch.
+        history: (training loss, validation loss) of each epoch.
     """
 
     best_epoch: int
@@ -123,26 +126,29 @@ class FitResult:
 
 
 def new_head(train: BagSet, seed: int, formula: Formula = OURS) -> MilHead:
-    """Make a head for these bags: weights fixed by the seed, inputs standardised by the bags.
+    """Make a head for these bags: the seed fixes its weights, the bags standardise its inputs.
 
-    What is trained on counts is scaled by the genes' means; the published predictor is not, and
-    begins with random dispersions instead of 1. torch's global random state is left as it was.
+    A head for counts is scaled by the genes' means. The published predictor is not scaled, and it
+    starts from random dispersions instead of 1. torch's global random state does not change.
 
     Raises:
-        ValueError: Where there is nothing to standardise by, embeddings are not finite, or counts
-            come without size factors.
+        ValueError: There are no instances, embeddings are not finite, or counts have no size
+            factors.
     """
-    ours = formula.negative_slope == 0
+    is_ours = formula.negative_slope == 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = train.embeddings_LD.shape[1], train.targets_SG.shape[1]
         head = MilHead(*sizes, formula=formula)
-        if formula.counts and not ours:
+        if formula.counts and not is_ours:
             nn.init.normal_(head.log_dispersion)
     head.standardise(train.embeddings_LD)
-    if formula.counts and ours:
+    if formula.counts and is_ours:
         if train.size_factors_S is None:
-            message = f"loss {formula.loss!r} needs counts with size factors, got neither."
+            message = (
+                f"loss {formula.loss!r} needs counts with size factors, got bags without size "
+                "factors: give counts, or train with loss mse."
+            )
             raise ValueError(message)
         mean_G = train.targets_SG.double().sum(0) / train.size_factors_S.double().sum()
         head.gene_scale_G.copy_(torch.where(mean_G > 0, mean_G, 1.0))
@@ -150,34 +156,36 @@ def new_head(train: BagSet, seed: int, formula: Formula = OURS) -> MilHead:
 
 
 def new_optimiser(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    """Make the optimiser of the paper, AdamW."""
+    """Make AdamW, the optimiser of the paper, over the model's parameters."""
     return torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
 
 
 class Fit:
-    """A fit under way: all that its next epochs depend on, so that another process can go on.
+    """The state of a fit: everything that its next epochs depend on.
+
+    Another process can continue the fit from this state.
 
     Attributes:
-        history: Per epoch so far, (training loss, validation loss).
+        history: (training loss, validation loss) of each epoch so far.
     """
 
     def __init__(self, head: MilHead, optimiser: torch.optim.Optimizer, patience: int) -> None:
-        """Begin before the first epoch."""
+        """Make the state before the first epoch."""
         self.head, self.optimiser, self.stopping = head, optimiser, EarlyStopping(patience)
         self.history: list[tuple[float, float]] = []
         self.best_epoch, self.best_head = 0, copy.deepcopy(head.state_dict())
 
     def after_epoch(self, train_loss: float, val_loss: float) -> None:
-        """Take an epoch's losses, and its weights if they are the best so far."""
+        """Record an epoch's losses, and keep its weights if they are the best so far."""
         if self.stopping.update(val_loss):
             self.best_epoch = len(self.history)
             self.best_head = copy.deepcopy(self.head.state_dict())
         self.history.append((train_loss, val_loss))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: tensors, numbers, and lists and dicts of them."""
+        """Return the state as tensors, numbers, and lists and dicts of these."""
         return {
             "head": self.head.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -188,7 +196,7 @@ class Fit:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where state_dict was called."""
+        """Restore the state that state_dict returned."""
         self.head.load_state_dict(state["head"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.stopping = EarlyStopping(**state["stopping"])
@@ -196,7 +204,7 @@ class Fit:
         self.best_epoch, self.best_head = state["best_epoch"], state["best_head"]
 
     def result(self) -> FitResult:
-        """Return what fitting has done so far."""
+        """Return the result so far."""
         return FitResult(self.best_epoch, self.stopping.best, self.history)
 
 
@@ -209,21 +217,21 @@ def fit_head(
     *,
     state: dict[str, Any] | None = None,
     each_epoch: Callable[[Fit], None] = lambda _: None,
-    **among: Unpack[Among],
+    **worker: Unpack[WorkerOptions],
 ) -> FitResult:
     """Fit a head; it ends with the weights of the best validation epoch.
 
     Args:
-        head: From new_head, the same on every worker.
-        train: All training bags (each worker holds the same), best on the head's device.
+        head: Head from new_head, the same on every worker.
+        train: All training bags; every worker holds the same. The head's device is best for them.
         val: All validation bags.
-        config: How.
-        model: The head wrapped for world_size > 1; the head itself when None.
-        state: Fit.state_dict of an earlier fit of the same, to go on from; the result is that of
-            the undisturbed fit.
-        each_epoch: Called after every epoch.
-        **among: rank, world_size and all_reduce as train_epoch takes them; without them this is
-            the plain fit in this process.
+        config: Settings.
+        model: The head in DistributedDataParallel, for world_size > 1; None: the head itself.
+        state: Fit.state_dict of an interrupted fit of the same head and bags. The result is that
+            of a fit without the interruption.
+        each_epoch: Function that is called after every epoch.
+        **worker: rank, world_size and all_reduce of train_epoch. Without them this process fits
+            alone.
     """
     model = head if model is None else model
     fit = Fit(head, new_optimiser(model, config), config.patience)
@@ -233,15 +241,15 @@ def fit_head(
     while len(fit.history) < config.max_epochs and not fit.stopping.should_stop:
         epoch = len(fit.history)
         batches = epoch_batches(len(train), config.batch_spots, config.seed, epoch)
-        # Dropout draws from a state of the epoch's own, so that a fit can go on anywhere.
+        # Each epoch seeds dropout, so that a fit continues the same way from any epoch.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_random_state(config.seed, epoch, among.get("rank", 0)))
-            train_loss = train_epoch(model, fit.optimiser, train, batches, **among)
-        fit.after_epoch(train_loss, validation_loss(head, val, config.batch_spots, **among))
+            torch.manual_seed(_combine_seeds(config.seed, epoch, worker.get("rank", 0)))
+            train_loss = train_epoch(model, fit.optimiser, train, batches, **worker)
+        fit.after_epoch(train_loss, validation_loss(head, val, config.batch_spots, **worker))
         each_epoch(fit)
     head.load_state_dict(fit.best_head)
     return fit.result()
 
 
-def _random_state(*numbers: int) -> int:
+def _combine_seeds(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,17 +1,24 @@
-"""The multiple-instance head: embeddings of cells in, expression of genes out.
+"""The multiple-instance (MIL) head: it predicts expression of genes from embeddings of cells.
 
 Shape letters: N cells (instances), S spots (bags), D embedding, K members of an ensemble (mostly
 1), H hidden (256), G genes.
 
-After sCellST (Chadoutaud et al., Nature Communications 2026): an MLP with three hidden layers of
-256 and a softplus predicts every cell; a spot is the mean of its cells; the loss is the squared
-error against the spot's expression, or the negative binomial likelihood of its counts, whose mean
-is the spot's size factor times the mean of its cells. (The published code multiplies by the labels
-instead.) The published code has parts its paper has not: LeakyReLU with slope 0.01 (here ReLU),
-dropout 0.1 (here none), softplus with beta 20 (here 1); PUBLISHED has them. Two departures are
-ours: inputs are standardised with the mean and deviation of the training instances, held in the
-head, since pooled ResNet features have very unequal scales; and what is trained on counts predicts
-multiples of each gene's mean, since counts have unequal scales too.
+The method is that of sCellST (Chadoutaud et al., Nature Communications 2026):
+
+- A multilayer perceptron with three hidden layers of 256 and a softplus predicts every cell.
+- A spot is the mean of its cells.
+- The loss is the squared error against the spot's expression, or the negative binomial likelihood
+  of its counts. The mean of the counts is the spot's size factor times the mean of its cells. (The
+  published code multiplies by the labels instead.)
+
+The published code has parts that are not in its paper: LeakyReLU with slope 0.01 (here ReLU),
+dropout 0.1 (here none), softplus with beta 20 (here 1). PUBLISHED has these parts.
+
+Two departures are ours:
+
+- Inputs are standardised with the mean and deviation of the training instances, since pooled
+  ResNet features have very unequal scales. The head holds both.
+- A head for counts predicts multiples of each gene's mean, since counts have unequal scales, too.
 """
 
 import json
@@ -46,7 +53,7 @@ def formula_of(predictor: str, loss: str = "mse", ensemble: int = 1) -> Formula:
     """Return the formula of `ours` or `published` with a loss and a number of members.
 
     Raises:
-        ValueError: Where there is no such predictor or loss.
+        ValueError: There is no such predictor or loss.
     """
     if predictor not in PREDICTORS:
         message = f"predictor is {predictor!r}, expected one of {', '.join(PREDICTORS)}."
@@ -54,15 +61,15 @@ def formula_of(predictor: str, loss: str = "mse", ensemble: int = 1) -> Formula:
     return replace(PREDICTORS[predictor], loss=loss, ensemble=ensemble)  # type: ignore[arg-type]
 
 
-def by_member(x_NI: Tensor, num_members: int) -> Tensor:
-    """Return [N, K * I] as [N, K, I], also of no rows."""
+def split_members(x_NI: Tensor, num_members: int) -> Tensor:
+    """Return [N, K * I] as [N, K, I]; N may be 0."""
     return x_NI.reshape(len(x_NI), num_members, x_NI.shape[1] // num_members)
 
 
 class GroupedLinear(nn.Linear):
-    """K linear layers side by side, each on its own part of the input: weight [K * out, in].
+    """K linear layers in one, each on its own part of the input; the weight is [K * out, in].
 
-    With one group it is nn.Linear; with more, initial weights are as of K separate layers.
+    With K = 1 it is nn.Linear. With more, the initial weights are those of K separate layers.
     """
 
     def __init__(self, in_features: int, out_features: int, groups: int) -> None:
@@ -74,24 +81,25 @@ class GroupedLinear(nn.Linear):
         """Return [N, K * out] from [N, K * in]."""
         if self.groups == 1:
             return super().forward(x_NI)
-        x_KNI = by_member(x_NI, self.groups).transpose(0, 1)
+        x_KNI = split_members(x_NI, self.groups).transpose(0, 1)
         weight_KIO = self.weight.view(self.groups, -1, self.in_features).transpose(1, 2)
         bias_K1O = self.bias.view(self.groups, 1, -1)
         return torch.baddbmm(bias_K1O, x_KNI, weight_KIO).transpose(0, 1).flatten(1)
 
 
 class MilHead(nn.Module):
-    """Predicts expression of G genes for one cell from its embedding.
+    """A network that predicts expression of G genes for a cell from its embedding.
 
-    An ensemble is K such networks side by side: tensors are K times as long, and members share
-    inputs and their standardisation, nothing else.
+    An ensemble is K such networks (members) in one: tensors are K times as long. Members share
+    the inputs and their standardisation, and nothing else.
 
     Attributes:
-        formula: What is computed.
-        mean_D: Buffer subtracted from embeddings; zeros until standardise is called.
-        std_D: Buffer they are divided by; ones until then.
-        gene_scale_G: Buffer, only of heads trained on counts: multiplies the softplus.
-        log_dispersion: Parameter [K * G], only of those: ln theta (nb) or logits (nb_total).
+        formula: Formula of the head.
+        mean_D: Buffer that is subtracted from embeddings; zeros until standardise is called.
+        std_D: Buffer that embeddings are divided by; ones until standardise is called.
+        gene_scale_G: Buffer that multiplies the softplus. Only heads for counts have it.
+        log_dispersion: Parameter [K * G]: ln theta (nb) or logits (nb_total). Only heads for
+            counts have it.
     """
 
     mean_D: Tensor
@@ -105,7 +113,7 @@ class MilHead(nn.Module):
         hidden_dim: int = HIDDEN_DIM,
         formula: Formula = OURS,
     ) -> None:
-        """Make a head with torch's default initialisation (seed torch before)."""
+        """Make a head with torch's default initialisation; seed torch before the call."""
         super().__init__()
         self.formula, groups = formula, formula.ensemble
         self.register_buffer("mean_D", torch.zeros(embedding_dim))
@@ -127,8 +135,8 @@ class MilHead(nn.Module):
     def standardise(self, embeddings_ND: Tensor) -> None:
         """Set the input standardisation from the training instances [N, D].
 
-        A feature that never varies keeps deviation 1. Sums run in float64 over blocks, so that
-        large float16 inputs are never copied whole.
+        A feature that never varies gets deviation 1. Sums run in float64 over blocks, so that
+        large float16 inputs are never copied as a whole.
         """
         mean_D, std_D = instance_statistics(embeddings_ND)
         self.mean_D.copy_(mean_D)
@@ -146,40 +154,49 @@ class MilHead(nn.Module):
     def members(self, h_NH: Tensor) -> Tensor:
         """Return each member's positive output [N, K * G] from the last hidden layer.
 
-        That is expression, but of nb_total the total counts, expression over exp(logits).
+        The output is expression. With loss nb_total it is the total count: expression over
+        exp(logits).
         """
         z_NG = self.last(h_NH.to(self.last.weight.dtype))
         y_NG: Tensor = functional.softplus(z_NG, self.formula.beta)
         if not self.formula.counts:
             return y_NG
-        return (by_member(y_NG, self.formula.ensemble) * self.gene_scale_G).flatten(1)
+        return (split_members(y_NG, self.formula.ensemble) * self.gene_scale_G).flatten(1)
 
     def from_hidden(self, h_NH: Tensor) -> Tensor:
-        """Return expression [N, G], positive, the mean over members, from the last hidden layer."""
+        """Return expression [N, G], the mean over members, from the last hidden layer."""
         return self._expression_NKG(h_NH).mean(1)
 
     def spread_from_hidden(self, h_NH: Tensor) -> Tensor:
-        """Return the standard deviation over members [N, G], 0 for a single network."""
+        """Return the standard deviation over members [N, G]; it is 0 for a single network."""
         return self._expression_NKG(h_NH).std(1, correction=0)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Return each member's positive output [N, K * G] from embeddings [N, D].
+        """Return each member's positive output [N, K * G] from embeddings [N, D], for training.
 
-        For training; see members. Of a single network, but for nb_total, it is the expression.
+        See `members`. For a single network without nb_total it is the expression.
         """
         return self.members(self.hidden(x_ND))
 
     def dispersions(self) -> Tensor:
-        """Return ln theta (nb) or logits (nb_total) [K, G] of a head trained on counts."""
+        """Return ln theta (nb) or logits (nb_total) [K, G] of a head for counts."""
         return self.log_dispersion.view(self.formula.ensemble, -1)
 
     def _expression_NKG(self, h_NH: Tensor) -> Tensor:
-        y_NKG = by_member(self.members(h_NH), self.formula.ensemble)
+        y_NKG = split_members(self.members(h_NH), self.formula.ensemble)
         return y_NKG * self.dispersions().exp() if self.formula.loss == "nb_total" else y_NKG
 
 
 def instance_statistics(embeddings_ND: Tensor, block: int = 8192) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (0 replaced by 1) of each feature, float32 [D] each."""
+    """Return mean and standard deviation of each feature, float32 [D]; a deviation of 0 becomes 1.
+
+    Args:
+        embeddings_ND: Instances.
+        block: Number of instances that are converted to float64 at a time.
+
+    Raises:
+        ValueError: There are no instances, or a value is not finite.
+    """
     count = len(embeddings_ND)
     if count == 0:
         message = "no instances to standardise by: link cells to spots before fitting."
@@ -195,67 +212,39 @@ def instance_statistics(embeddings_ND: Tensor, block: int = 8192) -> tuple[Tenso
     return mean_D.float(), torch.where(constant_D, 1.0, std_D)
 
 
-def check_offsets(offsets: Tensor, num_instances: int) -> None:
-    """Refuse offsets [S + 1] that do not cut num_instances into S bags, none of them empty.
-
-    Raises:
-        ValueError: Naming the first empty bag: an empty bag has no mean, and NaN would spread.
-    """
-    sizes = offsets.diff()
-    if offsets.ndim != 1 or len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != num_instances:
-        message = (
-            f"bag offsets of shape {tuple(offsets.shape)} from "
-            f"{offsets.flatten()[:1].tolist()} to {offsets.flatten()[-1:].tolist()}, expected "
-            f"one-dimensional, from 0 to the number of instances, {num_instances}."
-        )
-        raise ValueError(message)
-    if len(sizes) and int(sizes.min()) <= 0:
-        bag = int((sizes <= 0).nonzero()[0, 0])
-        message = (
-            f"bag {bag} of {len(sizes)} holds {int(sizes[bag])} instances, expected at least 1. "
-            "Drop spots without cells before making bags."
-        )
-        raise ValueError(message)
-
-
-def bag_mean(y_NG: Tensor, offsets: Tensor) -> Tensor:
-    """Return the mean of each bag [S, G]; bag s is y_NG[offsets[s]:offsets[s + 1]], not padded.
-
-    Raises:
-        ValueError: Where the offsets do not fit or a bag is empty.
-    """
-    check_offsets(offsets, len(y_NG))
-    if len(offsets) == 1:
-        return y_NG  # no bags and so no rows, but still part of the graph
-    # On a CPU in half the time of segment_reduce; unlike index_add the same every time on a GPU.
-    rows_N = torch.arange(len(y_NG), device=y_NG.device)
-    return functional.embedding_bag(rows_N, y_NG, offsets[:-1].to(y_NG.device), mode="mean")
-
-
 def loss_sum(
     head: MilHead, prediction_SG: Tensor, target_SG: Tensor, size_factor_S: Tensor | None = None
 ) -> Tensor:
-    """Return the loss summed over spots, members and genes (published: mean over spots and genes).
+    """Return the loss summed over spots, members and genes.
+
+    The published loss is the mean over spots and genes.
 
     Args:
-        head: Says which loss, and holds the dispersions.
+        head: Head; it defines the loss and holds the dispersions.
         prediction_SG: Mean of the members' outputs over each spot's cells [S, K * G].
         target_SG: Scaled expression [S, G] for mse, counts for nb and nb_total.
-        size_factor_S: Of each spot [S]; needed for counts.
+        size_factor_S: Size factor of each spot [S]; needed for counts.
 
     Returns:
-        Squared errors, or negative log-likelihoods in float64: a spot's mean (nb) or total count
-        (nb_total) is its size factor times the prediction. Without spots 0, with a gradient.
+        Sum of squared errors, or of negative log-likelihoods in float64. There a spot's mean (nb)
+        or total count (nb_total) is its size factor times the prediction. Without spots the
+        result is 0 and has a gradient.
+
+    Raises:
+        ValueError: Counts have no size factors.
     """
     formula = head.formula
-    prediction_SKG = by_member(prediction_SG, formula.ensemble)
+    prediction_SKG = split_members(prediction_SG, formula.ensemble)
     target_S1G = target_SG[:, None]
     total: Tensor
     if not formula.counts:
         total = (prediction_SKG - target_S1G).square().sum()
         return total
     if size_factor_S is None:
-        message = f"loss {formula.loss!r} needs the size factor of every spot, got none."
+        message = (
+            f"loss {formula.loss!r} needs the size factor of every spot, got no size factors: give "
+            "counts with size factors, or train with loss mse."
+        )
         raise ValueError(message)
     at_spot_SKG = prediction_SKG.double() * size_factor_S[:, None, None]
     if formula.loss == "nb":
@@ -267,36 +256,37 @@ def loss_sum(
 
 
 def stored_hidden(h_NH: Tensor) -> Tensor:
-    """Round the last hidden layer to the float16 that is stored.
+    """Return the last hidden layer rounded to float16, as it is stored.
 
-    Stored expression is defined by this rounded factor, so what is read equals what was written.
+    Stored expression is defined by these rounded values. Therefore expression is the same before
+    writing and after reading.
 
     Raises:
-        ValueError: Where a value does not fit into float16 (above 65,504): the head has diverged
-            or the embeddings are not from its encoder.
+        ValueError: A value is above 65,504 and does not fit into float16. Either the head has
+            diverged, or the embeddings are not from its encoder.
     """
     rounded = h_NH.to(torch.float16)
     if not torch.isfinite(rounded).all():
         message = (
-            f"hidden values up to {float(h_NH.abs().max())} do not fit into float16 (65504). The "
-            "head has diverged, or these embeddings come from another encoder than it was trained "
-            "on."
+            f"hidden values up to {float(h_NH.abs().max())} do not fit into float16 (65504). "
+            "Either the head has diverged: train it again with a lower learning rate. Or the "
+            "embeddings come from another encoder: use the one that the head was trained with."
         )
         raise ValueError(message)
     return rounded
 
 
 def head_to_bytes(head: MilHead, info: Mapping[str, Any]) -> bytes:
-    """Serialise a head as safetensors with JSON metadata.
+    """Return a head as the bytes of a safetensors file with JSON metadata.
 
     Args:
         head: The head.
-        info: `genes` (ordered panel), `scaling` (per training slide, one divisor per gene),
-            `embedding_dim`, `encoder_digest`, `training_slides`, `metrics`; anything else that
-            JSON holds is kept.
+        info: `genes` (the panel, in order), `scaling` (one divisor per gene for each training
+            slide), `embedding_dim`, `encoder_digest`, `training_slides` and `metrics`. Other keys
+            are kept if JSON can hold them.
 
     Raises:
-        ValueError: Where info lacks a key or does not describe this head.
+        ValueError: A key of info is missing, or info does not describe this head.
     """
     check_info(info, head.state_dict(), "head", head.formula.ensemble)
     metadata = {
@@ -310,7 +300,7 @@ def head_to_bytes(head: MilHead, info: Mapping[str, Any]) -> bytes:
 
 
 def head_from_bytes(data: bytes, source: str) -> tuple[MilHead, dict[str, Any]]:
-    """Return the head (in eval mode, on the CPU) and its info; `source` is named in errors."""
+    """Return the head (in eval mode, on the CPU) and its info; errors name `source`."""
     tensors, info, formula = parse_head(data, source, parse_tensors)
     num_genes, hidden_dim = len(info["genes"]), tensors["last.weight"].shape[1]
     head = MilHead(int(info["embedding_dim"]), num_genes, hidden_dim, formula)
@@ -323,7 +313,11 @@ def head_from_bytes(data: bytes, source: str) -> tuple[MilHead, dict[str, Any]]:
 
 
 def save_head(path: str, head: MilHead, info: Mapping[str, Any]) -> None:
-    """Write a head (see head_to_bytes) to a path or any fsspec address, whole or not at all."""
+    """Write a head to a path or any fsspec address; a reader never finds a part of it.
+
+    Raises:
+        ValueError: See head_to_bytes.
+    """
     data = head_to_bytes(head, info)
     fs, target = fsspec.core.url_to_fs(path)
     fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
@@ -335,14 +329,14 @@ def load_head(path: str) -> tuple[MilHead, dict[str, Any]]:
     """Read a head from a path or any fsspec address.
 
     Returns:
-        The head in eval mode on the CPU, and its info (genes in order, scaling, ...).
+        The head in eval mode on the CPU, and its info (genes in order, scaling, and so on).
 
     Raises:
-        ValueError: Where there is no file, it is cut, or it is something else.
+        ValueError: The file does not exist, is cut off or is no head.
     """
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:
-        message = f"{path}: no such head. Give the file that `scellst-ray train` wrote."
+        message = f"{path}: no such head; give the file that `scellst-ray train` wrote."
         raise ValueError(message) from error
     return head_from_bytes(data, path)

@@ -1,7 +1,10 @@
 """The stored head without torch: its file, and expression computed from stored hidden factors.
 
-Shape letters: N cells, K members of an ensemble (mostly 1), H hidden (256), G genes. Who only reads
-results needs no network library.
+A head maps embeddings of cells to expression. `predict` stores only its last hidden layer, the
+hidden factor. The functions here compute expression from it, so that reading results needs no
+network library.
+
+Shape letters: N cells, K members of an ensemble (mostly 1), H hidden (256), G genes.
 """
 
 import json
@@ -18,32 +21,32 @@ from safetensors.numpy import load as parse_arrays
 
 from scellst_ray import storage
 
-# How a head file is named in the folder of `train` and in the run of `predict`.
+# Name of a head file in the folder of `train` and in the run of `predict`.
 HEAD_FILE = "head.safetensors"
 HEAD_FORMAT = "scellst_ray.mil_head"
 HEAD_VERSION = 2
-# Version 1 knew one formula, which is what Formula() says.
+# Version 1 had one formula, Formula().
 READ_VERSIONS = ("1", "2")
-# What a stored head must say about itself; more is kept.
+# Keys that the info of a stored head must have; further keys are kept.
 INFO_KEYS = ("genes", "scaling", "embedding_dim", "encoder_digest", "training_slides", "metrics")
 LOSSES = ("mse", "nb", "nb_total")
 Array = TypeVar("Array", bound=Sized)
-# Values computed at a time: 32 MB of float32, whatever the number of genes.
+# Number of values computed at a time: 32 MB of float32 for any number of genes.
 BLOCK_VALUES = 1 << 23
 
 
 @dataclass(frozen=True)
 class Formula:
-    """How a head turns embeddings into expression; the defaults are ours.
+    """The computation of a head, from embeddings to expression; the defaults are ours.
 
     Attributes:
-        negative_slope: Of the hidden layers' LeakyReLU; 0 is ReLU.
-        dropout: Share of hidden values dropped while training.
-        beta: Of the last softplus, log(1 + exp(beta z)) / beta.
-        loss: What it was trained with. mse: squared error of scaled log-normalised expression;
-            nb, nb_total: negative binomial likelihood of counts, of mean and inverse dispersion or
-            of total count and logits (likelihood.py).
-        ensemble: Members K: networks that share nothing but their inputs.
+        negative_slope: Slope of the hidden layers' LeakyReLU below 0; 0 is ReLU.
+        dropout: Share of hidden values dropped in training.
+        beta: Sharpness of the last softplus, log(1 + exp(beta z)) / beta.
+        loss: Loss of the training. 'mse': squared error of scaled log-normalised expression.
+            'nb': negative binomial likelihood of counts, given by mean and inverse dispersion.
+            'nb_total': the same, given by total count and logits (likelihood.py).
+        ensemble: Number K of members: networks that share nothing but their inputs.
     """
 
     negative_slope: float = 0.0
@@ -53,14 +56,15 @@ class Formula:
     ensemble: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what is no head.
+        """Refuse values outside of their range.
 
         Raises:
-            ValueError: Naming the field, its value and what is allowed.
+            ValueError: A value is out of range. The message names the field, its value and the
+                range.
         """
         allowed = {
-            "negative_slope": (0 <= self.negative_slope < 1, "0 up to but not 1"),
-            "dropout": (0 <= self.dropout < 1, "0 up to but not 1"),
+            "negative_slope": (0 <= self.negative_slope < 1, "a number from 0 to below 1"),
+            "dropout": (0 <= self.dropout < 1, "a number from 0 to below 1"),
             "beta": (0 < self.beta < np.inf, "a positive number"),
             "loss": (self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
             "ensemble": (self.ensemble >= 1, "at least 1"),
@@ -72,21 +76,21 @@ class Formula:
 
     @property
     def counts(self) -> bool:
-        """Whether it was trained on counts, and so gives counts per spot of size factor 1."""
+        """Whether the head is for counts: it then gives counts in a spot of size factor 1."""
         return self.loss != "mse"
 
 
 @dataclass(frozen=True)
 class LastLayer:
-    """The last layer of a head: all that expression needs beside the stored factor.
+    """The last layer of a head: with the hidden factor it gives expression.
 
     Attributes:
-        genes: The panel, G names in order.
-        weight_KGH: float32 [K, G, H].
-        bias_KG: float32 [K, G].
-        scale_KG: float32 [K, G], multiplies what the softplus gives: 1 unless trained on counts.
-        beta: Of the softplus.
-        info: What the head says about itself (see INFO_KEYS).
+        genes: The panel: G names of genes, in order.
+        weight_KGH: Weights, float32 [K, G, H].
+        bias_KG: Biases, float32 [K, G].
+        scale_KG: Factors of the softplus, float32 [K, G]; 1 unless the head is for counts.
+        beta: Sharpness of the softplus (see Formula).
+        info: Info of the head (see INFO_KEYS).
     """
 
     genes: list[str]
@@ -97,7 +101,7 @@ class LastLayer:
     info: dict[str, Any]
 
     def select(self, index: NDArray[np.integer]) -> "LastLayer":
-        """Return the layer of some genes, in the order given."""
+        """Return the layer for the genes at these indices, in the order of the indices."""
         return replace(
             self,
             genes=[self.genes[i] for i in index],
@@ -112,25 +116,26 @@ class LastLayer:
         """Compute expression from stored hidden factors.
 
         Args:
-            hidden_NKH: float16 [N, K * H] as stored.
-            what: The mean over members, or their standard deviation (over K, not K - 1): how far
-                networks trained on the same spots disagree about a cell.
+            hidden_NKH: Hidden factors as stored, float16 [N, K * H].
+            what: 'mean' over members, or 'sd', their standard deviation (over K, not K - 1). The
+                deviation says how far networks trained on the same spots disagree about a cell.
 
         Returns:
-            float32 [N, G], equal to MilHead.from_hidden (spread_from_hidden) within 1e-5 relative.
+            float32 [N, G], equal to MilHead.from_hidden (or spread_from_hidden) within a relative
+            error of 1e-5.
 
         Raises:
-            ValueError: Where a deviation is asked of a single network, or the factor does not fit.
+            ValueError: 'sd' is requested of a single network, or the factor does not fit the head.
         """
         num_members, _, hidden_dim = self.weight_KGH.shape
         if hidden_NKH.shape[1] != num_members * hidden_dim:
             message = (
-                f"hidden factor of {hidden_NKH.shape[1]} values a cell, but this head has "
-                f"{num_members} x {hidden_dim}: it belongs to another run."
+                f"hidden factor has {hidden_NKH.shape[1]} values per cell, but this head has "
+                f"{num_members} x {hidden_dim}: use the head of the run that stored the factor."
             )
             raise ValueError(message)
         if what == "sd" and num_members == 1:
-            message = "this head is one network; train with ensemble above 1 for a deviation."
+            message = "this head is one network: for a deviation train with ensemble above 1."
             raise ValueError(message)
         mean_NG = np.zeros((len(hidden_NKH), len(self.genes)), np.float32)
         square_NG = np.zeros_like(mean_NG) if what == "sd" else None
@@ -138,7 +143,7 @@ class LastLayer:
         for count, (weight_GH, bias_G, scale_G) in enumerate(members, start=1):
             h_NH = hidden_NKH[:, (count - 1) * hidden_dim : count * hidden_dim]
             y_NG = expression_from_hidden(h_NH, weight_GH, bias_G, self.beta) * scale_G
-            # Welford's update: a deviation without subtracting large squares.
+            # Welford's update gives a deviation without subtracting large squares.
             step_NG = y_NG - mean_NG
             mean_NG += step_NG / count
             if square_NG is not None:
@@ -150,8 +155,8 @@ def read_last_layer(uri: str) -> LastLayer:
     """Read the last layer of a head from a path or any fsspec address.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: see parse_head.
+        FileNotFoundError: The file does not exist.
+        ValueError: See parse_head.
     """
     data = storage.read_bytes(uri)
     tensors, info, formula = parse_head(data, uri, parse_arrays)
@@ -173,13 +178,13 @@ def expression_from_hidden(
     bias_G: NDArray[np.floating],
     beta: float = 1.0,
 ) -> NDArray[np.float32]:
-    """Compute what the softplus of one network gives from stored hidden factors, without torch.
+    """Compute the output of one network's softplus from stored hidden factors.
 
     Args:
-        hidden_NH: float16 [N, H] as stored.
-        weight_GH: Rows of the last layer's weight for the genes wanted [G, H].
-        bias_G: Its bias for those genes [G].
-        beta: Of the softplus.
+        hidden_NH: Hidden factors as stored, float16 [N, H].
+        weight_GH: Rows of the last layer's weight for the requested genes [G, H].
+        bias_G: The last layer's bias for these genes [G].
+        beta: Sharpness of the softplus (see Formula).
 
     Returns:
         float32 [N, G].
@@ -188,7 +193,7 @@ def expression_from_hidden(
     z_NG += bias_G.astype(np.float32)
     if beta != 1.0:
         z_NG *= np.float32(beta)
-    # log(1 + exp(z)) without overflow for large z and without cancellation for small.
+    # log(1 + exp(z)) without overflow for large z and without cancellation for small z.
     y_NG = np.maximum(z_NG, 0) + np.log1p(np.exp(-np.abs(z_NG)))
     return np.asarray(y_NG if beta == 1.0 else y_NG / np.float32(beta))
 
@@ -196,7 +201,13 @@ def expression_from_hidden(
 def expression_blocks(
     table: pa.Table, layer: LastLayer, what: Literal["mean", "sd"] = "mean"
 ) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
-    """Yield EXPRESSION rows in blocks of bounded memory, each with its expression [N, G]."""
+    """Yield rows of an EXPRESSION table in blocks of bounded memory, with their expression [N, G].
+
+    Args:
+        table: Rows of an EXPRESSION table.
+        layer: Last layer of the head that stored the table.
+        what: See LastLayer.expression.
+    """
     size = max(1, BLOCK_VALUES // max(1, len(layer.genes)))
     for start in range(0, len(table), size):
         block = table.slice(start, size)
@@ -204,11 +215,14 @@ def expression_blocks(
 
 
 def row_groups(file: pq.ParquetFile, wanted: NDArray[np.int64] | None) -> Iterator[pa.Table]:
-    """Yield a table's row groups, or only the rows whose cell_id is in `wanted` (ascending).
+    """Yield the row groups of a table's file, or only the rows of some cells.
 
-    Row groups whose range of cell ids holds none of `wanted` are not read. Nearly all of a table is
-    one column: threads read it no sooner, and may let go of a row group late.
+    Args:
+        file: Parquet file with the column `cell_id`.
+        wanted: Ascending cell ids; None: all rows. A row group whose range of cell ids holds none
+            of them is not read.
     """
+    # Threads do not help: one column is nearly all of a table. They may also free memory late.
     column = file.schema_arrow.names.index("cell_id")
     for group in range(file.num_row_groups):
         if wanted is None:
@@ -222,7 +236,7 @@ def row_groups(file: pq.ParquetFile, wanted: NDArray[np.int64] | None) -> Iterat
 
 
 def vector_matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
-    """Return a vector column as float16 [N, D]."""
+    """Return a column of vectors as float16 [N, D]."""
     flat = [np.asarray(chunk.flatten()) for chunk in column.chunks]
     values = flat[0] if len(flat) == 1 else np.concatenate([*flat, np.zeros(0, np.float16)])
     return values.reshape(len(column), column.type.list_size)
@@ -234,21 +248,21 @@ def parse_head(
     """Return the tensors, the info and the formula of a stored head.
 
     Args:
-        data: The file's content.
-        source: The name for messages.
+        data: Content of the file.
+        source: Name of the file for messages.
         parse: `load` of safetensors.numpy or of safetensors.torch.
 
     Raises:
-        ValueError: not a whole safetensors file, another format or version, or info that does not
-            describe the tensors.
+        ValueError: The content is not a whole safetensors file, it has another format or version,
+            or its info does not describe the tensors.
     """
     try:
         tensors = parse(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError) as error:
         message = (
-            f"{source}: {len(data)} bytes that are not a whole safetensors file ({error}). "
-            "Expected a head written by `scellst-ray train`; copy it again."
+            f"{source}: its {len(data)} bytes are not a whole safetensors file ({error}). "
+            "Expected a head written by `scellst-ray train`: copy it again."
         )
         raise ValueError(message) from error
     metadata = header.get("__metadata__") or {}
@@ -272,12 +286,12 @@ def check_info(
     """Refuse info that does not describe the tensors.
 
     Raises:
-        ValueError: Naming `source` and what does not fit.
+        ValueError: A part does not fit. The message names `source` and the part.
     """
     missing = [key for key in INFO_KEYS if key not in info]
     if missing or "last.weight" not in tensors or "mean_D" not in tensors:
         message = (
-            f"{source}: holds {sorted(tensors)} and info {sorted(info)}; info lacks {missing}. "
+            f"{source}: it holds {sorted(tensors)} and info {sorted(info)}; info lacks {missing}. "
             f"Expected the tensors of a MIL head and info with {list(INFO_KEYS)}."
         )
         raise ValueError(message)
@@ -285,8 +299,8 @@ def check_info(
     if (len(info["genes"]), info["embedding_dim"]) != (num_genes, num_features):
         message = (
             f"{source}: info names {len(info['genes'])} genes and embedding_dim "
-            f"{info['embedding_dim']}, the tensors hold {num_genes} genes and {num_features} "
-            "features. Save the panel and the encoder the head was trained with."
+            f"{info['embedding_dim']}, but the tensors hold {num_genes} genes and {num_features} "
+            "features. Save the panel and the encoder that the head was trained with."
         )
         raise ValueError(message)
     wrong = [slide for slide, scale in info["scaling"].items() if len(scale) != num_genes]

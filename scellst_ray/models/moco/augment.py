@@ -1,21 +1,24 @@
-"""Random views of crops for self-supervised training: whole batches, per-sample parameters.
+"""Random views of crops for self-supervised training: whole batches, parameters for each sample.
 
-The published list (scellst `cell_SSL/main_moco.py`, version 1), in order: colour jitter; rotation,
-nearest pixel, and centre crop; random resized crop, bilinear; Gaussian blur; erasing;
-normalisation. `draw` makes all parameters on the CPU, `apply` uses them on any device, so that a
-seed gives the same views wherever they are made, and a sample's view does not depend on how the
-batch is cut.
+A view is a randomly changed copy of a crop. The operations are those of the published list
+(scellst `cell_SSL/main_moco.py`, version 1): colour jitter, rotation with nearest pixels and centre
+crop, bilinear random resized crop, Gaussian blur, erasing, normalisation.
 
-Two things are approximated. Pixels stay float32 between operations, where PIL rounds to 8 bits
-after each. Contrast takes a crop's mean grey from every fifth pixel (`mean_index`), which errs by
-0.24 levels of 255 (root mean square, crops of real slides; PIL's rounding: 0.29).
-Two things are reordered without effect: colour jitter looks at no neighbours, so it is done after
-rotation has thrown half of the pixels away; resizing, flips and blur are linear and
-separable, so each sample's are one matrix per axis.
+`draw` draws all parameters on the CPU. `apply` uses them on any device. Therefore a seed gives the
+same views on every device, and a view does not depend on how the batch is cut.
 
-torchvision's transforms draw one set of parameters for a whole batch. kornia's draw one for each
-sample, but one order of the colour operations for all, and are about 1.5 times as fast as
-torchvision and PIL crop by crop, where this is 7 to 9 times (`benchmarks/augment.py`, one core).
+Two operations are approximated:
+- Pixels stay float32 between operations; PIL rounds to 8 bits after each.
+- Contrast takes a crop's mean grey from every fifth pixel (`mean_index`). On crops of real slides
+  the error is 0.24 levels of 255 (root mean square); that of PIL's rounding is 0.29.
+Two changes have no effect on the result:
+- Colour jitter comes after rotation, which drops half of the pixels. It uses no neighbours.
+- Resizing, flips and blur are linear and separable. Each sample has one matrix per axis for them.
+
+torchvision's transforms draw one set of parameters for a whole batch. kornia's draw one set for
+each sample, but one order of the colour operations for all samples. On one core kornia is about
+1.5 times as fast as torchvision and PIL crop by crop, this module 7 to 9 times
+(`benchmarks/augment.py`).
 
 Shape letters: N samples, C channels (RGB), H W pixels of a view, P pixels in no order, A attempts.
 """
@@ -36,34 +39,35 @@ from scellst_ray.models.moco.augment_geometry import (
     rotation_index,
 )
 
-NUM_ATTEMPTS = 10  # as torchvision, before a crop falls back to the whole and an erasure to none
-# Samples worked on together: on the CPU, few enough for the cache and enough for torch's overhead
-# of about a microsecond a call not to matter.
+# Draws of a box, as in torchvision. If none fits, a crop is the whole view and nothing is erased.
+NUM_ATTEMPTS = 10
+# Number of samples per pass. On the CPU they fit into the cache, and they are enough for torch's
+# overhead of about a microsecond per call not to matter.
 CPU_CHUNK, DEVICE_CHUNK = 128, 4096
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to a crop; the published values by default.
+    """Ranges of the random operations on a crop; defaults are the published values.
 
     Attributes:
-        jitter_prob: How often colours are jittered.
-        brightness: Factor drawn from 1 -+ this; so for `contrast` and `saturation`.
-        contrast: See `brightness`.
-        saturation: See `brightness`.
-        hue: Turn of the hue, drawn from -+ this, in whole turns (at most 0.5).
-        degrees: Rotation drawn from -+ this.
-        crop_scale: Area of the random crop as a share of the centre crop.
-        crop_ratio: Width over height of the random crop.
-        blur_prob: How often a view is blurred.
-        blur_radius_px: Standard deviation of the blur, px of the view.
-        erase_prob: How often a rectangle is erased (to black).
-        erase_scale: Area of the rectangle as a share of the view.
-        erase_ratio: Height over width of the rectangle.
-        flips: Flip half of the views left to right, and half top to bottom.
-        stain_jitter: Concentrations of H and E are scaled by 1 -+ this and shifted by -+ this
-            (natural optical density); 0 for never.
-        out_px: Side of a view.
+        jitter_prob: Probability that a view's colours are changed, 0 to 1.
+        brightness: The brightness factor is drawn from 1 - b to 1 + b; this is b, 0 to 1.
+        contrast: The same for contrast.
+        saturation: The same for saturation.
+        hue: The turn of the hue is drawn from -h to h; this is h in whole turns, 0 to 0.5.
+        degrees: The rotation is drawn from -d to d; this is d in degrees, 0 to 360.
+        crop_scale: Least and greatest area of the random crop, as shares of the centre crop.
+        crop_ratio: Least and greatest ratio of width to height of the random crop.
+        blur_prob: Probability that a view is blurred, 0 to 1.
+        blur_radius_px: Least and greatest standard deviation of the blur, in px of the view.
+        erase_prob: Probability that a rectangle of a view is erased (set to black), 0 to 1.
+        erase_scale: Least and greatest area of the rectangle, as shares of the view.
+        erase_ratio: Least and greatest ratio of height to width of the rectangle.
+        flips: Whether to mirror views left-right and top-bottom, each with probability 1/2.
+        stain_jitter: Concentrations of hematoxylin and eosin are scaled by a factor from 1 - s to
+            1 + s and shifted by -s to s (natural optical density); this is s, 0 to 1. 0: never.
+        out_px: Side of a view in px.
     """
 
     jitter_prob: float = 0.8
@@ -84,10 +88,10 @@ class AugmentConfig:
     out_px: int = 48
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be drawn.
+        """Refuse values outside of their range.
 
         Raises:
-            ValueError: a value is out of its range, or a range is upside down.
+            ValueError: A value is out of its range, or the first number of a range is the greater.
         """
         if self.out_px < 1:
             message = f"out_px: got {self.out_px}, expected at least 1"
@@ -110,18 +114,19 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is done to each sample of a batch; tensors on the CPU, samples first.
+    """Parameters of the operations on each sample of a batch; tensors on the CPU.
 
     Attributes:
-        jitter_order: Operations in the order they are done (see `augment_colour`), or -1, [N, 4].
+        jitter_order: Colour operations in order (see `augment_colour`), -1 for none, [N, 4].
         jitter_factors: Strengths of brightness, contrast, saturation and hue, [N, 4].
-        angle_deg: Rotation, counter-clockwise, [N].
-        crop_px: Top, left, height and width in the centre crop, [N, 4].
-        flipped: Top to bottom and left to right, [N, 2].
-        blur_px: Standard deviation of the blur, or 0, [N].
-        erase_px: Top, left, height and width in the view; a height of 0 for none, [N, 4].
-        stain_scale: Of hematoxylin and eosin, [N, 2].
-        stain_shift: Of hematoxylin and eosin, [N, 2].
+        angle_deg: Rotation in degrees, counter-clockwise, [N].
+        crop_px: Top, left, height and width of the crop, in px of the centre crop, [N, 4].
+        flipped: Whether the view is mirrored top-bottom and left-right, [N, 2].
+        blur_px: Standard deviation of the blur in px of the view, 0 for no blur, [N].
+        erase_px: Top, left, height and width of the erased rectangle, in px of the view; height 0
+            for none, [N, 4].
+        stain_scale: Factors of hematoxylin and eosin, [N, 2].
+        stain_shift: Shifts of hematoxylin and eosin in natural optical density, [N, 2].
     """
 
     jitter_order: Tensor
@@ -139,22 +144,23 @@ class Parameters:
         return len(self.angle_deg)
 
     def __getitem__(self, rows: slice | Tensor) -> "Parameters":
-        """Return the parameters of some samples."""
+        """Return the parameters of the samples at these rows."""
         return Parameters(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def draw(num: int, config: AugmentConfig, generator: torch.Generator) -> Parameters:
     """Draw the parameters of a batch, in the distributions of torchvision's classes.
 
-    The same numbers are used up whatever is switched on, so that an option changes nothing else.
+    Every configuration uses the same number of random numbers. Therefore an option changes nothing
+    but its own operation.
 
     Args:
-        num: Samples in the (global) batch.
-        config: What to draw from.
-        generator: On the CPU, so that a seed means the same on every device.
+        num: Number of samples in the (global) batch.
+        config: Ranges to draw from.
+        generator: Generator on the CPU, so that a seed gives the same views on every device.
 
     Raises:
-        ValueError: a generator that is not on the CPU.
+        ValueError: The generator is not on the CPU.
     """
     if generator.device.type != "cpu":
         message = f"augmentation draws on the CPU; got a generator on {generator.device}"
@@ -163,8 +169,8 @@ def draw(num: int, config: AugmentConfig, generator: torch.Generator) -> Paramet
     def uniform(*shape: int) -> Tensor:
         return torch.rand((num, *shape), generator=generator, dtype=torch.float64)
 
-    jittered = uniform(1) < config.jitter_prob
-    order = torch.where(jittered, uniform(4).argsort(1), -1)
+    is_jittered = uniform(1) < config.jitter_prob
+    order = torch.where(is_jittered, uniform(4).argsort(1), -1)
     spread = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
     factors = torch.tensor([1.0, 1, 1, 0]) + spread * (2 * uniform(4) - 1)
     angle_deg = config.degrees * (2 * uniform() - 1)
@@ -172,8 +178,8 @@ def draw(num: int, config: AugmentConfig, generator: torch.Generator) -> Paramet
     flipped = (uniform(2) < 0.5) & config.flips
     low, high = config.blur_radius_px
     blur_px = torch.where(uniform() < config.blur_prob, low + (high - low) * uniform(), 0)
-    erased = uniform() < config.erase_prob
-    erase_px = _draw_erasure(uniform(2 * NUM_ATTEMPTS + 2), config) * erased[:, None]
+    is_erased = uniform() < config.erase_prob
+    erase_px = _draw_erasure(uniform(2 * NUM_ATTEMPTS + 2), config) * is_erased[:, None]
     scale = 1 + config.stain_jitter * (2 * uniform(2) - 1)
     shift = config.stain_jitter * (2 * uniform(2) - 1)
     return Parameters(
@@ -185,7 +191,7 @@ def draw(num: int, config: AugmentConfig, generator: torch.Generator) -> Paramet
 def _draw_boxes(
     uniform: Tensor, scale: tuple[float, float], ratio: tuple[float, float], side: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sides of boxes of each attempt, by square roots of area * ratio and area / ratio."""
+    """Return sqrt(area * ratio) and sqrt(area / ratio) [N, A], and numbers for a place [N, 2]."""
     area_NA = side**2 * (scale[0] + (scale[1] - scale[0]) * uniform[:, :NUM_ATTEMPTS])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     ratio_NA = (low + (high - low) * uniform[:, NUM_ATTEMPTS : 2 * NUM_ATTEMPTS]).exp()
@@ -193,7 +199,7 @@ def _draw_boxes(
 
 
 def _place(height: Tensor, width: Tensor, place_N2: Tensor, side: int) -> Tensor:
-    """Return boxes (top, left, height, width) placed anywhere in a square, [N, 4]."""
+    """Return boxes (top, left, height, width) at random places in a square, [N, 4]."""
     size_N2 = torch.stack([height, width], 1)
     corner_N2 = ((side - size_N2 + 1) * place_N2).floor()
     return torch.cat([corner_N2, size_N2], 1).long()
@@ -214,7 +220,7 @@ def _draw_crop(uniform: Tensor, config: AugmentConfig) -> Tensor:
 
 
 def _draw_erasure(uniform: Tensor, config: AugmentConfig) -> Tensor:
-    """Return RandomErasing's boxes: the first attempt that fits, else none."""
+    """Return RandomErasing's boxes: the first attempt that fits, else an empty box."""
     side = config.out_px
     height_NA, width_NA, place_N2 = _draw_boxes(
         uniform, config.erase_scale, config.erase_ratio, side
@@ -248,19 +254,21 @@ def apply(
     """Make one view of every crop.
 
     Args:
-        crops_NHWC: uint8 RGB, square, at least sqrt(2) times the side of a view, on any device.
-        parameters: As many, on the CPU.
-        config: What they were drawn with.
-        mean: RGB mean (of values in 0-1) subtracted at the end.
-        std: RGB standard deviation divided by.
+        crops_NHWC: uint8 RGB crops on any device. They are square, with a side at least sqrt(2)
+            times that of a view.
+        parameters: Parameters of the N crops, from `draw`.
+        config: Ranges that the parameters were drawn from.
+        mean: RGB mean that is subtracted at the end; pixel values lie in 0-1.
+        std: RGB standard deviation that pixel values are divided by.
 
     Returns:
         [N, 3, out_px, out_px], float32, channels last, on the crops' device.
 
     Raises:
-        ValueError: crops of another type or shape, not as many parameters, no RGB mean and std.
+        ValueError: Crops have another type or shape, the number of parameters differs from that of
+            crops, or mean and std are not three numbers each.
     """
-    _check(crops_NHWC, parameters, config)
+    _check_crops(crops_NHWC, parameters, config)
     _check_normalisation(mean, std)
     device, num, side = crops_NHWC.device, len(crops_NHWC), config.out_px
     views_NCHW = torch.empty((num, 3, side, side), device=device, memory_format=torch.channels_last)
@@ -268,9 +276,9 @@ def apply(
     chunk = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, num, chunk):
         rows = slice(start, start + chunk)
-        # Under autocast the products would be made in half precision.
+        # Under autocast the matrix products would run in half precision.
         with torch.autocast(device.type, enabled=False):
-            pixels_CNHW = _view(crops_NHWC[rows], parameters[rows], config)
+            pixels_CNHW = _make_views(crops_NHWC[rows], parameters[rows], config)
         for channel, pixels_NHW in enumerate(pixels_CNHW):
             torch.add(
                 torch.tensor(shift[channel], device=device), pixels_NHW, alpha=scale[channel],
@@ -279,7 +287,7 @@ def apply(
     return views_NCHW
 
 
-def _check(crops_NHWC: Tensor, parameters: Parameters, config: AugmentConfig) -> None:
+def _check_crops(crops_NHWC: Tensor, parameters: Parameters, config: AugmentConfig) -> None:
     shape = tuple(crops_NHWC.shape)
     if crops_NHWC.dtype != torch.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
         message = f"crops: got {crops_NHWC.dtype} {shape}, expected uint8 [N, side, side, 3]"
@@ -292,20 +300,23 @@ def _check(crops_NHWC: Tensor, parameters: Parameters, config: AugmentConfig) ->
         )
         raise ValueError(message)
     if len(parameters) != shape[0]:
-        message = f"got {shape[0]} crops and parameters of {len(parameters)}; expected as many"
+        message = (
+            f"got {shape[0]} crops and parameters of {len(parameters)}; expected parameters for "
+            "every crop"
+        )
         raise ValueError(message)
 
 
 def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        message = f"mean {mean}, std {std}: expected three numbers each, those of std above 0"
+        message = f"mean {mean}, std {std}: expected three numbers each; std must be above 0"
         raise ValueError(message)
 
 
-def _view(crops_NHWC: Tensor, parameters: Parameters, config: AugmentConfig) -> Tensor:
+def _make_views(crops_NHWC: Tensor, parameters: Parameters, config: AugmentConfig) -> Tensor:
     """Return views before normalisation, in 0-1, [C, N, H, W]."""
     device, side = crops_NHWC.device, config.out_px
-    pixels_CNP = _rotated(crops_NHWC, parameters.angle_deg.to(device), side)
+    pixels_CNP = _rotate_crops(crops_NHWC, parameters.angle_deg.to(device), side)
     if config.stain_jitter:
         scale_N2, shift_N2 = parameters.stain_scale.to(device), parameters.stain_shift.to(device)
         jitter_stains(pixels_CNP, scale_N2, shift_N2)
@@ -328,11 +339,11 @@ def _view(crops_NHWC: Tensor, parameters: Parameters, config: AugmentConfig) -> 
     return views_CNHW
 
 
-def _rotated(crops_NHWC: Tensor, angle_deg: Tensor, side: int) -> Tensor:
-    """Return the pixels of the rotated centre crop, then those contrast takes its mean of."""
+def _rotate_crops(crops_NHWC: Tensor, angle_deg: Tensor, side: int) -> Tensor:
+    """Return pixels in 0-1 of the rotated centre crops, then those for the mean grey, [C, N, P]."""
     num, crop_px, device = len(crops_NHWC), crops_NHWC.shape[1], crops_NHWC.device
-    even_NP = mean_index(crop_px).to(device).expand(num, -1)
-    index_NP = torch.cat([rotation_index(angle_deg, crop_px, side), even_NP], 1)
+    mean_NP = mean_index(crop_px).to(device).expand(num, -1)
+    index_NP = torch.cat([rotation_index(angle_deg, crop_px, side), mean_NP], 1)
     index_NP += torch.arange(num, device=device, dtype=torch.int32)[:, None] * crop_px**2
     pixels = crops_NHWC.reshape(-1, 3).index_select(0, index_NP.reshape(-1))
     planes = torch.empty((3, len(pixels)), device=device).copy_(pixels.T)

@@ -1,7 +1,9 @@
-"""Where the pixels of an augmented view come from: index maps, one matrix per axis, rectangles.
+"""Geometric operations of augmented views: index maps, one matrix per axis, rectangles.
 
-Shape letters: C channels, N samples, K some of them, H W pixels of a view, O sides of a view in px
-(rows or columns of a matrix).
+A view is a randomly changed copy of a square crop.
+
+Shape letters: C channels, N samples, K samples with an erased rectangle, H W pixels of a view,
+O side of a view in px (rows or columns of a matrix).
 """
 
 import torch
@@ -9,14 +11,14 @@ from torch import Tensor
 
 
 def rotation_index(angle_deg_N: Tensor, side_px: int, out_px: int) -> Tensor:
-    """Return the pixel a rotated and centre-cropped view takes each of its pixels from.
+    """Return, for each pixel of a rotated centre crop, the pixel of the crop that it shows.
 
-    The nearest pixel, as PIL's rotate about the centre; counter-clockwise.
+    Rotation is counter-clockwise about the centre and takes the nearest pixel, as PIL does.
 
     Args:
-        angle_deg_N: Rotation of each sample, on the device wanted.
-        side_px: Side of the (square) crops.
-        out_px: Side of the views; small enough that no corner leaves the crop.
+        angle_deg_N: Rotation of each sample in degrees; the result lies on the same device.
+        side_px: Side of the crops.
+        out_px: Side of the views. It must be small enough that no corner leaves the crop.
 
     Returns:
         row * side_px + column, [N, out_px * out_px], int32.
@@ -34,16 +36,16 @@ def rotation_index(angle_deg_N: Tensor, side_px: int, out_px: int) -> Tensor:
 
 
 def resize_matrix(start_N: Tensor, length_N: Tensor, flipped_N: Tensor, out_px: int) -> Tensor:
-    """Return what enlarges a stretch of an axis to the whole axis, bilinearly, [N, O, O].
+    """Return the matrix that enlarges an interval of an axis to the whole axis, [N, O, O].
 
-    As torchvision's resized_crop: pixel centres at halves, edges repeated. The stretch is at most
-    the axis, so there is nothing to smooth beforehand.
+    Interpolation is bilinear as in torchvision's resized_crop: pixel centres lie at halves, and
+    edges are repeated. The interval is never longer than the axis, so no smoothing is needed.
 
     Args:
-        start_N: First px of the stretch.
-        length_N: Px of the stretch.
-        flipped_N: Whether the result runs backwards.
-        out_px: Px of the axis.
+        start_N: First px of the interval.
+        length_N: Length of the interval in px.
+        flipped_N: Whether the result is mirrored.
+        out_px: Length of the axis in px.
     """
     place_O = torch.arange(out_px, device=start_N.device, dtype=torch.float32)
     place_NO = torch.where(flipped_N[:, None], out_px - 1 - place_O, place_O)
@@ -54,14 +56,14 @@ def resize_matrix(start_N: Tensor, length_N: Tensor, flipped_N: Tensor, out_px: 
 
 
 def blur_matrix(sigma_N: Tensor, out_px: int) -> Tensor:
-    """Return PIL's Gaussian blur along one axis, edges repeated, [N, O, O].
+    """Return the matrix of PIL's Gaussian blur along one axis, [N, O, O]; edges are repeated.
 
-    PIL blurs three times with a box of fractional width (Gwosdek et al. 2011, equations 7 and 11),
-    so the kernel is a piecewise polynomial and not quite a Gaussian.
+    PIL blurs three times with a box of fractional width (Gwosdek et al. 2011, equations 7 and 11).
+    Therefore the kernel is a piecewise polynomial and not quite a Gaussian.
 
     Args:
-        sigma_N: Standard deviations in px, above 0 and up to a quarter of the axis.
-        out_px: Px of the axis.
+        sigma_N: Standard deviations in px, above 0 and at most a quarter of the axis.
+        out_px: Length of the axis in px.
     """
     variance_N = sigma_N.double() ** 2 / 3
     whole_N = (((12 * variance_N + 1).sqrt() - 1) / 2).floor()
@@ -71,9 +73,8 @@ def blur_matrix(sigma_N: Tensor, out_px: int) -> Tensor:
     place_O = torch.arange(out_px, device=sigma_N.device)
     distance_OO = (place_O[:, None] - place_O).abs()
     box_NOO = (radius_N11 + 1 - distance_OO).clamp_(0, 1) / (2 * radius_N11 + 1)
-    beyond_NO = 1 - box_NOO.sum(
-        2
-    )  # weight outside the axis, which the pixel at that end stands for
+    # Weight of the box outside the axis; the pixel at that end gets it.
+    beyond_NO = 1 - box_NOO.sum(2)
     half = out_px // 2
     box_NOO[:, :half, 0] += beyond_NO[:, :half]
     box_NOO[:, half:, -1] += beyond_NO[:, half:]
@@ -81,7 +82,9 @@ def blur_matrix(sigma_N: Tensor, out_px: int) -> Tensor:
 
 
 def mean_index(side_px: int) -> Tensor:
-    """Return a fifth of a crop's pixels, by knight's moves: no row or column is favoured.
+    """Return the indices of a fifth of a crop's pixels, evenly spread over rows and columns.
+
+    The pixels are a knight's move apart.
 
     Returns:
         row * side_px + column, int32, on the CPU.
@@ -95,7 +98,7 @@ def erase(views_CNHW: Tensor, boxes_N4: Tensor) -> None:
 
     Args:
         views_CNHW: Square views.
-        boxes_N4: Top, left, height and width; a height of 0 for none; on the CPU.
+        boxes_N4: Top, left, height and width of each rectangle in px, on the CPU. Height 0: none.
     """
     samples = torch.nonzero(boxes_N4[:, 2])[:, 0]
     if not len(samples):

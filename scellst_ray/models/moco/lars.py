@@ -1,9 +1,12 @@
 """The optimisers of MoCo v3: LARS for residual networks, AdamW for transformers.
 
-LARS: You, Gitman, Ginsburg 2017, "Large batch training of convolutional networks", in the form
-MoCo v3 uses: a layer's gradient, decayed, is scaled to `trust` times the length of its weights,
-and the learning rate multiplies the momentum buffer, not what enters it. Biases and the parameters
-of norms (one dimension or none) are neither decayed nor scaled.
+LARS is from You, Gitman, Ginsburg 2017, "Large batch training of convolutional networks". MoCo v3
+uses this form of it:
+
+- Weight decay is added to a layer's gradient. The sum is scaled to `trust` times the length of the
+  layer's weights.
+- The learning rate multiplies the momentum buffer, not the update that enters it.
+- Biases and the parameters of norms (one dimension or none) are neither decayed nor scaled.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,11 +17,11 @@ from torch import Tensor, nn
 
 
 class Lars(torch.optim.Optimizer):
-    """Stochastic gradient descent with momentum and a step length of its own for each layer.
+    """Stochastic gradient descent with momentum and a separate step length for each layer.
 
     For weights w of two or more dimensions with gradient g: u = g + weight_decay w, then
-    u <- u trust |w| / |u| where both lengths are positive. For all: b <- momentum b + u and
-    w <- w - lr b.
+    u <- u trust |w| / |u| if both lengths are positive. For all other parameters u = g. For all
+    parameters: b <- momentum b + u, then w <- w - lr b.
     """
 
     def __init__(
@@ -30,10 +33,10 @@ class Lars(torch.optim.Optimizer):
         weight_decay: float = 1e-6,
         trust: float = 1e-3,
     ) -> None:
-        """Take parameters or groups of them.
+        """Make the optimiser for parameters or groups of parameters.
 
         Raises:
-            ValueError: A setting below 0, or a momentum of 1 or more.
+            ValueError: A setting is below 0 or not finite, or the momentum is 1 or more.
         """
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
         for name, value in settings.items():
@@ -51,18 +54,18 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; parameters without a gradient stay as they are."""
+        """Take one step; parameters without a gradient do not change."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
-            _step(params, self._buffers(params), group)
+            _step_group(params, self._momentum_buffers(params), group)
         return loss
 
-    def _buffers(self, params: list[Tensor]) -> list[Tensor]:
-        """Return the momentum buffers, zero at first."""
+    def _momentum_buffers(self, params: list[Tensor]) -> list[Tensor]:
+        """Return the momentum buffers; they are zero before the first step."""
         for parameter in params:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(
@@ -71,8 +74,11 @@ class Lars(torch.optim.Optimizer):
         return [self.state[parameter]["momentum_buffer"] for parameter in params]
 
 
-def _step(params: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
-    """Step one group. Lists of tensors go to torch's fused loops, as in its own optimisers."""
+def _step_group(params: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
+    """Take the step of one group of parameters.
+
+    torch's fused loops work on lists of tensors, as in torch's own optimisers.
+    """
     if not params:
         return
     updates = [parameter.grad for parameter in params if parameter.grad is not None]
@@ -97,16 +103,17 @@ def _step(params: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) ->
 def new_moco_optimiser(
     name: str, model: nn.Module, *, lr: float = 0.0, weight_decay: float | None = None
 ) -> torch.optim.Optimizer:
-    """Make an optimiser over the parameters of a model that take gradients.
+    """Make an optimiser over the trainable parameters of a model.
 
     Args:
         name: 'lars' (momentum 0.9, weight decay 1e-6, trust 0.001) or 'adamw' (weight decay 0.1).
-        model: The network; parameters without gradients, the momentum encoder's, are left out.
-        lr: Learning rate to begin with; `moco_step` sets it anew at each step.
-        weight_decay: Another weight decay than the published one.
+        model: The network. Parameters without gradients, those of the momentum encoder, are left
+            out.
+        lr: Learning rate of the first step; `moco_step` sets it at each step.
+        weight_decay: Weight decay; None: the published value.
 
     Raises:
-        ValueError: Another name.
+        ValueError: The name is neither 'lars' nor 'adamw'.
     """
     params = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "lars":

@@ -1,4 +1,4 @@
-"""A MoCo model on a backbone, with the options that save memory."""
+"""A MoCo model on a backbone, with options that save memory and time."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,14 +19,15 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 def new_moco(
     arch: str, seed: int, config: MocoConfig, *, checkpointing: bool = False, crop_px: int = CROP_PX
 ) -> Moco:
-    """Make a backbone, its convolutions quick on the CPU, with its heads, all fixed by the seed.
+    """Make a MoCo model: a backbone with quick convolutions (`quick_conv`), and its heads.
 
     Args:
-        arch: As `new_backbone` takes it.
-        seed: Fixes the weights.
-        config: Sizes of the heads, and the rest.
-        checkpointing: Compute a stage's activations again in backward, which saves memory.
-        crop_px: Side of the crops.
+        arch: Architecture; see `new_backbone`.
+        seed: Number that fixes the weights of backbone and heads.
+        config: Settings of the method, such as the sizes of the heads.
+        checkpointing: Whether to compute a stage's activations again in backward, which saves
+            memory.
+        crop_px: Side of the crops in px.
 
     Raises:
         ValueError: See `new_backbone` and `checkpoint_stages`.
@@ -41,49 +42,52 @@ def new_moco(
 
 
 class CheckpointedStage(nn.Sequential):
-    """A stage whose activations are computed again in backward; names stay those of the stage."""
+    """A residual stage whose activations are computed again in backward.
+
+    Names of parameters are those of the plain stage.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the stage makes of x."""
+        """Return the stage's output for x."""
         if not torch.is_grad_enabled():
-            return self._stage(x)
+            return self._run_stage(x)
         y: Tensor = checkpoint(
-            self._stage,
+            self._run_stage,
             x,
             use_reentrant=False,
-            preserve_rng_state=False,  # nothing random in a residual stage
-            context_fn=lambda: (contextlib.nullcontext(), untracked(self)),
+            preserve_rng_state=False,  # a residual stage uses no random numbers
+            context_fn=lambda: (contextlib.nullcontext(), keep_statistics(self)),
         )
         return y
 
-    def _stage(self, x: Tensor) -> Tensor:
+    def _run_stage(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y
 
 
 @contextlib.contextmanager
-def untracked(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics as they are: a second forward pass would move them twice.
+def keep_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of norms: a second forward pass would update them twice.
 
-    Norms work on copies meanwhile, so that all else they do, and keep for backward, is the same.
+    Inside this context norms update copies of their buffers. All other computations are the same.
     """
-    own = [
+    buffers = [
         (norm, name, value)
         for norm in module.modules()
         if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | SyncNorm)
         for name, value in norm.named_buffers(recurse=False)
     ]
-    for norm, name, value in own:
+    for norm, name, value in buffers:
         setattr(norm, name, value.clone())
     try:
         yield
     finally:
-        for norm, name, value in own:
+        for norm, name, value in buffers:
             setattr(norm, name, value)
 
 
 def checkpoint_stages(backbone: nn.Module) -> None:
-    """Make the four stages of a residual network checkpointed, in place.
+    """Replace the four stages of a residual network by CheckpointedStage, in place.
 
     Raises:
         ValueError: The backbone is not a residual network.

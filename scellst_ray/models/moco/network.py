@@ -1,7 +1,7 @@
-"""MoCo v3: two encoders, a symmetric contrastive loss and the schedules it is trained with.
+"""MoCo v3: two encoders, a symmetric contrastive loss and the schedules of its training.
 
-Chen, Xie, He 2021, "An empirical study of training self-supervised vision transformers",
-Algorithm 1 and its appendix on ResNet-50.
+The method is from Chen, Xie, He 2021, "An empirical study of training self-supervised vision
+transformers", Algorithm 1 and the appendix on ResNet-50.
 
 Shape letters: N crops of this worker, M crops of the global batch, D embedding, P projection.
 """
@@ -18,13 +18,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 @dataclass(frozen=True)
 class MocoConfig:
-    """The method's settings; defaults are those of sCellST.
+    """Settings of the method; defaults are those of sCellST.
 
     Attributes:
-        projector_dim: Hidden numbers of projector and predictor.
-        out_dim: Numbers of a query or key.
-        temperature: Cosine similarities are divided by it.
-        momentum: Of the momentum encoder: the share it keeps of itself at each step.
+        projector_dim: Width of the hidden layers of projector and predictor.
+        out_dim: Length of queries and keys, the vectors that the loss compares.
+        temperature: Divisor of the cosine similarities.
+        momentum: Share of its own weights that the momentum encoder keeps at each step, 0 to 1.
         momentum_cosine: Whether the momentum rises to 1 along a cosine over the whole run.
     """
 
@@ -35,10 +35,11 @@ class MocoConfig:
     momentum_cosine: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be trained with.
+        """Refuse values outside of their range.
 
         Raises:
-            ValueError: Naming the field, its value and what is allowed.
+            ValueError: A value is out of range. The message names the field, its value and the
+                range.
         """
         allowed = {
             "projector_dim": (self.projector_dim >= 1, "at least 1"),
@@ -55,11 +56,11 @@ class MocoConfig:
                 raise ValueError(message)
 
 
-class Projected(nn.Module):
+class ProjectedBackbone(nn.Module):
     """A backbone and its projector."""
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
-        """Take both."""
+        """Join both; neither is copied."""
         super().__init__()
         self.backbone, self.projector = backbone, projector
 
@@ -73,45 +74,46 @@ class Moco(nn.Module):
     """The online encoder with its predictor, and the momentum encoder that follows it."""
 
     def __init__(self, backbone: nn.Module, embedding_dim: int, config: MocoConfig) -> None:
-        """Put heads on a backbone and copy the whole as momentum encoder.
+        """Add heads to a backbone and copy the result as momentum encoder.
 
-        Heads are drawn from torch's global random state; see `new_moco` for a seeded model.
+        The weights of heads come from torch's global random state. See `new_moco` for a seeded
+        model.
 
         Args:
-            backbone: Crops [N, 3, H, W] to embeddings [N, D]; taken, not copied.
-            embedding_dim: D.
-            config: Sizes of the heads, and the rest.
+            backbone: Network that maps crops [N, 3, H, W] to embeddings [N, D]; it is not copied.
+            embedding_dim: Length D of an embedding.
+            config: Settings of the method.
         """
         super().__init__()
         self.config = config
-        self.online = Projected(backbone, _projector(embedding_dim, config))
-        self.predictor = _predictor(config)
+        self.online = ProjectedBackbone(backbone, _make_projector(embedding_dim, config))
+        self.predictor = _make_predictor(config)
         self.momentum = copy.deepcopy(self.online).requires_grad_(requires_grad=False)
 
     def queries(self, x: Tensor) -> Tensor:
-        """Return the predictions [N, P] for crops [N, 3, H, W], of unit length."""
+        """Return the predictions of the online encoder for crops, [N, P], of unit length."""
         _, projection_NP = self.online(x)
-        return _unit(self.predictor(projection_NP))
+        return _normalise_rows(self.predictor(projection_NP))
 
     def keys(self, x: Tensor) -> Tensor:
-        """Return what the momentum encoder makes of crops: [N, P] of unit length, no gradient."""
+        """Return the keys of the momentum encoder, [N, P], of unit length and without gradient."""
         return self.embed_keys(x)[1]
 
     @torch.no_grad()
     def embed_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the momentum backbone's embeddings [N, D] as they are, and the keys [N, P]."""
+        """Return the momentum backbone's embeddings [N, D], and the keys [N, P]."""
         embedding_ND, projection_NP = self.momentum(x)
-        return embedding_ND, _unit(projection_NP)
+        return embedding_ND, _normalise_rows(projection_NP)
 
     @torch.no_grad()
     def update_momentum(self, m: float) -> None:
-        """Move the momentum encoder: m of itself and 1 - m of the online encoder.
+        """Set the momentum encoder to m of itself and 1 - m of the online encoder.
 
-        Parameters only, as published: running statistics of batch norms are the momentum encoder's
-        own, gathered from the keys' batches.
+        As published, only parameters move. The running statistics of its batch norms come from the
+        batches of keys.
 
         Raises:
-            ValueError: m outside 0 to 1.
+            ValueError: m is outside 0 to 1.
         """
         if not 0 <= m <= 1:
             message = f"momentum is {m}, expected between 0 and 1."
@@ -121,7 +123,7 @@ class Moco(nn.Module):
         average(list(self.momentum.parameters()), list(self.online.parameters()), None)
 
 
-def _projector(embedding_dim: int, config: MocoConfig) -> nn.Module:
+def _make_projector(embedding_dim: int, config: MocoConfig) -> nn.Module:
     hidden, out = config.projector_dim, config.out_dim
     return nn.Sequential(
         nn.Linear(embedding_dim, hidden, bias=False),
@@ -132,7 +134,7 @@ def _projector(embedding_dim: int, config: MocoConfig) -> nn.Module:
     )
 
 
-def _predictor(config: MocoConfig) -> nn.Module:
+def _make_predictor(config: MocoConfig) -> nn.Module:
     hidden, out = config.projector_dim, config.out_dim
     return nn.Sequential(
         nn.Linear(out, hidden, bias=False),
@@ -142,8 +144,8 @@ def _predictor(config: MocoConfig) -> nn.Module:
     )
 
 
-def _unit(x_NP: Tensor) -> Tensor:
-    """Scale rows to length 1, in float32 at least."""
+def _normalise_rows(x_NP: Tensor) -> Tensor:
+    """Return rows scaled to length 1, in float32 or float64."""
     return F.normalize(x_NP.to(torch.promote_types(x_NP.dtype, torch.float32)), dim=1)
 
 
@@ -152,23 +154,23 @@ def contrastive_loss(
 ) -> Tensor:
     """Return this worker's share of one direction of the loss.
 
-    Algorithm 1's ctr(q, k): cross entropy of the similarities of a query with all keys, over the
-    temperature T, where the key of the same crop is the right class; times 2 T. The symmetric loss
-    is ctr(q1, k2) + ctr(q2, k1).
+    The loss is ctr(q, k) of Algorithm 1. It is the cross entropy of a query's similarities with
+    all keys, divided by the temperature T, and multiplied by 2 T. The right class is the key of the
+    same crop. The symmetric loss is ctr(q1, k2) + ctr(q2, k1).
 
     Args:
         q_NP: Queries of unit length.
-        k_MP: Keys of unit length, all workers' and all micro-batches'.
-        first: Row of k_MP that belongs to the first query; the others follow.
-        temperature: T.
-        num_total: What the sum over queries is divided by: M, so that shares add up to the mean.
+        k_MP: Keys of unit length, of all workers and all micro-batches.
+        first: Row of k_MP that belongs to the first query; the next rows belong to the next ones.
+        temperature: Temperature T.
+        num_total: Divisor of the sum over queries: M, so that shares add up to the mean.
 
     Raises:
-        ValueError: Where some query has no key.
+        ValueError: A query has no key.
     """
     N, M = len(q_NP), len(k_MP)
     if not 0 <= first <= M - N:
-        message = f"{N} queries from row {first} on, but there are only {M} keys."
+        message = f"{N} queries begin at row {first}, expected rows within the {M} keys."
         raise ValueError(message)
     logits_NM = q_NP @ k_MP.T / temperature
     labels_N = torch.arange(first, first + N, device=q_NP.device)
@@ -177,7 +179,7 @@ def contrastive_loss(
 
 
 def momentum_at(step: int, num_steps: int, config: MocoConfig) -> float:
-    """Return the momentum at a step (from 0) of a run of so many."""
+    """Return the momentum at a step, counted from 0, of a run of `num_steps` steps."""
     if not config.momentum_cosine:
         return config.momentum
     return 1 - (1 - config.momentum) * (1 + math.cos(math.pi * step / num_steps)) / 2
@@ -186,15 +188,15 @@ def momentum_at(step: int, num_steps: int, config: MocoConfig) -> float:
 def learning_rate_at(
     step: int, steps_per_epoch: int, epochs: int, warmup_epochs: int, base_lr: float, batch: int
 ) -> float:
-    """Return the learning rate at a step (from 0): linear warm-up from 0, then a cosine to 0.
+    """Return the learning rate at a step: a linear warm-up from 0, then a cosine to 0.
 
     Args:
-        step: Steps taken before this one, over all epochs.
-        steps_per_epoch: Optimiser steps in an epoch.
-        epochs: Of the whole run.
-        warmup_epochs: Of these, how many the rate rises in.
-        base_lr: Rate for a batch of 256.
-        batch: Effective batch, over workers and micro-batches.
+        step: Number of steps before this one, over all epochs.
+        steps_per_epoch: Number of optimiser steps in an epoch.
+        epochs: Number of epochs of the whole run.
+        warmup_epochs: Number of first epochs in which the rate rises.
+        base_lr: Learning rate for a batch of 256 crops.
+        batch: Number of crops in the effective batch, over workers and micro-batches.
     """
     peak = base_lr * batch / 256
     epoch = step / steps_per_epoch

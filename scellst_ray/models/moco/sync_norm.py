@@ -1,7 +1,7 @@
 """Batch norm over the batches of all workers, with exact gradients, on CPU and GPU.
 
-torch.nn.SyncBatchNorm refuses CPU tensors; this one needs only a function that sums a tensor over
-workers. Statistics equal those of torch's BatchNorm on the joined batch, also where workers hold
+torch.nn.SyncBatchNorm refuses CPU tensors. SyncNorm needs only a function that sums a tensor over
+workers. Its statistics equal those of torch's BatchNorm on the joined batch, also if workers hold
 different numbers of crops.
 
 Shape letters: N crops of this worker, C channels; `*` stands for no or two spatial dimensions.
@@ -21,13 +21,13 @@ AllReduce = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one channel each, over all workers.
+    """Statistics of each channel over all workers.
 
     Attributes:
         mean_C: Mean.
-        var_C: Variance, biased.
-        count: Values in a channel, all workers together, float64. A tensor, so that a GPU is not
-            waited for.
+        var_C: Biased variance.
+        count: Number of values per channel over all workers, float64. It is a tensor, so that the
+            CPU does not wait for a GPU.
     """
 
     mean_C: Tensor
@@ -36,13 +36,13 @@ class Statistics:
 
 
 def joined_statistics(x: Tensor, all_reduce: AllReduce) -> Statistics:
-    """Return mean and variance over crops and space of all workers' x [N, C, *], in one sum.
+    """Return mean and variance over crops and space of all workers' x [N, C, *].
 
-    Each worker's own mean and variance are taken first and joined in float64, so that a mean far
-    from zero costs no digits.
+    Each worker computes its own mean and variance first. These are joined in float64 with one sum
+    over workers, so that a mean far from zero loses no digits.
 
     Raises:
-        ValueError: Where all workers together hold no more than one value a channel.
+        ValueError: All workers together hold at most one value per channel.
     """
     C = x.shape[1]
     num = x.numel() // C
@@ -55,9 +55,9 @@ def joined_statistics(x: Tensor, all_reduce: AllReduce) -> Statistics:
         )
     parts = all_reduce(parts)
     count = parts[-1]
-    if num <= 1 and float(count) <= 1:  # looked at only where it can be: a GPU would be waited for
+    if num <= 1 and float(count) <= 1:  # float(count) waits for a GPU, hence the first condition
         message = (
-            f"batch norm over all workers got {float(count):.0f} values a channel, expected "
+            f"batch norm over all workers got {float(count):.0f} values per channel, expected "
             "more than 1; use a larger batch."
         )
         raise ValueError(message)
@@ -67,26 +67,25 @@ def joined_statistics(x: Tensor, all_reduce: AllReduce) -> Statistics:
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) with weight and bias, where mean and var depend on every x.
+    """y = w xhat + b with xhat = (x - mean) / sqrt(var + eps); mean and var depend on every x.
 
-    The gradient of the joined formula, y = w xhat + b over n values a channel:
-    dx = w / std (dy - sum(dy) / n - xhat sum(dy xhat) / n), sums over all workers. The gradients
-    of weight and bias are this worker's share.
+    The gradient over n values per channel is dx = w / std (dy - sum(dy) / n - xhat sum(dy xhat) /
+    n). Sums run over all workers. The gradients of weight and bias are this worker's share.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - torch gives no type for it
+        ctx: Any,  # noqa: ANN401 - torch has no type for it
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        found: Statistics,
+        joined: Statistics,
         eps: float,
         all_reduce: AllReduce,
     ) -> Tensor:
-        y = F.batch_norm(x, found.mean_C, found.var_C, weight, bias, training=False, eps=eps)
-        inverse_C = (found.var_C + eps).rsqrt()
-        ctx.save_for_backward(x, weight, found.mean_C, inverse_C, found.count)
+        y = F.batch_norm(x, joined.mean_C, joined.var_C, weight, bias, training=False, eps=eps)
+        inverse_C = (joined.var_C + eps).rsqrt()
+        ctx.save_for_backward(x, weight, joined.mean_C, inverse_C, joined.count)
         ctx.all_reduce = all_reduce
         return y
 
@@ -97,7 +96,7 @@ class _Normalise(torch.autograd.Function):
         C, over = x.shape[1], _but_channels(x)
         wide, wide_dy = _wide(x), _wide(dy)
         sum_C = wide_dy.sum(over)
-        # Centred before it is multiplied: cheap in digits where the mean is far from zero.
+        # x is centred before the product, so that a mean far from zero loses no digits.
         dot_C = ((wide - _along(mean_C, x)) * wide_dy).sum(over) * inverse_C
         sums = ctx.all_reduce(torch.cat([sum_C, dot_C]).double()) / count
         all_sum_C, all_dot_C = sums.to(wide.dtype).split(C)
@@ -112,9 +111,9 @@ class _Normalise(torch.autograd.Function):
 
 
 class SyncNorm(nn.Module):
-    """A BatchNorm1d or 2d whose training statistics are those of all workers' crops together.
+    """A BatchNorm1d or BatchNorm2d whose training statistics are those of all workers' crops.
 
-    It takes over the parameters and buffers of the norm it replaces, under the same names.
+    It has the parameters and buffers of the norm that it replaces, under the same names.
     """
 
     running_mean: Tensor | None
@@ -122,7 +121,7 @@ class SyncNorm(nn.Module):
     num_batches_tracked: Tensor | None
 
     def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, all_reduce: AllReduce) -> None:
-        """Take over a norm's parameters, buffers and settings."""
+        """Make the norm from another norm's parameters, buffers and settings; nothing is copied."""
         super().__init__()
         self.weight: nn.Parameter | None = norm.weight
         self.bias: nn.Parameter | None = norm.bias
@@ -135,47 +134,50 @@ class SyncNorm(nn.Module):
         self.training = norm.training
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [N, C, *]; every worker must call this equally often, in the same order."""
+        """Normalise x [N, C, *]; all workers must call their norms in the same order."""
         mean_C, var_C = self.running_mean, self.running_var
         if not self.training and mean_C is not None:
             return F.batch_norm(x, mean_C, var_C, self.weight, self.bias, eps=self.eps)
         with torch.no_grad():
-            found = joined_statistics(x, self.all_reduce)
+            joined = joined_statistics(x, self.all_reduce)
             if self.training and self.track_running_stats:
-                self._track(found)
-        y: Tensor = _Normalise.apply(x, self.weight, self.bias, found, self.eps, self.all_reduce)
+                self._update_running(joined)
+        y: Tensor = _Normalise.apply(x, self.weight, self.bias, joined, self.eps, self.all_reduce)
         return y
 
-    def _track(self, found: Statistics) -> None:
-        """Move the running statistics as torch's BatchNorm does, with the unbiased variance."""
+    def _update_running(self, joined: Statistics) -> None:
+        """Update the running statistics as torch's BatchNorm does, with the unbiased variance."""
         mean_C, var_C, number = self.running_mean, self.running_var, self.num_batches_tracked
         if mean_C is None or var_C is None or number is None:
             return
         number += 1
         share = 1 / float(number) if self.momentum is None else self.momentum
-        unbiased_C = found.var_C * (found.count / (found.count - 1))
-        mean_C.lerp_(found.mean_C.to(mean_C.dtype), share)
+        unbiased_C = joined.var_C * (joined.count / (joined.count - 1))
+        mean_C.lerp_(joined.mean_C.to(mean_C.dtype), share)
         var_C.lerp_(unbiased_C.to(var_C.dtype), share)
 
 
 def convert(module: nn.Module, all_reduce: AllReduce | None, world_size: int) -> nn.Module:
-    """Let every BatchNorm1d and BatchNorm2d in a module see the batches of all workers.
+    """Replace every BatchNorm1d and BatchNorm2d in a module by SyncNorm.
 
     Args:
-        module: Changed in place; names and values in its state dict stay.
-        all_reduce: Sums a tensor over workers; needed when world_size > 1.
-        world_size: Workers; with one, nothing is changed.
+        module: Module; it changes in place, but names and values in its state dict stay.
+        all_reduce: Function that sums a tensor over workers; needed when world_size > 1.
+        world_size: Number of workers; with 1 nothing changes.
 
     Returns:
-        The module, or its replacement where the module is itself a batch norm.
+        The module, or the new norm if the module itself is a batch norm.
 
     Raises:
-        ValueError: Several workers and no all_reduce.
+        ValueError: There are several workers and no all_reduce.
     """
     if world_size == 1:
         return module
     if all_reduce is None:
-        message = f"world_size is {world_size}: pass all_reduce, or norms see one worker's batch."
+        message = (
+            f"world_size is {world_size}: pass all_reduce; without it norms see the batch of one "
+            "worker."
+        )
         raise ValueError(message)
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         return SyncNorm(module, all_reduce)
@@ -190,10 +192,10 @@ def _but_channels(x: Tensor) -> list[int]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return x in float32, or float64 if it is."""
+    """Return x in float32, or in float64 if x is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _along(x_C: Tensor, like: Tensor) -> Tensor:
-    """Shape numbers a channel so that they broadcast over [N, C, *]."""
+    """Return one number per channel in a shape that broadcasts over [N, C, *]."""
     return x_C.view(1, -1, *([1] * (like.dim() - 2)))

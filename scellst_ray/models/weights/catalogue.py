@@ -1,15 +1,18 @@
-"""Published weights that can be fetched by name: what they are, whose, and how to know them.
+"""The catalogue: published weights that can be fetched by name, with licence, source and digest.
 
-No weights come with this package. `scellst-ray models fetch NAME` (fetch.py) downloads them
-from where their authors publish them, and every file is checked against a digest written here.
+This package contains no weights. `scellst-ray models fetch NAME` (fetch.py) downloads them from
+the place where their authors publish them. Every file is checked against a digest in this file.
 
-Where the digests come from: none was computed here, since these files were out of our reach.
-torchvision puts the first eight digits of the ResNet-50's SHA-256 into its file name; all of it
-and the size are in many public projects. Those of CellViT are what other public projects wrote
-down for their copies of the authors' files of these names: for SAM-H four agree on the whole
-SHA-256, and a fifth on its first 16 digits and the size; of CellViT-256 only that fifth gives
-digits and size. So `fetch` also compares with the MD5 that the Zenodo record itself states, and
-says so where the two disagree.
+These files were out of our reach, so the digests come from other sources:
+
+- ResNet-50: torchvision's file name holds the first eight digits of the SHA-256. Many public
+  projects state the whole SHA-256 and the size.
+- CellViT-SAM-H: four public projects agree on the whole SHA-256 of their copies. A fifth project
+  states its first 16 digits and the size.
+- CellViT-256: only that fifth project states 16 digits and the size.
+
+Therefore `fetch` also compares files with the MD5 that the Zenodo record states, and reports a
+disagreement.
 """
 
 import json
@@ -23,18 +26,19 @@ from scellst_ray.storage.cache_space import DIR_VARIABLE
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedFile:
     """A file of weights as its authors publish it.
 
     Attributes:
-        name: What users call it.
-        what: What it is, in a line.
-        licence: Of the weights, as far as known.
-        source: Where a person reads about it.
-        url: Where the file is.
-        size: Bytes.
-        sha256: SHA-256 in hex, or its first digits (at least 16) where no more is known.
-        record: Zenodo's description of the record that holds the file, if it is on Zenodo.
+        name: Name in the catalogue.
+        what: Description in one line.
+        licence: Licence of the weights, as far as known.
+        source: Address of a page about the weights.
+        url: Address of the file.
+        size: Size in bytes.
+        sha256: SHA-256 in hex, or its first digits (at least 16) if no more are known.
+        record: Address of the description of the Zenodo record that holds the file; None if the
+            file is not on Zenodo.
     """
 
     name: str
@@ -48,34 +52,34 @@ class Published:
 
     @property
     def file_name(self) -> str:
-        """Return the name of the file, as published and in the cache."""
+        """Name of the file, as published and in the cache."""
         return self.url.rsplit("/", 1)[-1]
 
     @property
     def path(self) -> Path:
-        """Return where the file is once it has been fetched."""
+        """Path of the file after `fetch`."""
         return cache_folder() / self.file_name
 
     @property
     def lock_path(self) -> Path:
-        """Return where `fetch` wrote down what it received: size, SHA-256, url and time."""
+        """Path of the file where `fetch` records size, SHA-256, url and time of the download."""
         return self.path.with_name(f"{self.file_name}.json")
 
     @property
-    def locked(self) -> dict[str, Any]:
-        """Return what `fetch` wrote down; empty before the first."""
+    def lock_content(self) -> dict[str, Any]:
+        """Content of `lock_path`; empty before the first `fetch`."""
         if not self.lock_path.is_file():
             return {}
         return dict(json.loads(self.lock_path.read_text(encoding="utf-8")))
 
     @property
     def expected_size(self) -> int:
-        """Return the bytes of the file received, or of the one published."""
-        return int(self.locked.get("size", self.size))
+        """Size in bytes of the received file; before the first `fetch` of the published file."""
+        return int(self.lock_content.get("size", self.size))
 
     @property
     def is_here(self) -> bool:
-        """Tell whether the file is in the cache, whole as far as its size tells."""
+        """Whether the file is in the cache and has the expected size."""
         return self.path.is_file() and self.path.stat().st_size == self.expected_size
 
 
@@ -86,9 +90,9 @@ _CELLVIT_LICENCE = (
 _ZENODO = "https://zenodo.org/{}/15094831"
 
 CATALOGUE = {
-    published.name: published
-    for published in (
-        Published(
+    file.name: file
+    for file in (
+        PublishedFile(
             name="cellvit-256-x40",
             what="CellViT-256, nuclei of 5 PanNuke types at 0.25 um/px, 46.8 M parameters",
             licence=_CELLVIT_LICENCE,
@@ -98,7 +102,7 @@ CATALOGUE = {
             sha256="c58d356c92d3fd21",
             record=_ZENODO.format("api/records"),
         ),
-        Published(
+        PublishedFile(
             name="cellvit-sam-h-x40",
             what="CellViT-SAM-H, nuclei of 5 PanNuke types at 0.25 um/px, 699.7 M parameters",
             licence=_CELLVIT_LICENCE,
@@ -108,7 +112,7 @@ CATALOGUE = {
             sha256="356418f19d9d478f164c7a31f85274584fefaa02355815c09f52346c658c8ec4",
             record=_ZENODO.format("api/records"),
         ),
-        Published(
+        PublishedFile(
             name="resnet50-imagenet",
             what="ResNet-50 of torchvision, IMAGENET1K_V2: the encoder 'imagenet'",
             licence="code: BSD-3-Clause; trained on ImageNet, whose terms are for research",
@@ -122,11 +126,10 @@ CATALOGUE = {
 
 
 def cache_folder() -> Path:
-    """Return where fetched weights are.
+    """Return the folder of fetched weights; it need not exist.
 
-    $SCELLST_RAY_CACHE_DIR/models, beside copies of slides, or ~/.cache/scellst_ray/models.
-
-    Nothing is created.
+    It is $SCELLST_RAY_CACHE_DIR/models, next to the copies of slides. Without that variable it is
+    ~/.cache/scellst_ray/models.
     """
     given = os.environ.get(DIR_VARIABLE)
     base = Path(given).expanduser() if given else Path.home() / ".cache" / "scellst_ray"
@@ -134,41 +137,41 @@ def cache_folder() -> Path:
 
 
 def is_catalogued(name: str) -> bool:
-    """Tell whether this is a name of the catalogue, and not a file."""
+    """Return whether this is a name of the catalogue and not a file."""
     return name in CATALOGUE
 
 
-def published(name: str) -> Published:
-    """Return what is published under a name.
+def find_published(name: str) -> PublishedFile:
+    """Return the entry of the catalogue under a name.
 
     Raises:
-        ValueError: no such name.
+        ValueError: The catalogue has no such name.
     """
     if name not in CATALOGUE:
         near = get_close_matches(name, CATALOGUE, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        message = f"there are no weights {name!r}; known are {', '.join(CATALOGUE)}.{hint}"
+        message = f"weights {name!r} are unknown; expected one of {', '.join(CATALOGUE)}.{hint}"
         raise ValueError(message)
     return CATALOGUE[name]
 
 
 def weights_path(name_or_path: str) -> str:
-    """Return the file of a name of the catalogue; anything else is a file already, as given.
+    """Return the fetched file of a name of the catalogue; a path is returned as it is.
 
     Raises:
-        ValueError: the weights of that name are not in this machine's cache, or not whole.
+        ValueError: The weights of that name are not in this machine's cache, or are not whole.
     """
     if not is_catalogued(name_or_path):
         return name_or_path
-    found = CATALOGUE[name_or_path]
-    if found.is_here:
-        return str(found.path)
-    state = "not here"
-    if found.path.is_file():
-        size = found.path.stat().st_size
-        state = f"{size:,} bytes, not the {found.expected_size:,} it should be"
+    entry = CATALOGUE[name_or_path]
+    if entry.is_here:
+        return str(entry.path)
+    problem = "does not exist on this node"
+    if entry.path.is_file():
+        size = entry.path.stat().st_size
+        problem = f"has {size:,} bytes, expected {entry.expected_size:,}"
     message = (
-        f"weights {found.name}: {found.path} is {state}; run `scellst-ray models fetch "
-        f"{found.name}` on every node, or give the path of a copy that all nodes see"
+        f"weights {entry.name}: {entry.path} {problem}; run `scellst-ray models fetch "
+        f"{entry.name}` on every node, or give the path of a copy that all nodes see"
     )
     raise ValueError(message)

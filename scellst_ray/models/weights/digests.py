@@ -1,4 +1,4 @@
-"""Files of weights: size and digests, whether they are what they should be, and damage."""
+"""Size and digests of files of weights, and the errors that damaged files raise."""
 
 import hashlib
 import struct
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _BLOCK = 1 << 20
-# What torch raises on a cut or damaged file; its old format raises nearly anything.
+# Errors that torch raises on a cut or damaged file. Its old format raises nearly any error.
 DAMAGE: tuple[type[Exception], ...] = (RuntimeError, OSError, EOFError, LookupError, ValueError)
 DAMAGE += (TypeError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a file must be to appear under its name; None: not checked.
+class ExpectedFile:
+    """The expected size and digests of a file; None: not checked.
 
     Attributes:
-        size: Bytes.
+        size: Size in bytes.
         sha256: SHA-256 in hex, or its first digits.
         md5: MD5 in hex.
     """
@@ -29,7 +29,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Digests:
-    """Size and digests (hex) of a file."""
+    """Size (in bytes) and digests (hex) of a file."""
 
     size: int
     sha256: str
@@ -37,7 +37,7 @@ class Digests:
 
 
 def digests_of(path: Path) -> Digests:
-    """Return size, SHA-256 and MD5 of a file, read once."""
+    """Return size, SHA-256 and MD5 of a file; the file is read once."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with path.open("rb") as handle:
         while block := handle.read(_BLOCK):
@@ -47,17 +47,17 @@ def digests_of(path: Path) -> Digests:
 
 
 def file_digest(path: Path) -> str:
-    """Return 'sha256:...' of a file: what identifies weights in a run."""
+    """Return 'sha256:...' of a file, the identifier of weights in a run."""
     with path.open("rb") as handle:
         return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
 
 
-def mismatch(found: Digests, expected: Expected) -> str | None:
-    """Return how a file differs from what it must be, or None."""
-    if expected.size is not None and found.size != expected.size:
-        return f"it has {found.size:,} bytes, expected {expected.size:,}"
-    if expected.md5 is not None and found.md5 != expected.md5.lower():
-        return f"its MD5 is {found.md5}, expected {expected.md5}"
-    if expected.sha256 is not None and not found.sha256.startswith(expected.sha256.lower()):
-        return f"its SHA-256 is {found.sha256}, expected {expected.sha256}"
+def describe_mismatch(actual: Digests, expected: ExpectedFile) -> str | None:
+    """Return how a file differs from the expected file; None if it does not differ."""
+    if expected.size is not None and actual.size != expected.size:
+        return f"it has {actual.size:,} bytes, expected {expected.size:,}"
+    if expected.md5 is not None and actual.md5 != expected.md5.lower():
+        return f"its MD5 is {actual.md5}, expected {expected.md5}"
+    if expected.sha256 is not None and not actual.sha256.startswith(expected.sha256.lower()):
+        return f"its SHA-256 is {actual.sha256}, expected {expected.sha256}"
     return None

@@ -15,9 +15,9 @@ from scellst_ray.evaluation.simulation.conditions import score_genes
 from scellst_ray.evaluation.simulation.fit import RowHead, Search, fit_rows, predict_rows, row_bags
 from scellst_ray.evaluation.simulation.reference import synthetic_reference
 from scellst_ray.evaluation.simulation.study import SimulateConfig, read_image, simulate
-from scellst_ray.models.mil.bags import BagSet
+from scellst_ray.models.mil.bags import BagSet, bag_mean
 from scellst_ray.models.mil.fit import FitConfig, fit_head
-from scellst_ray.models.mil.head import MilHead, bag_mean
+from scellst_ray.models.mil.head import MilHead
 from scellst_ray.models.mil.stored_head import Formula
 from scellst_ray.runs.reading import open_run
 from tests.support.small_run import write_small_run

@@ -207,11 +207,11 @@ REFUSED = {
         changed(
             state={"decoder3.0.block.1.bias": None, "hv_map_decoder.decoder0_header.2.bias": None}
         ),
-        "of the 439 tensors of CellViT-256, 2 missing (decoder3.0.block.1.bias, ...)",
+        "tensors differ from the 439 of CellViT-256: 2 missing (decoder3.0.block.1.bias, ...)",
     ),
     "a tensor too many": (
         changed(state={"decoder9.weight": torch.zeros(1)}),
-        "of the 439 tensors of CellViT-256, 1 unknown (decoder9.weight, ...)",
+        "tensors differ from the 439 of CellViT-256: 1 unknown (decoder9.weight, ...)",
     ),
     "a tensor of another shape": (
         changed(state={"decoder0.0.block.0.bias": torch.zeros(31)}),

@@ -301,20 +301,20 @@ def test_names_that_mean_the_same_have_one_digest():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"arch": "vgg16"}, "no architecture 'vgg16'; there are resnet18"),
+        ({"arch": "vgg16"}, "no architecture 'vgg16'; expected resnet18"),
         ({"arch": "timm:vgg"}, "timm .* has no network 'vgg'"),
         ({"arch": "resnet34"}, "not a ResNet-34 .*tensors are missing"),
         ({"version": "3"}, "format version 3; this release reads up to 2: upgrade"),
         ({"version": "x"}, "cannot be read as weights"),
         ({"format": "scellst_ray.head"}, "it is a scellst_ray.head, expected a"),
-        ({"dim": "2048"}, "promises embeddings of 2048, and resnet18 gives 512"),
+        ({"dim": "2048"}, "states embeddings of length 2048, but resnet18 gives 512"),
         ({"dim": "[512]"}, "header is damaged"),
         ({"mean": "[0.5]"}, "header is damaged"),
         ({"std": "[0.5, 0, 0.5]"}, "header is damaged"),
         ({"mean": "0.5"}, "header is damaged"),
         ({"provenance": "{"}, "cannot be read as weights"),
         ({"crop_um": "18.0"}, "crops of 18 um and 48 px, and this release cuts 12 um and 48 px"),
-        ({"crop_px": "72"}, "crops of 12 um and 72 px, .* pretrain one for those"),
+        ({"crop_px": "72"}, "crops of 12 um and 72 px, .* pretrain an encoder on such crops"),
     ],
 )
 def test_headers_that_do_not_fit_are_refused(tmp_path, changes, reason):
@@ -389,7 +389,7 @@ def test_timm_without_weights_is_never_a_random_network(monkeypatch):
 def test_timm_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     for name in ("timm:test_resnet", "random:1:timm:test_resnet"):
-        with pytest.raises(ValueError, match="needs the package timm: pip install timm"):
+        with pytest.raises(ValueError, match="it needs the package timm: pip install timm"):
             encoder_digest(name)
 
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from scellst_ray.models.mil.bags import BagSet, epoch_batches, single_cells, split_spots
+from scellst_ray.models.mil.bags import BagSet, bag_mean, epoch_batches, split_spots
 from scellst_ray.models.mil.epoch import backward_batch, train_epoch, validation_loss
 from scellst_ray.models.mil.fit import EarlyStopping, FitConfig, fit_head, new_head, new_optimiser
-from scellst_ray.models.mil.head import MilHead, bag_mean
-from tests.support.mil_bags import make_bags, make_counts
+from scellst_ray.models.mil.head import MilHead
+from tests.support.mil_bags import make_bags, make_counts, single_cells
 
 
 def make_head(bags: BagSet, seed=0, loss="mse", ensemble=1) -> MilHead:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from scellst_ray.models.mil.bags import BagSet, single_cells, split_spots
+from scellst_ray.models.mil.bags import BagSet, split_spots
 from scellst_ray.models.mil.fit import FitConfig, fit_head, new_head
-from tests.support.mil_bags import make_bags, make_counts
+from tests.support.mil_bags import make_bags, make_counts, single_cells
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from tests.support.mil_bags import make_bags, make_counts
         ([[1.0], [2.5]], [1.0, 1.0], "whole numbers from 0, got 2.5 in bag 1, gene 0"),
         ([[-1.0], [2.0]], [1.0, 1.0], "got -1.0 in bag 0"),
         ([[1.0], [2.0]], [1.0, 0.0], "one positive number for each of 2 bags"),
-        ([[1.0], [2.0]], [1.0], r"size factors of shape \(1,\)"),
+        ([[1.0], [2.0]], [1.0], r"size factors have shape \(1,\)"),
     ],
 )
 def test_counts_that_are_none_are_refused(targets, factors, words):

@@ -187,7 +187,9 @@ def test_stored_heads_of_every_kind_read_alike_without_torch(tmp_path, loss, pre
     else:
         found = layer.expression(stored.numpy(), "sd")
         np.testing.assert_allclose(found, spread, rtol=1e-3, atol=1e-6)
-    with pytest.raises(ValueError, match=f"300 values a cell, but this head has {ensemble} x 256"):
+    with pytest.raises(
+        ValueError, match=f"has 300 values per cell, but this head has {ensemble} x 256"
+    ):
         layer.expression(np.zeros((2, 300), np.float16))
 
 

@@ -6,11 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from scellst_ray.models.mil.bags import bag_mean
 from scellst_ray.models.mil.head import (
-    HEAD_FORMAT,
     MilHead,
-    bag_mean,
-    expression_from_hidden,
     head_to_bytes,
     instance_statistics,
     load_head,
@@ -18,6 +16,7 @@ from scellst_ray.models.mil.head import (
     save_head,
     stored_hidden,
 )
+from scellst_ray.models.mil.stored_head import HEAD_FORMAT, expression_from_hidden
 
 
 @pytest.fixture
@@ -113,8 +112,8 @@ def test_bag_mean_does_not_depend_on_the_order_of_bags_or_instances():
     [
         ([0, 2, 2, 4], r"bag 1 of 3 holds 0 instances"),
         ([0, 3, 2, 4], r"bag 1 of 3 holds -1"),
-        ([0, 2, 3], r"from \[0\] to \[3\], expected one-dimensional, from 0 to .* 4"),
-        ([1, 4], r"from \[1\]"),
+        ([0, 2, 3], r"go from \[0\] to \[3\], expected one-dimensional offsets from 0 to .* 4"),
+        ([1, 4], r"go from \[1\]"),
     ],
 )
 def test_empty_bags_and_misfits_are_refused(offsets, words):
@@ -187,8 +186,8 @@ def test_head_survives_a_file(head, tmp_path, address):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"genes": ["A", "B"]}, "names 2 genes .* hold 3 genes"),
-        ({"embedding_dim": 2048}, "embedding_dim 2048, the tensors hold .* 20 features"),
+        ({"genes": ["A", "B"]}, "names 2 genes .* but the tensors hold 3 genes"),
+        ({"embedding_dim": 2048}, "embedding_dim 2048, but the tensors hold .* 20 features"),
         ({"scaling": {"C2": [1.0]}}, r"scaling of slides \['C2'\]"),
     ],
 )
@@ -205,7 +204,7 @@ def test_wrong_and_cut_files_are_refused(head, tmp_path):
     whole = head_to_bytes(head, info_of())
     for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"{size} bytes that are not a whole safetensors"):
+        with pytest.raises(ValueError, match=f"its {size} bytes are not a whole safetensors"):
             load_head(str(path))
     path.write_bytes(b"PK" + whole)
     with pytest.raises(ValueError, match="not a whole safetensors file"):

@@ -438,7 +438,7 @@ def test_another_device_is_neither_mixed_with_the_cpu_nor_waited_for():
     parameters = draw(32, EVERYTHING, seeded(0))
     crops = torch.empty((32, 72, 72, 3), dtype=torch.uint8, device="meta")
     with OneDevice():
-        views = augment_module._view(crops, parameters, EVERYTHING)
+        views = augment_module._make_views(crops, parameters, EVERYTHING)
     assert views.device.type == "meta"
     assert views.shape == (3, 32, 48, 48)
     with pytest.raises(AssertionError, match="mixes"), OneDevice():

@@ -58,7 +58,7 @@ def test_shares_of_chunks_and_their_gradients_add_up():
 
 def test_queries_without_a_key_are_refused():
     for first in (-1, 3):
-        with pytest.raises(ValueError, match=f"3 queries from row {first} on"):
+        with pytest.raises(ValueError, match=f"3 queries begin at row {first}, expected"):
             contrastive_loss(unit(3, 4), unit(5, 4), first, 1.0, 5)
 
 

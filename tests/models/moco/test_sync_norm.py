@@ -135,5 +135,5 @@ def test_mistakes_are_told():
     with pytest.raises(ValueError, match="pass all_reduce"):
         convert(tiny_backbone(), None, 2)
     norm = convert(make_norm("1d"), lambda total: total, 2)
-    with pytest.raises(ValueError, match="got 1 values a channel"):
+    with pytest.raises(ValueError, match="got 1 values per channel"):
         norm(torch.randn(1, 5, dtype=torch.float64))

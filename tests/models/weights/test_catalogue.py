@@ -11,8 +11,8 @@ from scellst_ray.models.weights import catalogue
 from scellst_ray.models.weights.catalogue import (
     CATALOGUE,
     cache_folder,
+    find_published,
     is_catalogued,
-    published,
     weights_path,
 )
 
@@ -79,13 +79,15 @@ def test_paths_stay_as_they_are(cache, path):
 
 def test_names_become_the_cached_file(cache):
     name = "cellvit-256-x40"
-    entry = published(name)
+    entry = find_published(name)
     assert is_catalogued(name)
-    with pytest.raises(ValueError, match=f"not here; run `scellst-ray models fetch {name}` on"):
+    with pytest.raises(
+        ValueError, match=f"does not exist on this node; run `scellst-ray models fetch {name}` on"
+    ):
         weights_path(name)
     assert not entry.is_here
     write_sparse(entry.path, entry.size - 1)
-    with pytest.raises(ValueError, match="is 187,226,631 bytes, not the 187,226,632 it should be"):
+    with pytest.raises(ValueError, match="has 187,226,631 bytes, expected 187,226,632; run"):
         weights_path(name)
     write_sparse(entry.path, entry.size)
     assert weights_path(name) == str(cache / "CellViT-256-x40-AMP.pth")
@@ -97,5 +99,8 @@ def test_names_become_the_cached_file(cache):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"no weights 'cellvit-256'; .*mean 'cellvit-256-x40'"):
-        published("cellvit-256")
+    with pytest.raises(
+        ValueError,
+        match=r"weights 'cellvit-256' are unknown; expected one of .*mean 'cellvit-256-x40'",
+    ):
+        find_published("cellvit-256")

@@ -8,13 +8,13 @@ import threading
 import pytest
 
 from scellst_ray.models.weights import fetch
-from scellst_ray.models.weights.digests import Expected, digests_of, mismatch
+from scellst_ray.models.weights.digests import ExpectedFile, describe_mismatch, digests_of
 from scellst_ray.models.weights.fetch import Patience, WrongFileError, download, zenodo_file
 from tests.support.weights_server import serving
 
 CONTENT = random.Random(0).randbytes(3_000_001)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-RIGHT = Expected(len(CONTENT), SHA256, hashlib.md5(CONTENT).hexdigest())
+RIGHT = ExpectedFile(len(CONTENT), SHA256, hashlib.md5(CONTENT).hexdigest())
 BLOCK = 1 << 16
 KEPT = 1_000_000 // BLOCK * BLOCK
 QUICK = Patience(tries=3, backoff_s=0.0)
@@ -174,9 +174,12 @@ def test_passing_faults_of_the_server(target):
 @pytest.mark.parametrize(
     ("statuses", "message"),
     [
-        ([404], "the server said 404 Not Found; check the address"),
-        ([403], "the server said 403 Forbidden; check the address"),
-        ([503] * 9, "the server said 503 Service Unavailable; check the address and the network"),
+        ([404], "the server answered 404 Not Found; check the address"),
+        ([403], "the server answered 403 Forbidden; check the address"),
+        (
+            [503] * 9,
+            "the server answered 503 Service Unavailable; check the address and the network",
+        ),
     ],
 )
 def test_a_server_that_refuses(target, statuses, message):
@@ -199,8 +202,10 @@ def test_nobody_there(target):
 def test_an_altered_file_never_appears(target, told):
     altered = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
     with serving(altered, tells_length=told) as (url, _):
-        expected = Expected(len(CONTENT), SHA256)
-        with pytest.raises(WrongFileError, match=r"its SHA-256 is .*it was removed") as refused:
+        expected = ExpectedFile(len(CONTENT), SHA256)
+        with pytest.raises(
+            WrongFileError, match=r"its SHA-256 is .*it was removed, check the address"
+        ) as refused:
             download(f"{url}/w", target, expected, patience=QUICK)
     assert refused.value.found.sha256 == hashlib.sha256(altered).hexdigest()
     assert left(target) == []
@@ -226,10 +231,10 @@ def test_a_server_that_does_not_tell_the_length(target):
 
 def test_a_digest_may_be_known_in_part():
     found = digests_of_bytes(b"abc")
-    assert mismatch(found, Expected(sha256=found.sha256[:16].upper())) is None
-    assert mismatch(found, Expected()) is None
-    assert "its SHA-256 is ba78" in mismatch(found, Expected(sha256="ba79"))
-    assert "it has 3 bytes, expected 4" in mismatch(found, Expected(4, "ba79"))
+    assert describe_mismatch(found, ExpectedFile(sha256=found.sha256[:16].upper())) is None
+    assert describe_mismatch(found, ExpectedFile()) is None
+    assert "its SHA-256 is ba78" in describe_mismatch(found, ExpectedFile(sha256="ba79"))
+    assert "it has 3 bytes, expected 4" in describe_mismatch(found, ExpectedFile(4, "ba79"))
 
 
 def digests_of_bytes(content):
@@ -243,7 +248,7 @@ def test_a_full_disk_is_noticed_before_the_download(target, monkeypatch):
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage)
     with (
         serving(CONTENT) as (url, _),
-        pytest.raises(OSError, match="3,000,001 bytes to come, 2,000,000 free; make room"),
+        pytest.raises(OSError, match="3,000,001 bytes are missing and 2,000,000 are free; free"),
     ):
         download(f"{url}/w", target, RIGHT, patience=QUICK)
     assert left(target) == []
@@ -275,12 +280,12 @@ RECORD = {"files": [{"key": "a.pth", "size": 7, "checksum": "md5:0123", "links":
 def test_what_a_zenodo_record_states():
     page = {"/api/records/1": json.dumps(RECORD).encode(), "/html": b"<html>", "/list": b"[]"}
     with serving(b"", pages=page) as (url, behaviour):
-        assert zenodo_file(f"{url}/api/records/1", "a.pth", QUICK) == Expected(7, None, "0123")
+        assert zenodo_file(f"{url}/api/records/1", "a.pth", QUICK) == ExpectedFile(7, None, "0123")
         with pytest.raises(ValueError, match=r"has no file b.pth; it has a.pth"):
             zenodo_file(f"{url}/api/records/1", "b.pth", QUICK)
         for name in ("html", "list"):
-            with pytest.raises(ValueError, match="not a record as Zenodo describes them"):
+            with pytest.raises(ValueError, match="the answer is not a Zenodo record"):
                 zenodo_file(f"{url}/{name}", "a.pth", QUICK)
         behaviour.statuses = [404]
-        with pytest.raises(ConnectionError, match=r"cannot be read \(the server said 404"):
+        with pytest.raises(ConnectionError, match=r"cannot be read \(the server answered 404"):
             zenodo_file(f"{url}/api/records/1", "a.pth", QUICK)
