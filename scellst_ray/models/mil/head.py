@@ -24,9 +24,9 @@ Two departures are ours:
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensors_to_bytes
@@ -319,10 +319,11 @@ def save_head(path: str, head: MilHead, info: Mapping[str, Any]) -> None:
         ValueError: See head_to_bytes.
     """
     data = head_to_bytes(head, info)
-    fs, target = fsspec.core.url_to_fs(path)
-    fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-    fs.pipe_file(f"{target}.partial", data)
-    fs.mv(f"{target}.partial", target)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    storage.publish(path, write)
 
 
 def load_head(path: str) -> tuple[MilHead, dict[str, Any]]:
