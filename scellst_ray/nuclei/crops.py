@@ -1,4 +1,4 @@
-"""Square crops around nuclei, resampled to the encoder's size."""
+"""Cut square crops around nuclei, resampled to the encoder's size."""
 
 import cv2
 import numpy as np
@@ -16,15 +16,15 @@ def crop_nuclei(
 ) -> NDArray[np.uint8]:
     """Cut a crop of `crop_um` around each centroid and resample it to `crop_px` square.
 
-    Centred to a fraction of a pixel with linear interpolation; when the image is finer than the
-    crop it is shrunk by area averages first, so that nothing aliases. White beyond the image.
+    Linear interpolation centres the crop to a fraction of a pixel. An image finer than the crop is
+    first shrunk by area averages, so that nothing aliases. Pixels beyond the image are white.
 
     Args:
         image: RGB uint8 [H, W, 3].
-        centroid_px: [N, 2] (x, y) in px of the image (pixel i covers [i, i + 1)).
-        px_per_um: The image's (x, y) px per um.
-        crop_um: Side of the crop on the slide.
-        crop_px: Side of the crop as returned.
+        centroid_px: Centroids (x, y) in px of the image, [N, 2]; pixel i covers [i, i + 1).
+        px_per_um: (x, y) px per um of the image.
+        crop_um: Side of the crop on the slide in um.
+        crop_px: Side of the returned crop in px.
 
     Returns:
         uint8 [N, crop_px, crop_px, 3].
@@ -40,7 +40,7 @@ def crop_nuclei(
         points = points * (new_w / width, new_h / height)
         step_x, step_y = step_x * new_w / width, step_y * new_h / height
     crops = np.empty((len(points), crop_px, crop_px, 3), np.uint8)
-    # OpenCV counts pixel centres as whole numbers: our x is its x + 0.5.
+    # Pixel centres are whole numbers in OpenCV: our x is its x + 0.5.
     half = (crop_px - 1) / 2
     for crop, (x, y) in zip(crops, points, strict=True):
         matrix = np.array(

@@ -1,35 +1,37 @@
-"""The watershed from markers, without its queue.
+"""Compute the watershed from markers without a queue.
 
-Flooding takes the lowest pixel next to what is flooded, again and again (Meyer 1991, "Un
-algorithme optimal pour la ligne de partage des eaux"). So a pixel is flooded when the water has
-risen to the least height that a way from some marker to it must cross, its level, and it goes with
-the neighbour flooded first: the one of the least level. Levels follow without a queue, from the
-hollows that have no marker and the passes out of them. Only where neighbours of equal level go
-with different markers does the order of a queue decide; then scikit-image's own is asked.
+The classic algorithm repeatedly floods the lowest pixel next to a flooded one (Meyer 1991, "Un
+algorithme optimal pour la ligne de partage des eaux"). Every path from a marker to a pixel crosses
+some greatest height; the least of these over all paths is the pixel's level. Water reaches the
+pixel at this level, and the pixel gets the marker of its neighbour with the least level.
 
-H, W: rows, columns; P: pixels to be flooded; K: hollows; E: pairs of neighbours across passes.
-Pixels are numbered in the map with a frame of one pixel around it.
+A hollow is a basin without a marker; a pass is the lowest way out of it. Hollows and passes give
+the levels without a queue. Only neighbours of equal level with different markers depend on the
+order of the queue; such maps go to scikit-image's watershed.
+
+H, W: rows, columns; P: pixels to flood; K: hollows; E: pairs of neighbours across passes. Pixel
+numbers refer to the map with a frame of one pixel around it.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 from skimage.segmentation import watershed
 
-_MAX_ROUNDS = 64  # hollows in hollows; in smooth maps a few
+_MAX_ROUNDS = 64  # limit for hollows within hollows; smooth maps need a few rounds
 
 
 def flood(
     height_HW: NDArray[np.float64], markers_HW: NDArray[np.int32], mask_HW: NDArray[np.bool_]
 ) -> NDArray[np.int32]:
-    """Return skimage.segmentation.watershed(height_HW, markers_HW, mask=mask_HW), only faster.
+    """Return skimage.segmentation.watershed(height_HW, markers_HW, mask=mask_HW), but faster.
 
     Args:
-        height_HW: float64 [H, W], finite; low pixels are flooded first.
-        markers_HW: int32 [H, W], above 0 where the flood starts.
-        mask_HW: bool [H, W], what may be flooded, 4-connected.
+        height_HW: Finite heights, float64 [H, W]; low pixels are flooded first.
+        markers_HW: Markers above 0 where the flood starts, int32 [H, W].
+        mask_HW: Pixels that may be flooded, 4-connected, bool [H, W].
 
     Returns:
-        int32 [H, W], the marker each pixel of the mask goes with; 0 elsewhere.
+        Marker of each pixel of the mask, 0 elsewhere, int32 [H, W].
     """
     framed = (mask_HW.shape[0] + 2, mask_HW.shape[1] + 2)
     walled_HW = np.full(framed, np.inf)
@@ -50,7 +52,14 @@ def _spread(
     dry_P: NDArray[np.intp],
     steps: NDArray[np.intp],
 ) -> bool:
-    """Write the labels of dry pixels into `labels`; return False where a queue's order matters."""
+    """Write the labels of dry pixels into `labels`; return False if a queue's order matters.
+
+    Args:
+        height: Height per pixel, infinite outside of the mask.
+        labels: Marker per pixel, 0 for dry pixels; changed in place.
+        dry_P: Indices of the pixels without a marker.
+        steps: Index steps to the four neighbours.
+    """
     target = np.arange(len(height))
     lowest_P, at_P = _least(height, dry_P, steps)
     is_bottom_P = lowest_P >= height[dry_P]
@@ -65,7 +74,7 @@ def _spread(
             return False
         lowest_P, at_P = _least(level, dry_P, steps)
         is_rising_P = height[dry_P] == level[dry_P]
-        if (is_rising_P & (lowest_P >= level[dry_P])).any():  # level ground
+        if (is_rising_P & (lowest_P >= level[dry_P])).any():  # a plateau
             return False
         target[dry_P] = np.where(is_rising_P, at_P, downhill[dry_P])
         bottoms, ways_out = passes
@@ -83,19 +92,19 @@ def _spread(
 def _least(
     values: NDArray[np.float64], pixels: NDArray[np.intp], steps: NDArray[np.intp]
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Return the least value among each pixel's neighbours, and the neighbour that has it."""
-    at = pixels + steps[0]
-    least = values.take(at)
+    """Return the least value among each pixel's neighbours, and the index of that neighbour."""
+    lowest = pixels + steps[0]
+    least = values.take(lowest)
     for step in steps[1:]:
-        other = pixels + step
-        value = values.take(other)
-        at = np.where(value < least, other, at)
+        neighbour = pixels + step
+        value = values.take(neighbour)
+        lowest = np.where(value < least, neighbour, lowest)
         least = np.minimum(least, value)
-    return least, at
+    return least, lowest
 
 
 def _follow(target: NDArray[np.intp], pixels: NDArray[np.intp]) -> None:
-    """Let each pixel's target be the end of its way: a pixel that is its own target."""
+    """Replace each pixel's target by the end of its path: a pixel that is its own target."""
     ends = target.take(pixels)
     while not np.array_equal(ends, further := target.take(ends)):
         target[pixels] = ends = further
@@ -109,23 +118,24 @@ def _fill_hollows(
     dry_P: NDArray[np.intp],
     steps: NDArray[np.intp],
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]] | None:
-    """Raise `level` in hollows without a marker to their lowest way out, in place.
+    """Raise `level` in hollows to the height of their lowest way out, in place.
 
     Args:
-        level: Per pixel, starts as its height.
-        height: Per pixel; infinite outside of the mask.
-        labels: Per pixel, the marker or 0.
-        bottom: Per pixel, where the steepest way down ends.
-        dry_P: Pixels without a marker.
-        steps: To the four neighbours.
+        level: Level per pixel; its height at first.
+        height: Height per pixel, infinite outside of the mask.
+        labels: Marker per pixel, or 0.
+        bottom: Index of the pixel where the steepest way down ends, per pixel.
+        dry_P: Indices of the pixels without a marker.
+        steps: Index steps to the four neighbours.
 
     Returns:
-        The bottoms that have a way out and where it leads, the pass or a pixel of a hollow that
-        fills to the same level; or None if there are too many hollows within hollows.
+        (bottoms of hollows that have a way out, the pixel it leads to). That pixel is the pass, or
+        lies in a hollow that fills to the same level. None if hollows lie too deep within hollows.
     """
     inside = dry_P[labels[bottom[dry_P]] == 0]
     bottoms = inside[bottom[inside] == inside]
-    number = np.zeros(len(height), np.int32)  # of the hollow, from 1; 0 for what drains to a marker
+    # Number of each pixel's hollow, from 1; 0 for pixels that drain to a marker.
+    number = np.zeros(len(height), np.int32)
     number[bottoms] = np.arange(1, len(bottoms) + 1)
     number[inside] = number[bottom[inside]]
     one_E, other_E = _ways_out(number, height, inside, steps)
@@ -142,10 +152,10 @@ def _fill_hollows(
         better = np.flatnonzero((way_E == best_E) & (way_E < level_K[hollow_E]))
         if len(better) == 0:
             level[inside] = np.maximum(height[inside], level_K[number[inside]])
-            found = np.flatnonzero(level_K < np.inf)[1:]
-            return bottoms[found - 1], way_out_K[found]
+            open_hollows = np.flatnonzero(level_K < np.inf)[1:]
+            return bottoms[open_hollows - 1], way_out_K[open_hollows]
         level_K[hollow_E[better]] = way_E[better]
-        # The water comes over the pass itself, be it the last pixel of the hollow.
+        # Water leaves over the pass, which may be the last pixel of the hollow.
         is_pass = height[one_E[better]] == way_E[better]
         way_out_K[hollow_E[better]] = np.where(is_pass, one_E[better], other_E[better])
     return None
@@ -157,7 +167,10 @@ def _ways_out(
     inside: NDArray[np.intp],
     steps: NDArray[np.intp],
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return neighbours of different numbers, the first inside a hollow, sorted by its number."""
+    """Return pairs of neighbours with different numbers, sorted by the number of the first.
+
+    The first of each pair lies inside a hollow.
+    """
     one_E = np.tile(inside, len(steps))
     other_E = one_E + np.repeat(steps, len(inside))
     across_E = np.flatnonzero((number[other_E] != number[one_E]) & (height[other_E] < np.inf))

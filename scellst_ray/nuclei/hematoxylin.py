@@ -1,15 +1,16 @@
-"""Nuclei without trained weights: local thresholds in the hematoxylin channel.
+"""Find nuclei without trained weights: local thresholds in the hematoxylin channel.
 
-Pixels darker in hematoxylin than the few um around them, and than the slide's threshold, form
-blobs. The blobs are cut at their necks by the watershed of the distance to their edge, and cuts
-through what is convex are undone. Then every nucleus gets its own threshold, half-way between its
-inside and its surroundings. Steps look a few nuclei around themselves at most, but for the stain
-threshold, which may be given, so that all tiles of a slide share it. H, W: rows, columns;
-C: colour; N: labels, with entry 0 for the background.
+1. Pixels form blobs if their hematoxylin exceeds the slide's threshold and their surroundings.
+2. Blobs are cut at their necks by the watershed of the distance to their edge.
+3. Cuts through convex shapes are undone.
+4. Every nucleus gets its own threshold, half-way between its inside and its surroundings.
 
-The steps, and the numbers below that say "tried", were chosen among alternatives by their F1 on
-three MoNuSeg images, on points of CRCHistoPhenotypes and on a synthetic slide, then confirmed on
-three other MoNuSeg images. All other numbers have reasons of their own.
+Each step depends on a few nuclei around a pixel. Only the stain threshold depends on the whole
+image; it can be passed in, so that all tiles of a slide share it. OD: optical density; H, W: rows,
+columns; C: colour; N: labels, with entry 0 for the background; P: pixels.
+
+The steps, and the numbers below with "tried" ranges, have the best F1 on three MoNuSeg images,
+points of CRCHistoPhenotypes and a synthetic slide. Three further MoNuSeg images confirmed them.
 """
 
 import cv2
@@ -26,19 +27,19 @@ _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 _DENSITY = -np.log10((np.arange(256) + 1) / 256).astype(np.float32)
 
 _WORK_MPP = 0.5  # a 20x scan: four pixels across the thinnest nucleus
-_COARSEST_MPP = 0.75  # still five pixels across the smallest round one
-_SIGMA_UM = 0.5  # chromatin texture
-_LOCAL_SIGMA_UM = 5.0  # the surroundings of a pixel: a nucleus and as much again; 5 to 10 tried
-_MIN_STAIN = 0.1  # OD; weaker than this is slide background and its noise
-_SURE_STAIN = float(np.log10(2))  # OD; what halves the light is stained, whatever the rest is
+_COARSEST_MPP = 0.75  # five pixels across the smallest round nucleus
+_SIGMA_UM = 0.5  # size of the chromatin texture
+_LOCAL_SIGMA_UM = 5.0  # surroundings of a pixel, about two nuclei wide; tried 5 to 10
+_MIN_STAIN = 0.1  # OD; weaker values are slide background and its noise
+_SURE_STAIN = float(np.log10(2))  # OD; a pixel that absorbs half of the light is always stained
 _MAX_STAIN = 1.7  # OD; an 8-bit camera measures little beyond it
-_STEP = float(np.log10(128 / 127))  # OD; one step of 8 bits where half the light is left
-_PALE = 0.85  # of the stain threshold, if darker than the surroundings; 0.7 to 1 tried
-_MIN_CONTRAST = 1 / 3  # of the stain threshold, inside against surroundings; 0 to 1/2 tried
-_MIN_DIAMETER_UM = 4.0  # small pyknotic or glancingly cut nuclei; lymphocytes have 6 to 8
-_MAX_AREA_UM2 = 400.0  # a disc of 22.6 um: large tumour nuclei
-_MAX_HOLE_UM2 = 50.0  # a disc of 8 um: the pale inside of a vesicular nucleus
-_CONVEX = 0.9  # solidity; two equal discs that merely touch have 0.88
+_STEP = float(np.log10(128 / 127))  # OD; one step of 8 bits at half of the light
+_PALE = 0.85  # share of the stain threshold that a pixel must exceed; tried 0.7 to 1
+_MIN_CONTRAST = 1 / 3  # share of the stain threshold, inside over surroundings; tried 0 to 1/2
+_MIN_DIAMETER_UM = 4.0  # small pyknotic or partly cut nuclei; lymphocytes have 6 to 8 um
+_MAX_AREA_UM2 = 400.0  # a disc of 22.6 um, a large tumour nucleus
+_MAX_HOLE_UM2 = 50.0  # a disc of 8 um, the pale inside of a vesicular nucleus
+_CONVEX = 0.9  # least solidity of a convex shape; two equal touching discs have 0.88
 
 
 def segment(
@@ -47,16 +48,17 @@ def segment(
     """Find the nuclei of an H&E image.
 
     Args:
-        image_HWC: uint8 [H, W, 3], RGB, background near white.
-        mpp: um per px of the image, 0.1 to 1.2.
-        stain_threshold: Hematoxylin OD that separates nuclei from the rest, best from
-            `hematoxylin_threshold` of a larger piece of the slide; from this image when None.
+        image_HWC: RGB image with a background near white, uint8 [H, W, 3].
+        mpp: Resolution of the image in um per px, 0.1 to 1.2.
+        stain_threshold: Hematoxylin OD that separates nuclei from the rest, preferably
+            `hematoxylin_threshold` of a larger part of the slide; None computes it on this image.
 
     Returns:
-        The nuclei in px of the image, of type "nucleus", in the detail of about 0.5 um/px at most.
+        The nuclei in px of the image, of type "nucleus". Their outlines have the detail of about
+        0.5 um/px at most.
 
     Raises:
-        ValueError: If the image is not uint8 [H, W, 3] or mpp lies outside 0.1 to 1.2.
+        ValueError: The image is not uint8 [H, W, 3], or mpp lies outside 0.1 to 1.2.
     """
     work_HWC, work_mpp = _work_image(image_HWC, mpp)
     labels_HW = _labels(work_HWC, work_mpp, stain_threshold)
@@ -77,7 +79,7 @@ def segment_labels(
 
 
 def hematoxylin_threshold(image_HWC: NDArray[np.uint8], mpp: float) -> float:
-    """Return the hematoxylin OD that best separates an image's tissue in two (Otsu 1979)."""
+    """Return the hematoxylin OD that best splits the tissue of an image in two (Otsu 1979)."""
     work_HWC, work_mpp = _work_image(image_HWC, mpp)
     density_HWC = _DENSITY[work_HWC]
     stain_HW = _blur(_hematoxylin(density_HWC), _SIGMA_UM / work_mpp)
@@ -85,9 +87,9 @@ def hematoxylin_threshold(image_HWC: NDArray[np.uint8], mpp: float) -> float:
 
 
 def _work_image(image_HWC: NDArray[np.uint8], mpp: float) -> tuple[NDArray[np.uint8], float]:
-    """Check the image and bring it near 0.5 um/px; return it and its um/px.
+    """Check the image and resample it to about 0.5 um/px; return it and its um per px.
 
-    By whole factors, so that all tiles of a slide are sampled alike.
+    The factors are whole numbers, so that all tiles of a slide are sampled alike.
     """
     if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or image_HWC.dtype != np.uint8:
         message = f"image_HWC is {image_HWC.dtype} {image_HWC.shape}; expected uint8 [H, W, 3], RGB"
@@ -118,22 +120,22 @@ def _labels(
     if stain_threshold is None:
         stain_threshold = _threshold(stain_HW, tissue_HW)
     threshold = float(np.clip(stain_threshold, _MIN_STAIN, _SURE_STAIN))
-    labels_HW = _cut(_stained(stain_HW, tissue_HW, threshold, mpp), mpp)
-    labels_HW = _rejoined(labels_HW)
-    # Twice: the first time, surroundings still hold pale rims, and the inside its surroundings.
-    labels_HW, _ = _refined(labels_HW, stain_HW, mpp)
-    labels_HW, contrast_N = _refined(labels_HW, stain_HW, mpp)
+    labels_HW = _cut(_stain_mask(stain_HW, tissue_HW, threshold, mpp), mpp)
+    labels_HW = _rejoin(labels_HW)
+    # The second round corrects the first, whose surroundings hold the pale rims of nuclei.
+    labels_HW, _ = _refine(labels_HW, stain_HW, mpp)
+    labels_HW, contrast_N = _refine(labels_HW, stain_HW, mpp)
     mean_NC = _means(labels_HW.ravel(), density_HWC.reshape(-1, 3), len(contrast_N))
     likely_N = (contrast_N > _MIN_CONTRAST * threshold) & ~_is_ink(mean_NC)
-    return _nuclei_only(labels_HW, likely_N, mpp)
+    return _keep_nuclei(labels_HW, likely_N, mpp)
 
 
-def _stained(
+def _stain_mask(
     stain_HW: NDArray[np.float32], tissue_HW: NDArray[np.bool_], threshold: float, mpp: float
 ) -> NDArray[np.uint8]:
-    """Return 1 where the stain exceeds the mean of the tissue around it, and in holes; else 0.
+    """Return 1 where the stain exceeds the mean of the tissue around it, and in small holes.
 
-    Large holes stay: they are lumens, or stroma between nuclei.
+    Large holes stay 0: they are lumens, or stroma between nuclei.
     """
     weight_HW = tissue_HW.astype(np.float32)
     sigma_px = _LOCAL_SIGMA_UM / mpp
@@ -152,8 +154,9 @@ def _stained(
 def _cut(mask_HW: NDArray[np.uint8], mpp: float) -> NDArray[np.int32]:
     """Label the parts of a mask, cut where its distance to the background is least.
 
-    A watershed by steepest ascent: every pixel points to its highest neighbour, and a peak to the
-    highest pixel within the radius of the smallest nucleus; a part is what leads to one place.
+    This is a watershed by steepest ascent. Every pixel points to its highest neighbour, and a peak
+    points to the highest pixel within the radius of the smallest nucleus. A part consists of the
+    pixels whose paths end at one pixel.
     """
     depth_HW = np.asarray(cv2.distanceTransform(mask_HW, cv2.DIST_L2, 5), np.float32)
     height_HW = np.where(mask_HW > 0, _blur(depth_HW, _SIGMA_UM / mpp), np.float32(-1))
@@ -182,9 +185,9 @@ def _cut(mask_HW: NDArray[np.uint8], mpp: float) -> NDArray[np.int32]:
 def _highest(
     height: NDArray[np.float32], index: NDArray[np.int32], steps: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """Return, for each index, which of index + steps is highest; the first among equals.
+    """Return, for each index, the highest of index + steps; the first of equal ones.
 
-    The first among equals rules out circles: what is pointed to is higher, or as high and earlier.
+    Choosing the first avoids circles: every target is higher, or equally high and earlier.
     """
     best = index + np.int32(steps.min())
     value = height[best]
@@ -196,8 +199,8 @@ def _highest(
     return best
 
 
-def _rejoined(labels_HW: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Undo cuts between parts that together are as good as convex, each part once, best first."""
+def _rejoin(labels_HW: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Join pairs of touching parts that are convex together; best pairs first, each part once."""
     across = (labels_HW[:, :-1].ravel(), labels_HW[:, 1:].ravel())
     down = (labels_HW[:-1].ravel(), labels_HW[1:].ravel())
     first, second = np.concatenate([across, down], axis=1)
@@ -222,19 +225,21 @@ def _rejoined(labels_HW: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def _hull(labels_HW: NDArray[np.int32], label: int, box: tuple[slice, slice]) -> NDArray[np.int32]:
-    """Return the corners of a label's convex hull, pixel indices (x, y), int32 [K, 1, 2]."""
+    """Return the K corners of a label's convex hull, pixel indices (x, y), int32 [K, 1, 2]."""
     points = cv2.findNonZero((labels_HW[box] == label).view(np.uint8))
     return np.asarray(cv2.convexHull(points + np.array([box[1].start, box[0].start], np.int32)))
 
 
-def _refined(
+def _refine(
     labels_HW: NDArray[np.int32], stain_HW: NDArray[np.float32], mpp: float
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Drop pixels of each label below half-way between the stain inside and that around.
+    """Drop the pixels of each label whose stain is below the middle of inside and surroundings.
+
+    The surroundings of a label are the background pixels nearest to it, up to the radius of a small
+    nucleus.
 
     Returns:
-        The new label map and, float64 [N], the stain inside minus that around, which is the
-        background nearer to this label than to others, up to the radius of a small nucleus.
+        (new label map, stain inside minus stain of the surroundings, float64 [N]).
     """
     num = int(labels_HW.max()) + 1
     taken_HW = labels_HW > 0
@@ -253,15 +258,15 @@ def _refined(
 def _means(
     labels: NDArray[np.int32], values_PC: NDArray[np.float32], num: int
 ) -> NDArray[np.float64]:
-    """Return the mean values of each label's pixels, float64 [num, C], 0 for those without any."""
+    """Return the mean values of each label's pixels, float64 [num, C]; 0 for absent labels."""
     count = np.maximum(np.bincount(labels, minlength=num), 1)
     return np.stack([np.bincount(labels, values, num) / count for values in values_PC.T], axis=1)
 
 
-def _nuclei_only(
+def _keep_nuclei(
     labels_HW: NDArray[np.int32], likely_N: NDArray[np.bool_], mpp: float
 ) -> NDArray[np.int32]:
-    """Keep the largest piece of each likely label, holes filled, if of the size of a nucleus."""
+    """Keep the largest part of each likely label, holes filled, if it has a nucleus' size."""
     nuclei_HW = np.zeros_like(labels_HW)
     smallest_um2 = np.pi / 4 * _MIN_DIAMETER_UM**2
     for label, box in enumerate(ndimage.find_objects(labels_HW), start=1):
@@ -269,7 +274,7 @@ def _nuclei_only(
             continue
         mask_HW = (labels_HW[box] == label).view(np.uint8)
         outlines, _ = cv2.findContours(mask_HW, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        # Pixels enclosed (Pick's theorem).
+        # Number of enclosed pixels (Pick's theorem).
         areas_px = [cv2.contourArea(outline) + len(outline) / 2 + 1 for outline in outlines]
         largest = int(np.argmax(areas_px))
         if smallest_um2 <= areas_px[largest] * mpp**2 <= _MAX_AREA_UM2:
@@ -279,10 +284,11 @@ def _nuclei_only(
 
 
 def _is_ink(mean_NC: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Tell which mean optical densities, red, green, blue, are of green, black or blue ink.
+    """Return which mean ODs (red, green, blue) are those of green, black or blue ink, bool [N].
 
-    Hematoxylin absorbs red and green about alike (at most 1.4 to 1 in frozen sections) and blue
-    0.4 to 0.7 as much. Green ink absorbs red most, black all colours alike, blue hardly blue.
+    Hematoxylin absorbs red and green about equally (at most 1.4 to 1 in frozen sections) and blue
+    0.4 to 0.7 as much. Green ink absorbs mostly red, black ink all colours equally, and blue ink
+    hardly any blue.
     """
     red, green, blue = mean_NC.T
     most = np.maximum(red, green)
@@ -290,20 +296,20 @@ def _is_ink(mean_NC: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _hematoxylin(density_HWC: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the hematoxylin share of the optical density, float32 [H, W], not below 0."""
+    """Return the OD of hematoxylin, float32 [H, W], at least 0."""
     unit_vectors = _STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)
     weights = np.linalg.inv(unit_vectors)[:, :1].T
     return np.maximum(cv2.transform(density_HWC, weights.astype(np.float32)), 0)
 
 
 def _tissue(density_HWC: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Tell tissue from glass: whether any colour is absorbed."""
+    """Return which pixels are tissue, bool [H, W]: at least one colour is absorbed."""
     red_HW, green_HW, blue_HW = cv2.split(density_HWC)
     return np.asarray(cv2.max(cv2.max(red_HW, green_HW), blue_HW) > _MIN_STAIN)
 
 
 def _threshold(stain_HW: NDArray[np.float32], tissue_HW: NDArray[np.bool_]) -> float:
-    """Return Otsu's threshold of the stain over tissue, glass left out; infinity without any."""
+    """Return Otsu's threshold of the stain over the tissue; infinity without tissue."""
     if not tissue_HW.any():
         return float("inf")
     scale = 255 / _MAX_STAIN

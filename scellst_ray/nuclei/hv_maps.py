@@ -1,14 +1,14 @@
-"""Nuclei from the maps of CellViT: the published post-processing, on what is left of a tile.
+"""Find nuclei in the maps of CellViT: the published post-processing, on packed maps.
 
-The network gives nucleus or not, a type, and two maps that rise from -1 at a nucleus' left (upper)
-end to +1 at its right (lower) end; where two nuclei meet they fall steeply. The algorithm is
-HoVer-Net's (Graham et al. 2019, "Hover-Net: simultaneous segmentation and classification of nuclei
-in multi-tissue histology images", section 3.2) as CellViT applies it at 0.25 um/px, with the same
-result. What differs is the cost: whole-map steps are few and simple, the watershed needs no queue,
-and nothing scans the map once per nucleus.
+The network gives background or nucleus, a type, and two distance maps. The maps rise from -1 at a
+nucleus' left (upper) end to +1 at its right (lower) end, and fall steeply where two nuclei meet.
+The algorithm is that of HoVer-Net (Graham et al. 2019, "Hover-Net: simultaneous segmentation and
+classification of nuclei in multi-tissue histology images", section 3.2) as CellViT applies it at
+0.25 um/px. The result is the same at a lower cost: steps over the whole map are few and simple, the
+watershed needs no queue, and no step scans the map once per nucleus.
 
-`pack_maps` puts all that matters of a pixel's 10 numbers into 32 bits (core/schemas.py), so that
-this part may run on the network's device; `models/cellvit/inference.py` does the same there.
+`pack_maps` packs the relevant part of a pixel's 10 numbers into 32 bits (core/schemas.py).
+`models/cellvit/inference.py` does the same on the network's device.
 H, W: rows, columns of the tile; C: the two channels of a map; T: types; N: nuclei, or parts;
 P: pixels of nuclei.
 """
@@ -24,13 +24,13 @@ from scellst_ray.core.schemas import MAP_LEVEL, MAP_NUCLEUS, MAP_TYPE_SHIFT
 from scellst_ray.nuclei.flooding import flood
 from scellst_ray.nuclei.instances import Nuclei, nuclei_from_labels
 
-# The published numbers, made for 0.25 um/px.
+# The published values for 0.25 um/px.
 _SOBEL_PX = 21
-_MIN_PX = 10  # smaller blobs and markers go
-_EDGE = 0.4  # edge energy from which on a pixel is no marker
+_MIN_PX = 10  # smaller blobs and markers are dropped
+_EDGE = 0.4  # a pixel with at least this edge energy is no marker
 _OPENING = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
 
-_MARKER_LEVEL = int((1 - _EDGE) * MAP_LEVEL) + 1  # least packed level with energy below _EDGE
+_MARKER_LEVEL = int((1 - _EDGE) * MAP_LEVEL) + 1  # lowest packed level with energy below _EDGE
 _MAX_TYPES = 1 << (32 - MAP_TYPE_SHIFT)
 
 
@@ -40,25 +40,26 @@ def pack_maps(
     types_THW: NDArray[np.float32],
     window_px: int | None = None,
 ) -> NDArray[np.uint32]:
-    """Reduce a tile's raw maps to what the nuclei depend on: the layout is in core/schemas.py.
+    """Pack the parts of a tile's raw maps that determine its nuclei.
 
-    The published edge energy is 1 - x, where x is the lesser of the two Sobel slopes, each scaled
-    from 0 to 1 between its minimum and maximum over the tile. As a float32, 1 - x is a multiple of
-    2^-24, so its 25 bits are all of it. With `window_px`, minimum and maximum are those of the
-    pixels at most window_px // 2 rows and columns away, as far as the tile goes; the published
-    scaling of the maps before Sobel is left out then, since the second one undoes it.
+    The published edge energy is 1 - x, where x is the smaller of the two Sobel slopes, each scaled
+    to 0 to 1 between its minimum and maximum over the tile. As a float32, 1 - x is a multiple of
+    2^-24, so 25 bits hold it exactly. With `window_px`, minimum and maximum are those within
+    window_px // 2 rows and columns inside the tile. The published scaling before Sobel is then left
+    out, since the scaling after it cancels its effect.
 
     Args:
-        binary_CHW: float32 [2, H, W], background and nucleus, logits or probabilities.
-        hv_CHW: float32 [2, H, W], horizontal and vertical.
-        types_THW: float32 [T, H, W], T <= 64, logits or probabilities; the first among equals.
-        window_px: Side of the neighbourhood, or None for the tile, as published.
+        binary_CHW: Background and nucleus, logits or probabilities, float32 [2, H, W].
+        hv_CHW: Horizontal and vertical distance, float32 [2, H, W].
+        types_THW: Logits or probabilities of types, float32 [T, H, W], T <= 64; of equal values
+            the first counts.
+        window_px: Side of the neighbourhood in px; None takes the whole tile, as published.
 
     Returns:
-        uint32 [H, W].
+        Packed map, uint32 [H, W]; core/schemas.py describes its bits.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit, hv_CHW is not finite, or window_px < 3.
+        ValueError: Shapes or dtypes do not fit, hv_CHW is not finite, or window_px < 3.
     """
     _check_maps(binary_CHW, hv_CHW, types_THW, window_px)
     across_HW = _scaled_slope(hv_CHW[0], (1, 0), window_px)
@@ -72,17 +73,24 @@ def pack_maps(
 
 
 def label_packed(packed_HW: NDArray[np.uint32]) -> NDArray[np.int32]:
-    """Return the published instance map of `pack_maps`: int32 [H, W], 0, then 1 to N.
+    """Return the published label map of a packed map: 0 for background, then 1 to N.
+
+    Args:
+        packed_HW: Packed map of `pack_maps`, uint32 [H, W].
+
+    Returns:
+        int32 [H, W].
 
     Raises:
-        ValueError: If packed_HW is not uint32 [H, W].
+        ValueError: packed_HW is not uint32 [H, W].
     """
     if packed_HW.ndim != 2 or packed_HW.dtype != np.uint32:
         message = (
-            f"packed_HW is {packed_HW.dtype} {packed_HW.shape}; expected uint32 [H, W] of pack_maps"
+            f"packed_HW is {packed_HW.dtype} {packed_HW.shape}; expected uint32 [H, W]: give the "
+            "map that pack_maps returns"
         )
         raise ValueError(message)
-    inside_HW = _numbered((packed_HW & np.uint32(MAP_NUCLEUS)).astype(np.bool_)) > 0
+    inside_HW = _number_parts((packed_HW & np.uint32(MAP_NUCLEUS)).astype(np.bool_)) > 0
     level_HW = np.where(inside_HW, packed_HW & np.uint32(MAP_NUCLEUS - 1), np.uint32(0))
     markers_HW = np.where(inside_HW, _markers(level_HW >= _MARKER_LEVEL), 0)
     used_N = np.bincount(markers_HW.ravel(), minlength=1) > 0
@@ -95,18 +103,18 @@ def label_packed(packed_HW: NDArray[np.uint32]) -> NDArray[np.int32]:
 
 
 def nuclei_from_packed(packed_HW: NDArray[np.uint32], type_names: Sequence[str]) -> Nuclei:
-    """Return the nuclei of a tile packed by `pack_maps`, sorted by centroid (y, then x).
+    """Return the nuclei of a packed map, sorted by centroid (y, then x).
 
-    As published, a nucleus' type is that of most of its pixels, the next frequent one if that is
-    type 0 and there is another; `type_prob` is its share of the pixels; and a nucleus whose
-    outline is a point or a straight line is left out.
+    As published, a nucleus' type is the most frequent type of its pixels. If that is type 0, the
+    background, the next frequent type counts. `type_prob` is the type's share of the pixels. A
+    nucleus whose outline is a point or a straight line is left out.
 
     Args:
-        packed_HW: uint32 [H, W].
-        type_names: The name of each type, T of them, background first.
+        packed_HW: Packed map of `pack_maps`, uint32 [H, W].
+        type_names: Names of the T types, background first.
 
     Raises:
-        ValueError: If packed_HW is not uint32 [H, W], or holds a type that has no name.
+        ValueError: packed_HW is not uint32 [H, W], or holds a type that has no name.
     """
     labels_HW = label_packed(packed_HW)
     nucleus_type, type_prob = _types(packed_HW, labels_HW, type_names)
@@ -119,9 +127,9 @@ def _check_maps(
     types_THW: NDArray[np.float32],
     window_px: int | None,
 ) -> None:
-    """Raise ValueError where `pack_maps` says so."""
+    """Raise the ValueErrors that `pack_maps` lists."""
     maps = {"binary_CHW": binary_CHW, "hv_CHW": hv_CHW, "types_THW": types_THW}
-    found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in maps.items())
+    shapes = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in maps.items())
     fits = all(
         array.ndim == 3 and array.dtype == np.float32 and array.shape[1:] == hv_CHW.shape[1:]
         for array in maps.values()
@@ -129,14 +137,14 @@ def _check_maps(
     counts_fit = len(binary_CHW) == len(hv_CHW) == 2 and len(types_THW) <= _MAX_TYPES
     if not fits or not counts_fit or min(hv_CHW.size, types_THW.size) == 0:
         message = (
-            f"{found}; expected float32 [2, H, W], [2, H, W] and [T, H, W] of one H x W > 0, "
+            f"{shapes}; expected float32 [2, H, W], [2, H, W] and [T, H, W] of one H x W > 0, "
             f"with T from 1 to {_MAX_TYPES}"
         )
         raise ValueError(message)
     if not np.isfinite(hv_CHW).all():
         message = (
-            "hv_CHW holds NaN or infinity: the network overflowed (try bfloat16 or float32) or "
-            "its weights are broken"
+            "hv_CHW holds NaN or infinity: the network overflowed (use bfloat16 or float32) or its "
+            "weights are damaged"
         )
         raise ValueError(message)
     if window_px is not None and window_px < 3:
@@ -149,13 +157,13 @@ def _scaled_slope(
 ) -> NDArray[np.float32]:
     """Return the Sobel slope along `direction` (x, y), 0 at its minimum and 1 at its maximum."""
     if window_px is None:
-        return _scaled(_slope(_scaled(map_HW), direction))
+        return _scale_to_unit(_slope(_scale_to_unit(map_HW), direction))
     slope_HW = _slope(map_HW, direction)
-    # Beyond the tile, "nearest" repeats values of the window and so changes nothing.
+    # "nearest" repeats values of the window beyond the tile, so minimum and maximum stay the same.
     size = 2 * (window_px // 2) + 1
     low_HW = ndimage.minimum_filter(slope_HW, size, mode="nearest")
     range_HW = ndimage.maximum_filter(slope_HW, size, mode="nearest") - low_HW
-    # Rounded as OpenCV does in _scaled; a window of one value gives 0.
+    # Rounded as OpenCV does in _scale_to_unit; a window of one value gives 0.
     range_HW[range_HW <= np.finfo(np.float64).eps] = np.inf
     factor_HW = (1 / range_HW).astype(np.float32).astype(np.float64)
     shift_HW = (-low_HW * factor_HW).astype(np.float32)
@@ -167,13 +175,13 @@ def _slope(map_HW: NDArray[np.float32], direction: tuple[int, int]) -> NDArray[n
     return np.asarray(cv2.Sobel(map_HW, cv2.CV_64F, *direction, ksize=_SOBEL_PX))
 
 
-def _scaled(map_HW: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return the map from 0 at its minimum to 1 at its maximum; 0 if it is constant."""
+def _scale_to_unit(map_HW: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Return the map scaled to 0 at its minimum and 1 at its maximum; 0 if it is constant."""
     return np.asarray(cv2.normalize(map_HW, None, 0, 1, cv2.NORM_MINMAX, cv2.CV_32F))  # type: ignore[call-overload]
 
 
 def _argmax(maps_THW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return the first map with the greatest value at every pixel, as np.argmax but faster."""
+    """Return the index of the greatest map at every pixel, as np.argmax does but faster."""
     best_HW, index_HW = maps_THW[0], np.zeros(maps_THW.shape[1:], np.uint8)
     for k, map_HW in enumerate(maps_THW[1:], start=1):
         greater_HW = cv2.compare(map_HW, best_HW, cv2.CMP_GT)
@@ -182,8 +190,8 @@ def _argmax(maps_THW: NDArray[np.float32]) -> NDArray[np.uint8]:
     return index_HW
 
 
-def _numbered(mask_HW: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Number the 4-connected parts of a mask from 1 by their first pixel; 0 for small ones."""
+def _number_parts(mask_HW: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Number the 4-connected parts of a mask from 1 by their first pixel; small parts get 0."""
     _, parts_HW = cv2.connectedComponents(mask_HW.view(np.uint8), connectivity=4, ltype=cv2.CV_32S)
     area_N = np.bincount(parts_HW.ravel())
     if area_N.min() >= _MIN_PX:
@@ -194,24 +202,24 @@ def _numbered(mask_HW: NDArray[np.bool_]) -> NDArray[np.int32]:
 
 
 def _markers(inside_HW: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Return numbered markers: what is inside, its holes filled, opened, small ones dropped."""
+    """Return numbered markers: fill the holes of a mask, open it, and drop small parts."""
     frame_HW = cv2.copyMakeBorder(inside_HW.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     cv2.floodFill(frame_HW, None, (0, 0), 2)  # 4-connected
     filled_HW = (frame_HW[1:-1, 1:-1] != 2).view(np.uint8)
-    return _numbered(cv2.morphologyEx(filled_HW, cv2.MORPH_OPEN, _OPENING).view(np.bool_))
+    return _number_parts(cv2.morphologyEx(filled_HW, cv2.MORPH_OPEN, _OPENING).view(np.bool_))
 
 
 def _types(
     packed_HW: NDArray[np.uint32], labels_HW: NDArray[np.int32], type_names: Sequence[str]
 ) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
-    """Return each label's type, str [N], and that type's share of its pixels, float32 [N]."""
+    """Return each label's type, str [N], and the type's share of its pixels, float32 [N]."""
     nucleus_P = np.flatnonzero(labels_HW)
     label_P, type_P = labels_HW.ravel()[nucleus_P], packed_HW.ravel()[nucleus_P] >> MAP_TYPE_SHIFT
     num, num_types = int(label_P.max(initial=0)), len(type_names)
     if type_P.max(initial=0) >= num_types:
         message = (
             f"packed_HW holds type {type_P.max()}, but type_names has {num_types}: "
-            f"{list(type_names)}; give the names of all the network's types"
+            f"{list(type_names)}; give the names of all types of the network"
         )
         raise ValueError(message)
     counts = np.bincount(label_P * num_types + type_P, minlength=(num + 1) * num_types)

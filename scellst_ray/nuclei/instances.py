@@ -1,4 +1,4 @@
-"""The nuclei of one image, in columns: the value every segmenter returns."""
+"""Hold the nuclei of one image in columns, the result of every segmenter."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,15 @@ class Nuclei:
     """N nuclei of one image. All coordinates are px of that image, (x, y).
 
     Attributes:
-        centroid_px: float64 [N, 2], centre of mass of the pixels.
-        area_px: float64 [N], number of pixels.
-        contour_points_px: float64 [P, 2], all outlines one after the other, not closed, through
-            the middles of the outer pixel edges (at least 4 points each), a simple polygon.
-        contour_offsets: int64 [N + 1]; outline i is points[offsets[i]:offsets[i + 1]].
-        nucleus_type: str [N] (numpy object or unicode array), a name, never a number.
-        type_prob: float32 [N], NaN where the segmenter gives none.
+        centroid_px: Centre of mass of the pixels, float64 [N, 2].
+        area_px: Number of pixels, float64 [N].
+        contour_points_px: Points of all outlines in turn, float64 [P, 2]. An outline is a simple
+            polygon through the middles of the outer pixel edges, not closed, with at least 4
+            points.
+        contour_offsets: Starts of the outlines, int64 [N + 1]; outline i is
+            points[offsets[i]:offsets[i + 1]].
+        nucleus_type: Name of each nucleus' type, never a number, str [N] (object or unicode).
+        type_prob: Probability of the type, float32 [N]; NaN if the segmenter gives none.
     """
 
     centroid_px: NDArray[np.float64]
@@ -54,7 +56,7 @@ class Nuclei:
         )
 
     def scaled(self, ratio_x: float, ratio_y: float) -> "Nuclei":
-        """Return the same nuclei in px of an image resized by these factors."""
+        """Return the same nuclei in px of an image that is resized by these factors."""
         scale = np.array([ratio_x, ratio_y])
         return Nuclei(
             centroid_px=self.centroid_px * scale,
@@ -66,7 +68,7 @@ class Nuclei:
         )
 
     def boxes_px(self) -> NDArray[np.int64]:
-        """Return the pixels each outline spans: int64 [N, 4], x0, y0, x1, y1, ends exclusive."""
+        """Return each outline's box in px, int64 [N, 4]: x0, y0, x1, y1, ends exclusive."""
         if len(self) == 0:
             return np.zeros((0, 4), np.int64)
         start = self.contour_offsets[:-1]
@@ -78,7 +80,7 @@ class Nuclei:
         """Return the outlines as closed WKB polygons, bytes [N], in level-0 px.
 
         Args:
-            frame: Where the image these nuclei were found in lies on its slide.
+            frame: Frame of the nuclei's image on its slide.
         """
         indices = np.repeat(np.arange(len(self)), np.diff(self.contour_offsets))
         points_x0y0 = frame.to_level0(self.contour_points_px)
@@ -87,7 +89,7 @@ class Nuclei:
 
 
 def empty_nuclei() -> Nuclei:
-    """Return no nuclei, with every column in its type."""
+    """Return nuclei of length 0, with the dtypes of all columns."""
     return Nuclei(
         centroid_px=np.zeros((0, 2)),
         area_px=np.zeros(0),
@@ -107,17 +109,17 @@ def nuclei_from_labels(
 ) -> Nuclei:
     """Turn a label map into nuclei, sorted by centroid (y, then x).
 
-    The outline of a nucleus is that of its largest 8-connected part, holes filled; it encloses
-    half a pixel less than the part's (filled) number of pixels, whatever its shape.
+    The outline of a nucleus is that of its largest 8-connected part, holes filled. Its area is the
+    number of the part's filled pixels minus half a pixel, for any shape.
 
     Args:
-        labels_HW: Integer [H, W], 0 = background; labels need not be consecutive.
-        nucleus_type: The name given to every nucleus, or one per label, ascending, [N].
-        type_prob: One per label, ascending, [N]; NaN if None.
-        drop_lines: Leave out labels whose `pixel_contours` has fewer than three points.
+        labels_HW: Label map, integer [H, W]: 0 is background, labels may have gaps.
+        nucleus_type: Name of all nuclei's type, or one name per label, ascending, [N].
+        type_prob: Probability per label, ascending, [N]; None gives NaN.
+        drop_lines: Whether labels whose `pixel_contours` has fewer than 3 points are left out.
 
     Raises:
-        ValueError: If the map is not an integer array [H, W], or holds labels below 0.
+        ValueError: The map is not an integer array [H, W], or holds labels below 0.
     """
     compact_HW, area, centroid = _compact(labels_HW)
     num = len(area)
@@ -151,7 +153,7 @@ def _are_lines(
 ) -> NDArray[np.bool_]:
     """Return which labels, bool [N], have pixel contours of fewer than three points.
 
-    Looks at those of several parts, and at those that may be a line: as many pixels as its length.
+    Only labels of several parts, and labels with no more pixels than their length, can have them.
     """
     length = np.array([max(axis.stop - axis.start for axis in box) for box in boxes])
     is_line = np.zeros(len(boxes), np.bool_)
@@ -166,11 +168,11 @@ def _compact(
     """Number the labels from 1 in their order.
 
     Returns:
-        The new map, int32 [H, W], the number of pixels, float64 [N], and their mean position,
-        float64 [N, 2].
+        (new label map, int32 [H, W]; number of pixels per label, float64 [N]; mean position (x, y)
+        of the pixels, float64 [N, 2]).
 
     Raises:
-        ValueError: If the map is not an integer array [H, W], or holds labels below 0.
+        ValueError: The map is not an integer array [H, W], or holds labels below 0.
     """
     if labels_HW.ndim != 2 or not np.issubdtype(labels_HW.dtype, np.integer):
         message = (
@@ -182,14 +184,14 @@ def _compact(
     label = labels_HW.ravel()[pixels]
     lowest, highest = int(label.min(initial=0)), int(label.max(initial=0))
     if lowest < 0:
-        message = f"labels_HW holds the label {lowest}; expected 0 for background, then 1, 2, .."
+        message = f"labels_HW holds the label {lowest}; expected 0 for background and labels above"
         raise ValueError(message)
     label = label.astype(np.intp, copy=False)
     if highest <= labels_HW.size:
         used = np.bincount(label, minlength=1) > 0
         used[0] = True
         renamed = label if used.all() else (np.cumsum(used) - 1)[label]
-    else:  # far apart: a table of all numbers would be large
+    else:  # a table of all numbers up to the highest would be large
         renamed = np.unique(label, return_inverse=True)[1] + 1
     compact_HW = labels_HW
     if renamed is not label:

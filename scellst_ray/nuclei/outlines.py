@@ -1,6 +1,7 @@
-"""From labels to outlines: boundary pixels as OpenCV follows them, and polygons around them.
+"""Turn labels into outlines: OpenCV's chains of boundary pixels, and polygons around them.
 
-H, W: rows, columns; N: labels, 1 to N without gaps; B: boundary pixels; P: outline points.
+H, W: rows, columns; N: labels, 1 to N without gaps; B: boundary pixels; P: outline points; K:
+points of one contour.
 """
 
 from typing import Any
@@ -10,22 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-# The eight neighbours of a pixel, (dx, dy), turning from +x towards +y. Even: across an edge.
+# Steps (dx, dy) to the eight neighbours, turning from +x towards +y. Even ones cross an edge.
 _STEPS = np.array([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)])
 _STEP_CODE = np.array([5, 6, 7, 4, -1, 0, 3, 2, 1])  # 3 (dy + 1) + dx + 1 -> row of _STEPS
 
 
 def pixel_contours(labels_HW: NDArray[np.int32]) -> list[NDArray[np.int32]]:
-    """Return the outlines that the published CellViT gives, of labels 1 to N.
+    """Return the outlines of labels 1 to N that the published CellViT gives.
 
-    Through pixel centres, without the points inside straight runs; that of the first part if there
-    are several. For comparison: the outline of a thin part touches itself, which is no polygon.
+    An outline runs through pixel centres, without the points inside straight runs. If a label has
+    several parts, the first one counts. The outline of a thin part touches itself and is then no
+    polygon, so these outlines serve for comparison only.
 
     Args:
-        labels_HW: int32 [H, W], every label from 1 to N in it.
+        labels_HW: Label map that holds every label from 1 to N, int32 [H, W].
 
     Returns:
-        Per label, int32 [K, 2], (x, y) pixel indices.
+        Pixel indices (x, y) per label, int32 [K, 2].
     """
     boxes = ndimage.find_objects(labels_HW)
     return [pixel_contour(labels_HW, index, box) for index, box in enumerate(boxes)]
@@ -34,47 +36,57 @@ def pixel_contours(labels_HW: NDArray[np.int32]) -> list[NDArray[np.int32]]:
 def pixel_contour(
     labels_HW: NDArray[np.int32], index: int, box: tuple[slice, slice]
 ) -> NDArray[np.int32]:
-    """Return the outline of label index + 1 as `pixel_contours` does."""
+    """Return the outline of label index + 1 as `pixel_contours` does; `box` bounds the label."""
     mask_HW = (labels_HW[box] == index + 1).view(np.uint8)
     corner = (box[1].start, box[0].start)
-    found, _ = cv2.findContours(mask_HW, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE, offset=corner)
-    return np.asarray(found[0][:, 0])
+    contours, _ = cv2.findContours(mask_HW, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE, offset=corner)
+    return np.asarray(contours[0][:, 0])
 
 
 def pixel_chains(
     compact_HW: NDArray[np.int32], boxes: list[tuple[slice, slice]], order: NDArray[np.integer]
 ) -> tuple[list[NDArray[np.int32]], NDArray[np.bool_]]:
-    """Return each label's outer boundary pixels, (x, y) indices, in the order given.
+    """Return the outer boundary pixels of each label's largest part.
 
-    Looks only at the label's bounding box, so the cost is that of the nuclei, not of the map
-    times their number. Also tells which labels, [N], have several parts or holes.
+    The function reads only the label's box, so the cost grows with the area of the nuclei, and not
+    with the area of the map times their number.
+
+    Args:
+        compact_HW: Label map that holds every label from 1 to N, int32 [H, W].
+        boxes: Box (rows, columns) of each label.
+        order: Indices of labels, label - 1, in the wanted order.
+
+    Returns:
+        (pixel indices (x, y) per label, in that order; whether a label has several parts or holes,
+        by index, bool [N]).
     """
     chains, is_broken = [], np.zeros(len(boxes), np.bool_)
     for index in order.tolist():
         rows, columns = box = boxes[index]
         mask = (compact_HW[box] == index + 1).view(np.uint8)
-        found, tree = cv2.findContours(
+        contours, tree = cv2.findContours(
             mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_NONE, offset=(columns.start, rows.start)
         )
-        part = found[0]
-        if len(found) > 1:
+        part = contours[0]
+        if len(contours) > 1:
             is_broken[index] = True
-            outer = [c for c, links in zip(found, tree[0], strict=True) if links[3] < 0]
-            # By pixels enclosed (Pick's theorem), so that a line of pixels outranks a single one.
+            outer = [c for c, links in zip(contours, tree[0], strict=True) if links[3] < 0]
+            # Pick's theorem gives the enclosed pixels, so a line of pixels outranks a single one.
             part = max(outer, key=lambda c: cv2.contourArea(c) + len(c) / 2)
         chains.append(part[:, 0])
     return chains, is_broken
 
 
 def _outer_edges() -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Tabulate which of a boundary pixel's edges lie outside, by 8 * back + ahead.
+    """Return a table of the edges of a boundary pixel that lie outside.
 
-    OpenCV follows outer boundaries counter-clockwise as seen on screen (y down), with the outside
-    on the right hand: from the previous pixel to the next against the order of _STEPS.
+    A row is 8 * back + ahead: the rows of _STEPS that lead to the previous and to the next pixel.
+    OpenCV follows outer boundaries counter-clockwise on screen (y down), with the outside on the
+    right. From the previous to the next pixel it turns against the order of _STEPS.
 
     Returns:
-        Whether there is a k-th outer edge, bool [64, 4], and its middle from the pixel's corner,
-        float64 [64, 4, 2].
+        (whether a k-th outer edge exists, bool [64, 4]; its middle relative to the pixel's corner,
+        float64 [64, 4, 2]).
     """
     exists, middle = np.zeros((64, 4), np.bool_), np.zeros((64, 4, 2))
     for back in range(8):
@@ -94,25 +106,26 @@ def edge_middles(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Turn chains of boundary pixels into outlines through the middles of their outer edges.
 
-    At every pixel the neighbours passed over when turning from the previous pixel of the chain
-    to the next lie outside; each of them across an edge gives a point. The outline is the one
-    marching squares draws at 0.5 (Lorensen and Cline 1987, in the plane): convex corners lose
-    1/8 px2, concave ones gain it, and a closed curve has four more of the first, hence the half
-    pixel. Points on a straight run are dropped.
+    Turning from the previous pixel of a chain to the next passes over the neighbours outside. Each
+    of them that shares an edge with the pixel gives a point. The outline equals that of marching
+    squares at 0.5 (Lorensen and Cline 1987, in the plane).
+
+    Convex corners lose 1/8 px2 and concave corners gain it. A closed curve has four more convex
+    corners, so its area is half a pixel less. Points inside straight runs are dropped.
 
     Args:
-        pixels: int [B, 2], (x, y) indices, all chains one after the other as OpenCV orders them.
-        lengths: int [N], pixels per chain.
+        pixels: Pixel indices (x, y) of all chains in turn, in OpenCV's order, int [B, 2].
+        lengths: Number of pixels per chain, int [N].
 
     Returns:
-        The points, float64 [P, 2], in continuous coordinates, and their number per chain.
+        (points in continuous coordinates, float64 [P, 2]; number of points per chain, int64 [N]).
     """
     start = run_offsets(lengths)[:-1]
     step = _following(pixels, start) - pixels
     ahead = _STEP_CODE[3 * step[:, 1] + step[:, 0] + 4]
     back = _preceding(ahead, start) ^ 4
-    alone = ahead < 0
-    ahead[alone], back[alone] = 1, 1  # a single pixel: pass over all of its neighbours
+    is_single = ahead < 0
+    ahead[is_single], back[is_single] = 1, 1  # a single pixel has all of its neighbours outside
     turn = 8 * back + ahead
     exists = _EDGE_EXISTS[turn]
     row, k = np.nonzero(exists)
@@ -123,7 +136,7 @@ def edge_middles(
 def _without_straight_runs(
     points: NDArray[np.float64], lengths: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Drop the points of closed outlines that lie on the line between their neighbours."""
+    """Return closed outlines without the points between collinear neighbours, and their lengths."""
     start = run_offsets(lengths)[:-1]
     step = _following(points, start) - points
     before = _preceding(step, start)
@@ -132,7 +145,7 @@ def _without_straight_runs(
 
 
 def _following(values: NDArray[Any], start: NDArray[np.int64]) -> NDArray[Any]:
-    """Return what follows each value in its closed run; runs begin at `start`."""
+    """Return the value after each value in its closed run; runs begin at `start`."""
     following = np.empty_like(values)
     following[:-1] = values[1:]
     following[np.append(start[1:], len(values)) - 1] = values[start]
@@ -140,7 +153,7 @@ def _following(values: NDArray[Any], start: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def _preceding(values: NDArray[Any], start: NDArray[np.int64]) -> NDArray[Any]:
-    """Return what precedes each value in its closed run; runs begin at `start`."""
+    """Return the value before each value in its closed run; runs begin at `start`."""
     preceding = np.empty_like(values)
     preceding[1:] = values[:-1]
     preceding[start] = values[np.append(start[1:], len(values)) - 1]
@@ -148,5 +161,5 @@ def _preceding(values: NDArray[Any], start: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def run_offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return where each of consecutive runs of these lengths begins, and the end of the last."""
+    """Return the starts of consecutive runs of these lengths, and the end of the last run."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -172,7 +172,7 @@ def test_rejoining_undoes_cuts_through_convex_shapes_only(apart, parts):
     for x in (28, 28 + apart):  # discs of radius 14: solidity 0.98 and 0.89
         cv2.circle(labels_HW, (x, 25), 14, 1, -1)
     labels_HW[:, 28 + apart // 2 :] *= 2
-    assert len(np.unique(hematoxylin._rejoined(labels_HW))) == parts + 1
+    assert len(np.unique(hematoxylin._rejoin(labels_HW))) == parts + 1
 
 
 def test_refining_ends_half_way_between_inside_and_surroundings():
@@ -181,7 +181,7 @@ def test_refining_ends_half_way_between_inside_and_surroundings():
     stain_HW = (0.1 + 0.6 * np.clip(0.5 - edge_px / 4, 0, 1)).astype(np.float32)
     labels_HW = 7 * (edge_px < 3).astype(np.int32)
     for _ in range(2):
-        labels_HW, contrast_N = hematoxylin._refined(labels_HW, stain_HW, 0.5)
+        labels_HW, contrast_N = hematoxylin._refine(labels_HW, stain_HW, 0.5)
     assert np.count_nonzero(labels_HW) == pytest.approx(np.pi * 12**2, rel=0.08)
     assert set(np.unique(labels_HW)) == {0, 7}
     assert 0.4 < contrast_N[7] < 0.6

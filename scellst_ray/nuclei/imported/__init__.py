@@ -1,1 +1,1 @@
-"""Nuclei that other tools have found."""
+"""Import of nuclei that other tools have found."""

@@ -1,8 +1,8 @@
-"""Segmentations in JSON: CellViT's cells.json, and GeoJSON of QuPath, HEST, CellViT, geopandas.
+"""Read segmentations in JSON: CellViT's cells.json, GeoJSON of QuPath, HEST, CellViT, geopandas.
 
-While the parser runs, every cell or feature goes into flat arrays as soon as it is complete, so
-memory is the text and 16 bytes a point, not Python objects for each number. A class of nuclei in
-one MultiPolygon (CellViT, HEST) is complete only at its end.
+During parsing every complete cell or feature moves into flat arrays. So memory holds the text and
+16 bytes per point instead of a Python object per number. A class of nuclei in one MultiPolygon
+(CellViT, HEST) is complete only at its end.
 """
 
 import json
@@ -25,7 +25,7 @@ from scellst_ray.nuclei.imported.table import (
     with_report,
 )
 
-# Of PanNuke, which CellViT's own weights are trained on; its files of that taxonomy use them.
+# Type numbers of PanNuke, on which CellViT's weights are trained; its files use them.
 PANNUKE = {
     0: "Background",
     1: "Neoplastic",
@@ -42,18 +42,20 @@ def read_json(text: str, source: str) -> pa.Table:
     """Read a JSON segmentation as a SEGMENTATION table with its report.
 
     Args:
-        text: The whole document.
-        source: The file's name in errors.
+        text: Content of the file.
+        source: Name of the file in errors.
 
     Raises:
-        ValueError: Broken JSON, another kind of document, points instead of outlines, or types
-            that are numbers without names.
+        ValueError: The JSON is damaged or another kind of document, holds points instead of
+            outlines, or has types that are numbers without names.
     """
     collector = _Collector(source)
     try:
         document = json.loads(text, object_hook=collector.take)
     except json.JSONDecodeError as error:
-        message = f"{source}: broken JSON ({error}); the file may be cut: copy or export it again"
+        message = (
+            f"{source}: damaged JSON ({error}); the file may be cut off: copy or export it again"
+        )
         raise ValueError(message) from error
     del text
     members = _members(document)
@@ -62,25 +64,25 @@ def read_json(text: str, source: str) -> pa.Table:
     if isinstance(members.get("features"), list) or collector.kinds or document == []:
         is_list = isinstance(document, list)
         return _geojson_table(collector, crs=members.get("crs"), is_list=is_list)
-    found = f"an object with the keys {sorted(members)[:8]}" if members else "no GeoJSON features"
+    content = f"an object with the keys {sorted(members)[:8]}" if members else "no GeoJSON features"
     message = (
-        f"{source}: found {found}; expected CellViT's cells.json (`cells` with contours) or "
+        f"{source}: found {content}; expected CellViT's cells.json (`cells` with contours) or "
         "GeoJSON (a FeatureCollection or a list of Features)"
     )
     raise ValueError(message)
 
 
 class _Collector:
-    """Takes cells and features out of a document while it is parsed."""
+    """Collector of the cells and features of a document while it is parsed."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        # Outer rings in order: all coordinates, points per ring, whether it had holes.
+        # Outer rings in order: all coordinates, points per ring, whether the ring had holes.
         self.coordinates, self.lengths, self.holes = array("d"), array("q"), bytearray()
-        # CellViT's cells, one ring each.
+        # CellViT's cells, one ring each: type and probability.
         self.types: list[float | str | None] = []
         self.probs = array("f")
-        # Features: QuPath's object type, class, number of rings and, if that is 0, why.
+        # Features: QuPath's object type, class, number of rings, and the reason if that is 0.
         self.kinds: list[str] = []
         self.names: list[str | None] = []
         self.num_rings = array("q")
@@ -88,7 +90,10 @@ class _Collector:
         self.may_be_class = bytearray()
 
     def take(self, value: dict[str, Any]) -> dict[str, Any] | None:
-        """Keep what matters of a cell or feature and let go of the rest: the parser's hook."""
+        """Store a cell or feature in the arrays and return None; return other objects unchanged.
+
+        The JSON parser calls this hook with every complete object.
+        """
         if "contour" in value:
             kind, prob = value.get("type"), value.get("type_prob")
             self.types.append(kind if isinstance(kind, int | float) else class_name(kind))
@@ -101,6 +106,7 @@ class _Collector:
         return value
 
     def _add_feature(self, feature: dict[str, Any]) -> None:
+        """Add a feature, its class and its outer rings."""
         properties = _members(feature.get("properties"))
         kind = str(properties.get("objectType") or properties.get("object_type") or "annotation")
         kind = kind.lower().replace("_", "")
@@ -108,10 +114,10 @@ class _Collector:
         if kind == "cell" and not feature.get("nucleusGeometry"):
             kind = "cell without nucleus"
         classes = (properties.get(key) for key in ("classification", *TYPE_COLUMNS))
-        name = next((found for found in map(class_name, classes) if found), None)
+        name = next((name for name in map(class_name, classes) if name), None)
         shape, coordinates = str(geometry.get("type")), geometry.get("coordinates")
-        several = coordinates if isinstance(coordinates, list) else [coordinates]
-        parts = {"Polygon": [coordinates], "MultiPolygon": several}.get(shape, [])
+        polygons_of_multi = coordinates if isinstance(coordinates, list) else [coordinates]
+        parts = {"Polygon": [coordinates], "MultiPolygon": polygons_of_multi}.get(shape, [])
         polygons = [rings for rings in parts if rings]
         for rings in polygons:
             outer, *holes = rings if isinstance(rings, list) else [rings]
@@ -119,23 +125,23 @@ class _Collector:
         self.kinds.append(kind)
         self.names.append(name)
         self.num_rings.append(len(polygons))
-        areal = shape in ("Polygon", "MultiPolygon", "None")
-        self.missing.append("no_outline" if areal else "not_polygon")
+        may_have_area = shape in ("Polygon", "MultiPolygon", "None")
+        self.missing.append("no_outline" if may_have_area else "not_polygon")
         self.may_be_class.append(
             shape == "MultiPolygon" and kind == "annotation" and name is not None
         )
 
     def _add_ring(self, points: Any, *, has_hole: bool) -> None:  # noqa: ANN401 - as parsed
-        """Add one ring; coordinates beyond x and y (a height) are dropped."""
+        """Add one ring; further coordinates than x and y (a height) are dropped."""
         try:
             ring = np.array(points, np.float64)
         except (TypeError, ValueError, OverflowError):
-            ring = np.zeros(1)  # ragged, or no numbers: refused below
+            ring = np.zeros(1)  # the check below rejects ragged lists and values without numbers
         if points == []:
             ring = np.zeros((0, 2))
         if ring.ndim != 2 or ring.shape[1] < 2:
             message = (
-                f"{self.source}: outline {len(self.lengths) + 1} of the file begins "
+                f"{self.source}: outline {len(self.lengths) + 1} of the file begins with "
                 f"{str(points)[:60]}; expected a list of [x, y]"
             )
             raise ValueError(message)
@@ -144,28 +150,28 @@ class _Collector:
         self.holes.append(has_hole)
 
     def rings(self, owner: NDArray[np.int64], missing: NDArray[np.str_]) -> Rings:
-        """Return all rings, given what `Rings` says of their objects."""
+        """Return all rings; `owner` and `missing` are the fields of `Rings`."""
         points = np.frombuffer(self.coordinates, np.float64).reshape(-1, 2)
         return Rings(points, np.frombuffer(self.lengths, np.int64), owner, missing)
 
 
 def _members(value: object) -> dict[str, Any]:
-    """Return a JSON object's members; none if it is something else."""
+    """Return the members of a JSON object; none for other values."""
     return value if isinstance(value, dict) else {}
 
 
 def _cellvit_table(document: dict[str, Any], collector: _Collector) -> pa.Table:
-    """Return the cells of CellViT's cells.json."""
+    """Return the table of CellViT's cells.json."""
     source, num_cells = collector.source, len(collector.types)
     tally = Tally(source, "CellViT cells.json")
-    without = len(document["cells"]) - num_cells
-    if without and not num_cells:
+    num_without = len(document["cells"]) - num_cells
+    if num_without and not num_cells:
         message = (
-            f"{source}: its {without} cells have no `contour`, as in CellViT's "
-            "cell_detection.json; give the cells.json written beside it"
+            f"{source}: its {num_without} cells have no `contour`, as in CellViT's "
+            "cell_detection.json; give the cells.json in the same folder"
         )
         raise ValueError(message)
-    tally.num_objects = tally.dropped["no_outline"] = without
+    tally.num_objects = tally.dropped["no_outline"] = num_without
     names = _cellvit_names(collector.types, document.get("type_map"), source)
     probs = np.frombuffer(collector.probs, np.float32)
     rings = collector.rings(np.arange(num_cells), np.full(num_cells, "no_outline", REASON))
@@ -173,7 +179,7 @@ def _cellvit_table(document: dict[str, Any], collector: _Collector) -> pa.Table:
 
 
 def _cellvit_names(types: list[float | str | None], type_map: object, source: str) -> pa.Array:
-    """Return the names of CellViT's type numbers; PanNuke's if the file maps none."""
+    """Return the names of CellViT's type numbers, PanNuke's names if the file has no type_map."""
     name_of = _names_of_numbers(type_map, source) if type_map else PANNUKE
     meaning: dict[float | str | None, str | None] = {}
     for value in set(types):
@@ -186,7 +192,7 @@ def _cellvit_names(types: list[float | str | None], type_map: object, source: st
 
 
 def _names_of_numbers(type_map: object, source: str) -> dict[int, str]:
-    """Return a type map, number to name or name to number, as number to name."""
+    """Return the names by number of a type map from number to name or from name to number."""
     pairs = list(type_map.items()) if isinstance(type_map, dict) else []
     if pairs and all(isinstance(value, int) for _, value in pairs):
         pairs = [(value, key) for key, value in pairs]
@@ -201,11 +207,11 @@ def _names_of_numbers(type_map: object, source: str) -> dict[int, str]:
 
 
 def _geojson_table(collector: _Collector, *, crs: object, is_list: bool) -> pa.Table:
-    """Return the nuclei among GeoJSON features.
+    """Return the table of the nuclei among GeoJSON features.
 
-    If there are QuPath cells or detections, they are the nuclei and annotations are regions; in a
-    file without, annotations are. One feature is one nucleus, except that the parts of a
-    classified MultiPolygon annotation in a bare list are: so CellViT and HEST write a class.
+    QuPath cells and detections are nuclei, and annotations are then regions. In a file without
+    them, annotations are nuclei. One feature is one nucleus. Only in a bare list, each part of a
+    classified MultiPolygon annotation is a nucleus, since CellViT and HEST write classes this way.
     """
     source = collector.source
     tally = Tally(source, "GeoJSON", lonlat=any(name in str(crs) for name in ("CRS84", "4326")))

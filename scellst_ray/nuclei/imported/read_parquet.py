@@ -1,4 +1,4 @@
-"""Segmentations in GeoParquet: HEST's cellvit_seg, geopandas, and our own CELLS."""
+"""Read segmentations in GeoParquet: HEST's cellvit_seg, geopandas, and our CELLS tables."""
 
 import json
 from collections.abc import Iterator
@@ -33,12 +33,12 @@ def read_geoparquet(path: Path, source: str) -> pa.Table:
     """Read a GeoParquet file as a SEGMENTATION table with its report, a batch of rows at a time.
 
     Args:
-        path: The file.
-        source: Its name in errors.
+        path: Local path of the file.
+        source: Name of the file in errors.
 
     Raises:
-        ValueError: Unreadable, no GeoParquet, no polygons, types by number, or a CELLS table of a
-            newer release.
+        ValueError: The file is damaged or no GeoParquet, holds no polygons, has types that are
+            numbers, or is a CELLS table of a newer release.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -48,13 +48,13 @@ def read_geoparquet(path: Path, source: str) -> pa.Table:
             type_column = _type_column(schema, source)
             tables = list(_tables(file, column, encoding, type_column, tally))
     except (pa.ArrowException, OSError) as error:
-        message = f"{source}: no readable Parquet file ({error}); copy or export it again"
+        message = f"{source}: not a readable Parquet file ({error}); copy or export it again"
         raise ValueError(message) from error
     return with_report(pa.concat_tables([SEGMENTATION.empty_table(), *tables]), tally)
 
 
 def _geometry_column(schema: pa.Schema, tally: Tally) -> tuple[str, str]:
-    """Return the primary geometry column and its encoding; note a lon/lat crs in the tally."""
+    """Return the primary geometry column and its encoding; set format and lonlat of the tally."""
     source = tally.source
     metadata = schema.metadata or {}
     try:
@@ -65,14 +65,14 @@ def _geometry_column(schema: pa.Schema, tally: Tally) -> tuple[str, str]:
         schema.field(column)
     except (ValueError, TypeError, KeyError) as error:
         message = (
-            f"{source}: Parquet without a usable `geo` key, so no GeoParquet; its columns are "
+            f"{source}: is Parquet without a valid `geo` key, so no GeoParquet; its columns are "
             f"{schema.names[:12]}. Write it with geopandas (GeoDataFrame.to_parquet)"
         )
         raise ValueError(message) from error
     if encoding not in ENCODINGS:
         message = (
-            f"{source}: column {column} is encoded as {encoding}; expected polygons "
-            f"({', '.join(ENCODINGS)})"
+            f"{source}: column {column} has the encoding {encoding}; expected polygons "
+            f"({', '.join(ENCODINGS)}): write it with geopandas (GeoDataFrame.to_parquet)"
         )
         raise ValueError(message)
     if metadata.get(b"scellst_ray.table") == b"CELLS":
@@ -83,7 +83,7 @@ def _geometry_column(schema: pa.Schema, tally: Tally) -> tuple[str, str]:
 
 
 def _is_lonlat(details: dict[str, Any]) -> bool:
-    """Tell whether a column claims longitude and latitude: also by saying nothing (the spec)."""
+    """Return whether a column holds longitude and latitude; by the standard also without a crs."""
     crs = details.get("crs", {"type": "GeographicCRS"})
     if isinstance(crs, dict):
         return str(crs.get("type", "")).startswith("Geographic")
@@ -91,10 +91,10 @@ def _is_lonlat(details: dict[str, Any]) -> bool:
 
 
 def _type_column(schema: pa.Schema, source: str) -> str | None:
-    """Return the first of TYPE_COLUMNS that can hold names; None if none of them is there.
+    """Return the first of TYPE_COLUMNS that can hold names; None if all are absent.
 
     Raises:
-        ValueError: Those that are there hold numbers.
+        ValueError: The present columns hold numbers.
     """
     present = [name for name in TYPE_COLUMNS if name in schema.names]
     for name in present:
@@ -106,9 +106,9 @@ def _type_column(schema: pa.Schema, source: str) -> str | None:
     if numeric:
         kind = schema.field(numeric[0]).type
         message = (
-            f"{source}: type column {numeric[0]} is {kind}; expected names, since what a number "
-            "stands for differs between tools. Write the names into it, or remove the column to "
-            "import nuclei without types"
+            f"{source}: type column {numeric[0]} is {kind}; expected names, since the meaning of a "
+            "number differs between tools. Write the names into it, or remove the column to import "
+            "nuclei without types"
         )
         raise ValueError(message)
     return None
@@ -117,7 +117,7 @@ def _type_column(schema: pa.Schema, source: str) -> str | None:
 def _tables(
     file: pq.ParquetFile, column: str, encoding: str, type_column: str | None, tally: Tally
 ) -> Iterator[pa.Table]:
-    """Yield the file as SEGMENTATION tables."""
+    """Yield the file as SEGMENTATION tables of at most BATCH rows."""
     columns = {column, type_column, "type_prob"}
     if tally.format == "CELLS":
         columns |= {"x0", "y0"}
@@ -138,13 +138,13 @@ def _tables(
         else:
             probs = np.full(len(batch), np.nan, np.float32)
         centroid = None
-        if tally.format == "CELLS":  # as stored, so that a nucleus stays with its tile
+        if tally.format == "CELLS":  # stored centroids keep a nucleus in its tile
             centroid = np.column_stack([batch["x0"], batch["y0"]]).astype(np.float64)
         yield table_of(rings, names, probs, tally, centroid)
 
 
 def _names(values: pa.Array) -> pa.Array:
-    """Return a column of names, or of classes as QuPath writes them, as names."""
+    """Return the names in a column of names or of QuPath's classes, string [N]."""
     if pa.types.is_struct(values.type):
         return pa.array([class_name(value) for value in values.to_pylist()], pa.string())
     if not pa.types.is_dictionary(values.type):
@@ -154,12 +154,12 @@ def _names(values: pa.Array) -> pa.Array:
 
 
 def _from_wkb(geometry: pa.Array, tally: Tally) -> Rings:
-    """Return the outer rings of WKB geometries; one row is one object."""
+    """Return the outer rings of WKB geometries; a row is an object."""
     shapes = shapely.from_wkb(geometry.to_numpy(zero_copy_only=False), on_invalid="ignore")
     kind = shapely.get_type_id(shapes)
-    areal = np.isin(kind, [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON])
-    missing = np.where((kind >= 0) & ~areal, "not_polygon", "no_outline").astype(REASON)
-    parts, owner = shapely.get_parts(np.where(areal, shapes, None), return_index=True)
+    has_area = np.isin(kind, [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON])
+    missing = np.where((kind >= 0) & ~has_area, "not_polygon", "no_outline").astype(REASON)
+    parts, owner = shapely.get_parts(np.where(has_area, shapes, None), return_index=True)
     holes = shapely.get_num_interior_rings(parts) > 0
     tally.changed["hole_filled"] += len(np.unique(owner[holes]))
     points, index = shapely.get_coordinates(shapely.get_exterior_ring(parts), return_index=True)
@@ -167,7 +167,7 @@ def _from_wkb(geometry: pa.Array, tally: Tally) -> Rings:
 
 
 def _from_lists(geometry: pa.Array, tally: Tally, *, multi: bool) -> Rings:
-    """Return the outer rings of native encodings: lists of lists of points."""
+    """Return the outer rings of native encodings (lists of lists of points); a row is an object."""
     missing = np.full(len(geometry), "no_outline", REASON)
     owner = np.arange(len(geometry))
     if multi:
@@ -175,17 +175,17 @@ def _from_lists(geometry: pa.Array, tally: Tally, *, multi: bool) -> Rings:
         geometry = geometry.flatten()
     num_rings = _lengths(geometry)
     tally.changed["hole_filled"] += len(np.unique(owner[num_rings > 1]))
-    some = num_rings > 0
-    outer = geometry.flatten().take(pa.array((np.cumsum(num_rings) - num_rings)[some]))
+    has_rings = num_rings > 0
+    outer = geometry.flatten().take(pa.array((np.cumsum(num_rings) - num_rings)[has_rings]))
     points = outer.flatten()
     if isinstance(points, pa.FixedSizeListArray):
         points_x0y0 = points.flatten().to_numpy().reshape(-1, points.type.list_size)[:, :2]
     else:
         points_x0y0 = np.column_stack([points.field("x"), points.field("y")])
-    return Rings(points_x0y0.astype(np.float64), _lengths(outer), owner[some], missing)
+    return Rings(points_x0y0.astype(np.float64), _lengths(outer), owner[has_rings], missing)
 
 
 def _lengths(lists: pa.Array) -> NDArray[np.int64]:
-    """Return the length of every list; 0 for null."""
+    """Return the length of every list, int64; 0 for null."""
     lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     return np.asarray(lengths, np.int64)

@@ -1,7 +1,7 @@
-"""From other people's outlines to one table: valid polygons in level-0 px, types by name.
+"""Turn the outlines of other tools into one table: valid polygons in level-0 px, types by name.
 
-Every reader of a format hands over rings and names; here they become polygons, and what was left
-out or mended on the way is counted, never silent. Arrays: P points, R rings, N objects, K kept.
+The readers of the formats return rings and names. This module makes polygons of them and counts
+every object that is left out or repaired. Arrays: P points, R rings, N objects, K kept objects.
 """
 
 import json
@@ -29,28 +29,28 @@ SEGMENTATION = pa.schema(
 REPORT_KEY = b"scellst_ray.imported"
 UNTYPED = "nucleus"
 BATCH = 16_384
-# A nucleus may be cut in pieces; an object of more parts than this is a whole class.
+# A nucleus may consist of several parts; an object of more parts than this is a class of nuclei.
 MAX_PARTS = 64
 TYPE_COLUMNS = ("class", "classification", "nucleus_type", "cell_type", "type", "label")
-# Wide enough for every reason.
+# Type of the reasons in `Tally.dropped`, wide enough for the longest.
 REASON = np.dtype("U12")
 _NUMBER = re.compile(r"[-+]?\d+(\.0*)?")
 
 
 @dataclass
 class Tally:
-    """What became of the objects of one file: dropped + rows of the table = num_objects.
+    """Counts of the objects of one file: dropped + rows of the table = num_objects.
 
     Attributes:
-        source: The file's name in errors.
-        format: What it was read as.
-        num_objects: Nuclei, or what could have been nuclei, in the file.
-        dropped: Objects left out, by reason: `no_outline` (no geometry, an unreadable one, or
-            fewer than 3 points), `not_finite`, `no_area`, `not_polygon`, `other_object` (of
-            QuPath: an annotation beside cells, a tile), `outside` (of the slide).
-        changed: Objects kept but not as given: `repaired` (invalid), `hole_filled`,
-            `largest_part` (the others left out), `cell_outline` (a cell without its nucleus).
-        lonlat: Whether the file says its coordinates are longitude and latitude.
+        source: Name of the file in errors.
+        format: Format as which the file was read.
+        num_objects: Number of nuclei, and of objects that could be nuclei, in the file.
+        dropped: Number of objects left out, by reason: `no_outline` (no geometry, an unreadable
+            one, or fewer than 3 points), `not_finite`, `no_area`, `not_polygon`, `other_object`
+            (QuPath's tiles, and annotations in a file with cells), `outside` (of the slide).
+        changed: Number of objects kept with changes: `repaired` (was invalid), `hole_filled`,
+            `largest_part` (further parts left out), `cell_outline` (a cell without its nucleus).
+        lonlat: Whether the file declares its coordinates as longitude and latitude.
     """
 
     source: str
@@ -63,13 +63,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class Rings:
-    """Outer rings, each of one part of an object.
+    """Outer rings of the parts of objects.
 
     Attributes:
-        points_x0y0: float64 [P, 2], one ring after the other, closed or not.
-        lengths: int64 [R], points per ring.
-        owner: int64 [R], ascending: the number of the object a ring belongs to.
-        missing: str [N], why an object has no ring, if it has none (a key of `Tally.dropped`).
+        points_x0y0: Points of all rings in turn, closed or not, float64 [P, 2].
+        lengths: Number of points per ring, int64 [R].
+        owner: Number of the object to which a ring belongs, ascending, int64 [R].
+        missing: Reason (a key of `Tally.dropped`) if an object has no ring, str [N].
     """
 
     points_x0y0: NDArray[np.float64]
@@ -78,7 +78,7 @@ class Rings:
     missing: NDArray[np.str_]
 
     def of(self, start: int, stop: int) -> "Rings":
-        """Return the rings of objects `start` to `stop`, counted from `start`."""
+        """Return the rings of objects `start` to `stop` (exclusive), numbered from 0 again."""
         first, last = np.searchsorted(self.owner, [start, stop])
         offset = self.lengths[:first].sum()
         lengths = self.lengths[first:last]
@@ -93,17 +93,17 @@ def table_of(
     tally: Tally,
     centroid_x0y0: NDArray[np.float64] | None = None,
 ) -> pa.Table:
-    """Turn objects into a SEGMENTATION table in their order, adding to `tally`.
+    """Turn objects into a SEGMENTATION table in their order, and count them in `tally`.
 
     Args:
-        rings: Their outer rings.
-        names: string [N], type names as `type_names` returns them.
-        probs: float32 [N], NaN where there is none.
-        tally: Counts what is dropped and changed.
-        centroid_x0y0: float64 [N, 2], level-0 px; None to take the polygons' own.
+        rings: Outer rings of the objects.
+        names: Type names as `type_names` returns them, string [N].
+        probs: Probabilities of the types, NaN if unknown, float32 [N].
+        tally: Counts of the file; dropped and changed objects are added to it.
+        centroid_x0y0: Centroids in level-0 px, float64 [N, 2]; None computes them.
 
     Raises:
-        ValueError: An object has so many parts that it is a class of nuclei, not a nucleus.
+        ValueError: An object has more than MAX_PARTS parts, so it is a class of nuclei.
     """
     batches = []
     for start in range(0, len(names), BATCH):
@@ -130,14 +130,14 @@ def with_report(table: pa.Table, tally: Tally) -> pa.Table:
     """Return the table with the tally in its schema metadata.
 
     Raises:
-        ValueError: The file holds objects, but none that gives the outline of a nucleus.
+        ValueError: The file holds objects, but none has the outline of a nucleus.
     """
     if tally.num_objects and not len(table):
         reasons = ", ".join(f"{count} {name}" for name, count in tally.dropped.items())
         message = (
-            f"{tally.source}: none of its {tally.num_objects} objects gives the outline of a "
-            f"nucleus ({reasons}). Expected polygons; CellViT's cell_detection files hold points "
-            "only: give its cells.json or cells.geojson"
+            f"{tally.source}: none of its {tally.num_objects} objects has the outline of a nucleus "
+            f"({reasons}). Expected polygons; CellViT's cell_detection files hold only points: "
+            "give its cells.json or cells.geojson"
         )
         raise ValueError(message)
     report = json.dumps(asdict(tally) | {"dropped": +tally.dropped, "changed": +tally.changed})
@@ -145,16 +145,17 @@ def with_report(table: pa.Table, tally: Tally) -> pa.Table:
 
 
 def import_report(table: pa.Table) -> dict[str, Any]:
-    """Return the fields of `Tally` of a table read by `read_segmentation`."""
+    """Return the fields of the `Tally` in the metadata of a table of `read_segmentation`."""
     report: dict[str, Any] = json.loads(table.schema.metadata[REPORT_KEY])
     return report
 
 
 def class_name(value: object) -> str | None:
-    """Return the name in a class as QuPath and geopandas write it; None if there is none.
+    """Return the name in a class as QuPath or geopandas writes it; None if it has no name.
 
-    A string, `{"name": ...}`, `{"names": [...]}` (joined by ": ", as QuPath shows them), or the
-    JSON of such an object in a string.
+    Args:
+        value: A string, `{"name": ...}`, `{"names": [...]}` (joined by ": ", as QuPath shows them),
+            or the JSON of such an object in a string.
     """
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
@@ -167,46 +168,50 @@ def class_name(value: object) -> str | None:
 
 
 def type_names(names: pa.Array, source: str) -> pa.Array:
-    """Return names, string [N], with `nucleus` where there is none.
+    """Return names, string [N], with `nucleus` for missing ones.
+
+    Args:
+        names: Names or null, string [N].
+        source: Name of the file in errors.
 
     Raises:
-        ValueError: A name is a number: what it stands for differs between tools.
+        ValueError: A name is a number, whose meaning differs between tools.
     """
     column = pc.fill_null(names, UNTYPED)
     for name in pc.unique(column).to_pylist():
         if _NUMBER.fullmatch(name):
             message = (
-                f"{source}: a nucleus type is the number {name}; expected names, since what a "
-                "number stands for differs between tools. Write the names into the file, or "
-                "remove its type column to import nuclei without types"
+                f"{source}: a nucleus type is the number {name}; expected names, since the meaning "
+                "of a number differs between tools. Write the names into the file, or remove its "
+                "type column to import nuclei without types"
             )
             raise ValueError(message)
     return column
 
 
 def _outlines(rings: Rings, tally: Tally) -> tuple[NDArray[np.int64], NDArray[np.object_]]:
-    """Return which objects have an outline, int64 [K], and it, valid polygons [K]."""
+    """Return which objects have an outline, int64 [K], and their valid polygons [K]."""
     reason = rings.missing.copy()
     tally.num_objects += len(reason)
     most = np.bincount(rings.owner, minlength=1).max()
     if most > MAX_PARTS:
         message = (
             f"{tally.source}: an object has {most} parts, so it is a class of nuclei rather than "
-            "a nucleus. Write one object per nucleus (geopandas: GeoDataFrame.explode); parts of "
-            "one are taken for nuclei only in a bare list of classified MultiPolygon annotations"
+            "a nucleus. Write one object per nucleus (geopandas: GeoDataFrame.explode). Parts "
+            "count as nuclei only in a bare list of classified MultiPolygon annotations"
         )
         raise ValueError(message)
     polygons, owner = _polygons(rings, reason)
     invalid = ~shapely.is_valid(polygons)
-    polygons[invalid] = _repaired(polygons[invalid])
+    polygons[invalid] = _repair(polygons[invalid])
     area = shapely.area(polygons)
     usable = np.isfinite(area) & (area > 0)
     reason[owner[~usable]] = "no_area"
     polygons, owner, invalid = polygons[usable], owner[usable], invalid[usable]
     chosen, num_parts = _largest(owner, area[usable])
-    lost = np.ones(len(reason), np.bool_)
-    lost[owner[chosen]] = False
-    tally.dropped.update(reason[lost].tolist())
+    is_dropped = np.ones(len(reason), np.bool_)
+    is_dropped[owner[chosen]] = False
+    tally.dropped.update(reason[is_dropped].tolist())
     tally.changed["repaired"] += int(invalid[chosen].sum())
     tally.changed["largest_part"] += int((num_parts > 1).sum())
     return owner[chosen], polygons[chosen]
@@ -215,27 +220,34 @@ def _outlines(rings: Rings, tally: Tally) -> tuple[NDArray[np.int64], NDArray[np
 def _polygons(
     rings: Rings, reason: NDArray[np.str_]
 ) -> tuple[NDArray[np.object_], NDArray[np.int64]]:
-    """Return the polygons of usable rings and their owners; note in `reason` why others are not."""
+    """Return the polygons of usable rings and their owners; write into `reason` why a ring is not.
+
+    Args:
+        rings: Outer rings of N objects.
+        reason: Reason why an object is dropped, str [N]; changed in place.
+    """
     reason[rings.owner] = "no_outline"
     points, lengths = rings.points_x0y0, rings.lengths
     ring = np.repeat(np.arange(len(lengths)), lengths)
-    strange = np.bincount(ring[~np.isfinite(points).all(axis=1)], minlength=len(lengths)) > 0
-    reason[rings.owner[strange]] = "not_finite"
+    not_finite = np.bincount(ring[~np.isfinite(points).all(axis=1)], minlength=len(lengths)) > 0
+    reason[rings.owner[not_finite]] = "not_finite"
     last = np.cumsum(lengths) - 1
-    some = lengths > 1
-    closed = np.zeros(len(lengths), np.bool_)
-    closed[some] = (points[last[some]] == points[(last - lengths + 1)[some]]).all(axis=1)
-    usable = ~strange & (lengths - closed >= 3)
+    several = lengths > 1
+    is_closed = np.zeros(len(lengths), np.bool_)
+    is_closed[several] = (points[last[several]] == points[(last - lengths + 1)[several]]).all(
+        axis=1
+    )
+    usable = ~not_finite & (lengths - is_closed >= 3)
     wanted = usable[ring]
-    wanted[last[closed]] = False
+    wanted[last[is_closed]] = False
     number = np.cumsum(usable) - 1
     closed_rings = shapely.linearrings(points[wanted], indices=number[ring[wanted]])
     return np.atleast_1d(shapely.polygons(closed_rings)), rings.owner[usable]
 
 
-def _repaired(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
-    """Return the largest valid part of each polygon, without holes; None where there is none."""
-    # Twice: a collection may hold a MultiPolygon beside the lines of spikes.
+def _repair(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
+    """Return the largest valid part of each polygon, without holes; None if it has no area."""
+    # A repaired polygon may be a collection of lines (spikes) and a MultiPolygon: split it twice.
     parts, owner = shapely.get_parts(shapely.make_valid(polygons), return_index=True)
     parts, inner = shapely.get_parts(parts, return_index=True)
     owner = owner[inner]
@@ -250,6 +262,6 @@ def _repaired(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
 def _largest(
     owner: NDArray[np.int64], area: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return each owner's largest part (the first of equals), by owner, and how many it has."""
+    """Return the index of each owner's largest part (the first of equal ones), and its parts."""
     _, start, count = np.unique(owner, return_index=True, return_counts=True)
     return np.lexsort((-area, owner))[start], count

@@ -1,10 +1,12 @@
-"""Other people's segmentations, so that a slide already segmented is not segmented again.
+"""Import segmentations of other tools, so that a segmented slide is not segmented again.
 
-A file of any of the usual formats becomes one table of nuclei (`read_segmentation`), which must
-lie on the slide (`check_within`); it is stored once per slide, sorted by tile (`publish_by_tile`),
-and a worker takes what it needs (`read_tile`, `nuclei_in_frame`) in place of a segmenter.
+1. `read_segmentation` turns a file of any common format into one table of nuclei.
+2. `check_within` checks that the nuclei lie on the slide.
+3. `publish_by_tile` stores the table once per slide, sorted by tile. A tile is a box of the slide
+   that workers process at once; its core is the part that belongs to no other tile.
+4. `read_tile` and `nuclei_in_frame` give a worker the nuclei of its tile in place of a segmenter.
 
-Coordinates are taken as given: level-0 px. CellViT writes the indices of contour pixels, so its
+Coordinates are level-0 px and stay unchanged. CellViT writes the indices of contour pixels, so its
 outlines pass through the middles of the outermost pixels and lie half a pixel up and left.
 """
 
@@ -34,7 +36,7 @@ FORMATS = (
     ".snappy"
 )
 MAX_OUTSIDE = 0.05
-# The median nucleus of any tissue is 15 to 100 um2.
+# Allowed median area of nuclei; that of any tissue is 15 to 100 um2.
 MEDIAN_UM2 = (5.0, 1000.0)
 ROW_GROUP = 5_000
 _BY_TILE = pa.schema([pa.field("tile_id", pa.int64(), nullable=False), *SEGMENTATION])
@@ -43,27 +45,28 @@ _BY_TILE = pa.schema([pa.field("tile_id", pa.int64(), nullable=False), *SEGMENTA
 def read_segmentation(path: Path, source: str) -> pa.Table:
     """Read a segmentation as a SEGMENTATION table, in the order of the file.
 
-    One row per nucleus: its polygon (WKB, valid, without holes), centroid x0 and y0 and area0
-    (level-0 px, px2), nucleus_type and type_prob. `import_report` of the table tells the format
-    and the number of objects that were dropped or mended.
+    A row is a nucleus: its polygon (WKB, valid, without holes), centroid x0 and y0, area0 (level-0
+    px, px2), nucleus_type and type_prob. `import_report` of the table returns the format and the
+    numbers of objects that were dropped or repaired.
 
     Args:
-        path: The file; its content tells the format, `.snappy` is believed.
-        source: Its name (URI) in errors.
+        path: Local path of the file. Its content determines the format, except for `.snappy`.
+        source: Name (URI) of the file in errors.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Not one of FORMATS, damaged, without outlines, or types by number.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not one of FORMATS, is damaged, holds no outlines, or has types
+            that are numbers.
     """
     if path.is_dir():
-        message = f"{source}: a folder; expected one file per slide: {FORMATS}"
+        message = f"{source}: is a folder; expected one file per slide: {FORMATS}"
         raise ValueError(message)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"PAR1":
         return read_geoparquet(path, source)
     if magic == b"PK\x03\x04":
-        message = f"{source}: a zip archive (or a PyTorch file); unzip it and give {FORMATS}"
+        message = f"{source}: is a zip archive (or a PyTorch file); unzip it and give {FORMATS}"
         raise ValueError(message)
     return read_json(_text(path, source), source)
 
@@ -84,10 +87,10 @@ def _text(path: Path, source: str) -> str:
 
 
 def _from_snappy(data: bytes) -> bytes:
-    """Decompress raw snappy: its length as a varint, then the blocks.
+    """Return decompressed data in the raw snappy format: its length as a varint, then blocks.
 
     Raises:
-        ValueError: The length is none, or more than so few bytes can hold.
+        ValueError: The length is no number, or exceeds the capacity of the data.
         OSError: The blocks are damaged.
     """
     length = 0
@@ -97,9 +100,9 @@ def _from_snappy(data: bytes) -> bytes:
             break
     else:
         length = -1
-    # A block gives at most 64 bytes for 3.
+    # A block of 3 bytes holds at most 64.
     if not 0 < length <= 32 * len(data):
-        message = f"no JSON, gzip or snappy: it begins {data[:8]!r}"
+        message = f"not JSON, gzip or snappy: it begins with {data[:8]!r}"
         raise ValueError(message)
     return bytes(pa.decompress(data, decompressed_size=length, codec="snappy", asbytes=True))
 
@@ -107,17 +110,18 @@ def _from_snappy(data: bytes) -> bytes:
 def check_within(
     table: pa.Table, width0: int, height0: int, source: str, mpp: float | None = None
 ) -> pa.Table:
-    """Return the nuclei whose centroid is on the slide, the others counted as `outside`.
+    """Return the nuclei whose centroid lies on the slide; count the rest as `outside`.
 
-    Up to MAX_OUTSIDE of them may lie outside (nuclei on the edge of the scan). Coordinates in um
-    or of a smaller level lie within the slide too: the size of the nuclei tells, if `mpp` is given.
+    A share of up to MAX_OUTSIDE may lie outside (nuclei on the edge of the scan). Coordinates in um
+    or in px of a smaller level lie on the slide too. The size of the nuclei shows such a mistake,
+    if `mpp` is given.
 
     Args:
-        table: As `read_segmentation` returns it.
+        table: Table as `read_segmentation` returns it.
         width0: Width of the slide in level-0 px.
-        height0: Its height.
-        source: The segmentation's name in errors.
-        mpp: um per level-0 px of the slide.
+        height0: Height of the slide in level-0 px.
+        source: Name of the segmentation in errors.
+        mpp: Resolution of the slide, um per level-0 px.
 
     Raises:
         ValueError: The coordinates cannot be level-0 px of this slide.
@@ -139,20 +143,20 @@ def check_within(
 def _problem(
     table: pa.Table, size0: tuple[int, int], inside: NDArray[np.bool_], mpp: float | None
 ) -> str | None:
-    """Say why coordinates cannot be level-0 px of the slide and what they may be, or None."""
+    """Return why coordinates cannot be level-0 px of the slide, and the likely cause, or None."""
     x0, y0 = table["x0"].to_numpy(), table["y0"].to_numpy()
     is_small = np.abs(x0).max() <= 180 and np.abs(y0).max() <= 90
     if import_report(table)["lonlat"] and is_small and (size0[0] > 180 or size0[1] > 90):
-        return "the file says they are longitude and latitude, and they are small enough to be"
+        return "the file declares longitude and latitude, and the values are in their range"
     if 1 - inside.mean() <= MAX_OUTSIDE:
         return None if mpp is None else _size_problem(table, mpp)
-    turned = (y0 >= 0) & (y0 < size0[0]) & (x0 >= 0) & (x0 < size0[1])
-    if 1 - turned.mean() <= MAX_OUTSIDE:
-        cause = "x and y seem to be swapped, since the other way round they fit"
+    inside_swapped = (y0 >= 0) & (y0 < size0[0]) & (x0 >= 0) & (x0 < size0[1])
+    if 1 - inside_swapped.mean() <= MAX_OUTSIDE:
+        cause = "x and y seem to be swapped, since swapped coordinates fit"
     elif ((x0 < 0) | (y0 < 0)).mean() > MAX_OUTSIDE:
-        cause = "they seem to count from another origin, or y upwards"
+        cause = "they seem to have another origin, or y points upwards"
     else:
-        cause = "they may be px of another level, another unit, or of another slide"
+        cause = "they may be px of another level, another unit, or px of another slide"
     return (
         f"{1 - inside.mean():.0%} of {len(x0)} centroids lie outside "
         f"(x {x0.min():.0f} to {x0.max():.0f}, y {y0.min():.0f} to {y0.max():.0f}); {cause}"
@@ -160,19 +164,19 @@ def _problem(
 
 
 def _size_problem(table: pa.Table, mpp: float) -> str | None:
-    """Say that the nuclei are too small or too large for their slide, or None."""
+    """Return that the nuclei are too small or too large for their slide, or None."""
     median_um2 = float(np.median(table["area0"].to_numpy())) * mpp**2
     if MEDIAN_UM2[0] <= median_um2 <= MEDIAN_UM2[1]:
         return None
     return (
-        f"the median nucleus would be {median_um2:.3g} um2 at {mpp} um/px, expected "
+        f"the median nucleus would have {median_um2:.3g} um2 at {mpp} um/px, expected "
         f"{MEDIAN_UM2[0]:.0f} to {MEDIAN_UM2[1]:.0f}; they may be um or px of another level, or "
-        "the objects may be no nuclei"
+        "the objects may not be nuclei"
     )
 
 
 def _without_outside(table: pa.Table, num_outside: int) -> pa.Table:
-    """Add nuclei taken out of the table to its report."""
+    """Return the table with `num_outside` nuclei added to the report's dropped ones."""
     report = import_report(table)
     dropped = report["dropped"]
     if num_outside:
@@ -183,19 +187,20 @@ def _without_outside(table: pa.Table, num_outside: int) -> pa.Table:
 def publish_by_tile(
     table: pa.Table, edges_x: NDArray[np.integer], edges_y: NDArray[np.integer], uri: str
 ) -> dict[str, Any]:
-    """Store a slide's nuclei sorted by (tile_id, y0, x0), so that a tile is read by itself.
+    """Store a slide's nuclei sorted by (tile_id, y0, x0), so that one tile can be read alone.
 
-    Row groups end where tiles end: several small tiles, at most ROW_GROUP nuclei, or one tile.
+    A row group holds whole tiles: several small ones of at most ROW_GROUP nuclei, or one tile. The
+    tile_id is row * (len(edges_x) - 1) + column of the core that holds the centroid. A centroid on
+    an edge belongs to the core to the right or below.
 
     Args:
-        table: As `read_segmentation` or `check_within` returns it.
-        edges_x: Level-0 x of the cores' edges, ascending, from 0 to the slide's width.
-        edges_y: The same along y; tile_id is row * (len(edges_x) - 1) + column, and a centroid on
-            an edge belongs to the core right of it or below.
-        uri: Where the file shall appear.
+        table: Table as `read_segmentation` or `check_within` returns it.
+        edges_x: Edges of the cores along x in level-0 px, ascending, from 0 to the slide's width.
+        edges_y: Edges of the cores along y in level-0 px, ascending.
+        uri: Path or URI of the file.
 
     Returns:
-        The report of what was stored; nuclei beyond the edges are dropped, as `outside`.
+        The report of the stored table; nuclei beyond the edges are dropped as `outside`.
     """
     x0, y0 = table["x0"].to_numpy(), table["y0"].to_numpy()
     column, row = (
@@ -210,7 +215,7 @@ def publish_by_tile(
     table = _without_outside(table, len(table) - len(order))
     metadata = dict(table.schema.metadata)
     schema = schemas.signed(_BY_TILE, "SEGMENTATION", extra=metadata)
-    # Large offsets: a million nuclei in one array pass 2 GiB.
+    # A million nuclei in one array exceed the 2 GiB of 32-bit offsets.
     large = pa.schema([f.with_type(_large(f.type)) for f in SEGMENTATION], metadata)
     table = table.cast(large).combine_chunks()
     groups = _groups(tile_id[order])
@@ -228,12 +233,12 @@ def publish_by_tile(
 
 
 def _large(kind: pa.DataType) -> pa.DataType:
-    """Return the type with 64-bit offsets, if it has any."""
+    """Return the type with 64-bit offsets; other types unchanged."""
     return {pa.binary(): pa.large_binary(), pa.string(): pa.large_string()}.get(kind, kind)
 
 
 def _groups(tile_id: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return [start, stop) of row groups over ascending tile ids."""
+    """Return (start, stop) of the row groups over ascending tile ids."""
     stops = np.flatnonzero(np.diff(tile_id, append=-1)) + 1
     groups, begin, end = [], 0, 0
     for stop in stops.tolist():
@@ -245,28 +250,32 @@ def _groups(tile_id: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def read_tile(uri: str, tile_id: int) -> pa.Table:
-    """Return the nuclei of one tile as a SEGMENTATION table, by (y0, x0); none if it has none.
+    """Return the nuclei of one tile as a SEGMENTATION table in the order of (y0, x0).
 
-    Reads only the row group the tile is in.
+    Only the row group of the tile is read. A tile without nuclei gives an empty table.
+
+    Args:
+        uri: Path or URI of a file that `publish_by_tile` wrote.
+        tile_id: Number of the tile.
 
     Raises:
-        ValueError: The file is none of `publish_by_tile`, or of a newer release.
+        ValueError: `publish_by_tile` did not write the file, or a newer release did.
     """
     with storage.open_parquet(uri) as file:
         schemas.check(file.schema_arrow, "SEGMENTATION", uri)
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         bounds = [group.column(0).statistics for group in groups]
-        wanted = [i for i, found in enumerate(bounds) if found.min <= tile_id <= found.max]
+        wanted = [i for i, bound in enumerate(bounds) if bound.min <= tile_id <= bound.max]
         table = file.read_row_groups(wanted, use_threads=False)
     return table.filter(pc.equal(table["tile_id"], tile_id)).drop_columns(["tile_id"])
 
 
 def nuclei_in_frame(table: pa.Table, frame: Frame) -> Nuclei:
-    """Return the nuclei of a SEGMENTATION table in px of an image in hand, in the same order.
+    """Return the nuclei of a SEGMENTATION table in px of an image, in the same order.
 
     Args:
-        table: As `read_tile` returns it.
-        frame: Where the image lies on the slide.
+        table: Table as `read_tile` returns it.
+        frame: Frame of the image on the slide.
     """
     polygons = shapely.from_wkb(table["polygon"].to_numpy())
     points_x0y0, index = shapely.get_coordinates(polygons, return_index=True)

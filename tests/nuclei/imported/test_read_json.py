@@ -138,7 +138,7 @@ def test_without_a_type_a_cell_is_a_nucleus_and_names_stay():
         ),
         (
             [_feature({"type": "MultiPoint", "coordinates": [[1, 2]]}, "annotation", "Dead")],
-            "none of its 1 objects .*1 not_polygon.*cell_detection files hold points",
+            "none of its 1 objects .*1 not_polygon.*cell_detection files hold only points",
         ),
         (_collection(_feature(None)), "none of its 1 objects .*1 no_outline"),
         ({"nuc": {}, "mag": 40}, r"found an object with the keys \['mag', 'nuc'\]; expected"),
@@ -153,7 +153,7 @@ def test_refusals_say_what_was_found_and_what_to_do(document, expected):
 
 
 def test_broken_json_is_named():
-    with pytest.raises(ValueError, match=r"^u: broken JSON .*line 1 column \d+.*cut"):
+    with pytest.raises(ValueError, match=r"^u: damaged JSON .*line 1 column \d+.*cut"):
         read_json('{"cells": [{"contour": [[1, 2]', "u")
 
 

@@ -138,7 +138,9 @@ def test_points_are_refused_in_both_encodings(tmp_path):
     points = [shapely.Point(i, i) for i in range(3)]
     with pytest.raises(ValueError, match=r"none of its 3 objects .*3 not_polygon"):
         _read(tmp_path, {}, points)
-    with pytest.raises(ValueError, match="column geometry is encoded as point; expected polygons"):
+    with pytest.raises(
+        ValueError, match="column geometry has the encoding point; expected polygons"
+    ):
         _read(tmp_path, {}, points, geometry_encoding="geoarrow")
 
 

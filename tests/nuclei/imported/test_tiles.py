@@ -87,16 +87,16 @@ def test_a_long_snappy_file_is_read_whole(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "no JSON, gzip or snappy"),
+        (b"", "not JSON, gzip or snappy"),
         (b"\x80\x04\x95 a pickle", "not readable as a segmentation"),
-        (b"\xff" * 40, "no JSON, gzip or snappy"),
+        (b"\xff" * 40, "not JSON, gzip or snappy"),
         (_snappy(json.dumps(CELLS_JSON))[:-9], "not readable as a segmentation"),
-        (_snappy("x" * 100), "broken JSON"),
+        (_snappy("x" * 100), "damaged JSON"),
         (gzip.compress(json.dumps(CELLS_JSON).encode())[:-20], "not readable as a segmentation"),
-        (json.dumps(CELLS_JSON).encode()[:-9], "broken JSON"),
+        (json.dumps(CELLS_JSON).encode()[:-9], "damaged JSON"),
         (b'{"a": "\xe9"}', "not readable as a segmentation"),
         (b"PK\x03\x04....", "unzip it"),
-        (b"PAR1 and nothing else", "no readable Parquet file"),
+        (b"PAR1 and nothing else", "not a readable Parquet file"),
     ],
 )
 def test_what_is_no_segmentation_is_refused_by_its_name(tmp_path, content, expected):
@@ -109,7 +109,9 @@ def test_what_is_no_segmentation_is_refused_by_its_name(tmp_path, content, expec
 def test_a_cut_parquet_file_is_refused(tmp_path):
     path = _written(tmp_path / "s.parquet", _discs(_scattered(50)))
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"s: no readable Parquet file .* copy or export it again"):
+    with pytest.raises(
+        ValueError, match=r"s: not a readable Parquet file .* copy or export it again"
+    ):
         read_segmentation(path, "s")
 
 
@@ -139,7 +141,7 @@ def test_the_far_edge_is_outside_and_the_near_edge_inside(tmp_path):
     ("change", "expected"),
     [
         (lambda p: p * 4, "9.% of 200 .*px of another level"),
-        (lambda p: -p, "100% of 200 .*another origin, or y upwards"),
+        (lambda p: -p, "100% of 200 .*another origin, or y points upwards"),
         (lambda p: p[:, ::-1], "x and y seem to be swapped"),
         (lambda p: p + np.array([0, 50_000]), "of another slide"),
     ],
@@ -154,7 +156,8 @@ def test_coordinates_of_something_else_are_refused_with_a_cause(tmp_path, change
 def test_sizes_tell_coordinates_in_um_or_of_regions(tmp_path, radius, median):
     table = _table(tmp_path, _scattered(50), radius)
     assert len(check_within(table, WIDTH0, HEIGHT0, "s")) == 50
-    with pytest.raises(ValueError, match=rf"median nucleus would be {median}.* um2 at 0.25 um/px"):
+    expected = rf"median nucleus would have {median}.* um2 at 0.25 um/px"
+    with pytest.raises(ValueError, match=expected):
         check_within(table, WIDTH0, HEIGHT0, "s", mpp=0.25)
 
 
