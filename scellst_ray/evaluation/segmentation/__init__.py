@@ -1,1 +1,1 @@
-"""How well segmentations agree with annotated nuclei."""
+"""Scores of segmented nuclei against annotated nuclei."""

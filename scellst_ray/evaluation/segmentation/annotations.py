@@ -1,12 +1,12 @@
-"""Nuclei as files give them: label maps, typed points, CELLS.
+"""Readers of files with nuclei: label maps, typed points, CELLS.
 
-| file | what it is |
+| file | content |
 | --- | --- |
 | .png .tif .tiff .npy .npz | label map: integers [H, W], one per nucleus, 0 = background |
-| .csv .tsv | points: columns x, y and, if known, type |
-| .parquet | CELLS of this project |
+| .csv .tsv | points: columns x, y and optionally type |
+| .parquet | CELLS table of this project |
 
-Types of a label map come from a second table with columns label and type.
+The types of a label map come from a second table with columns label and type.
 """
 
 import io
@@ -33,8 +33,8 @@ from scellst_ray.evaluation.segmentation.detection_metrics import UNKNOWN
 
 MAPS, POINTS, CELLS = (".png", ".tif", ".tiff", ".npy", ".npz"), (".csv", ".tsv"), (".parquet",)
 CELL_COLUMNS = ("x0", "y0", "nucleus_type", "polygon")
-# What the readers raise for files that are cut or something else.
-CUT = (
+# Errors that the readers raise for files that are cut off or of another format.
+READ_ERRORS = (
     *(ValueError, TypeError, IndexError, ZeroDivisionError, EOFError, RuntimeError),
     *(struct.error, zlib.error, zipfile.BadZipFile, cv2.error, tifffile.TiffFileError),
 )
@@ -43,14 +43,14 @@ _MAP_NAMES = ("labels", "inst_map")
 
 @dataclass(frozen=True)
 class NucleiFile:
-    """N nuclei of one file, in px of the image they were drawn on, (x, y).
+    """N nuclei of one file, in px (x, y) of the image they were drawn on.
 
     Attributes:
-        source: What messages call it.
+        source: Name of the file in messages.
         centroid_N2: float64 [N, 2].
-        types_N: str [N]; UNKNOWN where the file says nothing.
-        labels_HW: int32 [H, W], nucleus i is i + 1; None unless the file is a label map.
-        polygons_N: shapely outlines [N]; None unless the file has them.
+        types_N: str [N]; UNKNOWN where the file names no type.
+        labels_HW: int32 [H, W], nucleus i has label i + 1; None unless the file is a label map.
+        polygons_N: shapely outlines [N]; None unless the file has outlines.
     """
 
     source: str
@@ -61,31 +61,32 @@ class NucleiFile:
 
     @property
     def has_masks(self) -> bool:
-        """Tell whether the file says which pixels nuclei have."""
+        """Whether the file says which pixels belong to each nucleus."""
         return self.labels_HW is not None or self.polygons_N is not None
 
 
 def read_nuclei(uri: str, types_uri: str | None = None) -> NucleiFile:
-    """Read a label map, points or CELLS, by the end of its name.
+    """Read a label map, points or CELLS; the suffix of the name decides which.
 
     Args:
         uri: Local path or fsspec URI.
-        types_uri: For a label map, a table (.csv, .tsv) with columns label and type.
+        types_uri: Table (.csv, .tsv) with columns label and type; for a label map only.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not what its name promises, or a type table where none belongs.
+        FileNotFoundError: the file does not exist.
+        ValueError: the content does not match the suffix, or `types_uri` is given for a file that
+            is no label map.
     """
     suffix = PurePosixPath(uri).suffix.lower()
     if suffix not in MAPS + POINTS + CELLS:
         known = ", ".join(MAPS + POINTS + CELLS)
-        message = f"{uri}: cannot tell what it is by its name; expected one of {known}"
+        message = f"{uri}: unknown suffix; expected one of {known}"
         raise ValueError(message)
     if types_uri is not None and suffix not in MAPS:
-        message = f"{uri}: has its types in itself; a table of types is for label maps"
+        message = f"{uri}: holds types itself; give a table of types for label maps only"
         raise ValueError(message)
     if not storage.exists(uri):
-        message = f"{uri}: no such file"
+        message = f"{uri}: no such file; check the path"
         raise FileNotFoundError(message)
     if suffix in MAPS:
         return _label_map(uri, _read_map(uri, suffix), types_uri)
@@ -96,7 +97,7 @@ def read_nuclei(uri: str, types_uri: str | None = None) -> NucleiFile:
 
 
 def nuclei_of_cells(cells: pa.Table, source: str) -> NucleiFile:
-    """Return CELLS (with the columns CELL_COLUMNS) as nuclei; px are level-0 px."""
+    """Return CELLS (with the columns CELL_COLUMNS) as nuclei, in level-0 px."""
     centroid_N2 = np.stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()], axis=1)
     return NucleiFile(
         source,
@@ -110,26 +111,26 @@ def _read_map(uri: str, suffix: str) -> NDArray[np.integer]:
     """Return the integer array [H, W] of a label map file.
 
     Raises:
-        ValueError: the file is cut or holds something else.
+        ValueError: the file is cut off or is no label map.
     """
     data = storage.read_bytes(uri)
-    found: Any  # the libraries promise arrays, and give None for what they cannot read
+    content: Any  # the libraries declare an array, and return None if they cannot read the file
     try:
         if suffix == ".png":
-            found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+            content = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         elif suffix in (".tif", ".tiff"):
-            found = tifffile.imread(io.BytesIO(data))
+            content = tifffile.imread(io.BytesIO(data))
         else:
-            found = np.load(io.BytesIO(data), allow_pickle=False)
-        if isinstance(found, np.lib.npyio.NpzFile):
-            found = found[_array_name(found, uri)]
-    except CUT as error:
+            content = np.load(io.BytesIO(data), allow_pickle=False)
+        if isinstance(content, np.lib.npyio.NpzFile):
+            content = content[_array_name(content, uri)]
+    except READ_ERRORS as error:
         message = f"{uri}: cannot be read as {suffix} ({error}); is the file cut off?"
         raise ValueError(message) from error
-    if found is None:
+    if content is None:
         message = f"{uri}: cannot be read as an image; is the file cut off?"
         raise ValueError(message)
-    labels_HW = np.asarray(found)
+    labels_HW = np.asarray(content)
     if labels_HW.ndim != 2 or labels_HW.dtype.kind not in "iu":
         message = (
             f"{uri}: holds {labels_HW.dtype} {labels_HW.shape}; expected a label map, integers "
@@ -140,19 +141,19 @@ def _read_map(uri: str, suffix: str) -> NDArray[np.integer]:
 
 
 def _array_name(arrays: np.lib.npyio.NpzFile, uri: str) -> str:
-    """Return which array of an .npz is the label map: the only one, or one of a usual name."""
+    """Return the name of the label map in an .npz: the only array, or one of _MAP_NAMES."""
     names = list(arrays) if len(list(arrays)) == 1 else [n for n in _MAP_NAMES if n in arrays]
     if not names:
         message = (
-            f"{uri}: has arrays {', '.join(arrays) or 'of no name'}; expected one, or one of "
-            f"{' or '.join(_MAP_NAMES)}"
+            f"{uri}: holds arrays {', '.join(arrays) or 'without names'}; expected one array, or "
+            f"one named {' or '.join(_MAP_NAMES)}"
         )
         raise ValueError(message)
     return str(names[0])
 
 
 def _label_map(uri: str, labels_HW: NDArray[np.integer], types_uri: str | None) -> NucleiFile:
-    """Number the nuclei of a label map 1 to N, and find centroids and types."""
+    """Return the nuclei of a label map, numbered 1 to N, with centroids and types."""
     y, x = np.nonzero(labels_HW)
     names, flat = np.unique(labels_HW[y, x], return_inverse=True)
     if len(names) and names[0] < 0:
@@ -163,8 +164,8 @@ def _label_map(uri: str, labels_HW: NDArray[np.integer], types_uri: str | None) 
     num_parts = ndimage.label(compact_HW)[1] if len(names) == 1 else 0
     if num_parts > 1:
         message = (
-            f"{uri}: all {num_parts} spots have the number {names[0]}; expected a number per "
-            "nucleus, so label the connected parts first (skimage.measure.label)"
+            f"{uri}: all {num_parts} connected parts have the number {names[0]}; expected one "
+            "number per nucleus. Label the connected parts first (skimage.measure.label)."
         )
         raise ValueError(message)
     area = np.bincount(flat, minlength=len(names))
@@ -184,15 +185,15 @@ def _types_of(labels: NDArray[np.integer], types_uri: str, uri: str) -> NDArray[
     missing = [label for label in labels.tolist() if label not in by_label]
     if missing:
         message = (
-            f"{types_uri}: says nothing of {len(missing)} labels of {uri}, {missing[0]} among "
-            "them; leave the type empty where it is unknown"
+            f"{types_uri}: has no row for {len(missing)} labels of {uri}, such as {missing[0]}; "
+            "add a row with an empty type where the type is unknown"
         )
         raise ValueError(message)
     return np.array([by_label[label] for label in labels.tolist()], np.str_)
 
 
 def _points(uri: str) -> NucleiFile:
-    """Read points."""
+    """Read the points of a table with columns x, y and optionally type."""
     table = read_table(uri, ("x", "y"))
     centroid_N2 = np.stack([_numbers(table, name, uri) for name in ("x", "y")], axis=1)
     names = _names(table) if "type" in table.columns else [UNKNOWN] * len(table)
@@ -200,14 +201,18 @@ def _points(uri: str) -> NucleiFile:
 
 
 def read_table(uri: str, needed: tuple[str, ...]) -> pl.DataFrame:
-    """Read a CSV or TSV as text, with at least these columns.
+    """Read a CSV or TSV as text, without its empty rows.
+
+    Args:
+        uri: Local path or fsspec URI.
+        needed: Columns that the table must have.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it is no table, or a column is missing.
     """
     if not storage.exists(uri):
-        message = f"{uri}: no such file"
+        message = f"{uri}: no such file; check the path"
         raise FileNotFoundError(message)
     separator = "\t" if uri.lower().endswith(".tsv") else ","
     data = storage.read_bytes(uri)
@@ -224,16 +229,20 @@ def read_table(uri: str, needed: tuple[str, ...]) -> pl.DataFrame:
             has = ", ".join(table.columns)
             message = f"{uri}: column {name} not found; it has {has}{hint}"
             raise ValueError(message)
-    # Spreadsheets leave empty lines.
+    # Spreadsheets write empty lines.
     return table.filter(~pl.all_horizontal(pl.all().is_null()))
 
 
 def _numbers(table: pl.DataFrame, name: str, uri: str) -> NDArray[np.float64]:
-    """Return a column of finite numbers."""
+    """Return a column of finite numbers as float64.
+
+    Raises:
+        ValueError: a value is no finite number.
+    """
     column = table[name].str.strip_chars().cast(pl.Float64, strict=False)
-    bad = column.is_null() | ~column.is_finite()
-    if bad.any():
-        row = int(bad.arg_max() or 0)
+    is_wrong = column.is_null() | ~column.is_finite()
+    if is_wrong.any():
+        row = int(is_wrong.arg_max() or 0)
         message = f"{uri}: row {row + 1} has {name} {table[name][row]!r}; expected a number"
         raise ValueError(message)
     return column.to_numpy().astype(np.float64)

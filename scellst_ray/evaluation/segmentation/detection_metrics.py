@@ -1,6 +1,6 @@
-"""How well predicted nuclei match annotated points: detection, and types of what was detected.
+"""Scores of predicted nuclei against annotated points: of detection, and of types.
 
-N annotated and M predicted nuclei. A score whose denominator is zero is NaN.
+There are N annotated and M predicted nuclei. A score whose denominator is zero is NaN.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 
-UNKNOWN = ""  # the type of a nucleus about which the annotator says only that it is there
+UNKNOWN = ""  # type of a nucleus that the annotator marked without naming its type
 
 
 @dataclass(frozen=True)
 class DetectionCounts:
-    """How many nuclei there are, were predicted, and match; counts of images add up.
+    """Numbers of annotated, predicted and matched nuclei. Counts of several images add up.
 
     Attributes:
-        num_true: Annotated nuclei.
-        num_predicted: Predicted nuclei.
-        num_matched: Pairs, one to one.
+        num_true: Number of annotated nuclei.
+        num_predicted: Number of predicted nuclei.
+        num_matched: Number of pairs; each nucleus is in at most one.
     """
 
     num_true: int
@@ -30,7 +30,7 @@ class DetectionCounts:
     num_matched: int
 
     def __add__(self, other: "DetectionCounts") -> "DetectionCounts":
-        """Return the counts of both."""
+        """Return the sum of two counts."""
         return DetectionCounts(
             self.num_true + other.num_true,
             self.num_predicted + other.num_predicted,
@@ -39,12 +39,12 @@ class DetectionCounts:
 
     @property
     def precision(self) -> float:
-        """Share of the predicted nuclei that match."""
+        """Share of the predicted nuclei that match an annotated one."""
         return ratio(self.num_matched, self.num_predicted)
 
     @property
     def recall(self) -> float:
-        """Share of the annotated nuclei that match."""
+        """Share of the annotated nuclei that match a predicted one."""
         return ratio(self.num_matched, self.num_true)
 
     @property
@@ -55,18 +55,18 @@ class DetectionCounts:
 
 @dataclass(frozen=True)
 class TypeCounts:
-    """How one nucleus type fares; counts of images add up.
+    """Numbers of nuclei of one type. Counts of several images add up.
 
     Attributes:
         num_true: Annotated nuclei of this type.
         num_predicted: Predicted nuclei of this type.
         num_detected: Annotated nuclei of this type that match a predicted one of any type.
-        both: Pairs of which both are of this type (TP).
-        only_predicted: Pairs of which only the predicted one is (FP); those whose true type is
-            unknown do not count.
-        only_true: Pairs of which only the annotated one is (FN).
-        unmatched_predicted: Predicted nuclei of this type in no pair (FP_d).
-        unmatched_true: Annotated nuclei of this type in no pair (FN_d).
+        both: Pairs of which both nuclei have this type (TP).
+        only_predicted: Pairs of which only the predicted nucleus has this type (FP). Pairs whose
+            annotated type is unknown are left out.
+        only_true: Pairs of which only the annotated nucleus has this type (FN).
+        unmatched_predicted: Predicted nuclei of this type without a partner (FP_d).
+        unmatched_true: Annotated nuclei of this type without a partner (FN_d).
     """
 
     num_true: int
@@ -79,20 +79,19 @@ class TypeCounts:
     unmatched_true: int
 
     def __add__(self, other: "TypeCounts") -> "TypeCounts":
-        """Return the counts of both."""
+        """Return the sum of two counts."""
         mine, theirs = vars(self), vars(other)
         return TypeCounts(**{name: mine[name] + theirs[name] for name in mine})
 
     @property
     def detected(self) -> float:
-        """Share of the annotated nuclei of this type that were found, whatever they were called."""
+        """Share of the annotated nuclei of this type that match a predicted one of any type."""
         return ratio(self.num_detected, self.num_true)
 
     @property
     def precision(self) -> float:
         """TP / (TP + 2 FP + FP_d)."""
-        found = self.both + 2 * self.only_predicted + self.unmatched_predicted
-        return ratio(self.both, found)
+        return ratio(self.both, self.both + 2 * self.only_predicted + self.unmatched_predicted)
 
     @property
     def recall(self) -> float:
@@ -101,12 +100,12 @@ class TypeCounts:
 
     @property
     def f1(self) -> float:
-        """2 TP / (2 TP + 2 FP + 2 FN + FP_d + FN_d), of detection and typing together.
+        """2 TP / (2 TP + 2 FP + 2 FN + FP_d + FN_d), a score of detection and typing together.
 
-        Graham et al. 2019 ("HoVer-Net", Medical Image Analysis 58, section on classification)
-        write 2 (TP + TN) in place of 2 TP, and weights 2, 2, 1, 1 for the errors. Their code and
-        CellViT's, which gave the published figures, count for a type only the pairs that have it
-        on some side, and the unmatched nuclei that have it, so that TN is always 0, as here.
+        The formula is from Graham et al. 2019 ("HoVer-Net", Medical Image Analysis 58, section on
+        classification), with their weights 2, 2, 1, 1 of the errors. They write 2 (TP + TN) in
+        place of 2 TP. But their code and CellViT's, which gave the published figures, count for a
+        type only nuclei of this type and their partners. So TN is always 0, as here.
         """
         errors = 2 * self.only_predicted + 2 * self.only_true
         errors += self.unmatched_predicted + self.unmatched_true
@@ -118,10 +117,10 @@ class PointMatching:
     """Annotated and predicted points matched one to one.
 
     Attributes:
-        true_index: int64 [K], rows of the annotated points, ascending.
-        predicted_index: int64 [K], rows of the predicted points they match.
-        distance: float64 [K], between them, in the unit of the points.
-        counts: How many there are and match.
+        true_index: int64 [K], rows of the matched annotated points, ascending.
+        predicted_index: int64 [K], rows of the predicted points that they match.
+        distance: float64 [K], distance of each pair, in the unit of the points.
+        counts: Numbers of points and of pairs.
     """
 
     true_index: NDArray[np.int64]
@@ -133,20 +132,22 @@ class PointMatching:
 def match_points(
     true_N2: NDArray[np.floating], predicted_M2: NDArray[np.floating], radius: float
 ) -> PointMatching:
-    """Match points one to one within a radius: as many pairs as possible, then the nearest.
+    """Match points one to one within a radius.
 
-    Exact: among all matchings of the largest size, one of the smallest sum of distances. (The
-    published evaluations minimise the sum over all points, however far apart, and drop pairs
-    beyond the radius afterwards, which can cost pairs.) Done for each group of points that are
-    candidates of each other, so the cost grows with the number of groups, not with N x M.
+    The result is exact: it has the largest number of pairs, and among such matchings the smallest
+    sum of distances. The published evaluations minimise the sum over all points, however far
+    apart, and then drop pairs beyond the radius, which can lose pairs.
+
+    Each group of points that are candidates of each other is solved on its own, so the cost grows
+    with the number of groups, not with N x M.
 
     Args:
         true_N2: Annotated points [N, 2].
         predicted_M2: Predicted points [M, 2], in the same frame and unit.
-        radius: The largest distance of a pair, inclusive.
+        radius: Largest distance of a pair, inclusive, in the unit of the points.
 
     Raises:
-        ValueError: If points are not [N, 2] and finite, or the radius is not positive.
+        ValueError: points are not [N, 2] and finite, or the radius is not positive.
     """
     true_N2, predicted_M2 = _points(true_N2, "true_N2"), _points(predicted_M2, "predicted_M2")
     if not radius > 0:
@@ -164,10 +165,10 @@ def match_points(
 def type_counts(
     matching: PointMatching, true_types: Sequence[str], predicted_types: Sequence[str]
 ) -> dict[str, TypeCounts]:
-    """Count, for every type on either side, what became of its nuclei.
+    """Return the counts of every type that is present on either side.
 
     Args:
-        matching: From `match_points`.
+        matching: Matching of the nuclei, from `match_points`.
         true_types: Type name of each annotated nucleus [N]; UNKNOWN where not annotated.
         predicted_types: Type name of each predicted nucleus [M], in the same vocabulary.
     """
@@ -178,12 +179,12 @@ def type_counts(
         predicted_M[matching.predicted_index],
     )
     known_K = pair_true_K != UNKNOWN
-    found = {}
+    counts = {}
     for name in sorted({*true_N.tolist(), *predicted_M.tolist()} - {UNKNOWN}):
         is_true_K, is_predicted_K = pair_true_K == name, pair_predicted_K == name
         num_true, num_predicted = int((true_N == name).sum()), int((predicted_M == name).sum())
         num_detected = int(is_true_K.sum())
-        found[name] = TypeCounts(
+        counts[name] = TypeCounts(
             num_true=num_true,
             num_predicted=num_predicted,
             num_detected=num_detected,
@@ -193,23 +194,24 @@ def type_counts(
             unmatched_predicted=num_predicted - int(is_predicted_K.sum()),
             unmatched_true=num_true - num_detected,
         )
-    return found
+    return counts
 
 
 def common_types(
     same: Sequence[tuple[str, str]],
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return what names of annotation and prediction are called in a common vocabulary.
+    """Return the common names of annotated and of predicted types.
 
-    Equal names mean the same, and so do the pairs in `same`; a name in several pairs joins them
-    all. A type is called after its annotated names; names in no pair keep theirs.
+    Equal names mean the same type, and so do the pairs in `same`. A name in several pairs joins
+    these pairs to one type. A type has the annotated names of its pairs, joined by "+".
 
     Args:
-        same: (annotated, predicted) names that mean the same. An annotated name paired with ""
-            says nothing of a type: nuclei of that name become UNKNOWN.
+        same: (annotated, predicted) names that mean the same. Nuclei of an annotated name that is
+            paired with "" become UNKNOWN.
 
     Returns:
-        The new names of annotated and of predicted names, where they change.
+        New name by annotated name, and new name by predicted name; names that do not change are
+        left out.
     """
     pairs = [pair for pair in same if all(pair)]
     group = {name: name for pair in pairs for name in pair}
@@ -225,19 +227,23 @@ def common_types(
 
 
 def ratio(numerator: float, denominator: float) -> float:
-    """Divide, with NaN for division by zero."""
+    """Return the quotient; NaN for division by zero."""
     return numerator / denominator if denominator else float("nan")
 
 
 def _points(points: NDArray[np.floating], name: str) -> NDArray[np.float64]:
-    """Return points as float64 [N, 2]."""
-    found = np.asarray(points, np.float64)
-    if found.size == 0:
+    """Return points as float64 [N, 2].
+
+    Raises:
+        ValueError: points are not [N, 2] or not finite.
+    """
+    array = np.asarray(points, np.float64)
+    if array.size == 0:
         return np.zeros((0, 2))
-    if found.ndim != 2 or found.shape[1] != 2 or not np.isfinite(found).all():
-        message = f"{name} is {found.dtype} {found.shape}; expected finite points [N, 2], (x, y)"
+    if array.ndim != 2 or array.shape[1] != 2 or not np.isfinite(array).all():
+        message = f"{name} is {array.dtype} {array.shape}; expected finite points [N, 2], (x, y)"
         raise ValueError(message)
-    return found
+    return array
 
 
 def _best_pairs(
@@ -247,14 +253,14 @@ def _best_pairs(
     num_rows: int,
     num_columns: int,
 ) -> NDArray[np.int64]:
-    """Return which candidate pairs make the matching, as indices into the candidates.
+    """Return the candidate pairs that are matched, as indices into the candidates.
 
     Args:
-        rows: int [E], the annotated point of each candidate pair.
-        columns: int [E], its predicted point.
-        distance: float64 [E].
-        num_rows: Annotated points.
-        num_columns: Predicted points.
+        rows: int [E], annotated point of each candidate pair.
+        columns: int [E], predicted point of each candidate pair.
+        distance: float64 [E], distance of each candidate pair.
+        num_rows: Number of annotated points.
+        num_columns: Number of predicted points.
     """
     if not len(rows):
         return np.zeros(0, np.int64)
@@ -263,7 +269,7 @@ def _best_pairs(
     group_E = connected_components(graph, directed=False)[1][rows]
     order = np.argsort(group_E, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(group_E[order])) + 1)
-    # Most are a pair on their own.
+    # Most groups are a single pair, which needs no solver.
     chosen = [
         part if len(part) == 1 else _best_of(part, rows, columns, distance) for part in groups
     ]
@@ -276,19 +282,20 @@ def _best_of(
     columns: NDArray[np.integer],
     distance: NDArray[np.float64],
 ) -> NDArray[np.int64]:
-    """Solve one group: its candidate pairs `part` in, those that are matched out.
+    """Return the matched pairs among the candidate pairs `part` of one group.
 
-    Every annotated point may also take a partner of its own that costs more than all distances
-    together, so that a cheapest full matching uses as few of these as possible.
+    Every annotated point also has a dummy partner that costs more than all distances together. So
+    the cheapest full matching uses the fewest dummies, which means the most pairs.
     """
-    names, row = np.unique(rows[part], return_inverse=True)
-    others, column = np.unique(columns[part], return_inverse=True)
-    num, num_others = len(names), len(others)
-    step = distance[part].max() + 1  # added to all, since a zero would be no edge
-    lonely = (num + 1) * step
-    weights = np.concatenate([distance[part] + step, np.full(num, lonely + step)])
-    ends = np.concatenate([column, num_others + np.arange(num)])
-    starts = np.concatenate([row, np.arange(num)])
-    graph = coo_array((weights, (starts, ends)), shape=(num, num_others + num)).tocsr()
+    true_points, row = np.unique(rows[part], return_inverse=True)
+    predicted_points, column = np.unique(columns[part], return_inverse=True)
+    num_true, num_predicted = len(true_points), len(predicted_points)
+    step = distance[part].max() + 1  # added to all weights, since a weight of zero is no edge
+    dummy = (num_true + 1) * step
+    weights = np.concatenate([distance[part] + step, np.full(num_true, dummy + step)])
+    ends = np.concatenate([column, num_predicted + np.arange(num_true)])
+    starts = np.concatenate([row, np.arange(num_true)])
+    shape = (num_true, num_predicted + num_true)
+    graph = coo_array((weights, (starts, ends)), shape=shape).tocsr()
     partner = min_weight_full_bipartite_matching(graph)[1]
     return np.asarray(part[partner[row] == column])

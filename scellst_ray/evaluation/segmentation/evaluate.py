@@ -1,7 +1,7 @@
-"""`scellst-ray evaluate segmentation`: nuclei found, against nuclei annotated.
+"""`scellst-ray evaluate segmentation`: predicted nuclei against annotated nuclei.
 
-Reading in annotations.py, scores in image_scores.py; here is which files belong
-together, and in which frame. commands/evaluate_segmentation.py prints and writes it.
+This module pairs the files and finds the frame of each annotation. annotations.py reads files,
+image_scores.py computes scores, commands/evaluate_segmentation.py prints and writes them.
 """
 
 import re
@@ -27,7 +27,7 @@ from scellst_ray.evaluation.segmentation.image_scores import (
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.slides.manifest import absolute
 
-# Columns of a manifest beside slide_id; each is the setting of the same name for one image.
+# Columns of a manifest besides slide_id. Each is the setting of the same name for one image.
 FILE_COLUMNS = ("truth", "predicted", "truth_types", "predicted_types")
 COLUMNS = (*FILE_COLUMNS, "mpp", "truth_mpp", "region")
 
@@ -68,16 +68,16 @@ class EvaluateSegmentationConfig:
     """File for the scores: .json or .csv."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that do not say what is compared with what."""
+        """Raise ValueError if settings are missing, contradict each other or cannot work."""
         message = ""
         if (self.truth is None) == (self.manifest is None):
             message = "give either truth (one image) or manifest (many)"
         elif self.run is not None and self.predicted is not None:
             message = "give either predicted or run, not both"
         elif self.truth is not None and self.run is None and self.predicted is None:
-            message = "say what is judged: predicted, or run and slide"
+            message = "nothing to score: give predicted, or run and slide"
         elif (self.slide is not None) != (self.run is not None and self.truth is not None):
-            message = "slide says which slide of run the truth is of: give both, or neither"
+            message = "slide names the slide of run that truth annotates; give both or neither"
         elif not self.radius_um > 0:
             message = f"radius_um is {self.radius_um}; it must be positive"
         elif self.out is not None and not self.out.endswith((".json", ".csv")):
@@ -88,7 +88,11 @@ class EvaluateSegmentationConfig:
         _region(self.region)
 
     def same_types(self) -> list[tuple[str, str]]:
-        """Return the pairs of type names that mean the same."""
+        """Return the pairs (annotated, predicted) of type names that mean the same.
+
+        Raises:
+            ValueError: an entry of `types` is no pair.
+        """
         pairs = [entry.partition("=") for entry in self.types or []]
         for true, equals, _ in pairs:
             if not equals or not true.strip():
@@ -102,13 +106,13 @@ class EvaluateSegmentationConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """Scores of all images.
 
     Attributes:
-        images: By slide_id or file.
-        all: All images as one, see `image_scores.summary`.
-        typed: Annotations and predictions have types in common.
-        notes: What a person should know about the figures.
+        images: Scores by slide_id, or by file name if the image has no slide_id.
+        all: Scores of all images as one (see `image_scores.summary`).
+        typed: Whether annotations and predictions have types in common.
+        notes: Remarks a reader needs to interpret the scores.
     """
 
     images: dict[str, ImageScores]
@@ -121,8 +125,8 @@ def evaluate_segmentation(config: EvaluateSegmentationConfig) -> Evaluation:
     """Score predicted nuclei against annotated ones.
 
     Raises:
-        ValueError: files that cannot be read or compared; the message names them.
-        FileNotFoundError: a file or run that is not there.
+        ValueError: files cannot be read or compared; the message names them.
+        FileNotFoundError: a file or run does not exist.
     """
     run = open_run(config.run) if config.run is not None else None
     names = common_types(config.same_types())
@@ -142,7 +146,11 @@ def evaluate_segmentation(config: EvaluateSegmentationConfig) -> Evaluation:
 
 
 def _cases(config: EvaluateSegmentationConfig) -> dict[str, dict[str, str]]:
-    """Return the settings of every image, by its name: those of its row, else the common ones."""
+    """Return the settings of every image by its name; its row goes over the common settings.
+
+    Raises:
+        ValueError: the manifest has no rows, or a row is incomplete.
+    """
     common = {name: str(getattr(config, name)) for name in COLUMNS if getattr(config, name)}
     if config.manifest is None:
         return {config.slide or str(config.truth): common}
@@ -155,9 +163,9 @@ def _cases(config: EvaluateSegmentationConfig) -> dict[str, dict[str, str]]:
         own |= {name: absolute(own[name], base) for name in FILE_COLUMNS if name in own}
         slide_id, problem = str(row["slide_id"] or "").strip(), ""
         if not slide_id or slide_id in cases:
-            problem = f"slide_id {slide_id!r} is empty or there twice"
+            problem = f"slide_id {slide_id!r} is empty or given twice"
         elif "truth" not in own:
-            problem = f"slide {slide_id!r} has no truth"
+            problem = f"slide {slide_id!r} has no truth; name a file with annotated nuclei"
         elif config.run is None and "predicted" not in own:
             problem = f"slide {slide_id!r} has no predicted; give one, or --run"
         if problem:
@@ -171,14 +179,18 @@ def _cases(config: EvaluateSegmentationConfig) -> dict[str, dict[str, str]]:
 
 
 def _predicted(name: str, case: Mapping[str, str], run: Run | None) -> NucleiFile:
-    """Return the nuclei to judge."""
+    """Return the nuclei to score."""
     if "predicted" in case or run is None:
         return read_nuclei(case["predicted"], case.get("predicted_types"))
     return nuclei_of_cells(run.cells(name, CELL_COLUMNS), f"CELLS of slide {name!r} of {run.uri}")
 
 
 def _annotated(name: str, case: Mapping[str, str], mpp: float | None) -> Annotated:
-    """Return the frame of an annotation."""
+    """Return the frame and the size of an annotation.
+
+    Raises:
+        ValueError: truth_mpp is given without mpp.
+    """
     truth_mpp = _number(case, "truth_mpp", name)
     if truth_mpp is not None and mpp is None:
         message = f"{name}: with truth_mpp, mpp (um per px of the slide) is needed too"
@@ -190,7 +202,11 @@ def _annotated(name: str, case: Mapping[str, str], mpp: float | None) -> Annotat
 
 
 def _number(case: Mapping[str, str], key: str, name: str) -> float | None:
-    """Return a positive number of a case, None if it is not given."""
+    """Return a positive number of a case; None if it is not given.
+
+    Raises:
+        ValueError: the text is no positive number.
+    """
     if key not in case:
         return None
     text = case[key]
@@ -201,7 +217,11 @@ def _number(case: Mapping[str, str], key: str, name: str) -> float | None:
 
 
 def _region(text: str | None) -> list[float] | None:
-    """Return the two or four numbers of a region."""
+    """Return the two or four numbers of a region; None if it is not given.
+
+    Raises:
+        ValueError: the text is no region.
+    """
     if text is None:
         return None
     words = re.split(r"[\s,;]+", text.strip())
@@ -217,7 +237,7 @@ def _about_types(
     predicted_names: set[str],
     names: tuple[Mapping[str, str], Mapping[str, str]],
 ) -> tuple[list[str], bool]:
-    """Return what to say about type names, and whether the sides have any in common."""
+    """Return notes about type names, and whether both sides have a type in common."""
     notes = []
     for side, present, index in (("annotation", true_names, 0), ("prediction", predicted_names, 1)):
         given = {pair[index] for pair in config.same_types()} - {UNKNOWN}

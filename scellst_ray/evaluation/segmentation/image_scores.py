@@ -1,4 +1,4 @@
-"""The scores of one image or several: masks, centroids and types of nuclei, against annotations."""
+"""Scores of masks, centroids and types of nuclei against annotations, of one image or several."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,12 +25,12 @@ Sides = tuple[Mapping[str, str], Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Annotated:
-    """What was annotated of an image.
+    """Annotated part of an image.
 
     Attributes:
-        frame: Where the annotation's px lie on the slide.
-        mpp: um per px of the annotation; None if unknown, when only masks can be scored.
-        size_px: Width and height of what was annotated, px of the annotation; None: everything.
+        frame: Position and scale of the annotation's px on the slide.
+        mpp: um per px of the annotation. None: unknown, so only masks can be scored.
+        size_px: Width and height of the annotated part, px of the annotation; None: everything.
     """
 
     frame: Frame
@@ -40,14 +40,14 @@ class Annotated:
 
 @dataclass(frozen=True)
 class ImageScores:
-    """How well the nuclei of one image were found.
+    """Scores of the nuclei of one image.
 
     Attributes:
-        masks: Of instance masks; None where either side has points only.
-        centroids: Of centroids within a radius; None where the resolution is unknown.
-        types: By type name, of the pairs of centroids.
-        type_pq: By type name, PQ of the nuclei that have this type on each side; of masks whose
-            nuclei have types.
+        masks: Scores of instance masks; None if either side has only points.
+        centroids: Counts of centroids matched within a radius; None if the resolution is unknown.
+        types: By type name, counts of the pairs of centroids.
+        type_pq: By type name, panoptic quality (PQ) of the masks that have this type on each side.
+            Empty unless both sides have masks and types.
     """
 
     masks: SegmentationScores | None
@@ -65,21 +65,20 @@ def score_image(
 ) -> ImageScores:
     """Score the predicted nuclei of one image.
 
-    Where both sides have masks these are compared on the grid of the annotation. Centroids are
-    compared wherever the resolution is known; predicted ones outside of what was annotated do
-    not count.
+    Masks are compared on the grid of the annotation, if both sides have masks. Centroids are
+    compared if the resolution is known; predicted centroids outside the annotated part are left
+    out.
 
     Args:
         truth: Annotated nuclei.
-        predicted: Predicted nuclei; their px are level-0 px, but for a label map beside another:
-            the two are taken to be of the same pixels.
-        annotated: Where and how large the annotation is.
-        names: What type names of truth and of prediction shall be called, where that is
-            another name, from `common_types`.
-        radius_um: The largest distance of two centroids of one nucleus.
+        predicted: Predicted nuclei, in level-0 px. Exception: if both sides are label maps, they
+            are taken to have the same pixels.
+        annotated: Position, scale and size of the annotation.
+        names: New type names of truth and of prediction, from `common_types`.
+        radius_um: Largest distance of two centroids that are matched.
 
     Raises:
-        ValueError: two label maps of different shapes, or nothing that can be compared.
+        ValueError: two label maps have different shapes, or nothing can be compared.
     """
     true_types, predicted_types = (
         np.array([side.get(name, name) for name in nuclei.types_N.tolist()], np.str_)
@@ -99,7 +98,7 @@ def score_image(
     if truth.labels_HW is not None:
         size_px = truth.labels_HW.shape[::-1]
     found_px = predicted.centroid_N2
-    if truth.labels_HW is None or predicted.labels_HW is None:  # two maps share their pixels
+    if truth.labels_HW is None or predicted.labels_HW is None:  # two maps have the same pixels
         found_px = annotated.frame.from_level0(found_px)
     true_in, found_in = (_inside(points, size_px) for points in (truth.centroid_N2, found_px))
     matching = match_points(
@@ -112,7 +111,11 @@ def score_image(
 def _on_grid(
     predicted: NucleiFile, true_HW: NDArray[np.int32], frame: Frame, source: str
 ) -> NDArray[np.int32]:
-    """Return the predicted nuclei as a label map on the grid of the annotation."""
+    """Return the predicted nuclei as a label map on the grid of the annotation.
+
+    Raises:
+        ValueError: both sides are label maps, and their shapes differ.
+    """
     if predicted.labels_HW is not None:
         if predicted.labels_HW.shape != true_HW.shape:
             message = (
@@ -125,9 +128,10 @@ def _on_grid(
     height, width = true_HW.shape
     near, far = frame.to_level0(np.array([(0, 0), (width, height)]))
     bounds_N4 = shapely.bounds(predicted.polygons_N)
-    there = np.flatnonzero((bounds_N4[:, :2] < far).all(axis=1) & (bounds_N4[:, 2:] > near).all(1))
-    moved = shapely.transform(predicted.polygons_N[there], frame.from_level0)
-    numbers = np.concatenate([[0], there + 1]).astype(np.int32)
+    touches_N = (bounds_N4[:, :2] < far).all(axis=1) & (bounds_N4[:, 2:] > near).all(axis=1)
+    rows = np.flatnonzero(touches_N)
+    moved = shapely.transform(predicted.polygons_N[rows], frame.from_level0)
+    numbers = np.concatenate([[0], rows + 1]).astype(np.int32)
     return np.asarray(numbers[rasterise(moved, height, width)])
 
 
@@ -137,26 +141,27 @@ def _type_pq(
     predicted_HW: NDArray[np.int32],
     predicted_types: NDArray[np.str_],
 ) -> dict[str, float]:
-    """Return PQ by type, among the nuclei that have the type: a nucleus mistyped is a miss there.
+    """Return PQ by type, computed among the nuclei of the type on each side.
 
-    As PanNuke and CellViT do for mPQ (Gamper et al. 2020, "PanNuke Dataset Extension", section on
-    evaluation). Empty unless both sides have types.
+    So a nucleus with a wrong type counts as missed. This is the rule of PanNuke and CellViT for
+    mPQ (Gamper et al. 2020, "PanNuke Dataset Extension", section on evaluation). The result is
+    empty unless both sides have a type in common.
     """
     shared = {*true_types.tolist()} & {*predicted_types.tolist()} - {UNKNOWN}
     if not shared:
         return {}
-    found = {}
+    pq = {}
     for name in sorted({*true_types.tolist(), *predicted_types.tolist()} - {UNKNOWN}):
         maps = [
             np.where(np.concatenate([[False], types == name])[labels_HW], labels_HW, 0)
             for labels_HW, types in ((true_HW, true_types), (predicted_HW, predicted_types))
         ]
-        found[name] = score_labels(maps[0], maps[1]).pq
-    return found
+        pq[name] = score_labels(maps[0], maps[1]).pq
+    return pq
 
 
 def _inside(points_N2: NDArray[np.float64], size_px: tuple[float, ...] | None) -> NDArray[np.bool_]:
-    """Tell which points lie in [0, width) x [0, height)."""
+    """Return a mask of the points in [0, width) x [0, height); all points if size_px is None."""
     if size_px is None:
         return np.ones(len(points_N2), np.bool_)
     return np.asarray(((points_N2 >= 0) & (points_N2 < np.array(size_px))).all(axis=1))
@@ -165,8 +170,8 @@ def _inside(points_N2: NDArray[np.float64], size_px: tuple[float, ...] | None) -
 def summary(images: Sequence[ImageScores]) -> ImageScores:
     """Return the scores of several images as one.
 
-    Counts of centroids and types add up. Scores of masks are means over the images that have
-    them (a score that is not defined for an image does not count), and so is the PQ of a type.
+    Counts of centroids and types add up. Scores of masks and the PQ of a type are means over the
+    images for which they are defined.
     """
     masks = [image.masks for image in images if image.masks is not None]
     counts = [image.centroids for image in images if image.centroids is not None]
@@ -185,37 +190,38 @@ def summary(images: Sequence[ImageScores]) -> ImageScores:
 
 
 def _mean_masks(masks: Sequence[SegmentationScores]) -> SegmentationScores:
+    """Return the sums of numbers of nuclei, and the means of scores."""
     rows: list[dict[str, Any]] = [asdict(value) for value in masks]
-    found: dict[str, Any] = {}
+    combined: dict[str, Any] = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
-        found[name] = sum(values) if name.startswith("num_") else _mean(values)
-    return SegmentationScores(**found)
+        combined[name] = sum(values) if name.startswith("num_") else _mean(values)
+    return SegmentationScores(**combined)
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Return the mean of what is no NaN; NaN if nothing is left."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     kept = [value for value in values if not np.isnan(value)]
     return float(np.mean(kept)) if kept else float("nan")
 
 
 def as_dict(scores: ImageScores, *, typed: bool) -> dict[str, Any]:
-    """Return scores as nested dicts of numbers, None for what is not defined.
+    """Return scores as nested dicts of numbers; None where a score is not defined.
 
     Args:
-        scores: Of one image or several.
-        typed: Annotation and prediction have types in common; else all that can be said of a
-            type is how many of its nuclei were found.
+        scores: Scores of one image or several.
+        typed: Whether annotation and prediction have types in common. If not, only the number of
+            detected nuclei is returned for each annotated type.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if scores.masks is not None:
-        found["masks"] = asdict(scores.masks)
+        result["masks"] = asdict(scores.masks)
     if scores.centroids is not None:
-        found["centroids"] = asdict(scores.centroids) | {
+        result["centroids"] = asdict(scores.centroids) | {
             name: getattr(scores.centroids, name) for name in ("precision", "recall", "f1")
         }
     if scores.type_pq:
-        found["mpq"] = _mean(list(scores.type_pq.values()))
+        result["mpq"] = _mean(list(scores.type_pq.values()))
     names = ("detected", "precision", "recall", "f1")
     for name in sorted({*scores.types, *scores.type_pq}):
         row: dict[str, Any] = {}
@@ -228,11 +234,12 @@ def as_dict(scores: ImageScores, *, typed: bool) -> dict[str, Any]:
         if name in scores.type_pq:
             row["pq"] = scores.type_pq[name]
         if row:
-            found.setdefault("types", {})[name] = row
-    return dict(_without_nan(found))
+            result.setdefault("types", {})[name] = row
+    return dict(_without_nan(result))
 
 
 def _without_nan(value: Any) -> Any:  # noqa: ANN401 - walks nested dicts
+    """Return the value with None in place of NaN, at all depths."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and np.isnan(value) else value

@@ -1,7 +1,7 @@
-"""How well predicted nuclei match annotated ones: F1, AJI and PQ of two label maps.
+"""Agreement of the masks of predicted and annotated nuclei: F1, AJI and PQ of two label maps.
 
-Everything follows from one sparse table, the number of pixels that each annotated and each
-predicted nucleus share, so the cost does not grow with the number of nuclei.
+All scores follow from one sparse table: the number of pixels that an annotated and a predicted
+nucleus share. So the cost does not grow with the number of nuclei.
 """
 
 from dataclasses import dataclass
@@ -9,18 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from scellst_ray.evaluation.segmentation.detection_metrics import ratio
+
 
 @dataclass(frozen=True)
 class SegmentationScores:
     """Agreement of two label maps; a score whose denominator is zero is NaN.
 
     Attributes:
-        num_true: Annotated nuclei.
-        num_predicted: Predicted nuclei.
-        num_matched: Pairs with an intersection over union above 0.5.
+        num_true: Number of annotated nuclei.
+        num_predicted: Number of predicted nuclei.
+        num_matched: Number of pairs with an intersection over union above 0.5.
         precision: num_matched / num_predicted.
         recall: num_matched / num_true.
-        f1: 2 num_matched / (num_true + num_predicted); the same as DQ.
+        f1: 2 num_matched / (num_true + num_predicted); the detection quality (DQ) of PQ.
         sq: Segmentation quality, mean intersection over union of the matched pairs.
         pq: Panoptic quality, f1 times sq; 0 where nuclei exist and none match.
         aji: Aggregated Jaccard index.
@@ -36,11 +38,6 @@ class SegmentationScores:
     pq: float
     aji: float
 
-    @property
-    def dq(self) -> float:
-        """Detection quality of PQ, which is the F1 score."""
-        return self.f1
-
 
 @dataclass(frozen=True)
 class _Overlaps:
@@ -49,9 +46,9 @@ class _Overlaps:
     Attributes:
         true_area: int64 [T], px of each annotated nucleus.
         predicted_area: int64 [P], px of each predicted nucleus.
-        true_index: int64 [K], which annotated nucleus pair k is about, sorted.
-        predicted_index: int64 [K], which predicted one.
-        intersection: int64 [K], px they share.
+        true_index: int64 [K], annotated nucleus of each pair, ascending.
+        predicted_index: int64 [K], predicted nucleus of each pair.
+        intersection: int64 [K], px that both nuclei of a pair share.
     """
 
     true_area: NDArray[np.int64]
@@ -72,21 +69,20 @@ def score_labels(
 ) -> SegmentationScores:
     """Score predicted nuclei against annotated ones.
 
-    Two nuclei match when their intersection over union is above 0.5, which makes the matching
-    unique (Kirillov et al. 2019, "Panoptic Segmentation", section 4.1). F1, SQ and
-    PQ = SQ x F1 are theirs (section 4.2), with one class and nothing ignored. AJI is Algorithm 1
-    of Kumar et al. 2017 (IEEE TMI 36(7), "A Dataset and a Technique for Generalized Nuclear
-    Segmentation").
+    Two nuclei match if their intersection over union is above 0.5, which makes the matching unique
+    (Kirillov et al. 2019, "Panoptic Segmentation", section 4.1). F1, SQ and PQ = SQ x F1 follow
+    their section 4.2, with one class and no ignored pixels. AJI is Algorithm 1 of Kumar et al. 2017
+    (IEEE TMI 36(7), "A Dataset and a Technique for Generalized Nuclear Segmentation").
 
     Args:
-        true_HW: Annotated nuclei, integer [H, W], 0 = background; labels need not be consecutive.
-        predicted_HW: Predicted nuclei, integer [H, W], the same shape.
+        true_HW: Annotated nuclei, integer [H, W], 0 = background. Labels need not be consecutive.
+        predicted_HW: Predicted nuclei, integer [H, W], of the same shape.
 
     Returns:
-        The scores; all NaN where neither map has a nucleus, since nothing was asked.
+        The scores; all are NaN if neither map has a nucleus.
 
     Raises:
-        ValueError: If the maps are not integer arrays [H, W] of one shape, or hold labels below 0.
+        ValueError: the maps are not integer arrays [H, W] of one shape, or hold labels below 0.
     """
     _check(true_HW, predicted_HW)
     overlaps = _overlaps(true_HW, predicted_HW)
@@ -94,14 +90,14 @@ def score_labels(
     iou = overlaps.intersection / overlaps.union
     matched_iou = iou[iou > 0.5]
     num_matched = len(matched_iou)
-    f1 = _ratio(2 * num_matched, num_true + num_predicted)
-    sq = _ratio(float(matched_iou.sum()), num_matched)
+    f1 = ratio(2 * num_matched, num_true + num_predicted)
+    sq = ratio(float(matched_iou.sum()), num_matched)
     return SegmentationScores(
         num_true=num_true,
         num_predicted=num_predicted,
         num_matched=num_matched,
-        precision=_ratio(num_matched, num_predicted),
-        recall=_ratio(num_matched, num_true),
+        precision=ratio(num_matched, num_predicted),
+        recall=ratio(num_matched, num_true),
         f1=f1,
         sq=sq,
         pq=f1 * sq if num_matched else f1,
@@ -142,7 +138,7 @@ def _overlaps(true_HW: NDArray[np.integer], predicted_HW: NDArray[np.integer]) -
     rows, columns = np.divmod(pairs, width)
     true_area = np.bincount(rows, counts, len(true_labels)).astype(np.int64)
     predicted_area = np.bincount(columns, counts, len(predicted_labels)).astype(np.int64)
-    # Labels come sorted, so background, where present, is entry 0 of each list.
+    # Labels are sorted, so background, where present, is entry 0 of each list.
     first_true = int(true_labels[:1].tolist() == [0])
     first_predicted = int(predicted_labels[:1].tolist() == [0])
     both = (rows >= first_true) & (columns >= first_predicted)
@@ -158,10 +154,11 @@ def _overlaps(true_HW: NDArray[np.integer], predicted_HW: NDArray[np.integer]) -
 def _aggregated_jaccard(overlaps: _Overlaps) -> float:
     """Return the aggregated Jaccard index, Algorithm 1 of Kumar et al. 2017.
 
-    Each annotated nucleus is joined to the predicted one with the highest intersection over
-    union, which may serve several; predicted nuclei joined to none add their area to the union.
-    An annotated nucleus that no prediction touches adds its own area. Equal candidates are
-    decided for the lowest label, which the paper leaves open.
+    - Each annotated nucleus is joined to the predicted one with the highest intersection over
+      union. A predicted nucleus may be joined to several.
+    - A predicted nucleus that is joined to none adds its area to the union.
+    - An annotated nucleus that no prediction touches adds its own area.
+    - Of equal candidates, the one with the lowest label is taken; the paper leaves this open.
     """
     union = overlaps.union
     iou = overlaps.intersection / union
@@ -174,9 +171,4 @@ def _aggregated_jaccard(overlaps: _Overlaps) -> float:
     unused[overlaps.predicted_index[best]] = False
     total = union[best].sum() + overlaps.true_area[untouched].sum()
     total += overlaps.predicted_area[unused].sum()
-    return _ratio(int(overlaps.intersection[best].sum()), int(total))
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    """Divide, with NaN for division by zero."""
-    return numerator / denominator if denominator else float("nan")
+    return ratio(int(overlaps.intersection[best].sum()), int(total))

@@ -1,4 +1,4 @@
-"""Outlines to a label map: a pixel belongs to the outline that its centre lies in."""
+"""Rasterising of outlines: a pixel belongs to the outline that contains its centre."""
 
 import numpy as np
 import shapely
@@ -6,31 +6,36 @@ from numpy.typing import NDArray
 
 
 def rasterise(polygons_N: NDArray[np.object_], height: int, width: int) -> NDArray[np.int32]:
-    """Return the label map of outlines: row i of the outlines is label i + 1, 0 is background.
+    """Return the label map of outlines: outline i has label i + 1, background has 0.
 
-    Exact, by the even-odd rule along each row of pixel centres: holes and parts are respected. An
-    outline through the middles of outer pixel edges (as `nuclei_from_labels` draws it) gives back
-    the pixels it was made of, less what outlines cannot hold: holes, and all parts but one. Where
-    outlines overlap the later one is on top; one that holds no pixel centre has no pixel.
+    The even-odd rule is applied along each row of pixel centres, so the result is exact for holes
+    and for outlines of several parts. Where outlines overlap, the later one is on top. An outline
+    that contains no pixel centre has no pixel.
+
+    `nuclei_from_labels` draws outlines through the middles of outer pixel edges. Such an outline
+    gives back the pixels it was made of, except filled holes and all parts but one.
 
     Args:
-        polygons_N: shapely polygons or multipolygons [N], px of the map, (x, y).
+        polygons_N: shapely polygons or multipolygons [N], in px of the map, (x, y).
         height: Rows of the map.
         width: Columns of the map.
+
+    Returns:
+        int32 [H, W].
     """
     labels_HW = np.zeros((height, width), np.int32)
     owner, starts, ends = _segments(polygons_N)
     owner, row, x = _crossings(owner, starts, ends, height)
-    # Along a row, the crossings of an outline come in pairs: into it and out of it.
+    # Along a row, crossings of an outline alternate: the first enters it, the second leaves it.
     order = np.lexsort((x, row, owner))
     owner, row, x = owner[order][::2], row[order][::2], x[order]
-    # Centres at x = column + 0.5 in [in, out): half-open, so that neighbours never share a pixel.
+    # Centres x = column + 0.5 lie in [in, out): half-open, so neighbours never share a pixel.
     first = np.clip(np.ceil(x[::2] - 0.5), 0, width).astype(np.int64)
     last = np.clip(np.ceil(x[1::2] - 0.5), 0, width).astype(np.int64)
     lengths = np.maximum(last - first, 0)
     begin = np.cumsum(lengths) - lengths
     column = np.arange(lengths.sum()) + np.repeat(first - begin, lengths)
-    # Sorted by owner: of an index that comes twice NumPy keeps the last.
+    # Sorted by owner: if an index comes twice, NumPy keeps the last value.
     labels_HW[np.repeat(row, lengths), column] = np.repeat(owner + 1, lengths)
     return labels_HW
 
@@ -52,8 +57,8 @@ def _crossings(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Return owner, row and x of every crossing of a piece with a row of pixel centres.
 
-    A piece reaches over the rows whose centres lie in [upper end, lower end): every ring crosses
-    every row an even number of times, corners included.
+    A piece crosses the rows whose centres lie in [upper end, lower end). So every ring crosses
+    every row an even number of times, even at corners.
     """
     low = np.minimum(starts[:, 1], ends[:, 1])
     high = np.maximum(starts[:, 1], ends[:, 1])

@@ -1,1 +1,1 @@
-"""The paper's study of what bags can teach."""
+"""The paper's simulation study: how well heads trained on bags predict single cells."""

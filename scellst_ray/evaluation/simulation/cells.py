@@ -1,11 +1,15 @@
-"""The simulation study's data: image cells that are given expression, and spots built from them.
+"""Data of the simulation study: image cells with assigned expression, and spots made of them.
 
-After sCellST (Chadoutaud et al., Nature Communications 2026): cells of an image are clustered by
-their embedding (PCA to 50, k-means), each cluster is matched with a cell type of a single-cell
-reference, and three scenarios say how much of a cell's expression its image tells: nothing
-(random), all (centroid), its type (cell). Spots add up the counts of 20 cells drawn with
-replacement. Counts are added before they are normalised, as a spot does it; the published code
-adds log-normalised values, and normalises those again.
+The study follows sCellST (Chadoutaud et al., Nature Communications 2026):
+
+- Cells of an image are clustered by their embedding (PCA to 50 components, k-means).
+- Each cluster is matched with a cell type of a single-cell reference.
+- Three scenarios decide how much of a cell's expression follows from its image: nothing (random),
+  everything (centroid), or its type (cell).
+- A spot adds up the counts of 20 cells drawn with replacement.
+
+Counts are added before they are normalised, as in a real spot. The published code adds
+log-normalised values and normalises the sums again.
 
 Shape letters: N image cells, C reference cells, T types, S spots, K cells of a spot, P genes of
 the panel, G genes of the reference, D embedding.
@@ -24,25 +28,25 @@ from scellst_ray.spots.panel import log_normalise
 
 SCENARIOS = ("random", "centroid", "cell")
 NUM_COMPONENTS = 50
-# Dimensions in which synthetic embeddings really vary.
+# Number of independent dimensions of synthetic embeddings.
 LATENT_DIM = 30
 
 
 def synthetic_embeddings(
     num_cells: int, embedding_dim: int, num_clusters: int, spread: float, seed: int
 ) -> NDArray[np.float32]:
-    """Draw embeddings in clusters, as an encoder that sees cell types would give them.
+    """Draw embeddings in clusters, as from an encoder that separates cell types.
 
-    Centres and cells vary in 30 latent dimensions (fewer if embedding_dim is less), which a random
-    linear map spreads over all D, plus noise of 0.1 in each.
+    Centres and cells vary in 30 latent dimensions (fewer if embedding_dim is less). A random linear
+    map spreads these over all D dimensions, and noise of 0.1 is added to each.
 
     Args:
-        num_cells: N, shared out evenly.
+        num_cells: N, divided evenly over the clusters.
         embedding_dim: D.
-        num_clusters: Gaussian clusters.
-        spread: Standard deviation of cells around their centre, where that of the centres is 1, in
-            each latent dimension. At 1 clusters overlap little, since the dimensions add up.
-        seed: Fixes the draw.
+        num_clusters: Number of Gaussian clusters.
+        spread: Standard deviation of cells around their centre in each latent dimension; that of
+            the centres is 1. At a spread of 1, clusters overlap little.
+        seed: Seed of the draw.
 
     Returns:
         float32 [N, D], the clusters in random order.
@@ -60,16 +64,16 @@ def synthetic_embeddings(
 def choose_image_cells(
     embeddings_ND: NDArray[np.floating], num_clusters: int, cells_per_cluster: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cluster cells by embedding and keep, of each cluster, those nearest to its centroid.
+    """Cluster cells by embedding and keep the cells nearest to the centroid of each cluster.
 
-    PCA to 50 components, then k-means, as published. Every cluster keeps as many: fewer than asked
-    for if the smallest cluster has fewer.
+    As published, k-means follows a PCA to 50 components. All clusters keep the same number of
+    cells: `cells_per_cluster`, or the size of the smallest cluster if that is less.
 
     Returns:
-        (rows, clusters): int64 [N'] rows of embeddings_ND and their cluster, cluster by cluster.
+        (rows, clusters): int64 [N'] rows of embeddings_ND and their cluster, sorted by cluster.
 
     Raises:
-        ValueError: Embeddings are not finite, or a cluster has too few cells to train and test on.
+        ValueError: embeddings are not finite, or a cluster has too few cells to train and test on.
     """
     embeddings = np.asarray(embeddings_ND, np.float32)
     if embeddings.ndim != 2 or len(embeddings) < 20 * num_clusters:
@@ -79,8 +83,11 @@ def choose_image_cells(
         )
         raise ValueError(message)
     if not np.isfinite(embeddings).all():
-        bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
-        message = f"{bad} of {len(embeddings)} embeddings hold NaN or infinity: extract them again."
+        num_wrong = int((~np.isfinite(embeddings).all(axis=1)).sum())
+        message = (
+            f"{num_wrong} of {len(embeddings)} embeddings hold NaN or infinity. Extract the slides "
+            "again."
+        )
         raise ValueError(message)
     components = min(NUM_COMPONENTS, *embeddings.shape)
     scores = PCA(components, svd_solver="randomized", random_state=seed).fit_transform(embeddings)
@@ -100,12 +107,12 @@ def choose_image_cells(
 
 @dataclass(frozen=True)
 class Parts:
-    """Which image cells (or reference cells) serve what: indices, ascending, nothing in two.
+    """Disjoint parts of the image cells (or reference cells), as ascending indices.
 
     Attributes:
         fit: Cells whose spots train.
         val: Cells whose spots choose the learning rate and stop training.
-        test: Cells nothing is chosen by.
+        test: Cells that are only scored.
     """
 
     fit: NDArray[np.int64]
@@ -114,14 +121,15 @@ class Parts:
 
     @property
     def train(self) -> NDArray[np.int64]:
-        """Cells that are not for testing."""
+        """Cells of fit and val."""
         return np.union1d(self.fit, self.val)
 
 
 def split_cells(groups_N: Sequence[int] | NDArray[np.int64], val_share: float, seed: int) -> Parts:
-    """Split cells within every group: half test; of the others, val_share validate.
+    """Split the cells of every group: half test, and val_share of the remaining cells validate.
 
-    Cells are split, not spots: spots that share cells would not notice cells learnt by heart.
+    Cells are split, not spots: if spots of two parts shared cells, memorised cells would score
+    well.
     """
     groups = np.asarray(groups_N)
     rng = np.random.default_rng([seed, 2])
@@ -138,21 +146,21 @@ def split_cells(groups_N: Sequence[int] | NDArray[np.int64], val_share: float, s
 
 @dataclass(frozen=True)
 class CellCounts:
-    """What cells express.
+    """Counts of cells.
 
     Attributes:
-        counts_NP: float32 [N, P], counts of the panel.
-        library_N: float64 [N], counts over all genes of the reference.
+        counts_NP: float32 [N, P], counts of the panel's genes.
+        library_N: float64 [N], total counts over all genes of the reference.
     """
 
     counts_NP: NDArray[np.float32]
     library_N: NDArray[np.float64]
 
-    def logged(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def normalise_cells(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return log-normalised expression of these cells [len(rows), P]."""
         return log_normalise(self.counts_NP[rows], self.library_N[rows])
 
-    def spots(self, cells_SK: NDArray[np.int64]) -> NDArray[np.float32]:
+    def normalise_spots(self, cells_SK: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return log-normalised expression [S, P] of spots: counts are added, then normalised."""
         num_spots, num_cells = cells_SK.shape
         offsets = np.arange(num_spots + 1) * num_cells
@@ -165,20 +173,21 @@ class CellCounts:
 def assign_expression(
     scenario: str, cluster_N: NDArray[np.int64], type_C: NDArray[np.int64], seed: int
 ) -> NDArray[np.int64]:
-    """Draw the reference cell that each image cell expresses; cluster k is matched with type k.
+    """Draw the reference cell whose counts each image cell gets, with replacement.
 
     Args:
-        scenario: "random" (a cell of any type: the image tells nothing) or "cell" (a cell of the
-            matched type). In "centroid" there is nothing to draw: see expressed_counts.
-        cluster_N: Cluster of each image cell.
+        scenario: "random" (a reference cell of any type, so the image says nothing) or "cell" (a
+            reference cell of the matched type). Scenario "centroid" draws nothing: see
+            expressed_counts.
+        cluster_N: Cluster of each image cell. Cluster k is matched with type k.
         type_C: Type of each reference cell.
-        seed: Fixes the draw, with replacement.
+        seed: Seed of the draw.
 
     Returns:
         int64 [N], rows of the reference.
 
     Raises:
-        ValueError: Unknown scenario, or a cluster whose type has no reference cell.
+        ValueError: the scenario is unknown, or the type of a cluster has no reference cell.
     """
     if scenario not in ("random", "cell"):
         message = f"scenario is {scenario!r}, expected 'random' or 'cell'."
@@ -190,10 +199,13 @@ def assign_expression(
     for cluster in np.unique(cluster_N):
         of_type = np.flatnonzero(type_C == cluster)
         if not len(of_type):
-            message = f"cluster {cluster} is matched with a type without reference cells."
+            message = (
+                f"cluster {cluster} is matched with a type without reference cells. Give a "
+                "reference with more cells of each type."
+            )
             raise ValueError(message)
-        mine = cluster_N == cluster
-        drawn_N[mine] = rng.choice(of_type, int(mine.sum()))
+        is_in = cluster_N == cluster
+        drawn_N[is_in] = rng.choice(of_type, int(is_in.sum()))
     return drawn_N
 
 
@@ -205,19 +217,19 @@ def expressed_counts(
     parts: tuple[Parts, Parts],
     seed: int,
 ) -> CellCounts:
-    """Give every image cell its counts.
+    """Return the counts of every image cell.
 
-    Image cells for training draw from reference cells for training, those for testing from those
-    for testing: no measured cell is on both sides. A type's centroid, the mean of its counts over
-    training cells, is the same for all.
+    Training image cells draw from training reference cells, and test image cells from test
+    reference cells. So no measured cell is on both sides. In scenario "centroid", all image cells
+    of a type have the mean counts of its training reference cells.
 
     Args:
         scenario: One of SCENARIOS.
         reference: Counts of the reference cells.
-        type_C: Their types.
-        cluster_N: Clusters of the image cells.
-        parts: (of image cells, of reference cells).
-        seed: Fixes the draw.
+        type_C: Type of each reference cell.
+        cluster_N: Cluster of each image cell.
+        parts: (parts of the image cells, parts of the reference cells).
+        seed: Seed of the draw.
     """
     image, known = parts
     if scenario == "centroid":
@@ -226,9 +238,12 @@ def expressed_counts(
         library_T = np.array([reference.library_N[rows].mean() for rows in of_type])
         return CellCounts(means_TP[cluster_N], library_T[cluster_N])
     drawn_N = np.empty(len(cluster_N), np.int64)
-    for part, (mine, theirs) in enumerate(((image.train, known.train), (image.test, known.test))):
-        index = assign_expression(scenario, cluster_N[mine], type_C[theirs], seed + 1000 * part)
-        drawn_N[mine] = theirs[index]
+    pairs = ((image.train, known.train), (image.test, known.test))
+    for part, (image_rows, reference_rows) in enumerate(pairs):
+        index = assign_expression(
+            scenario, cluster_N[image_rows], type_C[reference_rows], seed + 1000 * part
+        )
+        drawn_N[image_rows] = reference_rows[index]
     return CellCounts(reference.counts_NP[drawn_N], reference.library_N[drawn_N])
 
 
@@ -243,9 +258,10 @@ def draw_spots(
 def bootstrap_mean(
     values: NDArray[np.floating], seed: int, num_samples: int = 1000
 ) -> tuple[float, float, float]:
-    """Return mean and 95 % bootstrap interval (percentiles) of values, NaN left out.
+    """Return (mean, low, high): mean and 95 % bootstrap interval of values, NaN left out.
 
-    Genes are drawn, as in the bars of the paper: it tells how much the mean depends on the panel.
+    The draws are over genes, as for the error bars of the paper. So the interval shows how much the
+    mean depends on the panel.
     """
     known = np.asarray(values, np.float64)[np.isfinite(values)]
     if not len(known):

@@ -1,4 +1,4 @@
-"""One condition of the simulation study: build spots, fit a head, score it on cells never seen.
+"""One condition of the simulation study: build spots, fit a head, score it on test cells.
 
 Shape letters: N image cells, S spots, K cells of a spot, P genes of the panel, D embedding.
 """
@@ -30,11 +30,11 @@ SUPERVISIONS: tuple[Supervision, ...] = ("mil", "supervised")
 
 @dataclass(frozen=True)
 class Image:
-    """The image side of the study.
+    """The image cells of the study.
 
     Attributes:
-        embeddings_ND: float32 [N, D].
-        cluster_N: int64 [N].
+        embeddings_ND: float32 [N, D], embeddings.
+        cluster_N: int64 [N], cluster of each cell.
         info: Source, sizes and, if known, the nucleus types of each cluster.
     """
 
@@ -45,13 +45,13 @@ class Image:
 
 @dataclass(frozen=True)
 class SpotPlan:
-    """How many spots there are: num_spots to train (of which val_share validate), as many to test.
+    """Numbers of spots: num_spots to train (of which val_share validate), and num_spots to test.
 
     Attributes:
         num_spots: S.
         cells_per_spot: K, drawn with replacement.
-        val_share: Share of the training spots.
-        seed: Fixes which cells.
+        val_share: Share of the training spots that validate.
+        seed: Seed of the draw of cells.
     """
 
     num_spots: int
@@ -71,12 +71,12 @@ class SpotPlan:
 
 @dataclass(frozen=True)
 class Case:
-    """One scenario with one panel: expression of cells and of spots.
+    """One scenario with one panel: expression of cells, and the cells of spots.
 
     Attributes:
         cells: Counts of all image cells.
-        parts: Of the image cells.
-        spots: By part, the cells of each spot [S, K].
+        parts: Parts of the image cells.
+        spots: Cells of each spot [S, K], by part.
     """
 
     cells: CellCounts
@@ -91,14 +91,14 @@ def make_case(
     what: tuple[str, list[str]],
     plan: SpotPlan,
 ) -> Case:
-    """Give image cells their expression and build spots.
+    """Assign expression to the image cells, and build spots.
 
     Args:
         image: The image cells.
-        reference: The reference cells; type k belongs to cluster k.
-        parts: (of image cells, of reference cells).
+        reference: The reference cells. Type k is matched with cluster k.
+        parts: (parts of the image cells, parts of the reference cells).
         what: (scenario, gene panel).
-        plan: Which spots.
+        plan: Numbers of spots.
     """
     scenario, panel = what
     columns = gene_columns(reference.genes, panel, f"reference {reference.source}")
@@ -119,14 +119,18 @@ def run_condition(
     Args:
         image: The image cells.
         case: Their expression and spots.
-        inputs: "ssl" (embeddings) or "one-hot" (clusters, all that a perfect encoder could know).
-        supervision: "mil" (spots) or "supervised" (every training cell's own expression).
-        search: How to fit.
+        inputs: "ssl" (embeddings) or "one-hot" (clusters, the inputs of a perfect encoder).
+        supervision: "mil" (targets are spots) or "supervised" (targets are single training cells).
+        search: Settings of the fit and of the search for a learning rate.
 
     Returns:
-        `pearson_by_gene` (None where the gene is constant over the test cells; a constant
-        prediction knows nothing and counts 0), their mean `pearson` with its bootstrap interval
-        over genes, `spot_pearson` of test spots, and how the fit went.
+        Values for JSON:
+
+        - `pearson_by_gene`: Pearson's r over test cells. None if the gene is constant over the test
+          cells; 0 if only the prediction is constant.
+        - `pearson`, `pearson_low`, `pearson_high`: mean over genes and its bootstrap interval.
+        - `spot_pearson`: mean over genes of Pearson's r over test spots.
+        - Learning rate, losses, epochs and seconds of the fit.
     """
     started, started_cpu = time.monotonic(), time.process_time()
     one_hot = inputs == "one-hot"
@@ -137,18 +141,18 @@ def run_condition(
     for name in ("fit", "val"):
         if supervision == "mil":
             cells_SK = case.spots[name]
-            bags[name] = row_bags(place_N[cells_SK], case.cells.spots(cells_SK))
+            bags[name] = row_bags(place_N[cells_SK], case.cells.normalise_spots(cells_SK))
         else:
             cells_S = getattr(case.parts, name)
-            bags[name] = row_bags(place_N[cells_S, None], case.cells.logged(cells_S))
+            bags[name] = row_bags(place_N[cells_S, None], case.cells.normalise_cells(cells_S))
     fitted = fit_rows(matrix, place_N[case.parts.fit], bags["fit"], bags["val"], search)
     test = case.parts.test
     predicted_NP = np.zeros_like(case.cells.counts_NP)
     predicted_NP[test] = predict_rows(fitted.head, place_N[test])
-    by_gene = score_genes(predicted_NP[test], case.cells.logged(test))
+    by_gene = score_genes(predicted_NP[test], case.cells.normalise_cells(test))
     cells_SK = case.spots["test"]
     spots_SP = np.stack([predicted_NP[cells].mean(axis=0) for cells in cells_SK])
-    by_gene_of_spots = score_genes(spots_SP, case.cells.spots(cells_SK))
+    by_gene_of_spots = score_genes(spots_SP, case.cells.normalise_spots(cells_SK))
     mean, low, high = bootstrap_mean(by_gene, search.config.seed)
     return {
         "pearson": mean,
@@ -170,7 +174,10 @@ def run_condition(
 def score_genes(
     predicted_NP: NDArray[np.float32], true_NP: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Return Pearson's r by gene: NaN where the truth is constant, 0 where only the prediction."""
+    """Return Pearson's r by gene.
+
+    It is NaN where the truth is constant, and 0 where only the prediction is constant.
+    """
     by_gene = pearson_by_column(predicted_NP, true_NP)
     varies = true_NP.min(axis=0) < true_NP.max(axis=0)
     by_gene[~np.isfinite(by_gene) & varies] = 0.0

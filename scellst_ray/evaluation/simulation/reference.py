@@ -1,7 +1,7 @@
 """Single-cell references for the simulation study: counts, types, gene panels.
 
-Three sources: any h5ad with counts, the 700 blood cells that come with scanpy, and a synthetic
-one. All hold counts, since the study adds counts up before it normalises.
+There are three sources: any h5ad file with counts, the 700 blood cells that come with scanpy, and
+synthetic cells. All hold counts, since the study adds up counts before it normalises them.
 
 Shape letters: C cells, G genes, T types.
 """
@@ -22,9 +22,9 @@ from scipy import sparse
 from scellst_ray.spots.panel import log_normalise
 from scellst_ray.spots.variable import highly_variable
 
-# As published for the ovary reference.
+# Filters as published for the ovary reference.
 MIN_GENES_OF_CELL, MIN_COUNTS_OF_GENE = 200, 10
-# Each half of a type needs some cells to draw from.
+# Each type is split in half, and each half needs cells to draw from.
 MIN_CELLS_OF_TYPE = 20
 PBMC_FILE = "datasets/10x_pbmc68k_reduced.h5ad"
 
@@ -35,10 +35,10 @@ class Reference:
 
     Attributes:
         counts: CSR float32 [C, G], whole numbers.
-        genes: G names.
+        genes: Names of the G genes.
         types: Names of the T types, sorted.
         type_C: int64 [C], index into types.
-        source: Where they come from, for reports.
+        source: Name of the source, for reports and messages.
     """
 
     counts: sparse.csr_matrix
@@ -49,11 +49,11 @@ class Reference:
 
     @property
     def library_C(self) -> NDArray[np.float64]:
-        """Counts of each cell over all genes."""
+        """Total counts of each cell over all genes, float64 [C]."""
         return np.asarray(self.counts.sum(axis=1, dtype=np.float64)).ravel()
 
     def info(self) -> dict[str, Any]:
-        """Return what a report tells."""
+        """Return the source and sizes for a report."""
         sizes = np.bincount(self.type_C, minlength=len(self.types))
         return {
             "source": self.source,
@@ -69,32 +69,33 @@ def read_reference(address: str, type_column: str, num_types: int, seed: int = 0
 
     Args:
         address: "synthetic", "pbmc" or an h5ad file.
-        type_column: Column of obs with the types, for an h5ad.
-        num_types: Types wanted. Of more, the medoids of their mean expression are kept, so that
-            all kinds are there (as published); types of under 20 cells are left out first.
-        seed: Of a synthetic reference.
+        type_column: Column of obs with the types, for an h5ad file.
+        num_types: Number of types to return. Types of fewer than 20 cells are left out first. If
+            more are left than asked for, the medoids of their mean expression are kept, so that
+            the types are as different as possible (as published).
+        seed: Seed of a synthetic reference.
 
     Raises:
-        ValueError: No counts, no such column, or too few types.
-        FileNotFoundError: No such file.
+        ValueError: there are no counts, no such column, or too few types.
+        FileNotFoundError: the file does not exist.
     """
     if address == "synthetic":
         return synthetic_reference(num_types, seed)
-    found = pbmc_reference() if address == "pbmc" else _read_h5ad(address, type_column)
-    sizes = np.bincount(found.type_C, minlength=len(found.types))
+    reference = pbmc_reference() if address == "pbmc" else _read_h5ad(address, type_column)
+    sizes = np.bincount(reference.type_C, minlength=len(reference.types))
     large = np.flatnonzero(sizes >= MIN_CELLS_OF_TYPE)
     if len(large) < num_types:
         message = (
-            f"{found.source}: {len(large)} types have {MIN_CELLS_OF_TYPE} cells or more, expected "
-            f"at least {num_types}. Give fewer num_types or another column of types."
+            f"{reference.source}: {len(large)} types have {MIN_CELLS_OF_TYPE} cells or more, "
+            f"expected at least {num_types}. Give fewer num_types or another column of types."
         )
         raise ValueError(message)
-    means = np.stack([found.counts[found.type_C == t].mean(axis=0).A1 for t in large])
-    return _keep_types(found, large[medoids(log_normalise(means), num_types)])
+    means = np.stack([reference.counts[reference.type_C == t].mean(axis=0).A1 for t in large])
+    return _keep_types(reference, large[medoids(log_normalise(means), num_types)])
 
 
 def _keep_types(reference: Reference, kept: NDArray[np.int64]) -> Reference:
-    """Return the cells of these types only."""
+    """Return a reference with only the cells of these types."""
     order = sorted(kept.tolist())
     new_index = np.full(len(reference.types), -1)
     new_index[order] = np.arange(len(order))
@@ -105,10 +106,13 @@ def _keep_types(reference: Reference, kept: NDArray[np.int64]) -> Reference:
 
 
 def medoids(points: NDArray[np.floating], num: int) -> NDArray[np.int64]:
-    """Return the rows that best stand for all rows: k-medoids by exchange, Euclidean.
+    """Return the rows with the smallest sum of Euclidean distances from all rows: k-medoids.
 
-    Starts from the row nearest to all and adds the row that helps most; then, while any exchange
-    of a medoid for another row lowers the sum of distances, the best exchange is made.
+    The search begins with the row nearest to all, and adds the row that lowers the sum most. Then
+    the best exchange of a medoid for another row is made, until no exchange lowers the sum.
+
+    Returns:
+        int64 [num], ascending.
     """
     distances = np.sqrt(((points[:, None].astype(np.float64) - points[None]) ** 2).sum(axis=2))
 
@@ -139,9 +143,11 @@ def synthetic_reference(
 ) -> Reference:
     """Draw a reference: negative binomial counts with a library size per cell.
 
-    Rates of genes are log-normal over two decades. Half of the genes do not depend on the type;
-    of the others, each is raised by about e in one type on average (sd 0.5), and varies a little
-    (sd 0.3) between all. Dispersion 2; libraries of about 3,000 counts with a log sd of 0.3.
+    - Rates of genes are log-normal over two decades.
+    - Half of the genes do not depend on the type. Each gene of the other half is raised in one
+      type, by a factor of about e (log sd 0.5), and varies between all types (log sd 0.3).
+    - The dispersion is 2.
+    - Libraries have about 3,000 counts (log sd 0.3).
     """
     rng = np.random.default_rng([seed, 11])
     log_rate_TG = np.tile(rng.normal(0, 1.2, num_genes), (num_types, 1))
@@ -165,28 +171,30 @@ def synthetic_reference(
 def pbmc_reference() -> Reference:
     """Return the 700 blood cells x 765 genes inside scanpy (10x, Zheng et al. 2017).
 
-    The file holds log(1 + 10,000 x / n_counts), rounded to three decimals, in `raw`, and not the
-    counts. They are whole numbers, so that rounding brings them back; it is checked that what is
-    rounded off is small. Counts of genes that are not in the file are not known: a library here
-    is that of the 765.
+    `raw` holds log(1 + 10,000 x / n_counts), rounded to three decimals, in place of the counts x.
+    Counts are whole numbers, so rounding restores them; the function checks that the remainders
+    are small. Counts of genes outside the file are unknown, so a library is the sum over 765 genes.
 
     Raises:
         ValueError: scanpy is not installed, or its file has changed.
     """
     spec = importlib.util.find_spec("scanpy")
     if spec is None or spec.origin is None:
-        message = "reference 'pbmc' comes with scanpy: pip install scanpy, or give an h5ad file."
+        message = "reference 'pbmc' needs scanpy: pip install scanpy, or give an h5ad file."
         raise ValueError(message)
     with warnings.catch_warnings():
-        # An old file of scanpy's own: what anndata says about that is of no use to anyone here.
+        # anndata warns of the file's old format, which users cannot change: it is scanpy's own.
         warnings.simplefilter("ignore")
         cells = ad.read_h5ad(Path(spec.origin).parent / PBMC_FILE)
     logged = cells.raw.X.toarray().astype(np.float64)
     exact = np.expm1(logged) * cells.obs["n_counts"].to_numpy()[:, None] / 1e4
     counts = np.rint(exact)
-    # A value known to half of 0.001 in its logarithm is known to 0.05 %, and n_counts to less.
+    # The rounding to three decimals leaves an error of 0.05 %; n_counts adds less than that.
     if (np.abs(exact - counts) > 0.05 + 2e-3 * counts).any():
-        message = "the blood cells in this scanpy are not counts scaled to 10,000: give an h5ad."
+        message = (
+            "the blood cells in this release of scanpy are not counts scaled to 10,000; give an "
+            "h5ad file."
+        )
         raise ValueError(message)
     types, type_C = np.unique(cells.obs["bulk_labels"].astype(str), return_inverse=True)
     matrix = sparse.csr_matrix(counts.astype(np.float32))
@@ -195,15 +203,20 @@ def pbmc_reference() -> Reference:
 
 
 def _read_h5ad(path: str, type_column: str) -> Reference:
-    """Return the counts and types of a file, filtered as published."""
+    """Return the counts and types of a file, filtered as published.
+
+    Raises:
+        ValueError: the file has no such column, no counts, or nothing that passes the filters.
+        FileNotFoundError: the file does not exist.
+    """
     if not Path(path).is_file():
-        message = f"{path}: no such file. Give an h5ad with counts, or synthetic or pbmc."
+        message = f"{path}: no such file. Give an h5ad file with counts, or synthetic or pbmc."
         raise FileNotFoundError(message)
     cells = ad.read_h5ad(path)
     if type_column not in cells.obs:
         message = (
             f"{path}: obs has no column {type_column!r}; it has {', '.join(cells.obs.columns)}. "
-            "Give reference_types."
+            "Give one of them as reference_types."
         )
         raise ValueError(message)
     counts, names = _counts_of(cells, path)
@@ -213,8 +226,8 @@ def _read_h5ad(path: str, type_column: str) -> Reference:
     genes = np.flatnonzero(np.asarray(counts.sum(axis=0)).ravel() >= MIN_COUNTS_OF_GENE)
     if not (counts.shape[0] and len(genes)):
         message = (
-            f"{path}: no cell with a type and {MIN_GENES_OF_CELL} genes is left, or no gene with "
-            f"{MIN_COUNTS_OF_GENE} counts. Give a deeper reference."
+            f"{path}: no cell has a type and {MIN_GENES_OF_CELL} genes, or no gene has "
+            f"{MIN_COUNTS_OF_GENE} counts. Give a reference with more counts per cell."
         )
         raise ValueError(message)
     labels = cells.obs[type_column][known & enough].astype(str)
@@ -224,7 +237,11 @@ def _read_h5ad(path: str, type_column: str) -> Reference:
 
 
 def _counts_of(cells: ad.AnnData, path: str) -> tuple[sparse.csr_matrix, list[str]]:
-    """Return the first matrix that holds counts: layer "counts", X, raw; with its gene names."""
+    """Return the first of layer "counts", X and raw that holds counts, with its gene names.
+
+    Raises:
+        ValueError: none of them holds counts.
+    """
     places = [(cells.layers["counts"], cells.var_names)] if "counts" in cells.layers else []
     places.append((cells.X, cells.var_names))
     if cells.raw is not None:
@@ -236,13 +253,16 @@ def _counts_of(cells: ad.AnnData, path: str) -> tuple[sparse.csr_matrix, list[st
             return matrix, names.astype(str).tolist()
     message = (
         f"{path}: neither layers['counts'] nor X nor raw holds counts (whole numbers, 0 or more). "
-        "The study adds counts up before it normalises: put them in layers['counts']."
+        "The study adds up counts before it normalises them: put counts in layers['counts']."
     )
     raise ValueError(message)
 
 
 def variable_panel(reference: Reference, rows: NDArray[np.int64], num_genes: int) -> list[str]:
-    """Return the highly variable genes (seurat_v3) of these reference cells; all, if fewer."""
+    """Return the `num_genes` most variable genes (seurat_v3) of these reference cells.
+
+    All genes are returned if the reference has fewer.
+    """
     wanted = min(num_genes, len(reference.genes))
     source = f"reference {reference.source}"
     columns, _ = highly_variable([reference.counts[rows]], [source], wanted)
@@ -250,11 +270,11 @@ def variable_panel(reference: Reference, rows: NDArray[np.int64], num_genes: int
 
 
 def marker_panel(reference: Reference, rows: NDArray[np.int64], num_per_type: int) -> list[str]:
-    """Return the genes highest in each type against all others, over these reference cells.
+    """Return the genes that are highest in each type against the other types.
 
-    Ranked by Welch's t of log-normalised expression, as scanpy's rank_genes_groups does it with
-    method "t-test". A gene that leads in two types is listed once; genes that are not higher in a
-    type (t <= 0) are no markers.
+    Genes are ranked by Welch's t of log-normalised expression over these reference cells, as in
+    scanpy's rank_genes_groups with method "t-test". A gene that ranks high in two types is listed
+    once. Genes that are not higher in a type (t <= 0) are left out.
     """
     logged_CG = log_normalise(reference.counts[rows]).astype(np.float64)
     panel: dict[str, None] = {}
@@ -266,7 +286,7 @@ def marker_panel(reference: Reference, rows: NDArray[np.int64], num_per_type: in
 
 
 def welch_t(values_CG: NDArray[np.float64], is_in_C: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return Welch's t of every column, rows in against rows out; 0 where nothing varies."""
+    """Return Welch's t of every column, rows of is_in_C against the rest; 0 if nothing varies."""
     inside, outside = values_CG[is_in_C], values_CG[~is_in_C]
     error_G = inside.var(axis=0, ddof=1) / len(inside) + outside.var(axis=0, ddof=1) / len(outside)
     difference_G = inside.mean(axis=0) - outside.mean(axis=0)

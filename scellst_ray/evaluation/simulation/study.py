@@ -1,7 +1,8 @@
-"""`scellst-ray simulate`: the paper's simulation study, how much of expression bags can teach.
+"""`scellst-ray simulate`: the paper's simulation study, condition by condition.
 
-Data in cells.py and reference.py, fits in fit.py; here is the
-study itself. commands/simulate.py prints, draws and writes it.
+The study measures how well a head trained on bags predicts the expression of single cells. cells.py
+and reference.py make the data, fit.py fits heads, conditions.py runs one condition.
+commands/simulate.py prints, draws and writes the results.
 """
 
 from collections.abc import Callable
@@ -91,7 +92,7 @@ class SimulateConfig:
     """Fixes everything that is drawn."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Raise ValueError if a value cannot work."""
         lowest = {
             "max_cells": 1,
             "embedding_dim": 1,
@@ -119,7 +120,7 @@ class SimulateConfig:
             self.fit_config(rate)
 
     def fit_config(self, rate: float) -> FitConfig:
-        """Return how a head is fitted."""
+        """Return the settings of a fit with this learning rate."""
         return FitConfig(
             lr=rate,
             max_epochs=self.max_epochs,
@@ -130,22 +131,26 @@ class SimulateConfig:
         )
 
     def search(self) -> Search:
-        """Return how the learning rate is found."""
+        """Return the settings of the search for a learning rate."""
         rates = self.learning_rates
         return Search(self.fit_config(rates[0]), rates, self.search_epochs)
 
 
 def simulate(config: SimulateConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run the study, taking up what is done in `config.out`.
+    """Run the conditions of the study that have no result in `config.out` yet.
 
-    Every condition (panel, scenario, inputs, supervision) is a file below `conditions`; the same
-    command does those that are missing.
+    The result of every condition (panel, scenario, inputs, supervision) is a file below
+    `conditions`. After an interruption, the same call runs only the missing conditions.
+
+    Args:
+        config: Settings of the study.
+        say: Called with a line of text for each finished condition.
 
     Returns:
         `conditions` (see run_condition), `panels`, `image`, `reference`, `config`, `scellst_ray`.
 
     Raises:
-        ValueError: `out` holds another study, or inputs cannot be used.
+        ValueError: `out` holds a study with other settings, or inputs cannot be used.
     """
     out = storage.absolute(config.out)
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
@@ -153,14 +158,14 @@ def simulate(config: SimulateConfig, say: Callable[[str], None] = print) -> dict
         config.reference, config.reference_types, config.num_types, config.seed
     )
     image = read_image(config)
-    _claim(storage.join(out, "config.json"), settings)
+    _check_settings(storage.join(out, "config.json"), settings)
     parts = tuple(
         split_cells(groups, config.val_share, config.seed + turn)
         for turn, groups in enumerate((image.cluster_N, reference.type_C))
     )
     panels = {name: choose_panel(config, reference, parts[1].train, name) for name in PANELS}
     plan = SpotPlan(config.num_spots, config.cells_per_spot, config.val_share, config.seed)
-    found = []
+    results = []
     for panel, scenario in product(PANELS, SCENARIOS):
         case = make_case(image, reference, (parts[0], parts[1]), (scenario, panels[panel]), plan)
         for inputs, supervision in product(INPUTS, SUPERVISIONS):
@@ -169,10 +174,10 @@ def simulate(config: SimulateConfig, say: Callable[[str], None] = print) -> dict
             if not storage.exists(uri):
                 result = run_condition(image, case, inputs, supervision, config.search())
                 storage.publish_json(uri, names | result)
-            found.append(dict(storage.read_json(uri)))
-            say(_line(found[-1]))
+            results.append(dict(storage.read_json(uri)))
+            say(_format_condition(results[-1]))
     return {
-        "conditions": found,
+        "conditions": results,
         "panels": panels,
         "image": image.info,
         "reference": reference.info(),
@@ -181,31 +186,31 @@ def simulate(config: SimulateConfig, say: Callable[[str], None] = print) -> dict
     }
 
 
-def _claim(uri: str, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds a study with other settings."""
+def _check_settings(uri: str, settings: dict[str, Any]) -> None:
+    """Write the settings of a new study; raise ValueError if the stored settings differ."""
     if not storage.exists(uri):
         storage.publish_json(uri, settings)
         return
-    there = storage.read_json(uri)
-    changed = sorted(name for name in settings if there.get(name) != settings[name])
+    stored = storage.read_json(uri)
+    changed = sorted(name for name in settings if stored.get(name) != settings[name])
     if changed:
         message = (
-            f"{uri}: the study there has other {', '.join(changed)}; give another --out, or the "
-            "same settings to take it up"
+            f"{uri}: the stored study has another {', '.join(changed)}; give another --out, or the "
+            "same settings to continue it"
         )
         raise ValueError(message)
 
 
 def read_image(config: SimulateConfig) -> Image:
-    """Return the image cells that take part, from a run or synthetic.
+    """Return the image cells of the study, from a run or synthetic.
 
     Raises:
-        ValueError: The run stores no embeddings, or has too few cells.
-        FileNotFoundError: No run there.
+        ValueError: the run stores no embeddings, or has too few cells.
+        FileNotFoundError: the run does not exist.
     """
     num_types, types = config.num_types, None
     if config.cells is None:
-        # A half more than needed, so that "nearest to the centroid" is a choice.
+        # 1.5 times as many as needed, so that the cells nearest to the centroid are a selection.
         num_cells = num_types * (config.cells_per_cluster * 3 // 2)
         drawn = (num_cells, config.embedding_dim, num_types, config.spread, config.seed)
         embeddings, source = synthetic_embeddings(*drawn), f"synthetic, seed {config.seed}"
@@ -227,7 +232,7 @@ def read_image(config: SimulateConfig) -> Image:
 
 
 def _read_run(config: SimulateConfig) -> tuple[NDArray[np.floating], NDArray[np.str_]]:
-    """Return embeddings and nucleus types of up to max_cells cells, slides in proportion."""
+    """Return embeddings and nucleus types of up to max_cells cells, the same share per slide."""
     assert config.cells is not None
     run = open_run(config.cells)
     slides = run.choose(config.slides)
@@ -242,13 +247,13 @@ def _read_run(config: SimulateConfig) -> tuple[NDArray[np.floating], NDArray[np.
         names = run.cells(slide_id, ["nucleus_type"])["nucleus_type"].to_pylist()
         types.append(np.array([str(name) for name in names], np.str_)[chosen])
     if not blocks:
-        message = f"{config.cells}: no slide has cells; extract some first"
+        message = f"{config.cells}: no slide has cells; extract slides first"
         raise ValueError(message)
     return np.concatenate(blocks), np.concatenate(types)
 
 
 def _shares(names: NDArray[np.str_]) -> dict[str, float]:
-    """Return the share of every name."""
+    """Return the share of every name, rounded to 4 decimals."""
     values, counts = np.unique(names, return_counts=True)
     return {str(v): round(float(c) / len(names), 4) for v, c in zip(values, counts, strict=True)}
 
@@ -256,16 +261,16 @@ def _shares(names: NDArray[np.str_]) -> dict[str, float]:
 def choose_panel(
     config: SimulateConfig, reference: Reference, rows: NDArray[np.int64], name: str
 ) -> list[str]:
-    """Return the panel hvg or markers, chosen on these cells of the reference."""
+    """Return the panel "hvg" or "markers", chosen on these cells of the reference."""
     if name == "hvg":
         return variable_panel(reference, rows, config.num_variable)
     return marker_panel(reference, rows, config.num_markers)
 
 
-def _line(found: dict[str, Any]) -> str:
-    """Return a condition in a line, for who is waiting."""
-    names = ", ".join(found[name] for name in CONDITION)
+def _format_condition(result: dict[str, Any]) -> str:
+    """Return the result of a condition in one line of text."""
+    names = ", ".join(result[name] for name in CONDITION)
     return (
-        f"{names}: PCC {found['pearson']:.3f} ({found['seconds']:.0f} s, "
-        f"rate {found['learning_rate']:g}, {found['num_epochs']} epochs)"
+        f"{names}: PCC {result['pearson']:.3f} ({result['seconds']:.0f} s, "
+        f"rate {result['learning_rate']:g}, {result['num_epochs']} epochs)"
     )

@@ -66,7 +66,7 @@ def test_identical_maps_are_perfect_under_any_numbering():
     renumbered_HW = np.where(true_HW == 1, 500, true_HW).astype(np.uint16)
     scores = score_labels(true_HW, renumbered_HW)
     assert (scores.num_true, scores.num_predicted, scores.num_matched) == (2, 2, 2)
-    for value in (scores.f1, scores.dq, scores.sq, scores.pq, scores.aji, scores.precision):
+    for value in (scores.f1, scores.sq, scores.pq, scores.aji, scores.precision):
         assert value == 1
 
 

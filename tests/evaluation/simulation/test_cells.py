@@ -97,10 +97,12 @@ def test_spots_add_counts_up_before_they_normalise():
     for spot, members in enumerate(cells_SK):
         total = sum(counts_NP[cell] for cell in members)
         expected[spot] = np.log1p(total * 1e4 / sum(library_N[cell] for cell in members))
-    np.testing.assert_allclose(cells.spots(cells_SK), expected, rtol=1e-5)
+    np.testing.assert_allclose(cells.normalise_spots(cells_SK), expected, rtol=1e-5)
     # One cell is a spot of one.
     rows = np.arange(5)
-    np.testing.assert_allclose(cells.spots(rows[:, None]), cells.logged(rows), rtol=1e-6)
+    np.testing.assert_allclose(
+        cells.normalise_spots(rows[:, None]), cells.normalise_cells(rows), rtol=1e-6
+    )
 
 
 def test_spots_are_drawn_with_replacement_from_the_given_cells():

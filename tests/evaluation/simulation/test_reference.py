@@ -78,7 +78,7 @@ def test_six_types_of_blood_cells_are_kept():
 
 def test_a_missing_scanpy_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="comes with scanpy: pip install scanpy"):
+    with pytest.raises(ValueError, match="needs scanpy: pip install scanpy"):
         pbmc_reference()
 
 
@@ -160,7 +160,7 @@ def test_unfit_files_are_refused(tmp_path):
         read_reference(path, "cell_type", 2)
     with pytest.raises(ValueError, match=r"neither layers.* holds counts"):
         read_reference(logged, "kind", 2)
-    with pytest.raises(ValueError, match="no cell with a type and 200 genes"):
+    with pytest.raises(ValueError, match="no cell has a type and 200 genes"):
         read_reference(shallow, "kind", 2)
     with pytest.raises(ValueError, match="2 types have 20 cells or more, expected at least 3"):
         read_reference(path, "kind", 3)

@@ -245,7 +245,7 @@ def test_rates_that_diverge_are_passed_over():
     fitted = fit_rows(matrix_ND, np.arange(40), *bags, Search(config, [1e30, 1e-3], [3]))
     assert fitted.learning_rate == 1e-3
     assert fitted.search[1e30] is None
-    with pytest.raises(ValueError, match=r"every learning rate of .* diverged"):
+    with pytest.raises(ValueError, match=r"all learning rates .* diverged"):
         fit_rows(matrix_ND, np.arange(40), *bags, Search(config, [1e30], [3]))
 
 
