@@ -20,6 +20,7 @@ from scellst_ray.evaluation.simulation.cells import (
 )
 from scellst_ray.evaluation.simulation.fit import Search, fit_rows, predict_rows, row_bags
 from scellst_ray.evaluation.simulation.reference import Reference
+from scellst_ray.models.mil.bags import BagSet
 from scellst_ray.spots.panel import gene_columns
 
 Inputs = Literal["ssl", "one-hot"]
@@ -137,14 +138,7 @@ def run_condition(
     matrix, place_N = image.embeddings_ND, np.arange(len(image.cluster_N))
     if one_hot:
         matrix, place_N = np.eye(int(image.cluster_N.max()) + 1, dtype=np.float32), image.cluster_N
-    bags = {}
-    for name in ("fit", "val"):
-        if supervision == "mil":
-            cells_SK = case.spots[name]
-            bags[name] = row_bags(place_N[cells_SK], case.cells.normalise_spots(cells_SK))
-        else:
-            cells_S = getattr(case.parts, name)
-            bags[name] = row_bags(place_N[cells_S, None], case.cells.normalise_cells(cells_S))
+    bags = _training_bags(case, supervision, place_N)
     fitted = fit_rows(matrix, place_N[case.parts.fit], bags["fit"], bags["val"], search)
     test = case.parts.test
     predicted_NP = np.zeros_like(case.cells.counts_NP)
@@ -169,6 +163,21 @@ def run_condition(
         "seconds": time.monotonic() - started,
         "cpu_seconds": time.process_time() - started_cpu,
     }
+
+
+def _training_bags(
+    case: Case, supervision: Supervision, place_N: NDArray[np.int64]
+) -> dict[str, BagSet]:
+    """Return the bags of parts "fit" and "val"; instances are rows `place_N` of the inputs."""
+    bags = {}
+    for name in ("fit", "val"):
+        if supervision == "mil":
+            cells_SK = case.spots[name]
+            bags[name] = row_bags(place_N[cells_SK], case.cells.normalise_spots(cells_SK))
+        else:
+            cells_S = getattr(case.parts, name)
+            bags[name] = row_bags(place_N[cells_S, None], case.cells.normalise_cells(cells_S))
+    return bags
 
 
 def score_genes(
