@@ -58,8 +58,7 @@ def test_slides_unlike_the_training_slides_are_named_and_change_no_exit_code(cap
     _, line = capsys.readouterr().out.splitlines()
     assert line == (
         "warning: odd: its cells look unlike those the head was trained on: score 1.80, held-out "
-        "training slides at most 1.20; do not trust expression there without checking stain and "
-        "resolution"
+        "training slides at most 1.20; check stain and resolution before you trust its expression"
     )
     unknown = {"score": 1.8, "limit": None, "beyond": None}
     records = {name: record("done", domain_shift=unknown) for name in "ab"}
