@@ -21,6 +21,7 @@ from scellst_ray import storage
 from scellst_ray.core.isolated import Died, each_isolated
 from scellst_ray.core.version import __version__
 from scellst_ray.models.cellvit.checkpoint import load_cellvit
+from scellst_ray.models.device import device_name, has_gpu
 from scellst_ray.models.encoder.encoder import best_precision, encoder_digest, is_named
 from scellst_ray.models.encoder.weights_file import local_weights
 from scellst_ray.models.mil.head import load_head
@@ -145,7 +146,7 @@ def _versions() -> str:
 
 
 def _device() -> str:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_name(on_gpu=has_gpu())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{', '.join(gpus) or 'no GPU'}; encoder precision {best_precision(device)}"
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
+from scellst_ray.models.device import device_name, uses_cluster_gpus, uses_own_gpu
 from scellst_ray.models.encoder.backbones import new_backbone
 from scellst_ray.models.encoder.encoder import (
     best_precision,
@@ -189,8 +189,7 @@ def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print)
 def _precision(config: PretrainConfig) -> str:
     if config.precision != "auto":
         return config.precision
-    gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
-    best = best_precision("cuda" if gpus else "cpu")
+    best = best_precision(device_name(on_gpu=uses_own_gpu(config.gpus)))
     return "float32" if best == "float16" else best  # float16 would lose small gradients
 
 
@@ -224,7 +223,7 @@ def _publish_init(config: PretrainConfig, run: RunFolder, store: CropStore) -> s
 
 
 def _workers(config: PretrainConfig, cluster: Cluster) -> PretrainWorkers:
-    gpus = cluster.num_gpus >= config.workers if config.gpus is None else config.gpus
+    gpus = uses_cluster_gpus(config.gpus, cluster.num_gpus, config.workers)
     # A worker's CPUs must all be on one node.
     share = max(1, min(cluster.num_cpus // config.workers, cluster.num_cpus_of_largest_node))
     fewest = config.min_workers or config.workers

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
+from scellst_ray.models.device import uses_cluster_gpus
 from scellst_ray.models.mil.fit import FitConfig, FitResult
 from scellst_ray.models.mil.head import save_head
 from scellst_ray.models.mil.stored_head import HEAD_FILE
@@ -203,7 +204,7 @@ def _run_config(run: RunFolder) -> str:
 
 
 def _workers(config: TrainConfig, cluster: Cluster) -> Workers:
-    gpus = cluster.num_gpus >= config.workers if config.gpus is None else config.gpus
+    gpus = uses_cluster_gpus(config.gpus, cluster.num_gpus, config.workers)
     # A worker's CPUs must all be on one node.
     share = max(1, min(cluster.num_cpus // config.workers, cluster.num_cpus_of_largest_node))
     cpus = config.cpus_per_worker or min(4, share)

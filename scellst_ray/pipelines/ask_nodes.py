@@ -4,7 +4,6 @@ One tiny task a node, without a CPU slot; a node that does not answer is told of
 """
 
 import logging
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ from scellst_ray.preflight.nodes import (
     write_probe,
 )
 from scellst_ray.slides.manifest import SlideRow
-from scellst_ray.stages.gpu_watch import PRETEND
 
 # Starting a process, and fetching weights from object storage.
 ANSWER_S = 300.0
@@ -58,7 +56,7 @@ def asked_for(
         gpus: Whether networks run on GPUs.
     """
     files = tuple((w, d) for w, d in weights if w and d and d.startswith("sha256:"))
-    return NodeRequirements(out=out, weights=files, gpus=gpus and os.environ.get(PRETEND) != "1")
+    return NodeRequirements(out=out, weights=files, gpus=gpus)
 
 
 def check_before_run(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
+from scellst_ray.models.device import uses_cluster_gpus
 from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.attempts import Limits, forget_attempts
 from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
@@ -128,7 +129,7 @@ def _check_nodes(
         (config.encoder, identity.encoder),
         (config.segmenter_weights, identity.segmenter_weights),
     ]
-    gpus = cluster.num_gpus > 0 if config.gpus is None else config.gpus
+    gpus = uses_cluster_gpus(config.gpus, cluster.num_gpus)
     asked = asked_for(run.uri, weights, gpus=gpus)
     return check_before_run(asked, cluster, slides, imported=config.segmenter == "imported")
 

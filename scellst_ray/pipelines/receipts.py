@@ -18,13 +18,14 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from scellst_ray.core.logs import log_to_stderr
+from scellst_ray.models.device import uses_cluster_gpus
 from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.metrics import WorkerMetrics
 from scellst_ray.pipelines.packing import add_waiting_time, pack, stamp_queued, unpack
 from scellst_ray.pipelines.planned_tiles import Plan, block_bytes, plan_dataset
 from scellst_ray.pipelines.session import Cluster
 from scellst_ray.runs.folder import RunFolder
-from scellst_ray.stages.config import tiles_of_task
+from scellst_ray.stages.config import num_planners, tiles_of_task
 from scellst_ray.stages.make import NETWORKS, Stage, stage_groups
 from scellst_ray.stages.rows import PendingSlide
 from scellst_ray.stages.tiles import CellsSpec
@@ -105,12 +106,12 @@ def receipts_dataset(
         cluster: What there is.
         work: What is done to slides and tiles.
     """
-    gpus = cluster.num_gpus > 0 if resources.gpus is None else resources.gpus
+    gpus = uses_cluster_gpus(resources.gpus, cluster.num_gpus)
     per_task = tiles_of_task(resources.tiles_per_task, gpus=gpus)
     _set_context(per_task)
     session = attempts.new_session(run)
     how = {"spec": spec, "session": session, "limits": resources.limits}
-    planners = max(len(cluster.node_memory), cluster.num_cpus // 8)
+    planners = num_planners(cluster.num_cpus, len(cluster.node_memory))
     dataset = plan_dataset(
         rows,
         planners,

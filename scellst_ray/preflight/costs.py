@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from scellst_ray.preflight.slide_plans import SlidePlan
+from scellst_ray.stages.config import num_planners
 
 DEFAULT = "default"
 # One CPU core at about 3 GHz, encoder ResNet-50 in float32, CellViT-256; GPU: a data-centre card,
@@ -227,7 +228,7 @@ def wall_s(work: Cost, rates: Rates, shape: RunShape, cluster: PlannedCluster) -
     beside = ("plan", "finish")  # of processes that hold no CPU slot
     write_s = work.cpu_s["write"]
     stages_s = sum(s for name, s in work.cpu_s.items() if name not in beside)
-    planners = max(1, cluster.cpus // 8)
+    planners = num_planners(cluster.cpus)
     busy = [work.cpu_s["plan"] / planners, work.all_cpu_s / cluster.cpus]
     if cluster.gpus:
         # Embedding and writing are one actor's; both networks share the GPU.

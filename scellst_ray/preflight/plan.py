@@ -8,10 +8,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-import torch
-
 from scellst_ray import storage
 from scellst_ray.core import schemas
+from scellst_ray.models.device import has_gpu
 from scellst_ray.models.encoder.encoder import encoder_dim, is_named
 from scellst_ray.models.mil.head import load_head
 from scellst_ray.preflight.calibration import calibrate
@@ -30,7 +29,12 @@ from scellst_ray.preflight.rates import with_runs
 from scellst_ray.preflight.slide_plans import SlidePlan, by_slide, plan_slides
 from scellst_ray.runs.identity import NetworkIdentity, StoredIdentity
 from scellst_ray.slides.manifest import read_manifest, select_slides
-from scellst_ray.stages.checked_networks import CheckedNetworks, cells_spec, check_networks
+from scellst_ray.stages.checked_networks import (
+    CheckedNetworks,
+    cells_spec,
+    check_networks,
+    segmenter_embedding_dim,
+)
 from scellst_ray.stages.config import (
     ExtractConfig,
     PredictConfig,
@@ -192,7 +196,7 @@ def _networks(
         return replace(check_networks(job), head_uri=head_uri)
     dim: int | None = schemas.EMBEDDING_DIM
     if job.encoder in WITHOUT_FILE:
-        dim = {"none": None, "tokens": 384, "types": 6}[job.encoder]
+        dim = segmenter_embedding_dim(job.encoder)
     elif is_named(job.encoder) or (storage.is_local(job.encoder) and storage.exists(job.encoder)):
         dim = encoder_dim(job.encoder)
     else:
@@ -237,7 +241,7 @@ def _rates(
         identity["encoder"] = networks.identity.encoder
         if networks.identity.segmenter_weights is not None:
             identity["segmenter_weights"] = networks.identity.segmenter_weights
-        on_gpu = gpus and torch.cuda.is_available()
+        on_gpu = gpus and has_gpu()
         per_task = tiles_of_task(config.tiles_per_task, gpus=gpus)
         sample = calibrate(by_slide(plans), spec, per_task, on_gpu=on_gpu)
         rates = rates.replaced(sample.rates, f"{sample.num_tiles} tiles measured here")

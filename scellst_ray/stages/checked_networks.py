@@ -1,11 +1,15 @@
 """The networks of a run, read and identified by the driver before Ray starts."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from scellst_ray.runs.identity import NetworkIdentity
 from scellst_ray.stages.config import ExtractConfig
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
 from scellst_ray.stages.tiles import CellsSpec
+
+if TYPE_CHECKING:
+    from scellst_ray.models.cellvit.checkpoint import CellVit
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
             raise ValueError(message)
         bytes_on_cpu = network_bytes + tile_bytes(side, "float32")
         if config.encoder == "tokens":
-            encoder, dim = f"tokens:{model.digest}", model.arch.dim
+            encoder = f"tokens:{model.digest}"
         elif config.encoder == "types":
-            encoder, dim = f"types:{','.join(type_names)}", len(type_names)
+            encoder = f"types:{','.join(type_names)}"
+        dim = segmenter_embedding_dim(config.encoder, model)
     if config.encoder not in WITHOUT_FILE:
         weights = local_weights(config.encoder)
         encoder, dim = encoder_digest(weights), encoder_dim(weights)
@@ -70,6 +75,23 @@ def check_networks(config: ExtractConfig) -> CheckedNetworks:
         segmenter_window_px=config.segmenter_window_px,
     )
     return CheckedNetworks(identity, type_names, bytes_on_cpu)
+
+
+def segmenter_embedding_dim(encoder: str, model: "CellVit | None" = None) -> int | None:
+    """Return the length of embeddings that are made without a network of their own.
+
+    Args:
+        encoder: 'none', 'tokens' or 'types'; for others None is returned, too.
+        model: The segmenting network; None: the published CellViT-256.
+    """
+    from scellst_ray.models.cellvit.checkpoint import PANNUKE_TYPES  # noqa: PLC0415
+    from scellst_ray.models.cellvit.network import ARCHS  # noqa: PLC0415
+
+    if encoder == "tokens":
+        return ARCHS["256"].dim if model is None else model.arch.dim
+    if encoder == "types":
+        return len(PANNUKE_TYPES if model is None else model.type_names)
+    return None
 
 
 def cells_spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:

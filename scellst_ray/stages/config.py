@@ -5,6 +5,7 @@ from typing import Literal
 
 from scellst_ray import storage
 from scellst_ray.core.geometry import MAX_MPP, MIN_MPP
+from scellst_ray.models.device import device_name, uses_own_gpu
 from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.models.weights.catalogue import is_catalogued
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE, segmenter_problems
@@ -12,6 +13,7 @@ from scellst_ray.stages.segmenter_settings import WITHOUT_FILE, segmenter_proble
 # Tiles of a task, at least, where there are GPUs: the batch of a segmenting network. Tiles are
 # quick there, and Ray's driver, which counts tasks, keeps four times as many GPUs busy as with 2.
 GPU_TILES = 8
+CPUS_PER_PLANNER = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,16 @@ def tiles_of_task(tiles_per_task: int, *, gpus: bool) -> int:
     return max(tiles_per_task, GPU_TILES) if gpus else tiles_per_task
 
 
+def num_planners(num_cpus: int, num_nodes: int = 1) -> int:
+    """Return how many processes plan slides at a time: one for 8 CPUs, at least one a node.
+
+    Args:
+        num_cpus: CPUs of the cluster.
+        num_nodes: Nodes of the cluster; a plan of a run, which does not know them, counts one.
+    """
+    return max(1, num_nodes, num_cpus // CPUS_PER_PLANNER)
+
+
 def resolve_config(config: ExtractConfig) -> ExtractConfig:
     """Return the configuration with what must be the same in every process decided, once.
 
@@ -116,12 +128,10 @@ def resolve_config(config: ExtractConfig) -> ExtractConfig:
         config = replace(config, store_embeddings=False)
     if config.precision != "auto":
         return config
-    import torch  # noqa: PLC0415 - as in check_networks
-
     from scellst_ray.models.encoder.encoder import best_precision  # noqa: PLC0415
 
-    gpus = torch.cuda.is_available() if config.gpus is None else config.gpus
-    return replace(config, precision=best_precision("cuda" if gpus else "cpu"))
+    device = device_name(on_gpu=uses_own_gpu(config.gpus))
+    return replace(config, precision=best_precision(device))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from scellst_ray.stages.rows import AttemptedRow
 
-# Set to 1 by tests: workers compute on CPUs what they have GPUs for.
-PRETEND = "SCELLST_RAY_PRETEND_GPU"
 SLIDES_OF_BROKEN_GPU = 3
 STAGES = ("network", "embed")
 

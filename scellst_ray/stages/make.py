@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
+from scellst_ray.models import device
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.rows import TileRow
 from scellst_ray.stages.tiles import CellsSpec
@@ -39,10 +40,10 @@ def make_stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> S
         from scellst_ray.stages.write import WriteShards
 
         return WriteShards(run)
-    from scellst_ray.stages.networks import Embed, Network, device_for
+    from scellst_ray.stages.networks import Embed, Network
 
-    device = device_for(on_gpu=on_gpu)
-    return Network(spec, device) if name == "network" else Embed(spec, device)
+    worker_device = device.device_of_worker(on_gpu=on_gpu)
+    return Network(spec, worker_device) if name == "network" else Embed(spec, worker_device)
 
 
 def stage_groups(spec: CellsSpec, *, gpus: bool) -> list[tuple[str, ...]]:

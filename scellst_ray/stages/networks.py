@@ -6,7 +6,6 @@ On rows, like the other stages (stages/make.py). Letters: N nuclei, D embedding,
 import logging
 import os
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,15 +18,14 @@ from scellst_ray.core import schemas
 from scellst_ray.core.logs import log_fields
 from scellst_ray.models.cellvit.checkpoint import load_cellvit
 from scellst_ray.models.cellvit.inference import pack_maps, segment_tiles, tokens_of
+from scellst_ray.models.device import Device
 from scellst_ray.models.encoder.encoder import Encoder, embed_crops, load_encoder
 from scellst_ray.models.encoder.weights_file import local_weights
 from scellst_ray.models.mil.head import MilHead, load_head, stored_hidden
 from scellst_ray.nuclei import hv_maps
-from scellst_ray.stages.gpu_watch import PRETEND
 from scellst_ray.stages.rows import Outcome, TileRow
 from scellst_ray.stages.tiles import CellsSpec, guarded, todo
 
-Device = Literal["cpu", "cuda"]
 logger = logging.getLogger(__name__)
 
 
@@ -186,24 +184,6 @@ def end_process_if_broken(device: Device, row: TileRow) -> None:
             extra=log_fields(row["slide_id"], row["tile_id"], row["stage"]),
         )
         os._exit(1)
-
-
-def device_for(*, on_gpu: bool) -> Device:
-    """Return the device of an actor.
-
-    Raises:
-        RuntimeError: Ray gave the actor a GPU that torch cannot use: on a CPU it would take hours,
-            and memory nobody declared. Tests pretend to have GPUs: PRETEND set to 1 allows that.
-    """
-    if on_gpu and not torch.cuda.is_available():
-        if os.environ.get(PRETEND) == "1":
-            return "cpu"
-        message = (
-            "Ray gave this worker a GPU, but torch sees none: check the driver and that torch is a "
-            "CUDA build, or run with gpus: false"
-        )
-        raise RuntimeError(message)
-    return "cuda" if on_gpu else "cpu"
 
 
 def one_hot(types: pa.ChunkedArray, names: tuple[str, ...]) -> NDArray[np.float16]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scellst_ray import storage
-from scellst_ray.stages.gpu_watch import PRETEND
 from tests.faults.disturbed import (
     CRASHED,
     RAYLET,
@@ -17,6 +16,7 @@ from tests.faults.disturbed import (
     write_cohort,
 )
 from tests.faults.hosts import Hosts, Network
+from tests.support.pretended_gpu import ENVIRONMENT
 from tests.support.s3_server import BUCKET, serving_s3
 
 
@@ -56,7 +56,7 @@ SCENARIOS = {
     "impatient": Scenario({"host cut off for 30 s": 2}, {"quick_health": True}),
     "gpus": Scenario(
         {"GPU-stage actor killed": 4, "host lost for good": 4},
-        {"num_gpus": 1, "environment": {PRETEND: "1"}},
+        {"num_gpus": 1, "environment": ENVIRONMENT},
         gpus=True,
     ),
     "small store": Scenario({"object store filled by others": 2}, {"store_mib": 80}),

@@ -3,14 +3,14 @@
 import pytest
 
 from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
-from scellst_ray.stages.networks import PRETEND
+from tests.support.pretended_gpu import ENVIRONMENT, pretend_in_this_process
 
 
 @pytest.fixture(scope="module")
 def local_ray(shared_ray):
     """Give a Ray with two CPUs, and a GPU in name only."""
-    with pytest.MonkeyPatch.context() as patch, shared_ray(1, **{PRETEND: "1"}) as cluster:
-        patch.setenv(PRETEND, "1")
+    with pytest.MonkeyPatch.context() as patch, shared_ray(1, **ENVIRONMENT) as cluster:
+        pretend_in_this_process(patch)
         yield cluster
 
 

@@ -204,13 +204,6 @@ def test_crops_are_normalised_by_their_slide(cells_spec):
     assert "no crops of slide 'other'" in rows[1]["error"]
 
 
-def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch):
-    monkeypatch.delenv(networks.PRETEND, raising=False)
-    with pytest.raises(RuntimeError, match="torch sees none"):
-        networks.device_for(on_gpu=True)
-    assert networks.device_for(on_gpu=False) == "cpu"
-
-
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_worker_whose_gpu_stopped_working_ends(monkeypatch, broken):
     def synchronize():

@@ -35,6 +35,7 @@ from scellst_ray.evaluation.encoder.typed_crops import (
     points_of_run,
 )
 from scellst_ray.evaluation.segmentation.detection_metrics import UNKNOWN
+from scellst_ray.models.device import device_name, uses_own_gpu
 from scellst_ray.models.encoder.encoder import (
     best_precision,
     embed_crops,
@@ -239,8 +240,7 @@ def _embed(
         embedding_NF = colours(cells.crops_NHWC)
         return embedding_NF, {"dim": embedding_NF.shape[1]}
     encoder = load_encoder(local_weights(name))
-    on_gpu = torch.cuda.is_available() if config.gpus is None else config.gpus
-    device = "cuda" if on_gpu else "cpu"
+    device = device_name(on_gpu=uses_own_gpu(config.gpus))
     precision = best_precision(device) if config.precision == "auto" else config.precision
     encoder.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     embedding_ND = embed_crops(encoder, cells.crops_NHWC, device, precision)
