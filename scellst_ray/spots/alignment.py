@@ -1,6 +1,7 @@
-"""Do the spots lie on the tissue? If not: would they, were axes swapped, mirrored or scaled?
+"""Check whether spots lie on the tissue, and whether swapped, mirrored or scaled axes explain it.
 
-Tissue comes as points, whoever found it: centres of tissue pixels, or centroids of cells.
+The tissue is given as points: centres of tissue pixels, or centroids of cells. A placing is one set
+of positions of the spots, as given or after a common mistake is undone. S: spots; T: tissue points.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,25 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-# Spots said to be under tissue lie on it, but for pale or torn places. (All did on three her2st
-# sections; mirrored left to right, 89 % of two of them still did.)
+# Spots marked as under tissue lie on it except in pale or torn places. On three her2st sections all
+# did; mirrored left to right, 89 % of the spots of two sections still did.
 SOUND_SHARE, LEAST_SHARE = 0.95, 0.5
-# What another placing must win, in spots on tissue and in agreement of the two areas.
+# Another placing must gain this share of spots on tissue, and this much agreement of both areas.
 LEAST_GAIN, LEAST_AGREEMENT_GAIN = 0.1, 0.05
-# Shrunk enough, any spots lie on some tissue: scaling is only a cause where areas agree.
+# Spots shrunk enough lie on some tissue, so scaling counts as a cause only where areas agree.
 LEAST_AGREEMENT_SCALED = 0.5
 SCALES = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
-# Spots need not reach as far as the tissue, so the factor that their extents give is a guess.
+# Spots may cover less than the tissue, so the factor from both extents is only a first estimate.
 AROUND_FACTOR = (0.7, 0.77, 0.85, 0.92, 1.0, 1.1, 1.2)
 MAX_POINTS = 20_000
 
 
 @dataclass(frozen=True)
 class Placing:
-    """How well spots lie in one placing.
+    """Fit of the spots to the tissue in one placing.
 
     Attributes:
-        name: 'as given', or what was changed.
+        name: 'as given', or the change of the positions.
         share_on_tissue: Share of spots with tissue within reach.
         share_of_tissue: Share of tissue within one pitch of a spot.
     """
@@ -39,19 +40,19 @@ class Placing:
 
     @property
     def agreement(self) -> float:
-        """Harmonic mean of both shares: a heap of spots in the middle of the tissue has little."""
+        """Harmonic mean of both shares; low for spots heaped in the middle of the tissue."""
         total = self.share_on_tissue + self.share_of_tissue
         return 2 * self.share_on_tissue * self.share_of_tissue / total if total else 0.0
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """What was found.
+    """Result of a check of spots against tissue.
 
     Attributes:
-        given: The spots as they are.
-        best: The placing with the best agreement (scaled ones only where that is no accident).
-        problem: What is wrong, and the likely cause; None if nothing.
+        given: Fit of the spots as given.
+        best: Placing with the best agreement; a scaled one only if its agreement is at least 0.5.
+        problem: Description of the problem and its likely cause; None if there is none.
     """
 
     given: Placing
@@ -59,7 +60,7 @@ class Alignment:
     problem: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the fields as values that JSON can hold."""
         return asdict(self)
 
 
@@ -69,26 +70,28 @@ def check_alignment(
     reach0: float,
     size0: tuple[int, int] | None = None,
 ) -> Alignment:
-    """Compare spots with tissue, as they lie and as they would after common mistakes.
+    """Compare the spots with the tissue, as given and with common mistakes undone.
+
+    A problem is reported if fewer than half of the spots lie on tissue, or if another placing puts
+    10 % more of all spots on it. No mistake shows where tissue fills the image or is symmetric. A
+    shift by less than the tissue's margin does not show either.
 
     Args:
-        xy0: Spot centres [S, 2] (x, y), level-0 px; only those said to be under tissue.
-        tissue_xy0: Points of the tissue [T, 2], spread over it, level-0 px.
-        reach0: A spot is on tissue if a point of it is so near, level-0 px.
-        size0: Width and height of the image; if None, mirrored about the middle of the tissue.
+        xy0: Spot centres [S, 2] (x, y), level-0 px; only spots marked as under tissue.
+        tissue_xy0: Points spread over the tissue [T, 2], level-0 px.
+        reach0: Largest distance from a spot on tissue to the nearest tissue point, level-0 px.
+        size0: (width, height) of the image; if None, axes are mirrored about the tissue's middle.
 
     Returns:
-        The finding. There is a problem where fewer than half of the spots are on tissue, or where
-        another placing puts 10 % more of all spots there. Where tissue fills the image, or is
-        symmetric, no mistake can show; nor does a shift by less than the tissue's margin.
+        Fit of the given and of the best placing, and the problem.
     """
     spots = np.asarray(xy0, np.float64)
     tissue = np.asarray(tissue_xy0, np.float64).reshape(-1, 2)
     if not len(tissue):
         nowhere = Placing("as given", 0.0, 0.0)
-        return Alignment(nowhere, nowhere, "the slide has no tissue at all where spots could lie")
+        return Alignment(nowhere, nowhere, "the slide has no tissue on which spots could lie")
     tissue = tissue[:: max(1, len(tissue) // MAX_POINTS)]
-    # Thinned points may lie farther apart than the reach.
+    # Thinned tissue points may lie farther apart than the reach.
     reach0 = max(reach0, _spacing(tissue))
     pitch0 = _spacing(spots)
     width0, height0 = size0 or tissue.min(axis=0) + tissue.max(axis=0)
@@ -105,7 +108,7 @@ def check_alignment(
 
 
 def _spacing(points: NDArray[np.float64]) -> float:
-    """Return the median distance to the nearest other point; 0 for a single one."""
+    """Return the median distance to the nearest other point; 0 for a single point."""
     if len(points) < 2:
         return 0.0
     return float(np.median(cKDTree(points).query(points, k=2)[0][:, 1]))
@@ -114,7 +117,7 @@ def _spacing(points: NDArray[np.float64]) -> float:
 def _alternatives(
     spots: NDArray[np.float64], tissue: NDArray[np.float64], width0: float, height0: float
 ) -> list[tuple[str, float, NDArray[np.float64]]]:
-    """Return placings as (name, scale, positions), the given one first."""
+    """Return placings as (name, scale, positions [S, 2]); the first is the given one."""
     x, y = spots.T
     turned = [
         ("as given", x, y),
@@ -128,7 +131,7 @@ def _alternatives(
     ]
     placings = [(name, 1.0, np.column_stack([a, b])) for name, a, b in turned]
     scales = [(f"scaled by {scale:g}", scale) for scale in SCALES]
-    # Positions of a smaller image: where their extent says so, whatever the factor.
+    # Positions may be px of a smaller image: if both axes agree, try the factor of the extents.
     low_spots, high_spots = np.percentile(spots, (2, 98), axis=0)
     low_tissue, high_tissue = np.percentile(tissue, (2, 98), axis=0)
     factors = (high_tissue - low_tissue) / np.maximum(high_spots - low_spots, 1e-9)
@@ -141,15 +144,15 @@ def _alternatives(
 
 
 def _problem(given: Placing, best: Placing) -> str | None:
-    """Say what is wrong with the spots as given, if anything is."""
+    """Return the problem of the spots as given and its likely cause; None if there is none."""
     share = given.share_on_tissue
-    better = (
+    is_better = (
         best.share_on_tissue >= share + LEAST_GAIN
         and best.agreement >= given.agreement + LEAST_AGREEMENT_GAIN
     )
-    if share >= SOUND_SHARE or (share >= LEAST_SHARE and not better):
+    if share >= SOUND_SHARE or (share >= LEAST_SHARE and not is_better):
         return None
     text = f"{share:.0%} of the spots lie on tissue"
-    if not better:
-        return f"{text}, and neither swapping, mirroring nor scaling their positions mends it"
+    if not is_better:
+        return f"{text}; swapping, mirroring or scaling their positions does not help"
     return f"{text}; {best.name}, {best.share_on_tissue:.0%} would: the likely cause"

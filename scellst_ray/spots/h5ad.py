@@ -1,4 +1,4 @@
-"""Reads spots from an AnnData file (.h5ad), of HEST or of anyone's making."""
+"""Read the spots of one section from an AnnData file (.h5ad)."""
 
 import logging
 from collections.abc import Iterator
@@ -14,27 +14,28 @@ from scellst_ray.storage.node_cache import hold
 
 logger = logging.getLogger(__name__)
 
-# Space Ranger's `spot_diameter_fullres` is that of a 65 um disc; the spots of Visium measure 55.
+# Space Ranger's `spot_diameter_fullres` is the diameter of a 65 um disc; Visium's spots have 55 um.
 SPACE_RANGER_UM, VISIUM_UM = 65.0, 55.0
 
 
 def read_h5ad(uri: str, mpp: float, spot_diameter_um: float | None = None) -> Spots:
     """Read the spots of one section from an AnnData file.
 
-    Only what is needed is read, straight from HDF5: nothing is unpickled.
+    The parts are read from HDF5 one by one, and nothing is unpickled:
+
+    - obsm['spatial'] holds spot centres (x, y) in level-0 px.
+    - Raw counts lie in layers['counts'], X or raw: the first that holds whole numbers.
+    - Spots whose obs['in_tissue'] is not 1 are left out, if obs has that column.
+    - Genes are named by the index of var.
 
     Args:
-        uri: The file, a path or any fsspec address. obsm['spatial'] holds (x, y) in level-0 px;
-            raw counts are in layers['counts'], X or raw, the first that holds whole numbers; where
-            obs has `in_tissue`, spots off the tissue are left out; genes are named as in var's
-            index.
-        mpp: um per level-0 px.
-        spot_diameter_um: Without it, that of uns['spatial'][...]['scalefactors'] is taken
-            (`spot_diameter_fullres`, level-0 px), 65 um of Space Ranger's convention for the 55 um
-            that Visium's spots measure.
+        uri: Path or any fsspec address of the file.
+        mpp: Resolution in um per level-0 px.
+        spot_diameter_um: Spot diameter. None takes `spot_diameter_fullres` (level-0 px) of
+            uns['spatial'][...]['scalefactors']; 65 um, Space Ranger's convention, becomes 55 um.
 
     Raises:
-        ValueError: Where a part is missing or not sound, naming it.
+        ValueError: A part is missing or damaged; the message names it.
     """
     try:
         held = hold(uri)
@@ -51,6 +52,7 @@ def read_h5ad(uri: str, mpp: float, spot_diameter_um: float | None = None) -> Sp
 
 
 def _read_spots(file: h5py.File, uri: str, mpp: float, spot_diameter_um: float | None) -> Spots:
+    """Read the spots of an open file as `read_h5ad` describes."""
     if "spatial" not in file.get("obsm", ()):
         message = (
             f"{uri}: obsm holds {sorted(file.get('obsm', ()))}, not 'spatial'. Expected an AnnData "
@@ -82,17 +84,17 @@ def _read_spots(file: h5py.File, uri: str, mpp: float, spot_diameter_um: float |
 
 
 def _index(group: h5py.Group | None, source: str) -> NDArray[np.str_]:
-    """Return the index of a stored data frame."""
+    """Return the index of a stored data frame; `source` names the frame in errors."""
     if isinstance(group, h5py.Group):
         key = group.attrs.get("_index")
         if isinstance(key, str) and key in group:
             return np.asarray(read_elem(group[key])).astype(np.str_)
-    message = f"{source} has no index. Write the file anew with anndata 0.7 or later."
+    message = f"{source} has no index. Write the file again with anndata 0.7 or later."
     raise ValueError(message)
 
 
 def _places(file: h5py.File) -> Iterator[tuple[str, str, str]]:
-    """Yield the places where counts may be: their name, their key and the key of their genes."""
+    """Yield the matrices that may hold counts as (name, key in the file, key of their genes)."""
     for name, key, var in (
         ("layers['counts']", "layers/counts", "var"),
         ("X", "X", "var"),
@@ -103,32 +105,32 @@ def _places(file: h5py.File) -> Iterator[tuple[str, str, str]]:
 
 
 def _raw_counts(file: h5py.File, uri: str) -> tuple[sparse.csr_matrix, list[str]]:
-    """Return the first matrix of whole numbers, float32, and its genes."""
-    seen = []
+    """Return the first matrix of whole numbers, float32 [S, G], and its genes."""
+    reasons = []
     for name, key, var in _places(file):
         stored = read_elem(file[key])
         counts = sparse.csr_matrix(stored)
-        bad = counts.data[~((counts.data >= 0) & (counts.data == np.rint(counts.data)))]
-        if not len(bad):
+        not_counts = counts.data[~((counts.data >= 0) & (counts.data == np.rint(counts.data)))]
+        if not len(not_counts):
             logger.info("%s: raw counts in %s", uri, name)
             return counts.astype(np.float32), _index(file[var], f"{uri}: {var}").tolist()
-        seen.append(f"{name} holds {bad[0]:g}")
-    found = "; ".join(seen) or "there is neither X nor layers['counts'] nor raw"
+        reasons.append(f"{name} holds {not_counts[0]:g}")
+    reason = "; ".join(reasons) or "the file has neither X nor layers['counts'] nor raw"
     message = (
-        f"{uri}: no raw counts: {found}. Expected whole numbers of 0 or above in "
+        f"{uri}: no raw counts: {reason}. Expected whole numbers of 0 or above in "
         "layers['counts'], X or raw: save the counts before normalising."
     )
     raise ValueError(message)
 
 
 def _stored_diameter_um(file: h5py.File, uri: str, mpp: float) -> float:
-    """Return the spot diameter that the file itself gives."""
+    """Return the spot diameter in um that the file states."""
     libraries = file.get("uns/spatial")
     names = sorted(libraries) if isinstance(libraries, h5py.Group) else []
     if len(names) > 1:
         message = (
             f"{uri}: uns['spatial'] holds {len(names)} sections, such as {names[:3]}. Expected "
-            "one section a file, with positions on one image: split it."
+            "one section per file, with positions on one image: split the file."
         )
         raise ValueError(message)
     key = f"{names[0]}/scalefactors/spot_diameter_fullres" if names else ""
@@ -140,14 +142,14 @@ def _stored_diameter_um(file: h5py.File, uri: str, mpp: float) -> float:
         raise ValueError(message)
     diameter_um = float(read_elem(libraries[key])) * mpp
     if abs(diameter_um - SPACE_RANGER_UM) <= 0.03 * SPACE_RANGER_UM:
-        text = "%s: spot_diameter_fullres is Space Ranger's %.1f um; took Visium's %.0f um"
+        text = "%s: spot_diameter_fullres is Space Ranger's %.1f um; used Visium's %.0f um"
         logger.info(text, uri, diameter_um, VISIUM_UM)
         return VISIUM_UM
     return diameter_um
 
 
 def _under_tissue(obs: h5py.Group, num_spots: int, uri: str) -> NDArray[np.bool_]:
-    """Tell which spots obs marks as under tissue; all where it does not say."""
+    """Return which spots obs marks as under tissue, bool [S]; all if obs has no such column."""
     if "in_tissue" not in obs:
         return np.ones(num_spots, np.bool_)
     marks = np.char.lower(np.asarray(read_elem(obs["in_tissue"])).astype(np.str_))
@@ -162,12 +164,12 @@ def _under_tissue(obs: h5py.Group, num_spots: int, uri: str) -> NDArray[np.bool_
 
 
 def _compare_pixel_columns(obs: h5py.Group, xy0: NDArray[np.float64], uri: str) -> None:
-    """Log where obs' own pixel columns contradict obsm['spatial'] (some tools swap their names)."""
+    """Log a warning if the pixel columns of obs, which some tools swap, contradict obsm."""
     names = ("pxl_col_in_fullres", "pxl_row_in_fullres")
     if not all(name in obs for name in names):
         return
     columns = np.column_stack([np.asarray(read_elem(obs[name]), np.float64) for name in names])
     if not np.allclose(columns, xy0, rtol=0, atol=1.5):
-        swapped = np.allclose(columns[:, ::-1], xy0, rtol=0, atol=1.5)
-        how = "is (row, column), that is (y, x), by" if swapped else "differs from"
-        logger.warning("%s: obsm['spatial'] %s obs %s; took obsm", uri, how, list(names))
+        is_swapped = np.allclose(columns[:, ::-1], xy0, rtol=0, atol=1.5)
+        relation = "is (row, column), that is (y, x), by" if is_swapped else "differs from"
+        logger.warning("%s: obsm['spatial'] %s obs %s; used obsm", uri, relation, list(names))

@@ -1,6 +1,6 @@
-"""The HEST layout (st/, wsis/, metadata/, cellvit_seg/) as rows of a manifest.
+"""Turn a HEST folder (st/, wsis/, metadata/, cellvit_seg/) into rows of a manifest.
 
-Its st/*.h5ad files are read by `read_h5ad`, its cellvit_seg/*.parquet by the importers of nuclei.
+`read_h5ad` reads its st/*.h5ad files; `nuclei.imported` reads its cellvit_seg/*.parquet files.
 """
 
 import json
@@ -21,37 +21,42 @@ from scellst_ray.spots.tenx import read_bytes
 from scellst_ray.storage.node_cache import hold
 
 SEGMENTATIONS = ("{}_cellvit_seg.parquet", "{}_cellvit_seg.geojson")
-# Two statements of a resolution agree within this share.
+# Two sources of a resolution agree if they differ by at most this share.
 MPP_TOLERANCE = 0.02
-# Kept beside what the jobs need: to choose slides by.
+# Metadata kept in the manifest so that users can select slides; no job needs them.
 KEPT = ("organ", "species", "st_technology", "disease_state", "oncotree_code", "dataset_title")
 UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
 
 
 @dataclass(frozen=True)
 class HestSample:
-    """A row of a manifest, and what its files disagree on."""
+    """One sample of a HEST folder.
+
+    Attributes:
+        row: Row of the manifest.
+        conflicts: Descriptions of the points on which the sample's files disagree.
+    """
 
     row: dict[str, Any]
     conflicts: list[str]
 
 
 def read_hest(folder: str) -> tuple[list[HestSample], list[str]]:
-    """Find the samples of a HEST folder.
+    """Return the samples of a HEST folder.
 
-    `mpp` is `pixel_size_um_estimated` of the metadata, which HEST fits to the spots, not what the
-    image says of itself. It is compared with `pixel_size_um_embedded`, with the TIFF's own
-    resolution, and with the pitch of the spots in px and um; the TIFF's size with the metadata's.
+    `mpp` is `pixel_size_um_estimated` of the metadata, which HEST fits to the spots. It is compared
+    with `pixel_size_um_embedded`, with the TIFF's resolution and with the pitch of the spots. The
+    size of the TIFF is compared with the metadata. Differences become conflicts.
 
     Args:
-        folder: A path or any fsspec address. st/<id>.h5ad, wsis/<id>.tif and metadata/<id>.json
-            make a sample; cellvit_seg/<id>_cellvit_seg.parquet (or .geojson) gives its nuclei.
+        folder: Path or any fsspec address. A sample consists of st/<id>.h5ad, wsis/<id>.tif and
+            metadata/<id>.json. Its nuclei are cellvit_seg/<id>_cellvit_seg.parquet (or .geojson).
 
     Returns:
-        (samples by id, what was left out and why).
+        (samples in the order of their ids, one line for each incomplete sample).
 
     Raises:
-        ValueError: Where there is no complete sample.
+        ValueError: The folder has no complete sample, or a file is damaged.
     """
     fs, root = fsspec.core.url_to_fs(folder)
     root = root.rstrip("/")
@@ -67,14 +72,14 @@ def read_hest(folder: str) -> tuple[list[HestSample], list[str]]:
         counted = ", ".join(f"{len(names)} in {part}/" for part, names in ids.items())
         message = (
             f"{folder}: no sample is complete ({counted}). Expected st/<id>.h5ad, wsis/<id>.tif "
-            "and metadata/<id>.json, as HEST is downloaded."
+            "and metadata/<id>.json, as in HEST's download."
         )
         raise ValueError(message)
     return [_sample(fs, root, sample) for sample in complete], left_out
 
 
 def _stems(fs: fsspec.AbstractFileSystem, folder: str, end: str) -> set[str]:
-    """Return the names of a folder's files without their ending."""
+    """Return the names, without the ending, of a folder's files that end in `end`."""
     if not fs.isdir(folder):
         return set()
     names = (path.rsplit("/", 1)[-1] for path in fs.ls(folder, detail=False))
@@ -82,6 +87,7 @@ def _stems(fs: fsspec.AbstractFileSystem, folder: str, end: str) -> set[str]:
 
 
 def _sample(fs: fsspec.AbstractFileSystem, root: str, sample: str) -> HestSample:
+    """Return the manifest row and the conflicts of one complete sample."""
     path = f"{root}/metadata/{sample}.json"
     try:
         metadata = json.loads(read_bytes(fs, path))
@@ -113,13 +119,14 @@ def _mpp_conflicts(
     metadata: dict[str, Any],
     mpp: float | None,
 ) -> list[str]:
-    """Say what speaks against the metadata's resolution and size."""
+    """Return the points that contradict the metadata's resolution and size."""
     conflicts = []
     tiff_mpp, size0 = _tiff(fs, uris["uri"])
-    told0 = tuple(_number(metadata, f"fullres_px_{side}") for side in ("width", "height"))
-    if None not in told0 and told0 != size0:
+    stated0 = tuple(_number(metadata, f"fullres_px_{side}") for side in ("width", "height"))
+    if None not in stated0 and stated0 != size0:
         conflicts.append(
-            f"the TIFF is {size0[0]} x {size0[1]} px, the metadata say {told0[0]:g} x {told0[1]:g}"
+            f"the TIFF is {size0[0]} x {size0[1]} px, the metadata say "
+            f"{stated0[0]:g} x {stated0[1]:g}"
         )
     others = {
         "pixel_size_um_embedded": _number(metadata, "pixel_size_um_embedded"),
@@ -135,7 +142,7 @@ def _mpp_conflicts(
 
 
 def _tiff(fs: fsspec.AbstractFileSystem, path: str) -> tuple[float | None, tuple[int, int]]:
-    """Return um per px, None if untold, and (width, height) of a TIFF's first page."""
+    """Return (um per px, size) of a TIFF's first page: None if not stated, (width, height)."""
     try:
         with fs.open(path, "rb") as handle, tifffile.TiffFile(handle) as tiff:
             page = tiff.pages.first
@@ -143,18 +150,18 @@ def _tiff(fs: fsspec.AbstractFileSystem, path: str) -> tuple[float | None, tuple
             size0 = (int(page.imagewidth), int(page.imagelength))
             unit = int(tags.valueof("ResolutionUnit", 1))
             resolution = tags.valueof("XResolution")
-    except (ValueError, IndexError, struct.error) as error:  # what tifffile says of damage
+    except (ValueError, IndexError, struct.error) as error:  # errors of tifffile on damaged files
         message = f"{path}: not a whole TIFF ({error}). Copy it again."
         raise ValueError(message) from error
     if unit not in UM_PER_UNIT or not resolution or not resolution[0]:
         return None, size0
     mpp = UM_PER_UNIT[unit] * resolution[1] / resolution[0]
-    # 72 dots per inch and the like say nothing about a microscope.
+    # Defaults of image software, such as 72 dots per inch, are no microscope's resolution.
     return (mpp if mpp < 20 else None), size0
 
 
 def _pitch_mpp(path: str, pitch_um: float | None) -> float | None:
-    """Return um per px by the spots' pitch in both units; None if it cannot be told."""
+    """Return um per px as the spots' pitch in um over that in px; None if either is unknown."""
     if not pitch_um:
         return None
     with hold(path) as held, h5py.File(held.path, "r") as file:
@@ -166,7 +173,7 @@ def _pitch_mpp(path: str, pitch_um: float | None) -> float | None:
 
 
 def _number(metadata: dict[str, Any], name: str) -> float | None:
-    """Return a number of the metadata, None where it is absent or none."""
+    """Return a number of the metadata; None if it is absent or not a finite number."""
     try:
         value = float(metadata[name])
     except (KeyError, TypeError, ValueError):
@@ -175,5 +182,5 @@ def _number(metadata: dict[str, Any], name: str) -> float | None:
 
 
 def _uri(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    """Return a path with its protocol, unless it is local."""
+    """Return a path with its protocol, or unchanged if it is local."""
     return path if "file" in fs.protocol else str(fs.unstrip_protocol(path))

@@ -1,4 +1,7 @@
-"""Which cells lie under which spot: bags as offsets into one flat list of cells."""
+"""Link the cells to the spots above them: bags as offsets into one flat list of cells.
+
+A bag holds the cells under one spot. S: spots; N: cells; L: pairs of a cell and a spot.
+"""
 
 from dataclasses import dataclass
 
@@ -11,11 +14,11 @@ from scellst_ray.spots.table import Spots
 
 @dataclass(frozen=True)
 class Links:
-    """S bags of cells, never padded.
+    """S bags of cells, without padding.
 
     Attributes:
-        offsets: int64 [S + 1]; bag s is cell_index[offsets[s]:offsets[s + 1]].
-        cell_index: int64 [L], rows of the cell table, ascending within each bag.
+        offsets: Starts of the bags, int64 [S + 1]; bag s is cell_index[offsets[s]:offsets[s + 1]].
+        cell_index: Rows of the cell table, ascending within each bag, int64 [L].
     """
 
     offsets: NDArray[np.int64]
@@ -27,11 +30,15 @@ class Links:
 
     @property
     def num_cells(self) -> NDArray[np.int64]:
-        """Cells under each spot, int64 [S]."""
+        """Number of cells under each spot, int64 [S]."""
         return np.diff(self.offsets)
 
     def select(self, mask: NDArray[np.bool_] | NDArray[np.integer]) -> "Links":
-        """Return the bags of the spots at `mask` (bool [S]) or at those indices, in that order."""
+        """Return the bags of some spots.
+
+        Args:
+            mask: bool [S], or indices in the wanted order.
+        """
         rows = np.flatnonzero(mask) if np.asarray(mask).dtype == bool else np.asarray(mask)
         num_cells = self.num_cells[rows]
         offsets = np.concatenate([[0], np.cumsum(num_cells)]).astype(np.int64)
@@ -40,10 +47,10 @@ class Links:
 
 
 def link_cells(cell_xy0: NDArray[np.floating], spots: Spots) -> Links:
-    """Link every cell to every spot whose centre is no farther than the spot radius.
+    """Link every cell to every spot whose centre is at most a spot radius away.
 
-    A cell under two spots belongs to both: both measured it. (The published code lets the last
-    spot win.) Spots do not overlap on Visium or ST arrays, so it matters for enlarged radii only.
+    A cell under two spots belongs to both, since both measured it. The published code gives it to
+    the last spot. Spots of Visium and ST arrays overlap only if their radius is enlarged.
 
     Args:
         cell_xy0: Cell centroids [N, 2] (x, y), level-0 px.
@@ -55,7 +62,7 @@ def link_cells(cell_xy0: NDArray[np.floating], spots: Spots) -> Links:
     xy0 = np.asarray(cell_xy0, np.float64).reshape(-1, 2)
     if len(xy0) == 0 or len(spots) == 0:
         return Links(np.zeros(len(spots) + 1, np.int64), np.zeros(0, np.int64))
-    # The tree may prune by rounded distances: ask a little wider, then decide exactly.
+    # The tree may round distances: query a slightly larger radius, then compare exactly.
     near = cKDTree(xy0).query_ball_point(
         spots.xy0, r=spots.radius0 * (1 + 1e-9), return_sorted=True
     )
@@ -70,15 +77,15 @@ def link_cells(cell_xy0: NDArray[np.floating], spots: Spots) -> Links:
 
 
 def alignment_report(links: Links, num_cells: int) -> dict[str, float]:
-    """Summarise how cells and spots meet: a wrong mpp or swapped axes shows here first.
+    """Summarise the links; a wrong mpp or swapped axes show here first.
 
     Args:
-        links: From link_cells.
-        num_cells: Cells on the slide.
+        links: Links as link_cells returns them.
+        num_cells: Number of cells on the slide.
 
     Returns:
         share_spots_with_cells, mean_cells_per_spot (over all spots), share_cells_in_spots
-        (on Visium about 0.2 to 0.3 of the area lies under spots), share_cells_in_many_spots.
+        (about 0.2 to 0.3 on Visium, the share of the area under spots), share_cells_in_many_spots.
     """
     num_spots = max(len(links), 1)
     spots_per_cell = np.bincount(links.cell_index, minlength=max(num_cells, 1))

@@ -1,8 +1,9 @@
-"""Training targets of a given gene panel: filters, log-normalisation, scaling, size factors.
+"""Make the training targets of a gene panel: filters, log-normalisation, scaling, size factors.
 
-Thresholds and their order are those of sCellST (Chadoutaud et al. 2026): genes by counts, genes by
-spots, spots by counts, mitochondrial genes out, then library-size normalisation over the genes
-that survive.
+A panel is an ordered list of genes. Thresholds and their order are those of sCellST (Chadoutaud et
+al. 2026): filter genes by counts, genes by spots and spots by counts; drop mitochondrial genes;
+normalise by the library size over the remaining genes. S: spots; G: genes; K: kept spots;
+P: panel genes.
 """
 
 import difflib
@@ -15,20 +16,19 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scellst_ray.spots.table import Spots
-from scellst_ray.spots.variable import most_variable
 
 
 @dataclass(frozen=True)
 class CountFilter:
-    """Which genes and spots of a slide are measured well enough to train on.
+    """Thresholds for the genes and spots of a slide that are used in training.
 
     Attributes:
-        min_gene_counts: Counts a gene needs over the slide.
-        min_spot_share: Share of the slide's spots a gene must occur in (the published code takes
-            10 % of all spots, rounded down; the paper says training spots).
-        min_spot_counts: Counts a spot needs over the genes that pass.
-        drop_prefix: Genes whose upper-cased name starts so are dropped after the spots are
-            filtered; upper-cased, so that mouse "mt-" goes too. "" drops none.
+        min_gene_counts: Minimum counts of a gene over the slide.
+        min_spot_share: Minimum share of the slide's spots in which a gene occurs. The published
+            code uses 10 % of all spots, rounded down; the paper says training spots.
+        min_spot_counts: Minimum counts of a spot over the genes that pass.
+        drop_prefix: Prefix of genes that are dropped after the spots are filtered; "" drops none.
+            Names are compared in upper case, so mouse genes "mt-" are dropped too.
     """
 
     min_gene_counts: int = 200
@@ -37,10 +37,10 @@ class CountFilter:
     drop_prefix: str = "MT-"
 
     def __post_init__(self) -> None:
-        """Refuse thresholds that cannot be.
+        """Check the thresholds.
 
         Raises:
-            ValueError: Naming the field, its value and what is allowed.
+            ValueError: A threshold is out of range; the message names it and its range.
         """
         allowed = {
             "min_gene_counts": (self.min_gene_counts >= 0, "0 or more"),
@@ -57,10 +57,15 @@ DEFAULT_FILTER = CountFilter()
 
 
 def filter_counts(spots: Spots, source: str, limits: CountFilter = DEFAULT_FILTER) -> Spots:
-    """Return the spots and genes that pass, in their order.
+    """Return the spots and genes that pass the thresholds, in their order.
+
+    Args:
+        spots: All spots and genes of a slide.
+        source: Name of the slide in errors.
+        limits: Thresholds.
 
     Raises:
-        ValueError: Where no gene or no spot passes, naming `source` and the thresholds.
+        ValueError: No gene or no spot passes; the message names the slide and the thresholds.
     """
     counts = spots.counts
     min_spots = int(limits.min_spot_share * len(spots) + 1e-9)
@@ -75,8 +80,8 @@ def filter_counts(spots: Spots, source: str, limits: CountFilter = DEFAULT_FILTE
     if not (passes.any() and kept_spots.any()):
         message = (
             f"{source}: {passes.sum()} of {len(spots.genes)} genes and {kept_spots.sum()} of "
-            f"{len(spots)} spots pass {limits}. The section is too shallow for these thresholds: "
-            "lower them or leave the slide out."
+            f"{len(spots)} spots pass {limits}. The section has too few counts for these "
+            "thresholds: lower them or leave the slide out."
         )
         raise ValueError(message)
     columns = np.flatnonzero(passes)
@@ -93,13 +98,13 @@ def log_normalise(
 
     Args:
         counts: Raw counts [S, G].
-        library_S: Counts per spot to divide by; by default the sums of the rows. Given when
+        library_S: Library size of each spot [S]; None takes the sums of the rows. Needed if
             `counts` holds only some of the genes.
         target: Library size after scaling.
 
     Returns:
-        float32 [S, G]. A spot without counts stays zero. Equals scanpy's
-        normalize_total(target_sum=target) followed by log1p.
+        float32 [S, G], equal to scanpy's normalize_total(target_sum=target) and log1p. A spot
+        without counts stays zero.
     """
     given_SG = counts if isinstance(counts, np.ndarray) else counts.toarray()
     dense_SG = np.asarray(given_SG, np.float32)
@@ -109,46 +114,15 @@ def log_normalise(
     return np.asarray(np.log1p(dense_SG * factor_S[:, None].astype(np.float32)))
 
 
-def variable_genes(
-    log_counts: Sequence[NDArray[np.floating]], genes: Sequence[Sequence[str]], num_genes: int
-) -> list[str]:
-    """Choose the genes whose log-normalised expression varies most (see most_variable).
-
-    Args:
-        log_counts: Per slide, log-normalised expression [S, G_slide].
-        genes: Per slide, its G_slide gene names.
-        num_genes: How many to choose of those that every slide has.
-
-    Returns:
-        Names, highest score first, ties by name: the same for any order of slides or genes.
-
-    Raises:
-        ValueError: Where fewer than num_genes are present on every slide.
-    """
-    common = sorted(set(genes[0]).intersection(*genes[1:])) if genes else []
-    if not 0 < num_genes <= len(common):
-        message = (
-            f"{num_genes} variable genes asked for, but {len(common)} genes pass the filters on "
-            f"every one of {len(genes)} training slides. Ask for 1 to {len(common)}, lower the "
-            "thresholds, or leave out the shallowest slide."
-        )
-        raise ValueError(message)
-    aligned = [
-        values_SG[:, gene_columns(names, common, "training slide")]
-        for values_SG, names in zip(log_counts, genes, strict=True)
-    ]
-    return [common[column] for column in most_variable(aligned, num_genes)[0]]
-
-
 def read_panel(panel: str | Sequence[str]) -> list[str]:
-    """Return an explicit panel, in its order.
+    """Return the genes of an explicit panel, in its order.
 
     Args:
-        panel: Gene names, or the address of a text file with one a line (blank lines and lines
-            that start with # are passed over).
+        panel: Gene names, or the address of a text file with one gene per line. Blank lines and
+            lines that start with # are ignored.
 
     Raises:
-        ValueError: Where it is missing, empty or names a gene twice.
+        ValueError: The file does not exist, or the panel is empty or repeats a gene.
     """
     source = panel if isinstance(panel, str) else "gene panel"
     if isinstance(panel, str):
@@ -162,7 +136,7 @@ def read_panel(panel: str | Sequence[str]) -> list[str]:
     else:
         names = [str(name) for name in panel]
     if not names:
-        message = f"{source}: no gene named. Give at least one gene."
+        message = f"{source}: the panel names no gene. Give at least one gene."
         raise ValueError(message)
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -172,10 +146,15 @@ def read_panel(panel: str | Sequence[str]) -> list[str]:
 
 
 def gene_columns(genes: Sequence[str], panel: Sequence[str], source: str) -> NDArray[np.int64]:
-    """Return the column of every panel gene.
+    """Return the column of every panel gene, int64 [P].
+
+    Args:
+        genes: G gene names, in the order of the columns.
+        panel: P gene names.
+        source: Name of the slide or file in errors.
 
     Raises:
-        ValueError: Naming up to five genes that `genes` lacks, with close matches.
+        ValueError: A panel gene is absent; the message names up to five, with close matches.
     """
     column_of = {name: column for column, name in enumerate(genes)}
     absent = [name for name in panel if name not in column_of]
@@ -187,7 +166,7 @@ def gene_columns(genes: Sequence[str], panel: Sequence[str], source: str) -> NDA
             hints.append(f"{name} (close: {', '.join(upper[match] for match in close) or 'none'})")
         message = (
             f"{source}: {len(absent)} of {len(panel)} panel genes are not among its "
-            f"{len(genes)} genes: {'; '.join(hints)}. Remove them from the panel or give counts "
+            f"{len(genes)} genes: {'; '.join(hints)}. Remove them from the panel, or give counts "
             "that hold them (gene symbols, same species)."
         )
         raise ValueError(message)
@@ -196,14 +175,14 @@ def gene_columns(genes: Sequence[str], panel: Sequence[str], source: str) -> NDA
 
 @dataclass(frozen=True)
 class Targets:
-    """What K spots of a slide should teach about a panel of P genes.
+    """Training targets of K spots of a slide for a panel of P genes.
 
     Attributes:
-        kept: int64 [K], the spots that pass the filters, ascending.
-        values_KP: float32 [K, P], log-normalised expression, not scaled (see robust_scale).
-        counts_KP: float32 [K, P], raw counts.
-        library_K: float64 [K], counts over the genes that pass the filters.
-        num_genes: How many these are.
+        kept: Indices of the spots that pass the filters, ascending, int64 [K].
+        values_KP: Log-normalised expression, not scaled (see robust_scale), float32 [K, P].
+        counts_KP: Raw counts, float32 [K, P].
+        library_K: Library size, the counts over the genes that pass the filters, float64 [K].
+        num_genes: Number of genes that pass the filters.
     """
 
     kept: NDArray[np.int64]
@@ -216,19 +195,19 @@ class Targets:
 def make_targets(
     spots: Spots, panel: Sequence[str], source: str, limits: CountFilter = DEFAULT_FILTER
 ) -> Targets:
-    """Return what a slide's spots should teach: expression and counts of the panel.
+    """Return the training targets of a slide: expression and counts of the panel's genes.
 
     The library size counts the genes that pass the filters, so it does not depend on the panel. A
-    panel gene that is too rare to pass on this slide is still read from its counts.
+    panel gene keeps its counts even where it is too rare to pass the filters.
 
     Args:
         spots: All spots and genes of the slide.
         panel: P gene names.
-        source: The slide, named in errors.
-        limits: Filters (see filter_counts).
+        source: Name of the slide in errors.
+        limits: Thresholds of the filters (see filter_counts).
 
     Raises:
-        ValueError: Where nothing passes, or the slide has no counts for a panel gene.
+        ValueError: No spot or gene passes, or the slide has no counts for a panel gene.
     """
     columns = gene_columns(spots.genes, panel, source)
     passing = filter_counts(spots, source, limits)
@@ -239,26 +218,18 @@ def make_targets(
     return Targets(kept, values_KP, counts_KP, library_K, len(passing.genes))
 
 
-def panel_targets(
-    spots: Spots, panel: Sequence[str], source: str, limits: CountFilter = DEFAULT_FILTER
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the spots kept and their log-normalised expression (see make_targets)."""
-    targets = make_targets(spots, panel, source, limits)
-    return targets.kept, targets.values_KP
-
-
 def size_factors(library_S: NDArray[np.floating], source: str) -> NDArray[np.float64]:
-    """Return each spot's library size over the median of the slide, for negative-binomial losses.
+    """Return the size factors of negative-binomial losses: library sizes over their median.
 
     Args:
         library_S: Counts per spot over the genes that pass the filters [S].
-        source: The slide, named in errors.
+        source: Name of the slide in errors.
 
     Returns:
         float64 [S], positive, with median 1.
 
     Raises:
-        ValueError: Where a spot has no counts: filters with min_spot_counts 0 let it pass.
+        ValueError: A spot has no counts, which only min_spot_counts 0 lets pass.
     """
     library_S = np.asarray(library_S, np.float64)
     empty = np.flatnonzero(~(library_S > 0))
@@ -276,12 +247,12 @@ def robust_scale(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Divide each gene by its range between quantiles 0 and 0.95, without centring.
 
-    Equals scikit-learn's RobustScaler(with_centering=False, quantile_range=(0, 95)). The paper
-    says "to [0, 1]"; values above the 95 % quantile exceed 1. Fitted per slide, so it takes the
-    slide's own sensitivity out of the targets.
+    The result equals scikit-learn's RobustScaler(with_centering=False, quantile_range=(0, 95)). The
+    paper says "to [0, 1]", but values above the 95 % quantile exceed 1. Call it per slide: it
+    removes the slide's sensitivity from the targets.
 
     Args:
-        values_SG: Log-normalised expression [S, G].
+        values_SG: Log-normalised expression of one slide [S, G].
 
     Returns:
         (scaled float32 [S, G], scale float64 [G]). A gene without range has scale 1.

@@ -1,4 +1,4 @@
-"""Reads the spots that a row of the manifest names."""
+"""Read the spots that a row of the manifest names."""
 
 from collections.abc import Mapping
 
@@ -13,22 +13,25 @@ COUNTS_TABLE_ENDINGS = (".tsv", ".tsv.gz", ".txt", ".txt.gz")
 def read_spots(row: Mapping[str, object], mpp: float | None = None) -> Spots:
     """Read the spots of one slide.
 
+    The column `spots` is a Space Ranger `outs` folder, an .h5ad file with obsm['spatial'] (such as
+    HEST's), or the counts TSV of an ST array. An ST array needs its positions TSV in
+    `spot_positions`. The default of `spot_diameter_um` is 55 um for Space Ranger, the file's value
+    for .h5ad, and 100 um for ST arrays.
+
     Args:
-        row: A manifest row. `spots` is a Space Ranger `outs` folder, an .h5ad file (of HEST or any
-            other with obsm['spatial']), or the counts TSV of an ST array, whose positions TSV is
-            then `spot_positions`. `spot_diameter_um` is optional (55 um for Space Ranger, what the
-            file says for .h5ad, 100 um for ST arrays).
-        mpp: um per level-0 px as the slide was opened; without it, the row's `mpp`.
+        row: Row of a manifest.
+        mpp: Resolution of the opened slide, um per level-0 px; None takes the row's `mpp`.
 
     Raises:
-        ValueError: Where a column that is needed is absent or empty, or a file is not sound.
+        ValueError: A required column is absent or empty, or a file is damaged.
     """
     slide_id = row.get("slide_id", "?")
     spots_uri = _text(row, "spots")
     if spots_uri is None:
         message = (
-            f"slide {slide_id}: the manifest's `spots` is empty. Give a Space Ranger `outs` folder "
-            "an .h5ad file or the counts TSV of an ST array, or leave the slide out of training."
+            f"slide {slide_id}: the manifest's `spots` is empty. Give a Space Ranger `outs` "
+            "folder, an .h5ad file or the counts TSV of an ST array, or leave the slide out of "
+            "training."
         )
         raise ValueError(message)
     mpp = _number(row, "mpp") if mpp is None else mpp
@@ -56,13 +59,13 @@ def read_spots(row: Mapping[str, object], mpp: float | None = None) -> Spots:
 
 
 def _text(row: Mapping[str, object], name: str) -> str | None:
-    """Return a non-empty string cell, None for an empty one (None, "" or pandas' NaN)."""
+    """Return the text of a cell; None for an empty cell (None, "" or pandas' NaN)."""
     value = row.get(name)
     return value if isinstance(value, str) and value.strip() else None
 
 
 def _number(row: Mapping[str, object], name: str) -> float | None:
-    """Return a cell as a number, None for an empty one."""
+    """Return the number in a cell; None for an empty cell."""
     value = row.get(name)
     if value is None or value == "" or value != value:  # noqa: PLR0124 -- NaN is not itself
         return None

@@ -1,6 +1,7 @@
-"""Which genes a head learns: a rule such as hvg:250, applied to training slides only.
+"""Choose the genes a head learns: a rule such as hvg:250, applied to training slides only.
 
-Every rule answers with the panel and with how it came about, to be stored beside the head.
+Every rule returns the panel, an ordered list of genes, and the details of the choice, which are
+stored with the head. A head is the trained model from cells to expression.
 """
 
 import io
@@ -20,21 +21,21 @@ from scellst_ray.spots.table import Spots, check_whole_counts
 from scellst_ray.spots.variable import SPAN, highly_variable, most_variable
 
 NUMBERED = ("hvg", "svg", "variable")
-# Headers under which tables of markers keep gene names, the first that is there.
+# Names of the column of genes in tables of markers; the first that is present counts.
 MARKER_COLUMNS = ("gene", "genes", "gene_name", "gene_symbol", "symbol", "marker", "markers")
 
-Found = tuple[NDArray[np.int64], dict[str, NDArray[np.float64]], dict[str, Any]]
+# Columns of the chosen candidates, scores of all candidates, further details.
+Choice = tuple[NDArray[np.int64], dict[str, NDArray[np.float64]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Section:
-    """What a training slide has to say about the choice of genes.
+    """The data of one training slide that the choice of genes needs.
 
     Attributes:
-        slide_id: The slide.
-        genes: All genes measured on it.
-        spots: Its spots and genes that pass the filters (see filter_counts), spots without cells
-            left out.
+        slide_id: Name of the slide.
+        genes: All genes measured on the slide.
+        spots: Spots with cells and genes that pass the filters (see filter_counts).
     """
 
     slide_id: str
@@ -47,9 +48,9 @@ class Panel:
     """An ordered gene panel.
 
     Attributes:
-        genes: P gene names, unique.
-        info: How they were chosen, as JSON: `rule`, `method`, `num_genes`, `training_slides`, and
-            per rule `scores` (per chosen gene, in order), `num_candidates` and more.
+        genes: P unique gene names.
+        info: Details of the choice, as JSON: `rule`, `method`, `num_genes`, `training_slides` and,
+            depending on the rule, `scores` (per chosen gene, in order), `num_candidates` and more.
     """
 
     genes: list[str]
@@ -57,16 +58,17 @@ class Panel:
 
 
 def parse_rule(genes: str) -> tuple[str, str]:
-    """Split a rule into its kind and the rest: ('hvg', '250'), ('list', 'A,B') or ('file', uri).
+    """Split a rule into kind and argument: ('hvg', '250'), ('list', 'A,B') or ('file', uri).
 
     Raises:
-        ValueError: hvg, svg or variable without a positive number, or markers without a file.
+        ValueError: The kind is hvg, svg or variable without a positive number, or markers without
+            a file.
     """
     kind, _, rest = genes.partition(":")
     kind, rest = kind.strip(), rest.strip()
     if kind in NUMBERED and not (rest.isdecimal() and int(rest) > 0):
         message = (
-            f"genes is {genes!r}; give {kind}:N with N at least 1, or markers:FILE, a "
+            f"genes is {genes!r}; give {kind}:N with N at least 1, markers:FILE, a "
             "comma-separated list or a file"
         )
         raise ValueError(message)
@@ -79,10 +81,10 @@ def parse_rule(genes: str) -> tuple[str, str]:
 
 
 def explicit_panel(genes: str) -> Panel | None:
-    """Return the panel of a list or a file, which no slide has a say in; None for other rules.
+    """Return the panel of a list or a file, which needs no slides; None for other rules.
 
     Raises:
-        ValueError: See parse_rule and read_panel.
+        ValueError: The rule or its file is not valid (see parse_rule and read_panel).
     """
     kind, rest = parse_rule(genes)
     if kind not in ("list", "file"):
@@ -92,24 +94,27 @@ def explicit_panel(genes: str) -> Panel | None:
 
 
 def choose_genes(genes: str, sections: Sequence[Section]) -> Panel:
-    """Apply a rule to the training slides.
+    """Return the panel that a rule gives on the training slides.
 
-    Candidates are the genes that pass the filters on every slide, ordered by name, so the order of
-    slides or of genes in files does not matter. (The published list of spatially variable genes
+    Candidates are the genes that pass the filters on every slide, ordered by name. So the order of
+    slides, or of genes in files, does not matter. (The published list of spatially variable genes
     holds the first n genes of the genome, because its scores were lost.)
 
     Args:
-        genes: `hvg:N` (scanpy's seurat_v3, one batch a slide), `svg:N` (Moran's I, geometric mean
-            over slides), `variable:N` (variance of log counts), `markers:FILE` (those of the
-            file's genes that every slide measures), a comma-separated list, or a file.
-        sections: The training slides and no others.
+        genes: Rule, one of:
+            `hvg:N`: N highly variable genes by scanpy's seurat_v3, one batch per slide;
+            `svg:N`: N spatially variable genes by Moran's I, geometric mean over slides;
+            `variable:N`: N genes with the largest variance of log counts;
+            `markers:FILE`: genes of the file that every slide measures;
+            a comma-separated list of genes, or a file of genes.
+        sections: Training slides only.
 
     Raises:
-        ValueError: the rule cannot be understood or applied; no gene is shared.
+        ValueError: The rule is not valid or cannot be applied, or the slides share no gene.
     """
-    given = explicit_panel(genes)
-    if given is not None:
-        return given
+    explicit = explicit_panel(genes)
+    if explicit is not None:
+        return explicit
     kind, rest = parse_rule(genes)
     common: dict[str, Any] = {"rule": genes, "training_slides": [s.slide_id for s in sections]}
     if kind == "markers":
@@ -127,20 +132,25 @@ def choose_genes(genes: str, sections: Sequence[Section]) -> Panel:
 def shared_genes(
     genes: Sequence[Sequence[str]], sections: Sequence[Section], num_genes: int
 ) -> list[str]:
-    """Return the genes that all slides have, by name.
+    """Return the genes that all slides have, ordered by name.
+
+    Args:
+        genes: Gene names per slide.
+        sections: The slides, named in errors.
+        num_genes: Minimum number of shared genes.
 
     Raises:
-        ValueError: Where there are none, or fewer than num_genes.
+        ValueError: The slides share no gene, or fewer than num_genes.
     """
     shared = sorted(set(genes[0]).intersection(*genes[1:])) if genes else []
     if not shared:
-        some = "; ".join(
+        examples = "; ".join(
             f"{section.slide_id} has {len(names)}, such as {sorted(names)[:3]}"
             for section, names in list(zip(sections, genes, strict=True))[:4]
         )
         message = (
-            f"no gene is shared by all {len(genes)} training slides ({some}). Use one naming "
-            "(symbols or Ensembl ids) and one species, or leave the slides out that differ."
+            f"no gene is shared by all {len(genes)} training slides ({examples}). Use one naming "
+            "(symbols or Ensembl ids) and one species, or leave out the slides that differ."
         )
         raise ValueError(message)
     if num_genes > len(shared):
@@ -153,7 +163,8 @@ def shared_genes(
     return shared
 
 
-def _by_seurat_v3(sections: Sequence[Section], candidates: list[str], num_genes: int) -> Found:
+def _by_seurat_v3(sections: Sequence[Section], candidates: list[str], num_genes: int) -> Choice:
+    """Choose highly variable genes by scanpy's seurat_v3, one batch per slide."""
     names = [f"slide {section.slide_id}" for section in sections]
     for section, name in zip(sections, names, strict=True):
         check_whole_counts(section.spots, name, "choosing genes by hvg (seurat_v3)")
@@ -162,7 +173,8 @@ def _by_seurat_v3(sections: Sequence[Section], candidates: list[str], num_genes:
     return columns, scores, {"method": f"seurat_v3, one batch a slide, loess span {SPAN}"}
 
 
-def _by_morans_i(sections: Sequence[Section], candidates: list[str], num_genes: int) -> Found:
+def _by_morans_i(sections: Sequence[Section], candidates: list[str], num_genes: int) -> Choice:
+    """Choose spatially variable genes by Moran's I, with details of each slide's graph."""
     scores, graphs = [], {}
     for section in sections:
         graph = neighbour_graph(section.spots.xy0, f"slide {section.slide_id}")
@@ -172,56 +184,60 @@ def _by_morans_i(sections: Sequence[Section], candidates: list[str], num_genes: 
             "pitch0": graph.pitch0,
             "mean_neighbours": graph.weights.nnz / len(section.spots),
         }
-    columns, found = spatially_variable(np.stack(scores), num_genes)
+    columns, score_columns = spatially_variable(np.stack(scores), num_genes)
     extra: dict[str, Any] = {
         "method": "Moran's I of log-normalised counts, row-normalised weights, geometric mean over "
         "slides (a negative score counts as 0)",
         "graphs": graphs,
-        "num_chosen_not_spatial": int((found["geometric_mean"][columns] <= 0).sum()),
+        "num_chosen_not_spatial": int((score_columns["geometric_mean"][columns] <= 0).sum()),
     }
-    return columns, found, extra
+    return columns, score_columns, extra
 
 
-def _by_variance(sections: Sequence[Section], candidates: list[str], num_genes: int) -> Found:
+def _by_variance(sections: Sequence[Section], candidates: list[str], num_genes: int) -> Choice:
+    """Choose the genes whose log-normalised counts vary most."""
     log_counts = [_log_counts(section, candidates) for section in sections]
     columns, scores = most_variable(log_counts, num_genes)
     return columns, scores, {"method": "variance of log-normalised counts, mean over slides"}
 
 
 def _log_counts(section: Section, candidates: list[str]) -> NDArray[np.float32]:
-    """Return log-normalised counts of the candidates; libraries count all genes that pass."""
+    """Return log-normalised counts of the candidates, float32 [S, G].
+
+    The library size of a spot counts all genes that pass the filters.
+    """
     library_S = np.asarray(section.spots.counts.sum(axis=1, dtype=np.float64)).ravel()
     columns = gene_columns(section.spots.genes, candidates, f"slide {section.slide_id}")
     return log_normalise(section.spots.counts[:, columns], library_S)
 
 
 def _markers(uri: str, sections: Sequence[Section], common: dict[str, Any]) -> Panel:
-    """Return those of a file's genes that every slide measures, in the order of the file."""
-    asked = read_markers(uri)
+    """Return the panel of the file's genes that every slide measures, in the order of the file."""
+    markers = read_markers(uri)
     everywhere = set(shared_genes([s.genes for s in sections], sections, 0))
-    kept = [gene for gene in asked if gene in everywhere]
+    kept = [gene for gene in markers if gene in everywhere]
     if not kept:
-        some = sorted(everywhere)[:5]
+        examples = sorted(everywhere)[:5]
         message = (
-            f"{uri}: none of its {len(asked)} markers, such as {asked[:5]}, is measured on every "
-            f"training slide (genes there: {some} ...). Use the naming of the counts."
+            f"{uri}: none of its {len(markers)} markers, such as {markers[:5]}, is measured on "
+            f"every training slide (measured genes: {examples} ...). Use the naming of the counts."
         )
         raise ValueError(message)
-    absent = [gene for gene in asked if gene not in everywhere]
+    absent = [gene for gene in markers if gene not in everywhere]
     info = {"method": "markers that every training slide measures", "num_genes": len(kept)}
     return Panel(kept, common | info | {"not_measured": absent})
 
 
 def read_markers(uri: str) -> list[str]:
-    """Read marker genes: a text file with one a line, or a CSV or TSV with a column of them.
+    """Read marker genes from a text file with one gene per line, or from a CSV or TSV.
 
     Args:
-        uri: Path or fsspec address; .csv and .tsv need a header with one of MARKER_COLUMNS
-            (whatever its case), or a single column. Other columns, such as the cell type, are
-            passed over; a gene that marks two types is taken once.
+        uri: Path or fsspec address. A .csv or .tsv needs a header with one of MARKER_COLUMNS, in
+            any case, or a single column. Further columns, such as the cell type, are ignored. A
+            gene that marks two types is returned once.
 
     Raises:
-        ValueError: Where it is missing or names no gene.
+        ValueError: The file does not exist or names no gene.
     """
     if not re.search(r"\.(csv|tsv)(\.gz)?$", uri):
         return read_panel(uri)
@@ -231,7 +247,11 @@ def read_markers(uri: str) -> list[str]:
         separator = "," if ".csv" in uri.rsplit("/", 1)[-1] else "\t"
         table = pl.read_csv(io.BytesIO(content), separator=separator, infer_schema=False)
     except (FileNotFoundError, pl.exceptions.PolarsError) as error:
-        message = f"{uri}: not a table of marker genes ({str(error).partition(chr(10))[0]})"
+        reason = str(error).partition("\n")[0]
+        message = (
+            f"{uri}: not a table of marker genes ({reason}); expected a CSV or TSV with a column "
+            f"named {MARKER_COLUMNS[0]}"
+        )
         raise ValueError(message) from error
     by_name = {column.strip().lower(): column for column in table.columns}
     named = [by_name[name] for name in MARKER_COLUMNS if name in by_name]
@@ -242,12 +262,12 @@ def read_markers(uri: str) -> list[str]:
     if not unique:
         message = (
             f"{uri}: columns {table.columns} name no gene; expected one of "
-            f"{list(MARKER_COLUMNS)} with a gene a row."
+            f"{list(MARKER_COLUMNS)} with one gene per row."
         )
         raise ValueError(message)
     return unique
 
 
 def _as_json(values: NDArray[np.float64]) -> list[float | None]:
-    """Return numbers as JSON can hold them: NaN is null."""
+    """Return numbers for JSON: NaN and infinity become null."""
     return [float(value) if np.isfinite(value) else None for value in values]

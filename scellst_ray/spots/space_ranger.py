@@ -1,4 +1,4 @@
-"""Reads a Space Ranger output folder (10x Visium), local or at any fsspec address."""
+"""Read a Space Ranger output folder (10x Visium), local or at any fsspec address."""
 
 import io
 import json
@@ -9,21 +9,21 @@ import polars as pl
 from scellst_ray.spots.table import Spots, join_spots, radius_px
 from scellst_ray.spots.tenx import find_file, read_bytes, read_matrix, read_strings
 
-# Filtered (spots under tissue) before raw; HDF5 before MEX, which takes longer to parse.
+# In order of preference: filtered (spots under tissue) before raw, HDF5 before the slower MEX.
 MATRICES = (
     "filtered_feature_bc_matrix.h5",
     "filtered_feature_bc_matrix",
     "raw_feature_bc_matrix.h5",
     "raw_feature_bc_matrix",
 )
-# Space Ranger 2 and later (FFPE, CytAssist), 1, and Visium HD.
+# Names in Space Ranger 2 and later (FFPE, CytAssist), in Space Ranger 1, and in Visium HD.
 POSITIONS = (
     "spatial/tissue_positions.csv",
     "spatial/tissue_positions_list.csv",
     "spatial/tissue_positions.parquet",
 )
-# Order of the header-less file. Row is y and column is x: tools that label them the other way
-# round exist, so this is the one place where the order is written down.
+# Columns of the file without header. Row is y and column is x, although some tools swap these
+# labels; no other place repeats this order.
 POSITION_COLUMNS = (
     "barcode",
     "in_tissue",
@@ -37,22 +37,24 @@ POSITION_COLUMNS = (
 def read_space_ranger(outs: str, mpp: float, spot_diameter_um: float = 55.0) -> Spots:
     """Read the spots under tissue from a Space Ranger folder.
 
+    The folder holds a count matrix (see MATRICES) and a position file (see POSITIONS). A MEX folder
+    may be plain or gzipped, with features.tsv or the older genes.tsv. A name before "_" is allowed,
+    as in 10x's downloads.
+
     Args:
-        outs: The `outs` folder, or one `binned_outputs/square_*` of Visium HD; a path or any
-            fsspec address. It holds a count matrix (see MATRICES; MEX folders plain or gzipped,
-            with features.tsv or the older genes.tsv; 10x's downloads put a name before it) and
-            one of the position files (see POSITIONS).
-        mpp: um per level-0 px of the full-resolution image the positions refer to.
-        spot_diameter_um: 55 um for Visium. (`spot_diameter_fullres` in scalefactors_json.json is
-            about 65 um by 10x's convention and is not used.) The bins of Visium HD are taken for
-            discs of this diameter: give the side of the bin.
+        outs: Path or any fsspec address of the `outs` folder, or of one `binned_outputs/square_*`
+            of Visium HD.
+        mpp: Resolution of the full-resolution image of the positions, um per level-0 px.
+        spot_diameter_um: Spot diameter, 55 um for Visium. `spot_diameter_fullres` in
+            scalefactors_json.json is not used, since it is about 65 um by 10x's convention. For
+            Visium HD give the side of the bin: bins are treated as discs of this diameter.
 
     Returns:
         Spots with in_tissue equal to 1 that occur in the matrix, features of type
         "Gene Expression" only, named by gene symbol.
 
     Raises:
-        ValueError: Where files are missing or do not fit together, naming what was looked for.
+        ValueError: Files are missing or do not fit together; the message names them.
     """
     radius0 = radius_px(spot_diameter_um, mpp, outs)
     fs, root = fsspec.core.url_to_fs(outs)
@@ -65,7 +67,7 @@ def read_space_ranger(outs: str, mpp: float, spot_diameter_um: float = 55.0) -> 
 
 
 def _check_bin(fs: fsspec.AbstractFileSystem, root: str, spot_diameter_um: float) -> None:
-    """Refuse a diameter larger than the bins of Visium HD, which lie side by side."""
+    """Raise ValueError if spots would be larger than the bins of Visium HD, which touch."""
     path = f"{root.rstrip('/')}/spatial/scalefactors_json.json"
     if not fs.exists(path):
         return
@@ -83,7 +85,7 @@ def _check_bin(fs: fsspec.AbstractFileSystem, root: str, spot_diameter_um: float
 
 
 def _position_table(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
-    """Read the position file as strings under the names in POSITION_COLUMNS."""
+    """Read the position file as strings, with the columns POSITION_COLUMNS."""
     content = read_bytes(fs, path)
     if path.endswith(".parquet"):
         try:
@@ -100,14 +102,14 @@ def _position_table(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
     if missing:
         message = (
             f"{path}: {table.width} columns {table.columns}, {missing} missing. Expected "
-            f"{list(POSITION_COLUMNS)}, with that header or without any in that order."
+            f"{list(POSITION_COLUMNS)}, with that header, or without header in that order."
         )
         raise ValueError(message)
     return table
 
 
 def _read_positions(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
-    """Read spots under tissue as spot_id, x0, y0 (level-0 px), by name where a header exists."""
+    """Return the spots under tissue as columns spot_id, x0, y0 (level-0 px)."""
     table = _position_table(fs, path)
     try:
         table = table.select(
@@ -118,7 +120,7 @@ def _read_positions(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
         )
     except pl.exceptions.InvalidOperationError as error:
         reason = str(error).splitlines()[0]
-        message = f"{path}: a position is not a number ({reason}). Expected pixels in every row."
+        message = f"{path}: a position is not a number ({reason}). Give level-0 px in every row."
         raise ValueError(message) from error
     inside = table.filter(pl.col("in_tissue") == 1)
     if inside.is_empty():

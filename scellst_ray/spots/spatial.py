@@ -1,6 +1,7 @@
-"""Spatially variable genes: Moran's I on the graph of neighbouring spots, combined over slides.
+"""Choose spatially variable genes: Moran's I on the graph of neighbouring spots, over slides.
 
-Shape letters: S spots of a slide, G genes, B slides.
+Shape letters: S spots of a slide, G genes, B slides. The pitch is the distance of neighbouring
+spots of a lattice.
 """
 
 from dataclasses import dataclass
@@ -10,23 +11,23 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-# On a lattice the next ring lies 1.41 (squares) or 1.73 (hexagons) pitches away.
+# In pitches: the second ring of neighbours lies 1.41 (squares) or 1.73 (hexagons) pitches away.
 RING_REACH = 1.2
 NUM_NEAREST = 6
-# Genes at a time: bounds memory at S x this many float64.
+# Genes per block: bounds the memory at S x 1024 float64.
 BLOCK_GENES = 1024
 
 
 @dataclass(frozen=True)
 class SpotGraph:
-    """Which spots are neighbours.
+    """Graph of neighbouring spots.
 
     Attributes:
-        weights: CSR float64 [S, S], symmetric, 1 between neighbours, nothing on the diagonal.
-        kind: 'lattice' (all within 1.2 pitches: 6 on Visium, 4 on ST arrays, less at borders) or
-            'nearest' (the 6 nearest, in either direction).
-        pitch0: Median distance to the second nearest spot, level-0 px: the pitch of a lattice, with
-            less bias than the nearest where spots jitter.
+        weights: Symmetric matrix, 1 between neighbours and 0 elsewhere, CSR float64 [S, S].
+        kind: Rule for neighbours. 'lattice': spots within 1.2 pitches, 6 on Visium and 4 on ST
+            arrays inside the border. 'nearest': the 6 nearest spots, in either direction.
+        pitch0: Pitch as the median distance to the second nearest spot, level-0 px. Jitter biases
+            it less than the distance to the nearest spot.
     """
 
     weights: sparse.csr_matrix
@@ -35,18 +36,18 @@ class SpotGraph:
 
 
 def neighbour_graph(xy0: NDArray[np.floating], source: str) -> SpotGraph:
-    """Link spots to their neighbours: the first ring of a lattice, else the nearest ones.
+    """Link spots to their neighbours: the first ring of a lattice, else the nearest spots.
 
-    Spots count as a lattice where for four in five the second nearest is within 15 % of the median
-    distance. Visium and bins do; so do hand-placed ST arrays (her2st: 96 %), scattered points do
-    not (25 to 35 %).
+    Spots form a lattice if the distance to the second nearest is within 15 % of its median for 80 %
+    of the spots. Visium and bins do, and so do ST arrays placed by hand (her2st: 96 %). Scattered
+    points do not (25 to 35 %).
 
     Args:
         xy0: Spot centres [S, 2], in any unit.
-        source: The slide, named in errors.
+        source: Name of the slide in errors.
 
     Raises:
-        ValueError: Where there are too few spots to have neighbours, or they lie on each other.
+        ValueError: There are too few spots, or most of them lie on each other.
     """
     points = np.asarray(xy0, np.float64)
     if len(points) <= NUM_NEAREST:
@@ -59,7 +60,7 @@ def neighbour_graph(xy0: NDArray[np.floating], source: str) -> SpotGraph:
     second = tree.query(points, k=3)[0][:, 2]
     pitch0 = float(np.median(second))
     if pitch0 <= 0:
-        message = f"{source}: most of its spots lie on other spots. Check the spot positions."
+        message = f"{source}: most spots lie on other spots. Check the spot positions."
         raise ValueError(message)
     if np.mean(np.abs(second - pitch0) <= 0.15 * pitch0) >= 0.8:
         pairs = tree.query_pairs(RING_REACH * pitch0, output_type="ndarray")
@@ -80,17 +81,18 @@ def morans_i(
 ) -> NDArray[np.float64]:
     """Return Moran's I of every gene (Moran, Biometrika 1950).
 
-    I = S / sum(w) * sum_ij w_ij z_i z_j / sum_i z_i^2 with z centred on the mean. As
-    squidpy.gr.spatial_autocorr(mode="moran") on the same graph; its `transformation` is
-    `row_normalise`.
+    I = S / sum(w) * sum_ij w_ij z_i z_j / sum_i z_i^2 with z centred on the mean. The result equals
+    squidpy.gr.spatial_autocorr(mode="moran") on the same graph; squidpy calls `row_normalise`
+    `transformation`.
 
     Args:
-        weights: Graph [S, S].
+        weights: Weights of the graph, CSR [S, S].
         values_SG: Expression [S, G].
-        row_normalise: Let the neighbours of each spot weigh 1 together.
+        row_normalise: Whether the weights of each spot's neighbours are scaled to the sum 1.
 
     Returns:
-        float64 [G]; NaN for a gene that is the same in every spot (and for all without a link).
+        float64 [G]; NaN for a gene with one value in all spots, and for all genes if the graph has
+        no links.
     """
     graph = sparse.csr_matrix(weights, dtype=np.float64)
     if row_normalise:
@@ -99,38 +101,38 @@ def morans_i(
         graph = sparse.csr_matrix(sparse.diags_array(inverse) @ graph)
     total = graph.sum()
     num_spots, num_genes = values_SG.shape
-    found = np.full(num_genes, np.nan)
+    score_G = np.full(num_genes, np.nan)
     for start in range(0, num_genes, BLOCK_GENES):
         block = np.asarray(values_SG[:, start : start + BLOCK_GENES], np.float64)
         z = block - block.mean(axis=0)
         squares = (z * z).sum(axis=0)
-        # A constant's deviations are rounding, not variation.
+        # Deviations of a constant gene are rounding errors.
         varies = (np.ptp(block, axis=0) > 0) & (squares > 0) & (total > 0)
         products = (z * (graph @ z)).sum(axis=0)
         ratio = np.divide(products, squares, out=np.full(len(squares), np.nan), where=varies)
-        found[start : start + BLOCK_GENES] = ratio * num_spots / (total if total > 0 else 1.0)
-    return found
+        score_G[start : start + BLOCK_GENES] = ratio * num_spots / (total if total > 0 else 1.0)
+    return score_G
 
 
 def spatially_variable(
     score_BG: NDArray[np.floating], num_genes: int
 ) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
-    """Choose genes by the geometric mean over slides of their Moran's I, as the paper says.
+    """Choose genes by the geometric mean over slides of their Moran's I, as the sCellST paper does.
 
-    A geometric mean has no place for negative scores: one below 0, or none (NaN), counts as 0, so
-    a gene that is not spatial on one slide comes after every gene that is on all. Among such genes,
-    and where means tie, the arithmetic mean decides, then the column.
+    A geometric mean needs scores of 0 or more, so a negative score or NaN counts as 0. A gene that
+    is not spatial on one slide therefore ranks below every gene that is spatial on all slides. Ties
+    are ordered by the arithmetic mean, then by column.
 
     Args:
         score_BG: Moran's I per slide and gene [B, G].
-        num_genes: How many to choose.
+        num_genes: Number of genes to choose.
 
     Returns:
-        (columns of the chosen, best first; per gene [G] what was found: `geometric_mean`,
-        `mean_morans_i`).
+        (columns of the chosen genes, best first, int64; scores `geometric_mean` and
+        `mean_morans_i` of every gene [G]).
     """
     known_BG = np.nan_to_num(np.asarray(score_BG, np.float64), nan=0.0)
-    # Sorted first, so that the last bit does not depend on the order of the slides.
+    # Sorting makes the sum, to the last bit, independent of the order of the slides.
     known_BG = np.sort(known_BG, axis=0)
     positive_BG = np.maximum(known_BG, 0.0)
     geometric_G = np.zeros(known_BG.shape[1])

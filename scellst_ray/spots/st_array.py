@@ -1,4 +1,4 @@
-"""Reads older Spatial Transcriptomics arrays: a counts TSV and a TSV of pixel positions."""
+"""Read older Spatial Transcriptomics (ST) arrays: a counts TSV and a TSV of pixel positions."""
 
 import re
 
@@ -16,21 +16,21 @@ SPOT_NAME = re.compile(r"\d+x\d+")
 def read_st_array(
     counts_uri: str, positions_uri: str, mpp: float, spot_diameter_um: float = 100.0
 ) -> Spots:
-    """Read an ST array.
+    """Read the spots of an ST array.
 
     Args:
-        counts_uri: TSV, optionally gzipped, spots x genes; the first column names the spot as
-            "AxB" (array x, array y). The header may or may not have a cell above that column.
-        positions_uri: TSV with x, y (array coordinates), pixel_x, pixel_y (level-0 px) and
-            optionally `selected` (spots with 0 are dropped). Its spot id is f"{x}x{y}".
-        mpp: um per level-0 px.
-        spot_diameter_um: 100 um on the first arrays.
+        counts_uri: Path or fsspec address of a TSV of spots x genes, plain or gzipped. The first
+            column names the spot as "AxB" (array x, array y), with or without a header cell.
+        positions_uri: Path or fsspec address of a TSV with x, y (array coordinates), pixel_x,
+            pixel_y (level-0 px) and optionally `selected` (spots with 0 are dropped).
+        mpp: Resolution in um per level-0 px.
+        spot_diameter_um: Spot diameter, 100 um on the first arrays.
 
     Returns:
         Selected spots that have counts.
 
     Raises:
-        ValueError: Where a file is missing, cut, transposed, or the two do not fit together.
+        ValueError: A file is missing, cut off or transposed, or the files do not fit together.
     """
     radius0 = radius_px(spot_diameter_um, mpp, counts_uri)
     counts, spot_ids, genes = _read_counts(counts_uri)
@@ -39,7 +39,7 @@ def read_st_array(
 
 
 def _read_bytes(uri: str) -> bytes:
-    """Read a file whole, unzipping it when its name ends in .gz."""
+    """Return the content of a file, decompressed if its name ends in .gz."""
     try:
         with fsspec.open(uri, "rb", compression="infer") as file:
             return bytes(file.read())
@@ -47,7 +47,7 @@ def _read_bytes(uri: str) -> bytes:
         message = f"{uri}: no such file. Check the manifest's `spots` and `spot_positions`."
         raise ValueError(message) from error
     except (EOFError, OSError) as error:
-        message = f"{uri}: cannot be read ({error}). Expected a TSV, plain or gzipped, complete."
+        message = f"{uri}: cannot be read ({error}). Expected a complete TSV, plain or gzipped."
         raise ValueError(message) from error
 
 
@@ -55,7 +55,7 @@ def _read_counts(uri: str) -> tuple[sparse.csr_matrix, list[str], list[str]]:
     """Return counts [B, G], spot ids and gene names."""
     text = _read_bytes(uri)
     try:
-        # The header line is taken off first: as a header, polars would rename repeated genes.
+        # The header is split off, because polars would rename repeated genes in it.
         header_line, _, body = text.partition(b"\n")
         header = header_line.decode("utf-8-sig").rstrip("\r").split("\t")
         num_columns = _read_tsv(body, 1, None).width
@@ -82,7 +82,7 @@ def _read_counts(uri: str) -> tuple[sparse.csr_matrix, list[str], list[str]]:
 def _read_tsv(
     text: bytes, num_rows: int | None, schema: dict[str, pl.String | pl.Float32] | None
 ) -> pl.DataFrame:
-    """Read a TSV without header, as strings where no schema is given."""
+    """Read a TSV without header, as strings if the schema is None."""
     return pl.read_csv(
         text,
         separator="\t",
@@ -95,7 +95,7 @@ def _read_tsv(
 
 
 def _read_positions(uri: str) -> pl.DataFrame:
-    """Return the selected spots as spot_id, x0, y0 (level-0 px)."""
+    """Return the selected spots as columns spot_id, x0, y0 (level-0 px)."""
     text = _read_bytes(uri)
     try:
         table = pl.read_csv(text, separator="\t")
@@ -121,5 +121,5 @@ def _read_positions(uri: str) -> pl.DataFrame:
         )
     except pl.exceptions.InvalidOperationError as error:
         reason = str(error).splitlines()[0]
-        message = f"{uri}: a position is not a number ({reason}). Expected numbers in every row."
+        message = f"{uri}: a position is not a number ({reason}). Give a number in every row."
         raise ValueError(message) from error

@@ -1,4 +1,4 @@
-"""Spots of one slide: where they lie and what was counted in them."""
+"""Hold and check the spots of one slide: positions and counts. S: spots; G: genes; B: barcodes."""
 
 import logging
 from collections import Counter
@@ -20,11 +20,11 @@ class Spots:
     """S spots of one slide with the counts of G genes.
 
     Attributes:
-        spot_id: str [S], unique within the slide (a barcode, or "AxB" on ST arrays).
-        xy0: float64 [S, 2], spot centres (x, y) in level-0 px.
-        radius0: Spot radius in level-0 px, the same for every spot.
-        counts: scipy CSR float32 [S, G], raw counts, never negative. (float32 holds whole
-            numbers exactly up to 16,777,216.)
+        spot_id: Unique name of each spot: a barcode, or "AxB" on ST arrays, str [S].
+        xy0: Spot centres (x, y) in level-0 px, float64 [S, 2].
+        radius0: Radius of every spot in level-0 px.
+        counts: Raw counts, never negative, scipy CSR float32 [S, G]. float32 holds whole numbers
+            exactly up to 16,777,216.
         genes: G unique gene names, in the order of the columns of counts.
     """
 
@@ -39,7 +39,11 @@ class Spots:
         return len(self.spot_id)
 
     def select(self, mask: NDArray[np.bool_] | NDArray[np.integer]) -> "Spots":
-        """Return the spots at `mask` (bool [S]) or at those indices, in that order."""
+        """Return some of the spots.
+
+        Args:
+            mask: bool [S], or indices in the wanted order.
+        """
         rows = np.flatnonzero(mask) if np.asarray(mask).dtype == bool else np.asarray(mask)
         return replace(
             self, spot_id=self.spot_id[rows], xy0=self.xy0[rows], counts=self.counts[rows]
@@ -49,9 +53,8 @@ class Spots:
 def unique_gene_names(names: Sequence[str]) -> list[str]:
     """Make repeated gene names unique, as AnnData and scanpy do: TBCE, TBCE-1, TBCE-2.
 
-    Several Ensembl ids may share a symbol. The field keeps them as separate genes and lets the
-    first own the plain symbol; summing them would change the library size of no spot but would
-    mix loci that alignment had kept apart.
+    Several Ensembl ids may share a symbol. By convention they stay separate genes, and the first
+    keeps the plain symbol. A sum would mix loci that the alignment of reads had separated.
     """
     taken = set(names)
     repeats: dict[str, int] = {}
@@ -78,15 +81,15 @@ def join_spots(
     radius0: float,
     source: str,
 ) -> Spots:
-    """Put counts and positions together by spot id, in the order of the counts.
+    """Join counts and positions by spot id, in the order of the counts.
 
-    A position without counts and counts without a position are dropped and logged: ST arrays
-    list spots that never passed sequencing, and raw matrices list spots off the tissue.
+    Positions without counts and counts without a position are dropped and logged. ST arrays list
+    spots that did not pass sequencing, and raw matrices list spots off the tissue.
 
     Args:
         counts: Raw counts [B, G].
         count_ids: B spot ids, in the order of the rows of counts.
-        genes: G gene names; repeated ones get a suffix (see unique_gene_names).
+        genes: G gene names; repeated names get a suffix (see unique_gene_names).
         positions: Columns spot_id (str), x0 and y0 (float, level-0 px).
         radius0: Spot radius in level-0 px.
         source: The file or folder to name in errors.
@@ -110,7 +113,7 @@ def join_spots(
 def _match(
     count_ids: list[str], position_ids: list[str], source: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows of counts and of positions that name the same spots, in counts' order."""
+    """Return rows of counts and rows of positions of the same spots, in the order of counts."""
     _check_unique(count_ids, "counts", source)
     _check_unique(position_ids, "positions", source)
     row_of = {spot_id: row for row, spot_id in enumerate(position_ids)}
@@ -133,16 +136,16 @@ def _match(
 
 
 def check_spots(spots: Spots, source: str) -> None:
-    """Refuse spots that cannot supervise anything.
+    """Check that spots can be used in training.
 
     Args:
-        spots: What was read.
-        source: The file or folder to name in errors.
+        spots: Spots as read.
+        source: Name of the file or folder in errors.
 
     Raises:
-        ValueError: Naming the source, the offending value and the remedy: no spots or genes, no
-            counts at all, negative or non-finite counts, repeated spot ids or genes, positions
-            that are not finite, a radius that is not positive, parts of unequal length.
+        ValueError: There are no spots, genes or counts; counts are negative or not finite; spot
+            ids or genes repeat; positions are not finite; the radius is not positive; or parts
+            differ in length. The message names the source, the value and the remedy.
     """
     num_spots, num_genes = spots.counts.shape
     if (num_spots, num_genes) != (len(spots.spot_id), len(spots.genes)) or (
@@ -161,7 +164,7 @@ def check_spots(spots: Spots, source: str) -> None:
         row = int(np.flatnonzero(~np.isfinite(spots.xy0).all(axis=1))[0])
         message = (
             f"{source}: spot {spots.spot_id[row]} lies at {spots.xy0[row].tolist()}, which is not "
-            "a place. Positions are level-0 px; remove the spot or give its position."
+            "a position. Remove the spot or give its position in level-0 px."
         )
         raise ValueError(message)
     if not (np.isfinite(spots.radius0) and spots.radius0 > 0):
@@ -173,45 +176,47 @@ def check_spots(spots: Spots, source: str) -> None:
 
 
 def check_whole_counts(spots: Spots, source: str, purpose: str) -> None:
-    """Refuse counts that are not whole numbers.
+    """Check that counts are whole numbers.
 
     Args:
-        spots: What was read.
-        source: The slide to name in errors.
-        purpose: What needs them, such as "the negative-binomial loss".
+        spots: Spots as read.
+        source: Name of the slide in errors.
+        purpose: Purpose of the counts, such as "the negative-binomial loss".
 
     Raises:
-        ValueError: Naming the first such count, its gene and spot, and the remedy.
+        ValueError: A count is not a whole number; the message names the first, its gene and spot,
+            and the remedy.
     """
     values = spots.counts.data
-    bad = np.flatnonzero(values != np.rint(values))
-    if len(bad):
-        row = int(np.searchsorted(spots.counts.indptr, bad[0], side="right")) - 1
-        gene = spots.genes[int(spots.counts.indices[bad[0]])]
+    fractional = np.flatnonzero(values != np.rint(values))
+    if len(fractional):
+        first = int(fractional[0])
+        row = int(np.searchsorted(spots.counts.indptr, first, side="right")) - 1
+        gene = spots.genes[int(spots.counts.indices[first])]
         message = (
-            f"{source}: {len(bad)} of {len(values)} counts are not whole numbers, the first "
-            f"{values[bad[0]]} for gene {gene} in spot {spots.spot_id[row]}; {purpose} needs whole "
-            "ones. Give raw counts, or choose what does without (loss mse, genes variable:N)."
+            f"{source}: {len(fractional)} of {len(values)} counts are not whole numbers, the first "
+            f"{values[first]} for gene {gene} in spot {spots.spot_id[row]}; {purpose} needs whole "
+            "numbers. Give raw counts, or use loss mse and genes variable:N."
         )
         raise ValueError(message)
 
 
 def check_inside(spots: Spots, width0: int, height0: int, source: str) -> int:
-    """Refuse spots of which many lie outside the image.
+    """Check that at most 5 % of the spots lie outside the image.
 
-    A few may: a section can reach beyond the scan. They have no cells, so nothing learns from them.
+    A section can reach beyond the scan. Spots outside have no cells, so training ignores them.
 
     Args:
         spots: Spots of the slide.
         width0: Width of the image in level-0 px.
         height0: Height of the image in level-0 px.
-        source: The slide to name in errors.
+        source: Name of the slide in errors.
 
     Returns:
-        How many spot centres lie outside.
+        Number of spot centres outside the image.
 
     Raises:
-        ValueError: Where more than 5 % of the centres lie outside, naming the first.
+        ValueError: More than 5 % of the centres lie outside; the message names the first.
     """
     x0, y0 = spots.xy0[:, 0], spots.xy0[:, 1]
     outside = np.flatnonzero((x0 < 0) | (y0 < 0) | (x0 >= width0) | (y0 >= height0))
@@ -221,14 +226,23 @@ def check_inside(spots: Spots, width0: int, height0: int, source: str) -> int:
             f"{source}: {len(outside)} of {len(spots)} spots lie outside the image of {width0} x "
             f"{height0} px, the first {spots.spot_id[first]} at (x, y) = ({x0[first]:.0f}, "
             f"{y0[first]:.0f}). Positions must be level-0 px of this image, x to the right and y "
-            "down: give the image the positions were made for, or mend the position file."
+            "down: give the image the positions were made for, or correct the position file."
         )
         raise ValueError(message)
     return len(outside)
 
 
 def radius_px(spot_diameter_um: float, mpp: float, source: str) -> float:
-    """Return the spot radius in level-0 px from its diameter in um and the slide's um per px."""
+    """Return the spot radius in level-0 px.
+
+    Args:
+        spot_diameter_um: Spot diameter in um.
+        mpp: Resolution of the slide, um per level-0 px.
+        source: Name of the slide or file in errors.
+
+    Raises:
+        ValueError: A value is not a positive number.
+    """
     if not (np.isfinite(mpp) and mpp > 0 and np.isfinite(spot_diameter_um)) or (
         spot_diameter_um <= 0
     ):
@@ -241,29 +255,30 @@ def radius_px(spot_diameter_um: float, mpp: float, source: str) -> float:
 
 
 def _check_values(spots: Spots, source: str) -> None:
-    """Refuse negative, non-finite or absent counts."""
+    """Raise ValueError if counts are negative or not finite, or if all are 0."""
     values = spots.counts.data
-    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-    if len(bad):
-        row = int(np.searchsorted(spots.counts.indptr, bad[0], side="right")) - 1
-        gene = spots.genes[int(spots.counts.indices[bad[0]])]
+    invalid = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if len(invalid):
+        first = int(invalid[0])
+        row = int(np.searchsorted(spots.counts.indptr, first, side="right")) - 1
+        gene = spots.genes[int(spots.counts.indices[first])]
         message = (
-            f"{source}: {len(bad)} counts are negative or not finite, the first "
-            f"{values[bad[0]]} for gene {gene} in spot {spots.spot_id[row]}. Give raw counts, "
+            f"{source}: {len(invalid)} counts are negative or not finite, the first "
+            f"{values[first]} for gene {gene} in spot {spots.spot_id[row]}. Give raw counts, "
             "not scaled or log-transformed values."
         )
         raise ValueError(message)
     if not values.any():
         message = (
             f"{source}: no counts at all in {spots.counts.shape[0]} spots x "
-            f"{spots.counts.shape[1]} genes. Expected raw counts with at least one above 0; check "
-            "that this is the count matrix of the section."
+            f"{spots.counts.shape[1]} genes. Expected raw counts with at least one above 0; give "
+            "the count matrix of the section."
         )
         raise ValueError(message)
 
 
 def _check_unique(names: Sequence[str], what: str, source: str) -> None:
-    """Refuse a name that occurs twice."""
+    """Raise ValueError if a name occurs more than once; `what` names the kind of names."""
     if len(set(names)) == len(names):
         return
     repeated = sorted(name for name, times in Counter(names).items() if times > 1)

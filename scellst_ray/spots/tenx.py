@@ -1,4 +1,7 @@
-"""Reads 10x feature-barcode matrices (HDF5 or a MEX folder), which all their instruments write."""
+"""Read feature-barcode matrices (HDF5 or a MEX folder), the format of all 10x instruments.
+
+B: barcodes (spots or cells); G: genes.
+"""
 
 import io
 from collections.abc import Iterable
@@ -19,55 +22,60 @@ def read_matrix(
     """Read the features of type "Gene Expression" of a matrix.
 
     Args:
-        fs: Where it is.
-        path: An HDF5 file (its name ends in .h5), or a MEX folder, plain or gzipped, with
-            features.tsv or the older genes.tsv.
+        fs: File system of the matrix.
+        path: Path of an HDF5 file (its name ends in .h5), or of a MEX folder, plain or gzipped,
+            with features.tsv or the older genes.tsv.
 
     Returns:
         (counts [B, G], B barcodes, G gene symbols).
 
     Raises:
-        ValueError: Where the files are not whole or do not fit together.
+        ValueError: The files are incomplete or do not fit together.
     """
     return _read_h5(fs, path) if path.endswith(".h5") else _read_mex(fs, path)
 
 
 def find_file(fs: fsspec.AbstractFileSystem, root: str, names: Iterable[str]) -> str:
-    """Return the first of the names that exists in the folder.
+    """Return the path of the first of the names that exists in the folder.
 
-    Where none does, a single file counts whose name ends in "_" and one of the names: 10x's
-    downloads put the name of the data set before it.
+    If none exists, a single file whose name ends in "_" and one of the names is returned, since
+    10x's downloads put the name of the data set before it.
+
+    Args:
+        fs: File system of the folder.
+        root: Path of the folder.
+        names: File or folder names, in order of preference.
 
     Raises:
-        ValueError: Naming what was looked for and what is there.
+        ValueError: No such file exists; the message lists the names and the folder's content.
     """
     root = root.rstrip("/")
     names = list(names)
     for name in names:
         if fs.exists(f"{root}/{name}"):
             return f"{root}/{name}"
-    found = "no such folder exists"
+    problem = "the folder does not exist"
     if fs.isdir(root):
-        there = sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False))
+        files = sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False))
         for name in names:
-            named = [file for file in there if file.endswith(f"_{name}")]
-            if len(named) == 1:
-                return f"{root}/{named[0]}"
-        found = f"it holds {there}"
+            matches = [file for file in files if file.endswith(f"_{name}")]
+            if len(matches) == 1:
+                return f"{root}/{matches[0]}"
+        problem = f"the folder holds {files}"
     message = (
-        f"{root}: not a complete 10x output folder: looked for one of {names}, but {found}. Give "
+        f"{root}: not a complete 10x output folder: expected one of {names}, but {problem}. Give "
         "the folder as the instrument's software wrote it (Space Ranger names it `outs`)."
     )
     raise ValueError(message)
 
 
 def read_bytes(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """Read a file whole, unzipping it when its name ends in .gz."""
+    """Return the content of a file, decompressed if its name ends in .gz."""
     try:
         with fs.open(path, "rb", compression="infer") as file:
             return bytes(file.read())
     except (EOFError, OSError) as error:
-        message = f"{path}: cannot be read ({error}). Is it whole? Copy it again."
+        message = f"{path}: cannot be read ({error}). It may be cut off: copy it again."
         raise ValueError(message) from error
 
 
@@ -81,7 +89,7 @@ def _read_mex(
     try:
         matrix = scipy_io.mmread(io.BytesIO(read_bytes(fs, matrix_path)))
     except (ValueError, OverflowError) as error:
-        message = f"{matrix_path}: not a whole MatrixMarket file ({error}). Copy it again."
+        message = f"{matrix_path}: not a complete MatrixMarket file ({error}). Copy it again."
         raise ValueError(message) from error
     counts_BG = sparse.csr_matrix(matrix.T)
     if counts_BG.shape != (len(barcodes), len(features[0])):
@@ -91,18 +99,18 @@ def _read_mex(
             "files must come from one run of Space Ranger."
         )
         raise ValueError(message)
-    genes = features[min(1, len(features) - 1)]  # id, symbol, type; or the symbol alone
+    genes = features[min(1, len(features) - 1)]  # columns are id, symbol, type; or only symbol
     kinds = features[2] if len(features) > 2 else None
     return _only_genes(counts_BG, barcodes, genes, kinds, folder)
 
 
 def _find_mex(fs: fsspec.AbstractFileSystem, folder: str, names: tuple[str, ...]) -> str:
-    """Find a file of a MEX folder, gzipped (Space Ranger's default) or plain."""
+    """Return the path of a file of a MEX folder, gzipped (Space Ranger's default) or plain."""
     return find_file(fs, folder, [name + end for name in names for end in (".gz", "")])
 
 
 def _read_columns(fs: fsspec.AbstractFileSystem, path: str) -> list[list[str]]:
-    """Read the columns of a header-less TSV as strings."""
+    """Return the columns of a TSV without header as strings."""
     table = read_strings(read_bytes(fs, path), path, separator="\t")
     return [column.to_list() for column in table]
 
@@ -110,7 +118,17 @@ def _read_columns(fs: fsspec.AbstractFileSystem, path: str) -> list[list[str]]:
 def read_strings(
     text: bytes, path: str, *, separator: str, has_header: bool = False
 ) -> pl.DataFrame:
-    """Read a table as strings."""
+    """Parse a table and return its cells as strings.
+
+    Args:
+        text: Content of the file.
+        path: Name of the file in errors.
+        separator: Separator of columns.
+        has_header: Whether the first line names the columns.
+
+    Raises:
+        ValueError: The text is no table.
+    """
     try:
         return pl.read_csv(
             text,
@@ -143,7 +161,7 @@ def _read_h5(
             raise ValueError(message)
         group = file["matrix"]
         num_features, num_barcodes = (int(size) for size in group["shape"][:])
-        # The file is features x barcodes by column, which is barcodes x features by row.
+        # The file holds features x barcodes by column, which equals barcodes x features by row.
         counts_BG = sparse.csr_matrix(
             (group["data"][:], group["indices"][:], group["indptr"][:]),
             shape=(num_barcodes, num_features),
@@ -162,7 +180,7 @@ def _only_genes(
     kinds: list[str] | None,
     source: str,
 ) -> tuple[sparse.csr_matrix, list[str], list[str]]:
-    """Keep features of type "Gene Expression" (antibodies and probes are no genes)."""
+    """Return the features of type "Gene Expression", without antibodies and probes."""
     if kinds is None:
         return counts_BG, barcodes, genes
     columns = [column for column, kind in enumerate(kinds) if kind == GENE_EXPRESSION]

@@ -1,6 +1,6 @@
-"""Variable genes: by variance of log counts, or as scanpy's `seurat_v3`, one batch a slide.
+"""Choose variable genes by variance of log counts, or as scanpy's `seurat_v3` with batches.
 
-Shape letters: S spots of a slide, G genes, B slides.
+A batch is a slide. Shape letters: S spots of a slide, G genes, V genes that vary, B slides.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,25 @@ SPAN = 0.3
 def normalised_variance(
     counts_SG: sparse.csr_matrix, source: str, span: float = SPAN
 ) -> NDArray[np.float64]:
-    """Return each gene's variance after its dependence on the mean is taken out.
+    """Return each gene's variance without its dependence on the mean.
 
-    Stuart et al., Cell 2019 (Seurat v3), as in scanpy's highly_variable_genes(flavor="seurat_v3"):
-    a local quadratic fit of log10 variance on log10 mean gives the expected standard deviation;
-    counts are standardised by it, clipped at sqrt(S), and their variance taken. The fit is that of
-    scanpy: the loess of Cleveland and Grosse in scikit-misc.
+    The method is that of Seurat v3 (Stuart et al., Cell 2019) and of scanpy's
+    highly_variable_genes(flavor="seurat_v3"). A local quadratic fit of log10 variance on log10 mean
+    gives the expected standard deviation. Counts are standardised by it and clipped at sqrt(S);
+    their variance is the result. The fit is scanpy's too: Cleveland and Grosse's loess in
+    scikit-misc.
 
     Args:
         counts_SG: Raw counts [S, G].
-        source: The slide, named in errors.
-        span: Share of the genes that each local fit sees.
+        source: Name of the slide in errors.
+        span: Share of the genes in each local fit.
 
     Returns:
-        float64 [G]; 0 for a gene whose counts are all the same.
+        float64 [G]; 0 for a gene with the same count in all spots.
 
     Raises:
-        ValueError: Where there are fewer than two spots, or the fit fails, as it does for few
-            genes or many genes with the same few counts.
+        ValueError: There are fewer than two spots, or the fit fails. It fails with few genes, or
+            with many genes of the same few counts.
     """
     num_spots = counts_SG.shape[0]
     if num_spots < 2:
@@ -42,7 +43,7 @@ def normalised_variance(
     counts = sparse.csc_matrix(counts_SG, dtype=np.float64)
     mean_G = np.asarray(counts.sum(axis=0)).ravel() / num_spots
     squares_G = np.asarray(counts.multiply(counts).sum(axis=0)).ravel()
-    # In scanpy's order of operations, so that what ties there ties here, to the last bit.
+    # Scanpy's order of operations gives the same ties, to the last bit.
     variance_G = (squares_G / num_spots - mean_G**2) * (num_spots / (num_spots - 1))
     varies = variance_G > 0
     log_variance_G = np.zeros(len(mean_G))
@@ -62,14 +63,14 @@ def normalised_variance(
 def _smooth(
     mean_V: NDArray[np.float64], variance_V: NDArray[np.float64], source: str, span: float
 ) -> NDArray[np.float64]:
-    """Return the expected log10 variance of V genes that vary."""
+    """Return the expected log10 variance of V genes that vary, float64 [V]."""
     try:
         model = loess(np.log10(mean_V), np.log10(variance_V), span=span, degree=2)
         model.fit()
     except ValueError as error:
         message = (
             f"{source}: the trend of variance over mean of its {len(mean_V)} genes cannot be "
-            f"fitted ({str(error).strip()}). seurat_v3 needs some hundred genes of different "
+            f"fitted ({str(error).strip()}). seurat_v3 needs at least about 100 genes of different "
             "depth: raise min_gene_counts, use genes `variable:N`, or leave the slide out."
         )
         raise ValueError(message) from error
@@ -81,18 +82,18 @@ def rank_over_slides(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     """Rank genes over slides as scanpy's `seurat_v3` does with a batch key.
 
-    On each slide the num_genes best genes get ranks from 0; a gene's rank is the median over the
-    slides where it has one. Genes are ordered by that, then by the number of slides where they have
-    one (more first), then by column. Where scores tie on a slide the earlier column comes first
-    (scanpy leaves that to an unstable sort).
+    On each slide the num_genes best genes get ranks from 0. A gene's rank is the median over the
+    slides that rank it. Genes are ordered by this rank, then by the number of slides that rank them
+    (more first), then by column. Equal scores on a slide are ranked by column; scanpy's sort leaves
+    their order open.
 
     Args:
-        score_BG: Score of every gene on every slide [B, G], higher is more variable.
-        num_genes: How many genes a slide ranks.
+        score_BG: Score of every gene on every slide [B, G]; higher is more variable.
+        num_genes: Number of genes that a slide ranks.
 
     Returns:
-        (order, median rank [G] with NaN where no slide ranks it, slides that rank it [G]): order
-        is int64 [G], columns from the best on.
+        (columns from best to worst, int64 [G]; median rank, float64 [G], NaN if no slide ranks the
+        gene; number of slides that rank the gene, int64 [G]).
     """
     order_BG = np.argsort(-np.asarray(score_BG), axis=1, kind="stable")
     rank_BG = np.argsort(order_BG, axis=1, kind="stable").astype(np.float64)
@@ -109,30 +110,30 @@ def rank_over_slides(
 def highly_variable(
     counts: Sequence[sparse.csr_matrix], sources: Sequence[str], num_genes: int
 ) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
-    """Choose the highly variable genes of some slides.
+    """Choose the highly variable genes of all slides together.
 
-    Equals scanpy.pp.highly_variable_genes(flavor="seurat_v3", batch_key=the slide) on the slides
-    put together, ties apart (see rank_over_slides).
+    The result equals scanpy.pp.highly_variable_genes(flavor="seurat_v3", batch_key=...) on the
+    concatenated slides, except for ties (see rank_over_slides).
 
     Args:
-        counts: Per slide, raw counts [S, G] of the same G genes.
-        sources: Names of the slides, for errors.
-        num_genes: How many to choose.
+        counts: Raw counts [S, G] of the same G genes, per slide.
+        sources: Names of the slides in errors.
+        num_genes: Number of genes to choose.
 
     Returns:
-        (columns of the chosen, best first; per gene [G] what was found: `rank`,
-        `normalised_variance` (mean over slides) and `num_slides`).
+        (columns of the chosen genes, best first, int64; scores `rank`, `normalised_variance` (mean
+        over slides) and `num_slides` of every gene [G]).
     """
     score_BG = np.stack(
         [normalised_variance(c, name) for c, name in zip(counts, sources, strict=True)]
     )
     order, rank_G, num_slides_G = rank_over_slides(score_BG, num_genes)
-    found = {
+    scores = {
         "rank": rank_G,
         "normalised_variance": score_BG.mean(axis=0),
         "num_slides": num_slides_G.astype(np.float64),
     }
-    return order[:num_genes], found
+    return order[:num_genes], scores
 
 
 def most_variable(
@@ -140,18 +141,19 @@ def most_variable(
 ) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
     """Choose the genes whose log-normalised expression varies most.
 
-    A gene's score is its variance over the spots of a slide, averaged over slides: simple, and
-    dominated by strongly expressed genes (`highly_variable` takes the dependence on the mean out).
+    A gene's score is its variance over the spots of a slide, averaged over slides. Strongly
+    expressed genes dominate it; `highly_variable` removes this dependence on the mean.
 
     Args:
-        log_counts: Per slide, log-normalised expression [S, G] of the same G genes.
-        num_genes: How many to choose.
+        log_counts: Log-normalised expression [S, G] of the same G genes, per slide.
+        num_genes: Number of genes to choose.
 
     Returns:
-        (columns of the chosen, best first, ties by column; per gene [G] the `variance`).
+        (columns of the chosen genes, best first, ties by column, int64; score `variance` of every
+        gene [G]).
     """
     scores = [np.var(values_SG, axis=0, dtype=np.float64) for values_SG in log_counts]
-    # Sorted before the mean so that the last bit does not depend on the order of the slides.
+    # Sorting makes the mean, to the last bit, independent of the order of the slides.
     score_G = np.sort(np.stack(scores), axis=0).mean(axis=0)
     order = np.lexsort((np.arange(len(score_G)), -score_G))
     return order[:num_genes].astype(np.int64), {"variance": score_G}

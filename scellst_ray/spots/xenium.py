@@ -1,6 +1,6 @@
-"""Reads the cells of a Xenium run, measured one by one: what per-cell predictions are held against.
+"""Read the cells of a Xenium run, whose measured counts are compared with predictions per cell.
 
-Never used to train: cells come without spots.
+Training does not use them, since they come without spots. N: cells; G: genes.
 """
 
 import io
@@ -19,7 +19,7 @@ from scellst_ray.spots.tenx import find_file, read_bytes, read_matrix
 CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
 MATRICES = ("cell_feature_matrix.h5", "cell_feature_matrix")
 COLUMNS = ("cell_id", "x_centroid", "y_centroid")
-# um per px of the full-resolution morphology image, where experiment.xenium does not say.
+# um per px of the full-resolution morphology image if experiment.xenium is absent.
 MORPHOLOGY_MPP = 0.2125
 
 
@@ -28,9 +28,9 @@ class MeasuredCells:
     """N cells with the counts of G genes.
 
     Attributes:
-        cell_id: str [N], as Xenium names them, unique.
-        xy0: float64 [N, 2], centroids (x, y) in level-0 px of the H&E image.
-        counts: CSR float32 [N, G], raw counts.
+        cell_id: Xenium's unique name of each cell, str [N].
+        xy0: Centroids (x, y) in level-0 px of the H&E image, float64 [N, 2].
+        counts: Raw counts, CSR float32 [N, G].
         genes: G unique gene names.
     """
 
@@ -49,18 +49,22 @@ def read_xenium(
 ) -> MeasuredCells:
     """Read cells and counts, and place the cells on the H&E image.
 
+    The morphology image is Xenium's own image of the section. Exactly one of `mpp` and
+    `alignment_uri` says how the H&E image lies on it.
+
     Args:
-        outs: Xenium output folder, a path or fsspec address: cells.parquet or cells.csv.gz, and
-            cell_feature_matrix.h5 or the folder of that name. Control probes are left out.
-        mpp: um per level-0 px, for an H&E image that lies on the morphology image without shift or
-            turn (such as one that was registered and resampled).
-        alignment_uri: Xenium Explorer's *_he_imagealignment.csv: the 3 x 3 matrix from px of the
-            H&E image to px of the morphology image, whose um per px experiment.xenium gives
-            (0.2125 without it).
+        outs: Path or fsspec address of a Xenium output folder. It holds cells.parquet or
+            cells.csv.gz, and cell_feature_matrix.h5 or the folder of that name. Control probes are
+            left out.
+        mpp: um per level-0 px of an H&E image without shift or rotation against the morphology
+            image, such as a registered and resampled one.
+        alignment_uri: Xenium Explorer's *_he_imagealignment.csv, the 3 x 3 matrix from px of the
+            H&E image to px of the morphology image. experiment.xenium states the um per px of the
+            latter; the default is 0.2125.
 
     Raises:
-        ValueError: Where files are missing or do not fit, or not exactly one of mpp and
-            alignment_uri is given.
+        ValueError: Files are missing or do not fit together, or both or none of mpp and
+            alignment_uri are given.
     """
     fs, root = fsspec.core.url_to_fs(outs)
     matrix_33 = um_to_level0(outs, mpp, alignment_uri)
@@ -86,11 +90,14 @@ def read_xenium(
 
 
 def um_to_level0(outs: str, mpp: float | None, alignment_uri: str | None) -> NDArray[np.float64]:
-    """Return the 3 x 3 matrix from um of a Xenium run to level-0 px (see read_xenium)."""
+    """Return the 3 x 3 matrix from um of a Xenium run to level-0 px.
+
+    Arguments and errors are those of `read_xenium`.
+    """
     if (mpp is None) == (alignment_uri is None):
         message = (
-            f"{outs}: mpp {mpp} and alignment {alignment_uri}; give one of them: um per px of an "
-            "image that lies on the morphology image, or the alignment matrix file."
+            f"{outs}: mpp {mpp} and alignment {alignment_uri}; give exactly one: um per px of an "
+            "image that lies on the morphology image, or the file of the alignment matrix."
         )
         raise ValueError(message)
     if mpp is not None:
@@ -105,14 +112,14 @@ def read_affine(uri: str) -> NDArray[np.float64]:
     """Read a 3 x 3 affine matrix from a CSV without header.
 
     Raises:
-        ValueError: Where it is missing, of another shape, has another last row than 0, 0, 1, or
-            cannot be inverted.
+        ValueError: The file is missing, or the matrix has another shape, a last row other than
+            0, 0, 1, or no inverse.
     """
     fs, path = fsspec.core.url_to_fs(uri)
     try:
         matrix_33 = np.loadtxt(io.BytesIO(read_bytes(fs, path)), delimiter=",", ndmin=2)
     except ValueError as error:
-        message = f"{uri}: not a matrix ({error}). Expected 3 rows of 3 numbers, with commas."
+        message = f"{uri}: not a matrix ({error}). Give 3 rows of 3 numbers, separated by commas."
         raise ValueError(message) from error
     if (
         matrix_33.shape != (3, 3)
@@ -121,23 +128,23 @@ def read_affine(uri: str) -> NDArray[np.float64]:
         or abs(np.linalg.det(matrix_33)) < 1e-12
     ):
         message = (
-            f"{uri}: {matrix_33.tolist()} is not an affine map of the plane. Expected 3 x 3 "
-            "numbers whose last row is 0, 0, 1, as Xenium Explorer exports them."
+            f"{uri}: {matrix_33.tolist()} is not an invertible affine map of the plane. Expected "
+            "3 x 3 numbers whose last row is 0, 0, 1, as Xenium Explorer exports them."
         )
         raise ValueError(message)
     return matrix_33
 
 
 def transform(matrix_33: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Apply an affine map to points [N, 2] (x, y)."""
+    """Return points [N, 2] (x, y) mapped by an affine 3 x 3 matrix."""
     return np.asarray(points @ matrix_33[:2, :2].T + matrix_33[:2, 2])
 
 
 def select_genes(cells: MeasuredCells, genes: list[str]) -> tuple[MeasuredCells, list[str]]:
-    """Return the cells with those of `genes` that were measured, in that order, and their names.
+    """Return the cells reduced to the measured ones of `genes`, in that order, and these genes.
 
     Raises:
-        ValueError: Where none was measured.
+        ValueError: None of the genes was measured.
     """
     column_of = {name: column for column, name in enumerate(cells.genes)}
     shared = [name for name in genes if name in column_of]
@@ -152,7 +159,7 @@ def select_genes(cells: MeasuredCells, genes: list[str]) -> tuple[MeasuredCells,
 
 
 def _morphology_mpp(outs: str) -> float:
-    """Return um per px of the morphology image."""
+    """Return the um per px of the morphology image."""
     fs, root = fsspec.core.url_to_fs(outs)
     path = f"{root.rstrip('/')}/experiment.xenium"
     if not fs.exists(path):
@@ -160,12 +167,12 @@ def _morphology_mpp(outs: str) -> float:
     try:
         return float(json.loads(read_bytes(fs, path))["pixel_size"])
     except (ValueError, KeyError, TypeError) as error:
-        message = f"{path}: no JSON with a number `pixel_size` ({error!r}). Copy it again."
+        message = f"{path}: not JSON with a number `pixel_size` ({error!r}). Copy it again."
         raise ValueError(message) from error
 
 
 def _read_cells(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
-    """Read cell_id (str), x_centroid and y_centroid (um)."""
+    """Return the cells as columns cell_id (str), x_centroid and y_centroid (um)."""
     content = io.BytesIO(read_bytes(fs, path))
     try:
         if path.endswith(".parquet"):
@@ -174,7 +181,10 @@ def _read_cells(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
             table = pl.read_csv(content, infer_schema=False)
         missing = [name for name in COLUMNS if name not in table.columns]
         if missing:
-            message = f"{path}: {missing} missing among the columns {table.columns}."
+            message = (
+                f"{path}: columns {missing} are missing; the table has {table.columns}. Copy the "
+                "file again from Xenium's output."
+            )
             raise ValueError(message)
         identifier = pl.col("cell_id")
         if table.schema["cell_id"] == pl.Binary:

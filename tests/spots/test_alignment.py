@@ -62,13 +62,13 @@ def test_mistakes_are_told_with_their_cause(mistake, cause):
     assert found.best.share_on_tissue > 0.9
 
 
-def test_what_nothing_mends_is_a_problem_without_a_cause():
+def test_what_no_placing_explains_is_a_problem_without_a_cause():
     rng = np.random.default_rng(0)
     nowhere = rng.uniform([5300, 2200], [5900, 3900], (200, 2))
     found = check_alignment(nowhere, TISSUE[:50], 50.0, (WIDTH0, HEIGHT0))
     assert found.problem == (
-        "0% of the spots lie on tissue, and neither swapping, mirroring nor scaling their "
-        "positions mends it"
+        "0% of the spots lie on tissue; swapping, mirroring or scaling their positions does not "
+        "help"
     )
 
 
@@ -102,4 +102,4 @@ def test_sparse_points_count_as_tissue_between_them(monkeypatch):
 
 def test_no_tissue_at_all():
     found = check_alignment(SPOTS, np.zeros((0, 2)), 50.0)
-    assert found.problem == "the slide has no tissue at all where spots could lie"
+    assert found.problem == "the slide has no tissue on which spots could lie"

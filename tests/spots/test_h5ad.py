@@ -176,7 +176,7 @@ def test_other_files_are_refused(tmp_path):
     with h5py.File(tmp_path / "old.h5ad", "w") as file:
         file["obsm/spatial"] = XY0
         file["obs"] = np.zeros(4, [("index", "S4")])
-    with pytest.raises(ValueError, match=r"obs has no index\. Write the file anew"):
+    with pytest.raises(ValueError, match=r"obs has no index\. Write the file again"):
         read_h5ad(str(tmp_path / "old.h5ad"), 0.5)
 
 

@@ -11,12 +11,11 @@ from scellst_ray.spots.panel import (
     gene_columns,
     log_normalise,
     make_targets,
-    panel_targets,
     read_panel,
     robust_scale,
     size_factors,
-    variable_genes,
 )
+from scellst_ray.spots.selection import Section, choose_genes
 from scellst_ray.spots.st_array import read_st_array
 from scellst_ray.spots.table import Spots
 from tests.support.paths import SHARED
@@ -89,40 +88,12 @@ def test_log_normalise_equals_scanpy(is_sparse):
     np.testing.assert_allclose(found, adata.X.toarray(), rtol=2e-6, atol=1e-7)
 
 
-def test_variable_genes_by_a_slow_loop():
-    slides = [filter_counts(random_spots(seed=seed), "x") for seed in (1, 2, 3)]
-    logs = [log_normalise(spots.counts) for spots in slides]
-    common = set(slides[0].genes) & set(slides[1].genes) & set(slides[2].genes)
-    scores = {}
-    for gene in common:
-        per_slide = []
-        for spots, values in zip(slides, logs, strict=True):
-            column = values[:, spots.genes.index(gene)].astype(float)
-            per_slide.append(sum((v - column.mean()) ** 2 for v in column) / len(column))
-        scores[gene] = sum(per_slide) / 3
-    expected = sorted(common, key=lambda gene: (-scores[gene], gene))[:7]
-    genes = [spots.genes for spots in slides]
-    assert variable_genes(logs, genes, 7) == expected
-    assert variable_genes(logs[::-1], genes[::-1], 7) == expected
-
-
-def test_variable_genes_ties_go_by_name_and_gene_order_does_not_matter():
-    values = np.array([[0.0, 1, 0], [1, 0, 0]])
-    assert variable_genes([values], [["B", "A", "C"]], 3) == ["A", "B", "C"]
-    assert variable_genes([values[:, ::-1]], [["C", "A", "B"]], 3) == ["A", "B", "C"]
-
-
-def test_too_many_variable_genes_asked_for():
-    with pytest.raises(ValueError, match="3 variable genes asked for, but 2 genes pass"):
-        variable_genes([np.ones((2, 2))], [["A", "B"]], 3)
-
-
 def test_panel_from_a_list_or_a_file(tmp_path):
     path = tmp_path / "panel.txt"
     path.write_text("# markers\nEPCAM\n\n  CD3E \n")
     assert read_panel(str(path)) == read_panel(["EPCAM", "CD3E"]) == ["EPCAM", "CD3E"]
     path.write_text("# nothing\n")
-    with pytest.raises(ValueError, match=r"panel\.txt: no gene named"):
+    with pytest.raises(ValueError, match=r"panel\.txt: the panel names no gene"):
         read_panel(str(path))
     with pytest.raises(ValueError, match=r"\['A'\] occur more than once"):
         read_panel(["A", "B", "A"])
@@ -149,14 +120,15 @@ def test_panel_targets_use_the_library_of_surviving_genes():
     panel = [adata.var_names[4], adata.var_names[1]]
     scanpy.pp.normalize_total(adata, target_sum=1e4)
     scanpy.pp.log1p(adata)
-    kept, values = panel_targets(spots, panel, "here")
+    targets = make_targets(spots, panel, "here")
+    kept, values = targets.kept, targets.values_KP
     assert spots.spot_id[kept].tolist() == adata.obs_names.tolist()
     np.testing.assert_allclose(values, adata[:, panel].X.toarray(), rtol=2e-6)
     # A gene too rare to pass is still read, and does not change the others.
     rare = next(gene for gene in spots.genes if gene not in adata.var_names)
-    kept_too, with_rare = panel_targets(spots, [*panel, rare], "here")
-    assert kept_too.tolist() == kept.tolist()
-    np.testing.assert_array_equal(with_rare[:, :2], values)
+    with_rare = make_targets(spots, [*panel, rare], "here")
+    assert with_rare.kept.tolist() == kept.tolist()
+    np.testing.assert_array_equal(with_rare.values_KP[:, :2], values)
 
 
 def test_targets_hold_raw_counts_and_libraries_too():
@@ -164,9 +136,6 @@ def test_targets_hold_raw_counts_and_libraries_too():
     adata = scanpy_filtered(spots)
     panel = [adata.var_names[4], adata.var_names[1]]
     targets = make_targets(spots, panel, "here")
-    kept, values = panel_targets(spots, panel, "here")
-    np.testing.assert_array_equal(targets.kept, kept)
-    np.testing.assert_array_equal(targets.values_KP, values)
     np.testing.assert_array_equal(targets.counts_KP, adata[:, panel].X.toarray())
     np.testing.assert_array_equal(targets.library_K, np.asarray(adata.X.sum(axis=1)).ravel())
     assert targets.num_genes == adata.n_vars
@@ -211,9 +180,11 @@ def test_her2st_panel_and_targets():
     expected = scanpy_filtered(slides[0])
     assert kept[0].genes == expected.var_names.tolist()
     assert kept[0].spot_id.tolist() == expected.obs_names.tolist()
-    panel = variable_genes([log_normalise(k.counts) for k in kept], [k.genes for k in kept], 250)
+    sections = [Section("slide", k.genes, k) for k in kept]
+    panel = choose_genes("variable:250", sections).genes
     assert len(set(panel)) == 250
-    rows, values = panel_targets(slides[0], panel, "C2")
+    targets = make_targets(slides[0], panel, "C2")
+    rows, values = targets.kept, targets.values_KP
     assert values.shape == (len(rows), 250) == (186, 250)  # one spot of C2 has a single count
     scanpy.pp.normalize_total(expected, target_sum=1e4)
     scanpy.pp.log1p(expected)

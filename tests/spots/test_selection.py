@@ -123,6 +123,39 @@ def test_order_of_slides_does_not_matter_and_shorter_panels_begin_longer_ones(se
         assert choose_genes(f"{kind}:2", sections).genes == panel.genes[:2]
 
 
+def test_variable_genes_by_a_slow_loop(sections):
+    logs = [log_normalise(one.spots.counts) for one in sections]
+    common = set.intersection(*(set(one.spots.genes) for one in sections))
+    scores = {}
+    for gene in common:
+        per_slide = []
+        for one, values in zip(sections, logs, strict=True):
+            column = values[:, one.spots.genes.index(gene)].astype(float)
+            per_slide.append(sum((v - column.mean()) ** 2 for v in column) / len(column))
+        scores[gene] = sum(per_slide) / 3
+    expected = sorted(common, key=lambda gene: (-scores[gene], gene))[:7]
+    assert choose_genes("variable:7", sections).genes == expected
+    assert choose_genes("variable:7", sections[::-1]).genes == expected
+
+
+def small_section(counts, genes):
+    """Return a section of two spots."""
+    xy0 = np.array([[0.0, 0.0], [100.0, 0.0]])
+    counts = sparse.csr_matrix(np.array(counts, np.float32))
+    return Section("a", genes, Spots(np.array(["s0", "s1"]), xy0, 27.5, counts, genes))
+
+
+def test_ties_of_variable_genes_go_by_name_and_gene_order_does_not_matter():
+    counts = np.array([[0, 1, 0], [1, 0, 0]])
+    for columns, genes in ((counts, ["B", "A", "C"]), (counts[:, ::-1], ["C", "A", "B"])):
+        assert choose_genes("variable:3", [small_section(columns, genes)]).genes == ["A", "B", "C"]
+
+
+def test_too_many_variable_genes_asked_for():
+    with pytest.raises(ValueError, match="3 genes asked for, but 2 genes pass"):
+        choose_genes("variable:3", [small_section(np.ones((2, 2)), ["A", "B"])])
+
+
 def test_chosen_genes_that_are_not_spatial_are_counted(sections):
     info = choose_genes("svg:110", sections).info
     assert info["num_chosen_not_spatial"] > 20

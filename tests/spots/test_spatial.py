@@ -142,7 +142,7 @@ def test_scattered_spots_take_the_nearest_in_either_direction():
     ("xy0", "words"),
     [
         (hexagons(2, 3), "slide A: 6 spots are too few"),
-        (np.zeros((9, 2)), "slide A: most of its spots lie on other spots"),
+        (np.zeros((9, 2)), "slide A: most spots lie on other spots"),
     ],
 )
 def test_spots_that_make_no_graph_are_refused(xy0, words):

@@ -102,10 +102,10 @@ def test_select_genes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("1,0,0\n0,1,0\n", "not an affine map"),
+        ("1,0,0\n0,1,0\n", "not an invertible affine map"),
         ("1,0,0\n0,1,0\n0,1,1\n", "last row is 0, 0, 1"),
-        ("1,0,0\n2,0,0\n0,0,1\n", "not an affine map"),
-        ("1,0,nan\n0,1,0\n0,0,1\n", "not an affine map"),
+        ("1,0,0\n2,0,0\n0,0,1\n", "not an invertible affine map"),
+        ("1,0,nan\n0,1,0\n0,0,1\n", "not an invertible affine map"),
         ("a,b,c\n", "not a matrix"),
     ],
 )
@@ -122,24 +122,25 @@ def test_transform():
 
 def test_what_does_not_fit_is_refused(tmp_path):
     outs = write_outs(tmp_path / "outs")
-    with pytest.raises(ValueError, match=r"give one of them"):
+    with pytest.raises(ValueError, match=r"give exactly one"):
         read_xenium(str(outs))
-    with pytest.raises(ValueError, match=r"give one of them"):
+    with pytest.raises(ValueError, match=r"give exactly one"):
         read_xenium(str(outs), 0.5, "a.csv")
     (outs / "experiment.xenium").write_text("{}")
     np.savetxt(tmp_path / "a.csv", ALIGNMENT, delimiter=",")
-    with pytest.raises(ValueError, match=r"experiment\.xenium: no JSON with a number `pixel_size`"):
+    expected = r"experiment\.xenium: not JSON with a number `pixel_size`"
+    with pytest.raises(ValueError, match=expected):
         read_xenium(str(outs), alignment_uri=str(tmp_path / "a.csv"))
     table = pl.read_parquet(outs / "cells.parquet")
     table[:2].write_parquet(outs / "cells.parquet")
     with pytest.raises(ValueError, match=r"1 of 3 cells of the matrix, such as \['bbbb-1'\]"):
         read_xenium(str(outs), 0.5)
     table.drop("x_centroid").write_parquet(outs / "cells.parquet")
-    with pytest.raises(ValueError, match=r"\['x_centroid'\] missing"):
+    with pytest.raises(ValueError, match=r"\['x_centroid'\] are missing"):
         read_xenium(str(outs), 0.5)
     (outs / "cells.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="not a table of cells"):
         read_xenium(str(outs), 0.5)
     (outs / "cells.parquet").unlink()
-    with pytest.raises(ValueError, match=r"looked for one of \['cells\.parquet'"):
+    with pytest.raises(ValueError, match=r"expected one of \['cells\.parquet'"):
         read_xenium(str(outs), 0.5)
