@@ -1,4 +1,4 @@
-"""What the tests of cluster/ share."""
+"""Fixtures of the tests of cluster/."""
 
 import pytest
 

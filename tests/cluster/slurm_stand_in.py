@@ -1,4 +1,4 @@
-"""Just enough of Slurm on this machine to run a batch script: sbatch, srun and scontrol.
+"""Stand in for the parts of Slurm that run a batch script: sbatch, srun and scontrol.
 
 Every node is this machine. `install` writes the programs; each is this file under another name.
 """
@@ -20,7 +20,7 @@ MEMORY = {"M": 1, "G": 1024}
 
 
 def install(folder):
-    """Write the programs into a folder, to be put on PATH."""
+    """Write the programs into a folder that belongs on PATH."""
     for name in ("sbatch", "srun", "scontrol"):
         program = folder / name
         program.write_text(f"#!{sys.executable} -SE\n{Path(__file__).read_text()}")
@@ -28,7 +28,7 @@ def install(folder):
 
 
 def options_of(words):
-    """Split leading --name[=value] from the rest."""
+    """Return the leading --name[=value] as a dict, and the remaining words."""
     options = {}
     while words and words[0].startswith("--"):
         name, _, value = words.pop(0)[2:].partition("=")
@@ -36,13 +36,14 @@ def options_of(words):
     return options, words
 
 
-def note(*words):
+def log_call(*words):
+    """Append a call to the log."""
     with Path(os.environ["STAND_IN_LOG"]).open("a") as log:
         log.write(json.dumps(words) + "\n")
 
 
 def sbatch(words):
-    """Run a batch script as Slurm would on the first node, from a copy elsewhere."""
+    """Run a batch script as Slurm does on the first node: from a copy in another folder."""
     flags, (script, *arguments) = options_of(words)
     inside = re.findall(r"^#SBATCH (--.+)$", Path(script).read_text(), re.MULTILINE)
     options = options_of(inside)[0] | flags
@@ -50,7 +51,7 @@ def sbatch(words):
     shutil.copy(script, spooled)
     number = int(options["nodes"])
     memory = re.fullmatch(r"(\d+)([MG])", options["mem"])
-    told = {
+    job_variables = {
         "SLURM_JOB_ID": os.environ.get("STAND_IN_JOB", "71"),
         "SLURM_JOB_NUM_NODES": str(number),
         "SLURM_JOB_NODELIST": f"node[1-{number}]",
@@ -58,11 +59,11 @@ def sbatch(words):
         "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
         "SLURM_MEM_PER_NODE": str(int(memory[1]) * MEMORY[memory[2]]),
     }
-    os.execvpe("bash", ["bash", spooled, *arguments], os.environ | told)
+    os.execvpe("bash", ["bash", spooled, *arguments], os.environ | job_variables)
 
 
 def srun(words):
-    """Run a step: its tasks are processes here, which get the signals that it gets."""
+    """Run a step, whose tasks are processes of this machine and get the signals of the step."""
     options, command = options_of(words)
     assert set(options) <= set(KNOWN), options
     assert options["nodes"] == options["ntasks"]
@@ -73,7 +74,7 @@ def srun(words):
     if "exclude" in options:
         nodes.remove(options["exclude"])
     assert len(nodes) == int(options["ntasks"])
-    note("srun", nodes, command[:4], os.environ.get("SRUN_CPUS_PER_TASK"))
+    log_call("srun", nodes, command[:4], os.environ.get("SRUN_CPUS_PER_TASK"))
     if len(nodes) == 1:
         os.execvp(command[0], command)
     tasks = [subprocess.Popen(command) for _ in nodes]
@@ -82,7 +83,7 @@ def srun(words):
 
 
 def scontrol(words):
-    """Expand a list of nodes."""
+    """Print the names in a list of nodes."""
     show, hostnames, nodes = words
     assert (show, hostnames) == ("show", "hostnames")
     first, last = map(int, re.fullmatch(r"node\[(\d+)-(\d+)\]", nodes).groups())
@@ -90,8 +91,8 @@ def scontrol(words):
 
 
 def ray(words):
-    """Stand in for Ray too: a node waits to be ended; a job waits, then ends as it is told to."""
-    note("ray", *words)
+    """Stand in for Ray: a node waits for its end; a job waits, then exits with the given status."""
+    log_call("ray", *words)
     if words[0] == "start":
         if os.environ.get("STAND_IN_HEAD") == "fails":
             sys.exit(1)

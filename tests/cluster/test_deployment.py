@@ -1,4 +1,4 @@
-"""What deploys the package: jobs/, cluster/, Makefile, constraints.txt and .ci/run agree."""
+"""Check that jobs/, cluster/, Makefile, constraints.txt and .ci/run agree."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ def read_dockerfile():
 
 @pytest.fixture
 def parse(monkeypatch):
-    """Return a function: command line of a job in, the configuration it would run with out."""
+    """Return a function that turns the command line of a job into its configuration."""
 
     def run(words):
         seen = []
@@ -66,7 +66,7 @@ def test_dockerfile_runs_as_a_numbered_user_from_a_pinned_base():
     assert bases
     assert all(re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*", base) for base in bases)
     users = [rest for name, rest in lines if name == "USER"]
-    # Kubernetes can only check runAsNonRoot of a number.
+    # Kubernetes can check runAsNonRoot only for a numeric user.
     assert users
     assert int(users[-1]) > 0
     assert not {name for name, _ in lines} & {"ENTRYPOINT", "CMD", "ADD"}
@@ -142,7 +142,7 @@ def test_job_script_runs_its_command(job, monkeypatch):
 def test_example_configuration_is_accepted_and_complete(job, parse, tmp_path):
     example = ROOT / "jobs" / f"{job}.example.yaml"
     config = parse([job, "--config", str(example)])
-    # A commented line is a key with its default: with all of them switched on nothing changes.
+    # A commented line is a key with its default, so uncommenting all of them changes nothing.
     text = re.sub(r"^# (?=[a-z_]+: )", "", example.read_text(), flags=re.MULTILINE)
     assert set(yaml.safe_load(text)) == {field.name for field in dataclasses.fields(config)}
     full = tmp_path / "full.yaml"

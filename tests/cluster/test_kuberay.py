@@ -1,4 +1,4 @@
-"""KubeRay's manifests, against the schemas its operator installs and Ray's own autoscaler."""
+"""Check KubeRay's manifests against the schemas of its operator and against Ray's autoscaler."""
 
 import gzip
 import shlex
@@ -26,7 +26,7 @@ def read(name):
 
 
 def allows_only_known(schema):
-    """Make a CRD schema refuse what Kubernetes would prune: names it does not have."""
+    """Return a CRD schema that refuses the unknown names that Kubernetes would drop."""
     if isinstance(schema, list):
         return [allows_only_known(item) for item in schema]
     if not isinstance(schema, dict):
@@ -52,7 +52,7 @@ def validators(data_dir):
 
 
 def clusters(manifest):
-    """Return the RayCluster specs of a manifest: one, or none where it joins another's."""
+    """Return the RayCluster specs of a manifest: one, or none if it uses another cluster."""
     spec = manifest["spec"]
     return (
         [spec]
@@ -108,7 +108,7 @@ def number_as_start_param(job):
 def test_validator_sees_what_kubernetes_would_drop_or_refuse(validators, spoil):
     spoiled = deepcopy(read("rayjob-predict"))
     spoil(spoiled)
-    # One mistake, seen once or, below a YAML alias, wherever it is used.
+    # One mistake gives one message, several times if a YAML alias repeats it.
     assert len({error.message for error in validators["RayJob"].iter_errors(spoiled)}) == 1
 
 

@@ -1,4 +1,4 @@
-"""The launcher's YAML, against Ray's own schema and steps and each cloud's own description."""
+"""Check the launcher's YAML against Ray's schema and steps, and each cloud's description."""
 
 import json
 import re
@@ -67,12 +67,12 @@ def test_no_tiles_on_the_head_and_bounded_workers(cloud):
 def test_all_nodes_have_the_token_and_the_dashboard_stays_on_loopback(cloud):
     config = read(cloud)
     words = shlex.split(" ".join(config["docker"]["run_options"]))
-    told = dict(word.split("=", 1) for word in words if word.startswith("RAY_"))
-    assert told["RAY_AUTH_MODE"] == "token"
+    variables = dict(word.split("=", 1) for word in words if word.startswith("RAY_"))
+    assert variables["RAY_AUTH_MODE"] == "token"
     (path,) = config["file_mounts"]
     assert config["file_mounts"][path] == "~/.ray/auth_token"
     home = re.search(r"^ENV HOME=(.+)$", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE)[1]
-    assert path.replace("~", home) == told["RAY_AUTH_TOKEN_PATH"]
+    assert path.replace("~", home) == variables["RAY_AUTH_TOKEN_PATH"]
     start = shlex.split(config["head_start_ray_commands"][-1])
     assert "--dashboard-host=127.0.0.1" in start
     assert "--num-cpus=0" in start
@@ -99,7 +99,7 @@ def test_image_has_what_the_launcher_runs_in_it():
 
 
 def test_aws_starts_the_nodes(tmp_path, monkeypatch):
-    """Through Ray's own steps, on a stand-in for EC2 behind the real client's checks."""
+    """Ray's launcher starts the nodes on a stand-in for EC2, through the real client's checks."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
@@ -126,7 +126,7 @@ def test_aws_starts_the_nodes(tmp_path, monkeypatch):
 
 
 def discovered(schema):
-    """Make a JSON schema of a discovery document's: names it lacks are refused."""
+    """Return a discovery document's schema as a JSON schema that refuses unknown names."""
     if isinstance(schema, list):
         return [discovered(item) for item in schema]
     if not isinstance(schema, dict):
@@ -141,7 +141,7 @@ def discovered(schema):
         elif key in ("type", "items", "enum", "additionalProperties"):
             made[key] = discovered(value)
     if schema.get("format") in ("int64", "uint64"):
-        made["type"] = ["string", "integer"]  # as JSON both are taken
+        made["type"] = ["string", "integer"]  # the API takes both in JSON
     return made
 
 

@@ -1,4 +1,4 @@
-"""Shell scripts and the Dockerfile, through the linters of their trade."""
+"""Check the shell scripts and the Dockerfile with their linters."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def test_linters_see_a_fault(tmp_path):
 
 
 def test_dockerfile_without_its_reasons_is_found_at_fault(tmp_path):
-    """The one rule set aside is set aside where it stands, not everywhere."""
+    """The one ignored rule is ignored on its line only."""
     text = (ROOT / "cluster" / "Dockerfile").read_text()
     image = tmp_path / "Dockerfile"
     image.write_text(text.replace("# hadolint ignore=DL3008\n", ""))

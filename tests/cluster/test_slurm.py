@@ -1,4 +1,4 @@
-"""cluster/slurm.sh on a stand-in for Slurm: once with Ray itself, and its turns without."""
+"""Run cluster/slurm.sh on a stand-in for Slurm: once with Ray itself, its branches without."""
 
 import json
 import os
@@ -23,12 +23,12 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Return the environment, the folder jobs are submitted from, and the log of calls."""
+    """Return the environment, the folder of submission, and the log of calls."""
     programs, spool, shared = (tmp_path / name for name in ("bin", "spool", "shared"))
     for folder in (programs, spool, shared):
         folder.mkdir()
     slurm_stand_in.install(programs)
-    # Short: sockets lie in it.
+    # The path is short, because it holds sockets.
     local = Path(tempfile.mkdtemp(prefix="s"))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_"))}
     environment |= {
@@ -43,10 +43,15 @@ def slurm(tmp_path):
 
 @pytest.fixture
 def without_ray(slurm):
-    """Put a stand-in for `ray` before the real one."""
+    """Put stand-ins for `ray` and `sleep` before the real ones.
+
+    A stand-in for `ray` is ready at once, so the script need not wait whole seconds for it.
+    """
     environment, *_ = slurm
     programs = Path(environment["PATH"].split(":")[0])
     shutil.copy(programs / "srun", programs / "ray")
+    (programs / "sleep").write_text(f"#!/bin/sh\nexec {shutil.which('sleep')} 0.1\n")
+    (programs / "sleep").chmod(0o755)
     environment["SCELLST_HEAD_IP"] = "10.0.0.1"
     return slurm
 
@@ -71,12 +76,12 @@ def calls(slurm, program):
 def nothing_is_left(slurm):
     environment, shared, _ = slurm
     local = environment["SCELLST_TMPDIR"]
-    still = [
+    running = [
         process.pid
         for process in psutil.process_iter(["cmdline"])
         if any(local in word for word in process.info["cmdline"] or ())
     ]
-    return (list(shared.iterdir()), list(Path(local).iterdir()), still) == ([], [], [])
+    return (list(shared.iterdir()), list(Path(local).iterdir()), running) == ([], [], [])
 
 
 JOB = """
@@ -132,7 +137,7 @@ def test_a_job_runs_on_all_nodes_and_nothing_is_left(slurm, tmp_path):
         "without_token": 401,
         "temp": f"{environment['SCELLST_TMPDIR']}/ray_71",
     }
-    assert running.returncode != 0  # as the job's
+    assert running.returncode != 0  # the job's status
     wait_until(lambda: nothing_is_left(slurm))
 
 
@@ -176,7 +181,7 @@ def test_a_notice_stops_the_job_and_all_else(without_ray):
     )
     running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=60)
-    assert (running.returncode, errors) == (143, "told to stop\n")
+    assert (running.returncode, errors) == (143, "stopping the job: Slurm ends its allocation\n")
     stops = [words for words in calls(without_ray, "ray") if words[:2] == ["job", "stop"]]
     assert [words[-1] for words in stops] == ["slurm-71-0"]
     assert nothing_is_left(without_ray)
@@ -186,7 +191,7 @@ def test_a_head_that_fails_ends_it(without_ray):
     without_ray[0]["STAND_IN_HEAD"] = "fails"
     done = submit(without_ray, "0", "0")
     _, errors = done.communicate(timeout=60)
-    assert (done.returncode, errors) == (1, "the head ended\n")
+    assert (done.returncode, errors) == (1, "the head ended: see its messages above\n")
     assert nothing_is_left(without_ray)
 
 
