@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from scellst_ray.commands.evaluate_expression import run_evaluate_expression
-from scellst_ray.evaluation.expression.evaluate import EvaluateExpressionConfig
+from scellst_ray.evaluation.expression.config import EvaluateExpressionConfig
 
 
 def main() -> int:

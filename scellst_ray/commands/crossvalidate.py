@@ -11,22 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from scellst_ray import storage
-from scellst_ray.evaluation.crossvalidation.folds import Fold, Protocol, make_folds
+from scellst_ray.commands.training_configs import CrossvalidateConfig
+from scellst_ray.evaluation.crossvalidation.folds import Fold, make_folds
 from scellst_ray.evaluation.crossvalidation.trial import (
     SlideData,
     TrialSettings,
     prepare_slide,
     run_trial,
 )
-from scellst_ray.models.mil.fit import FitConfig
 from scellst_ray.pipelines.session import ray_session
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.manifest import read_manifest
-from scellst_ray.spots.panel import CountFilter
-from scellst_ray.spots.selection import parse_rule
 from scellst_ray.stages.supervision import Rules, TrainingSlide, training_slides
 from scellst_ray.training.grid import (
     Prepare,
@@ -37,113 +35,6 @@ from scellst_ray.training.grid import (
     run_trials,
     trial_uri,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CrossvalidateConfig:
-    """Heads trained on some slides and scored on others: folds by panels, losses and seeds."""
-
-    manifest: str
-    """Slides with spots, as for `train`; patient_id for leave-one-patient-out."""
-    cells: str
-    """Run folder of `extract` that holds the CELLS of these slides."""
-    out: str
-    """Folder for trials and the table of results."""
-    protocol: Protocol = "leave-one-slide-out"
-    """single-slide: train on one, score on each other."""
-    slides: list[str] | None = None
-    """slide_ids (a,b); by default every row with spots."""
-    panels: list[str] | None = None
-    """Rules of gene panels as genes of `train` (a,b), by default variable:250; each is applied to
-    a trial's training slides."""
-    losses: list[str] | None = None
-    """Of mse, nb and nb_total (a,b); by default mse."""
-    num_seeds: int = 1
-    """Seeds 0, 1, ...: of weights, split and order."""
-    predictor: Literal["ours", "published"] = "ours"
-    """As of `train`."""
-    ensemble: int = 1
-    """As of `train`."""
-    min_gene_counts: int = 200
-    """As of `train`."""
-    min_spot_share: float = 0.1
-    """As of `train`."""
-    min_spot_counts: int = 20
-    """As of `train`."""
-    keep_mitochondrial: bool = False
-    """As of `train`."""
-    check_alignment: bool = True
-    """As of `train`."""
-    learning_rate: float = 1e-4
-    """Of AdamW."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    batch_spots: int = 128
-    """Spots per step."""
-    max_epochs: int = 400
-    """At most this many epochs."""
-    patience: int = 20
-    """Epochs without a better validation loss before stopping."""
-    val_share: float = 0.2
-    """Share of each training slide's spots held out for early stopping."""
-    colour: bool = True
-    """Compare with the colour-only ridge; it reads the discs of all spots, once."""
-    bootstraps: int = 200
-    """Draws of spots for 95 % intervals of each trial; 0 for none."""
-    cpus_per_trial: int = 1
-    """CPUs of each trial: one is the most efficient while there are more trials than CPUs."""
-    gpus_per_trial: float = 0.0
-    """GPUs of each trial, such as 0.25 for four side by side."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        for panel in self.all_panels():
-            parse_rule(panel)
-        for loss in self.all_losses():
-            fit = self.fit_config(loss, 0)
-            assert fit.loss == loss
-            self.rules(fit)
-        for name, least in (("num_seeds", 1), ("cpus_per_trial", 1), ("bootstraps", 0)):
-            if getattr(self, name) < least:
-                message = f"{name} is {getattr(self, name)}; it must be at least {least}"
-                raise ValueError(message)
-        if self.gpus_per_trial < 0:
-            message = f"gpus_per_trial is {self.gpus_per_trial}; it must not be negative"
-            raise ValueError(message)
-
-    def all_panels(self) -> list[str]:
-        """Return the rules of panels."""
-        return self.panels or ["variable:250"]
-
-    def all_losses(self) -> list[str]:
-        """Return the losses."""
-        return self.losses or ["mse"]
-
-    def fit_config(self, loss: str, seed: int) -> FitConfig:
-        """Return how a head is fitted."""
-        return FitConfig(
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            batch_spots=self.batch_spots,
-            max_epochs=self.max_epochs,
-            patience=self.patience,
-            seed=seed,
-            val_share=self.val_share,
-            predictor=self.predictor,
-            loss=loss,  # type: ignore[arg-type] # checked by it
-            ensemble=self.ensemble,
-        )
-
-    def rules(self, fit: FitConfig) -> Rules:
-        """Return how spots become supervision."""
-        limits = CountFilter(
-            min_gene_counts=self.min_gene_counts,
-            min_spot_share=self.min_spot_share,
-            min_spot_counts=self.min_spot_counts,
-            drop_prefix="" if self.keep_mitochondrial else "MT-",
-        )
-        counts = fit.formula().counts
-        return Rules(limits, with_counts=counts, check_alignment=self.check_alignment)
 
 
 @dataclass(frozen=True)
@@ -175,9 +66,9 @@ def make_trials(
     trials, names = [], {}
     combinations = product(config.all_panels(), config.all_losses(), range(config.num_seeds), folds)
     for panel, loss, seed, fold in combinations:
-        fit = config.fit_config(loss, seed)
+        fit = config.fit_with(loss, seed)
         settings = TrialSettings(
-            fold.train, fold.test, panel, fit, config.rules(fit), num_draws=config.bootstraps
+            fold.train, fold.test, panel, fit, config.rules_for(fit), num_draws=config.bootstraps
         )
         facts = asdict(settings) | {"run": run_digest, "colour": config.colour}
         text = json.dumps(facts, sort_keys=True, default=str)
@@ -273,7 +164,7 @@ def _preparer(
     config: CrossvalidateConfig, slides: Sequence[TrainingSlide], run: RunFolder
 ) -> Prepare:
     """Return the function that prepares a slide by its name."""
-    rules = [config.rules(config.fit_config(loss, 0)) for loss in config.all_losses()]
+    rules = [config.rules_for(config.fit_with(loss, 0)) for loss in config.all_losses()]
     strictest = max(rules, key=lambda rule: rule.with_counts)
     by_id = {slide.row.slide_id: slide for slide in slides}
     return partial(_prepare, by_id, run, strictest, config.colour)

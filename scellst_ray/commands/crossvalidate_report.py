@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from scellst_ray import storage
-from scellst_ray.commands.crossvalidate import CrossvalidateConfig, Grid, crossvalidate
+from scellst_ray.commands.crossvalidate import Grid, crossvalidate
+from scellst_ray.commands.training_configs import CrossvalidateConfig
 from scellst_ray.core.version import __version__
 from scellst_ray.evaluation.crossvalidation.trial import MODELS
 from scellst_ray.evaluation.expression.scores import METRICS

@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from scellst_ray import storage
-from scellst_ray.commands.pretrain import ENCODER_FILE, PretrainConfig, pretrain_encoder
+from scellst_ray.commands.configs import DemoConfig
+from scellst_ray.commands.pretrain import ENCODER_FILE, pretrain_encoder
 from scellst_ray.commands.progress import shown_progress
-from scellst_ray.commands.train import TrainConfig, train
+from scellst_ray.commands.train import train
+from scellst_ray.commands.training_configs import PretrainConfig, TrainConfig
 from scellst_ray.evaluation.expression.metrics import pearson_by_column
 from scellst_ray.evaluation.maps import gene_map
 from scellst_ray.evaluation.synthetic_truth import Matching, cell_correlation, match_nuclei
@@ -37,29 +38,6 @@ from scellst_ray.spots.space_ranger import read_space_ranger
 from scellst_ray.stages.config import ExtractConfig, PredictConfig
 
 BATCH = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Two synthetic slides: pretrain, train on one, predict the other, compare with the truth."""
-
-    out: str = "demo"
-    """Folder for slides, runs, pictures and the report."""
-    size_um: float = 1800.0
-    """Side of each slide in um."""
-    crops: int = 1024
-    """Crops of cells that the encoder is pretrained on."""
-    seed: int = 0
-    """Fixes the slides."""
-
-    def __post_init__(self) -> None:
-        """Refuse slides too small to hold spots, and fewer crops than a step takes."""
-        if self.size_um < 500:
-            message = f"size_um is {self.size_um}; give at least 500, or there are too few spots"
-            raise ValueError(message)
-        if self.crops < BATCH:
-            message = f"crops is {self.crops}; give at least {BATCH}, a batch of pretraining"
-            raise ValueError(message)
 
 
 TRAINED, UNSEEN = "slide_a", "slide_b"

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import openslide
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from scellst_ray import storage
+from scellst_ray.commands.configs import DoctorConfig
 from scellst_ray.core.isolated import Died, each_isolated
 from scellst_ray.core.version import __version__
 from scellst_ray.models.cellvit.checkpoint import load_cellvit
@@ -40,28 +41,6 @@ from scellst_ray.stages.tiles import guarded
 # Slides that are named when they are well.
 NAMED_WELL = 100
 OPEN_S = 600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """Check this machine, the cluster, and what is given below, before a run."""
-
-    job: str | None = None
-    """YAML file of extract, predict, pretrain or train: what it names is checked; flags win."""
-    manifest: str | None = None
-    """Slides: each must be there, and those on disks are opened."""
-    out: str | None = None
-    """Folder that every node must see and be able to write."""
-    encoder: str | None = None
-    """Encoder weights that every node must have."""
-    segmenter_weights: str | None = None
-    """CellViT checkpoint that must be whole, and on every node: a file or a name of `models`."""
-    head: str | None = None
-    """Head that must be readable, its folder or its file."""
-    gpus: bool | None = None
-    """Whether networks are to run on GPUs, which torch must then be able to use."""
-    ray: bool = True
-    """Connect to Ray (or start it), count its CPUs and GPUs, and ask every node."""
 
 
 def doctor(config: DoctorConfig) -> int:

@@ -12,11 +12,8 @@ from rich.table import Table
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
-from scellst_ray.evaluation.encoder.evaluate import (
-    EncoderEvaluation,
-    EvaluateEncoderConfig,
-    evaluate_encoder,
-)
+from scellst_ray.evaluation.encoder.config import EvaluateEncoderConfig
+from scellst_ray.evaluation.encoder.evaluate import EncoderEvaluation, evaluate_encoder
 from scellst_ray.evaluation.encoder.galleries import gallery
 
 # A title, the headings, the rows.

@@ -10,12 +10,8 @@ from rich.table import Table
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
-from scellst_ray.evaluation.expression.evaluate import (
-    Comparison,
-    EvaluateExpressionConfig,
-    Evaluation,
-    evaluate_expression,
-)
+from scellst_ray.evaluation.expression.config import EvaluateExpressionConfig
+from scellst_ray.evaluation.expression.evaluate import Comparison, Evaluation, evaluate_expression
 from scellst_ray.evaluation.expression.scores import (
     METRICS,
     OURS,

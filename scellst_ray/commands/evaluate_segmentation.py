@@ -12,11 +12,8 @@ from rich.table import Table
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
-from scellst_ray.evaluation.segmentation.evaluate import (
-    EvaluateSegmentationConfig,
-    Evaluation,
-    evaluate_segmentation,
-)
+from scellst_ray.evaluation.segmentation.config import EvaluateSegmentationConfig
+from scellst_ray.evaluation.segmentation.evaluate import Evaluation, evaluate_segmentation
 from scellst_ray.evaluation.segmentation.image_scores import as_dict
 
 ALL = "all"

@@ -1,24 +1,13 @@
 """The command `manifest hest`: a folder in the HEST layout to a manifest."""
 
 import io
-from dataclasses import dataclass
 
 import polars as pl
 from rich.console import Console
 
 from scellst_ray import storage
+from scellst_ray.commands.configs import ManifestHestConfig
 from scellst_ray.spots.hest import read_hest
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManifestHestConfig:
-    """A folder in the HEST layout to a manifest for extract, train and predict."""
-
-    folder: str
-    """Holds st/<id>.h5ad, wsis/<id>.tif, metadata/<id>.json and, for `segmenter imported`,
-    cellvit_seg/<id>_cellvit_seg.parquet."""
-    out: str
-    """CSV to write."""
 
 
 def write_hest_manifest(config: ManifestHestConfig) -> int:

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
+from scellst_ray.preflight.config import PlanConfig
 from scellst_ray.preflight.costs import Cost
-from scellst_ray.preflight.plan import Plan, PlanConfig, make_plan
+from scellst_ray.preflight.plan import Plan, make_plan
 from scellst_ray.preflight.slide_plans import SlidePlan
 
 # A line now and then while slides are opened.

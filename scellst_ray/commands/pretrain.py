@@ -5,13 +5,14 @@ trains on them.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
 from scellst_ray import storage
+from scellst_ray.commands.training_configs import PretrainConfig
 from scellst_ray.core.version import __version__
 from scellst_ray.models.device import device_name, uses_cluster_gpus, uses_own_gpu
 from scellst_ray.models.encoder.backbones import new_backbone
@@ -21,8 +22,6 @@ from scellst_ray.models.encoder.encoder import (
     load_encoder,
     save_encoder,
 )
-from scellst_ray.models.moco.augment import AugmentConfig
-from scellst_ray.models.moco.network import MocoConfig
 from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_store import CropStore, open_store
@@ -32,119 +31,6 @@ from scellst_ray.training.moco_loop import PretrainIdentity, Recipe, crop_order
 from scellst_ray.training.pretrain import Keeping, PretrainWorkers, encoder_state, pretrain
 
 ENCODER_FILE, INIT_FILE = "encoder.safetensors", "init.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Crops of cells to an encoder that tells them apart (MoCo v3)."""
-
-    crops: list[str]
-    """Run folders of `extract --crops N` (a,b)."""
-    out: str
-    """Folder for the encoder, its checkpoints and its log; the same command on it goes on."""
-    arch: str = "resnet50"
-    """Backbone: resnet18, resnet34, resnet50 or timm:NAME."""
-    init: str = "random"
-    """Weights to begin with: random, imagenet (downloaded by torchvision) or an encoder file."""
-    epochs: int = 150
-    """Passes over the crops."""
-    warmup_epochs: int = 10
-    """Of them, with the learning rate rising."""
-    batch: int = 4096
-    """Crops of a step, over all workers."""
-    base_lr: float = 0.6
-    """Learning rate for 256 crops; it grows with the batch."""
-    optimiser: Literal["lars", "adamw"] = "lars"
-    """For residual networks lars; adamw wants a base_lr of about 1e-4 to 1e-3."""
-    weight_decay: float = 1e-6
-    """Of the optimiser."""
-    temperature: float = 1.0
-    """Of the contrastive loss."""
-    momentum: float = 0.99
-    """Share of itself that the momentum encoder keeps at each step."""
-    momentum_cosine: bool = False
-    """Let the momentum rise to 1 along a cosine."""
-    projector_dim: int = 4096
-    """Hidden numbers of projector and predictor."""
-    out_dim: int = 256
-    """Numbers that crops are compared by."""
-    flips: bool = False
-    """Also flip views; a rotation and a flip is what a turned slide cannot show."""
-    stain_jitter: float = 0.0
-    """Also vary the stains: hematoxylin and eosin scaled by 1 -+ this and shifted by -+ this."""
-    hue: float = 0.2
-    """Turn of the hue, -+ this in whole turns."""
-    min_crop_scale: float = 0.6
-    """Least area of a random crop, as a share of the whole."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the networks; auto takes bfloat16 where the driver's device has it, or gpus is true."""
-    recompute: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time (resnets)."""
-    seed: int = 0
-    """Fixes weights, order and augmentation."""
-    workers: int = 1
-    """Training processes, at most; the result does not depend on it but for rounding."""
-    min_workers: int | None = None
-    """Go on with as few when nodes are lost, and grow again; by default all are waited for."""
-    crops_at_once: int | None = None
-    """Crops a worker's device holds; a larger share of the batch is done in parts."""
-    cpus_per_worker: int | None = None
-    """CPUs of each; by default all there are, shared out, but at most 8."""
-    gpus: bool | None = None
-    """One GPU per worker; by default if the cluster has enough."""
-    checkpoint_steps: int = 500
-    """Steps between checkpoints; there is one after each epoch in any case."""
-    keep_best: int = 2
-    """Epochs of the lowest training loss whose checkpoints are kept, beside the latest."""
-    max_failures: int = 8
-    """Times workers may die before the run fails; it goes on from the latest checkpoint."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        least = {"epochs": 1, "warmup_epochs": 0, "batch": 2, "workers": 1, "min_workers": 1}
-        least |= {"crops_at_once": 2, "cpus_per_worker": 1, "checkpoint_steps": 1, "keep_best": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                message = f"{name} is {value}; it must be at least {low}"
-                raise ValueError(message)
-        if self.base_lr <= 0 or self.weight_decay < 0 or self.warmup_epochs >= self.epochs:
-            message = (
-                f"base_lr is {self.base_lr}, weight_decay {self.weight_decay}, warmup_epochs "
-                f"{self.warmup_epochs} of {self.epochs}; give a positive rate, a decay of 0 or "
-                "more, and fewer epochs of warm-up than epochs"
-            )
-            raise ValueError(message)
-        if self.min_workers is not None and self.min_workers > self.workers:
-            message = f"min_workers is {self.min_workers}; workers is {self.workers}"
-            raise ValueError(message)
-        self.recipe("float32")
-
-    def recipe(self, precision: str) -> Recipe:
-        """Return what decides the result."""
-        moco = MocoConfig(
-            self.projector_dim, self.out_dim, self.temperature, self.momentum, self.momentum_cosine
-        )
-        augment = AugmentConfig(
-            flips=self.flips,
-            stain_jitter=self.stain_jitter,
-            hue=self.hue,
-            crop_scale=(self.min_crop_scale, 1.0),
-        )
-        return Recipe(
-            arch=self.arch,
-            moco=moco,
-            augment=augment,
-            batch=self.batch,
-            epochs=self.epochs,
-            warmup_epochs=self.warmup_epochs,
-            base_lr=self.base_lr,
-            optimiser=self.optimiser,
-            weight_decay=self.weight_decay,
-            precision=precision,
-            recompute=self.recompute,
-            seed=self.seed,
-        )
 
 
 def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 
 from scellst_ray import storage
+from scellst_ray.commands.configs import RetryConfig
 from scellst_ray.commands.extract import summarise
 from scellst_ray.commands.progress import shown_progress
 from scellst_ray.core.names import check_names
@@ -24,41 +25,6 @@ JOBS: dict[str, tuple[type[ExtractConfig], Callable[..., Records]]] = {
     "predict": (PredictConfig, predict),
 }
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetryConfig:
-    """Go on with a run as it was configured: all slides not done, or some of them.
-
-    What is not given here is as in the run's config.yaml. None of it changes results.
-    """
-
-    run: str
-    """Run folder of `extract` or `predict`; may stand without --run."""
-    failed: bool = False
-    """Only slides that failed or are partial."""
-    slides: list[str] | None = None
-    """Only these slide_ids (a,b)."""
-    manifest: str | None = None
-    """Where the manifest is now."""
-    workers: int | None = None
-    """Worker actors."""
-    gpus: bool | None = None
-    """Run networks on GPUs."""
-    memory_gb: float | None = None
-    """Memory a worker declares to Ray."""
-    max_attempts: int | None = None
-    """Times a tile may end a worker's process before it counts as failed."""
-    tile_timeout_s: float | None = None
-    """Seconds a tile may take."""
-    plan_timeout_s: float | None = None
-    """Seconds opening a slide and finding its tissue may take."""
-
-    def __post_init__(self) -> None:
-        """Refuse two choices of slides."""
-        if self.failed and self.slides is not None:
-            message = "failed and slides both choose slides; give one of them"
-            raise ValueError(message)
 
 
 OF_RETRY = ("run", "failed", "slides")

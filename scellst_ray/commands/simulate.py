@@ -16,7 +16,8 @@ from rich.table import Table
 from scellst_ray import storage
 from scellst_ray.evaluation.maps import new_figure
 from scellst_ray.evaluation.simulation.cells import SCENARIOS
-from scellst_ray.evaluation.simulation.study import CONDITION, PANELS, SimulateConfig, simulate
+from scellst_ray.evaluation.simulation.config import SimulateConfig
+from scellst_ray.evaluation.simulation.study import CONDITION, PANELS, simulate
 
 # Bars of a group, from what knows most to what knows least, and their colours.
 BARS = {

@@ -1,63 +1,281 @@
-"""What each subcommand does: run the job, show it, turn the outcome into an exit code."""
+"""The commands: where the settings and the work of each lie, as text that is imported when called.
 
-from collections.abc import Callable
+The help of all commands reads this table alone, so it needs neither torch nor Ray.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
-from scellst_ray.commands.crossvalidate import CrossvalidateConfig
-from scellst_ray.commands.crossvalidate_report import run_crossvalidate
-from scellst_ray.commands.demo import DemoConfig, demo
-from scellst_ray.commands.doctor import DoctorConfig, doctor
-from scellst_ray.commands.evaluate_encoder import run_evaluate_encoder
-from scellst_ray.commands.evaluate_expression import run_evaluate_expression
-from scellst_ray.commands.evaluate_segmentation import run_evaluate_segmentation
-from scellst_ray.commands.export import ExportConfig, run_export
-from scellst_ray.commands.extract import run_extract
-from scellst_ray.commands.gc import GcConfig, gc
-from scellst_ray.commands.manifest_hest import ManifestHestConfig, write_hest_manifest
-from scellst_ray.commands.models import ModelsConfig, ModelsFetchConfig, fetch_model, list_models
-from scellst_ray.commands.plan import run_plan
-from scellst_ray.commands.predict import run_predict
-from scellst_ray.commands.pretrain import (
-    PretrainConfig,
-    run_pretrain,
-)
-from scellst_ray.commands.retry import RetryConfig, run_retry
-from scellst_ray.commands.simulate import run_simulate
-from scellst_ray.commands.status import StatusConfig, status
-from scellst_ray.commands.train import TrainConfig, run_train
-from scellst_ray.evaluation.encoder.evaluate import EvaluateEncoderConfig
-from scellst_ray.evaluation.expression.evaluate import EvaluateExpressionConfig
-from scellst_ray.evaluation.segmentation.evaluate import EvaluateSegmentationConfig
-from scellst_ray.evaluation.simulation.study import SimulateConfig
-from scellst_ray.preflight.plan import PlanConfig
-from scellst_ray.stages.config import ExtractConfig, PredictConfig
+RUNS, TRAINING, SCORES, OTHERS = "Runs", "Training", "Scores", "Set-up"
 
-Job = tuple[type, Callable[[Any], int]]
+# Groups of flags that several commands share, as the help of a command shows them.
+WORKERS = "workers gpus memory_gb"
+RETRIES = "max_attempts tile_timeout_s plan_timeout_s"
+OF_EXTRACT = {
+    "Input and output": "manifest out slides",
+    "Nuclei": "segmenter segmenter_weights segmenter_window_px",
+    "Tiles": "read_mpp core_px halo_px",
+    "Embedding": "encoder colours_from precision store_embeddings",
+    "Crops": "crops crops_per_slide crops_per_type crops_seed",
+    "Resources": f"{WORKERS} tiles_per_task {RETRIES}",
+}
+OF_PREDICT = OF_EXTRACT | {"Input and output": "manifest out head slides"}
+OF_HEADS = {
+    "Spots and genes": "min_gene_counts min_spot_share min_spot_counts keep_mitochondrial "
+    "check_alignment",
+    "Head": "predictor ensemble",
+    "Fit": "learning_rate weight_decay batch_spots max_epochs patience val_share",
+}
 
 
-def jobs() -> dict[str, Job]:
-    """Return every command's configuration class and function, in the order of the help.
+@dataclass(frozen=True)
+class Command:
+    """A command of `scellst-ray`.
 
-    A name may be two words: the first is then a group.
+    Attributes:
+        settings: Dataclass whose fields are the flags, as "module:class" within the package.
+        work: Function that takes the settings and returns the exit code, as "module:function".
+        about: What the command does, in a line: the first line of the class's docstring.
+        section: Heading of the command in the list of all.
+        example: A command line to start from.
+        groups: Names of flags by the heading that the help shows them under.
+        hidden: Flags that are accepted but not shown.
     """
-    return {
-        "extract": (ExtractConfig, run_extract),
-        "pretrain": (PretrainConfig, run_pretrain),
-        "train": (TrainConfig, run_train),
-        "predict": (PredictConfig, run_predict),
-        "plan": (PlanConfig, run_plan),
-        "status": (StatusConfig, status),
-        "retry": (RetryConfig, run_retry),
-        "gc": (GcConfig, gc),
-        "export": (ExportConfig, run_export),
-        "evaluate segmentation": (EvaluateSegmentationConfig, run_evaluate_segmentation),
-        "evaluate encoder": (EvaluateEncoderConfig, run_evaluate_encoder),
-        "evaluate expression": (EvaluateExpressionConfig, run_evaluate_expression),
-        "crossvalidate": (CrossvalidateConfig, run_crossvalidate),
-        "simulate": (SimulateConfig, run_simulate),
-        "manifest hest": (ManifestHestConfig, write_hest_manifest),
-        "models": (ModelsConfig, list_models),
-        "models fetch": (ModelsFetchConfig, fetch_model),
-        "demo": (DemoConfig, demo),
-        "doctor": (DoctorConfig, doctor),
-    }
+
+    settings: str
+    work: str
+    about: str
+    section: str
+    example: str
+    groups: Mapping[str, str] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()
+
+    def load_settings(self) -> type[Any]:
+        """Import the dataclass of the settings."""
+        found: type[Any] = load(self.settings)
+        return found
+
+    def load_work(self) -> Callable[[Any], int]:
+        """Import the function that does the work."""
+        found: Callable[[Any], int] = load(self.work)
+        return found
+
+
+def load(target: str) -> Any:  # noqa: ANN401 - whatever the target names
+    """Import what "module:name" names, the module relative to the package."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(f"scellst_ray.{module}"), name)
+
+
+# Commands of two words share a first word; what that stands for.
+GROUPS = {
+    "evaluate": "Score nuclei, encoders and expression: segmentation, encoder, expression.",
+    "manifest": "Write a manifest from a folder of a public layout: hest.",
+}
+
+COMMANDS = {
+    "extract": Command(
+        "stages.config:ExtractConfig",
+        "commands.extract:run_extract",
+        "Slides to CELLS: every nucleus with its outline and embedding.",
+        RUNS,
+        "scellst-ray extract --manifest slides.csv --out runs/cells --encoder imagenet",
+        OF_EXTRACT,
+    ),
+    "predict": Command(
+        "stages.config:PredictConfig",
+        "commands.predict:run_predict",
+        "Slides to CELLS and EXPRESSION, in one pass; no transcriptomics needed.",
+        RUNS,
+        "scellst-ray predict --manifest slides.csv --head runs/head --out runs/expression",
+        OF_PREDICT,
+    ),
+    "plan": Command(
+        "preflight.config:PlanConfig",
+        "commands.plan:run_plan",
+        "What a run of extract or predict will take: tiles, cells, bytes, hours and their price.",
+        RUNS,
+        "scellst-ray plan --config predict.yaml --gpus 8 --gpu-price 2.5",
+        {
+            "Input and output": "manifest head slides json",
+            "Cluster": "cpus gpus workers memory_gb cpu_price gpu_price",
+            "Rates": "calibrate from_run processes",
+            **{name: OF_EXTRACT[name] for name in ("Nuclei", "Tiles", "Embedding", "Crops")},
+            "Tasks": f"tiles_per_task {RETRIES}",
+        },
+        # Part of a job's file, which is taken as it is; a plan writes no run folder.
+        hidden=("out",),
+    ),
+    "status": Command(
+        "commands.status:StatusConfig",
+        "commands.status:status",
+        "Where a run stands: slides by status, speed, time left, failures; reads its folder only.",
+        RUNS,
+        "scellst-ray status runs/cells",
+        {"Flags": "run json write"},
+    ),
+    "retry": Command(
+        "commands.configs:RetryConfig",
+        "commands.retry:run_retry",
+        "Go on with a run as it was configured: all slides not done, or some of them.",
+        RUNS,
+        "scellst-ray retry runs/cells --failed --memory-gb 4",
+        {
+            "Input": "run failed slides manifest",
+            "Resources": f"{WORKERS} {RETRIES}",
+        },
+    ),
+    "gc": Command(
+        "commands.gc:GcConfig",
+        "commands.gc:gc",
+        "Remove what crashes left in a run folder: orphan shards, temporary files, notes.",
+        RUNS,
+        "scellst-ray gc runs/cells --dry-run",
+        {"Flags": "run dry_run"},
+    ),
+    "export": Command(
+        "commands.configs:ExportConfig",
+        "commands.export:run_export",
+        "Cells of a run to one AnnData file that scanpy and squidpy open.",
+        RUNS,
+        "scellst-ray export runs/expression --out cells.h5ad --slides P1,P2",
+        {"Flags": "run out slides genes"},
+    ),
+    "pretrain": Command(
+        "commands.training_configs:PretrainConfig",
+        "commands.pretrain:run_pretrain",
+        "Crops of cells to an encoder that tells them apart (MoCo v3).",
+        TRAINING,
+        "scellst-ray pretrain --crops runs/crops --out runs/encoder --epochs 100",
+        {
+            "Input and output": "crops out init",
+            "Network": "arch projector_dim out_dim temperature momentum momentum_cosine",
+            "Optimisation": "epochs warmup_epochs batch base_lr optimiser weight_decay seed",
+            "Views": "flips stain_jitter hue min_crop_scale",
+            "Resources": "workers min_workers cpus_per_worker gpus crops_at_once precision "
+            "recompute",
+            "Checkpoints": "checkpoint_steps keep_best max_failures",
+        },
+    ),
+    "train": Command(
+        "commands.training_configs:TrainConfig",
+        "commands.train:run_train",
+        "CELLS and spots to a head that predicts expression (multiple-instance learning).",
+        TRAINING,
+        "scellst-ray train --manifest spots.csv --cells runs/cells --out runs/head",
+        {
+            "Input and output": "manifest cells out slides",
+            "Spots and genes": f"genes {OF_HEADS['Spots and genes']}",
+            "Head": f"{OF_HEADS['Head']} loss",
+            "Fit": f"{OF_HEADS['Fit']} seed",
+            "Resources": "workers cpus_per_worker gpus memory_gb max_failures",
+        },
+    ),
+    "crossvalidate": Command(
+        "commands.training_configs:CrossvalidateConfig",
+        "commands.crossvalidate_report:run_crossvalidate",
+        "Heads trained on some slides and scored on others: folds by panels, losses and seeds.",
+        TRAINING,
+        "scellst-ray crossvalidate --manifest spots.csv --cells runs/cells --out runs/cv",
+        {
+            "Input and output": "manifest cells out slides",
+            "Trials": "protocol panels losses num_seeds colour bootstraps",
+            **OF_HEADS,
+            "Resources": "cpus_per_trial gpus_per_trial",
+        },
+    ),
+    "evaluate segmentation": Command(
+        "evaluation.segmentation.config:EvaluateSegmentationConfig",
+        "commands.evaluate_segmentation:run_evaluate_segmentation",
+        "Nuclei against annotations: F1, PQ and AJI of masks, F1 of points and of their types.",
+        SCORES,
+        "scellst-ray evaluate segmentation --truth P1.png --run runs/cells --slide P1",
+        {
+            "Input and output": "truth predicted run slide manifest out",
+            "Frame": "mpp truth_mpp region radius_um",
+            "Types": "types truth_types predicted_types",
+        },
+    ),
+    "evaluate encoder": Command(
+        "evaluation.encoder.config:EvaluateEncoderConfig",
+        "commands.evaluate_encoder:run_evaluate_encoder",
+        "An encoder against cell types: linear probe, neighbours, batch effect, a gallery.",
+        SCORES,
+        "scellst-ray evaluate encoder --encoder runs/encoder/encoder.safetensors --run runs/cells",
+        {
+            "Input and output": "encoder also manifest run slides out",
+            "Cells": "drop_types max_cells neighbours queries seed",
+            "Resources": "precision gpus",
+        },
+    ),
+    "evaluate expression": Command(
+        "evaluation.expression.config:EvaluateExpressionConfig",
+        "commands.evaluate_expression:run_evaluate_expression",
+        "Predicted expression against spots or cells: PCC, SCC, rMSE, MAE, beside three baselines.",
+        SCORES,
+        "scellst-ray evaluate expression runs/expression --manifest test.csv --train-manifest "
+        "train.csv",
+        {
+            "Input and output": "run manifest train_manifest slides out",
+            "Scores": "colour radius_um bootstraps seed",
+        },
+    ),
+    "simulate": Command(
+        "evaluation.simulation.config:SimulateConfig",
+        "commands.simulate:run_simulate",
+        "The paper's simulation study: what spots can teach about cells, scenario by scenario.",
+        SCORES,
+        "scellst-ray simulate --out simulation --reference pbmc",
+        {
+            "Input and output": "out cells slides reference reference_types",
+            "Cells": "max_cells embedding_dim spread num_types cells_per_cluster",
+            "Spots and genes": "num_spots cells_per_spot num_variable num_markers",
+            "Fit": "learning_rates search_epochs max_epochs patience val_share predictor seed",
+        },
+    ),
+    "manifest hest": Command(
+        "commands.configs:ManifestHestConfig",
+        "commands.manifest_hest:write_hest_manifest",
+        "A folder in the HEST layout to a manifest for extract, train and predict.",
+        OTHERS,
+        "scellst-ray manifest hest --folder hest_data --out hest.csv",
+        {"Flags": "folder out"},
+    ),
+    "models": Command(
+        "commands.models:ModelsConfig",
+        "commands.models:list_models",
+        "Published weights: what they are, their licence and source, and whether they are here.",
+        OTHERS,
+        "scellst-ray models",
+    ),
+    "models fetch": Command(
+        "commands.models:ModelsFetchConfig",
+        "commands.models:fetch_model",
+        "Download published weights into this machine's cache, checked against a known digest.",
+        OTHERS,
+        "scellst-ray models fetch resnet50-imagenet",
+        {"Flags": "name url sha256"},
+    ),
+    "demo": Command(
+        "commands.configs:DemoConfig",
+        "commands.demo:demo",
+        "Two synthetic slides: pretrain, train on one, predict the other, compare with the truth.",
+        OTHERS,
+        "scellst-ray demo --out demo",
+        {"Flags": "out size_um crops seed"},
+    ),
+    "doctor": Command(
+        "commands.configs:DoctorConfig",
+        "commands.doctor:doctor",
+        "Check this machine, the cluster, and what is given below, before a run.",
+        OTHERS,
+        "scellst-ray doctor --job predict.yaml",
+        {
+            "Input and output": "job manifest out",
+            "Models": "encoder segmenter_weights head",
+            "Resources": "gpus ray",
+        },
+    ),
+}

@@ -4,9 +4,8 @@ The tiles are exactly those of the run, since the same function plans them; all 
 from rates (costs.py): of earlier runs, of a sample measured now, or defaults.
 """
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
@@ -14,6 +13,7 @@ from scellst_ray.models.device import has_gpu
 from scellst_ray.models.encoder.encoder import encoder_dim, is_named
 from scellst_ray.models.mil.head import load_head
 from scellst_ray.preflight.calibration import calibrate
+from scellst_ray.preflight.config import PlanConfig
 from scellst_ray.preflight.costs import (
     DEFAULT,
     Cost,
@@ -45,77 +45,8 @@ from scellst_ray.stages.config import (
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
 from scellst_ray.stages.tiles import CellsSpec
 
-AS_THE_JOB = "job"
 # Share of a CPU that a sample got, below which a note is made of it.
 BUSY = 0.8
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig(ExtractConfig):
-    """What a run of extract or predict will take: tiles, cells, bytes, hours and their price.
-
-    Takes their YAML files as they are; with `head` it is predict that is planned.
-    """
-
-    out: str = ""
-    """Not used."""
-    head: str | None = None
-    """The head of predict: its folder or its file."""
-    encoder: str = AS_THE_JOB
-    """Weights; by default those the job takes by default."""
-    store_embeddings: bool | None = None  # type: ignore[assignment]
-    """As in the job; by default extract keeps them, predict does not."""
-    gpus: bool | int | None = None  # type: ignore[assignment]
-    """GPUs of the cluster; true is one, false or 0 none; by default none."""
-    cpus: int | None = None
-    """CPUs of the cluster; by default as many as workers, or 8 for each GPU."""
-    cpu_price: float | None = None
-    """Price of a CPU for an hour."""
-    gpu_price: float | None = None
-    """Price of a GPU for an hour."""
-    from_run: list[str] | None = None
-    """Run folders (a,b) of the same job on the same kind of machine, whose records tell rates."""
-    calibrate: int | None = None
-    """Measure rates on so many tiles of the cohort, on this machine, with warm-up."""
-    json: str | None = None
-    """File for the plan, for machines."""
-    processes: int | None = None
-    """Slides opened at a time, here; by default one a CPU."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        super().__post_init__()
-        for name, least in (("cpus", 1), ("calibrate", 1), ("processes", 1), ("gpus", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                message = f"{name} is {value}; it must be at least {least}"
-                raise ValueError(message)
-        for name in ("cpu_price", "gpu_price"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                message = f"{name} is {value}; give a price of an hour, 0 or more"
-                raise ValueError(message)
-
-    def job(self) -> ExtractConfig:
-        """Return the configuration of the job that is planned."""
-        kind = ExtractConfig if self.head is None else PredictConfig
-        values = {f.name: getattr(self, f.name) for f in fields(kind)}
-        by_default = {"encoder": AS_THE_JOB, "store_embeddings": None}
-        values = {k: v for k, v in values.items() if k not in by_default or v != by_default[k]}
-        return kind(**values | {"gpus": self.num_gpus > 0 if self.gpus is not None else None})
-
-    @property
-    def num_gpus(self) -> int:
-        """How many GPUs the cluster has."""
-        return int(self.gpus or 0)
-
-    def cluster(self) -> PlannedCluster:
-        """Return what the run will have."""
-        if self.num_gpus:
-            cpus = self.cpus or 8 * self.num_gpus
-            return PlannedCluster(cpus, self.num_gpus, cpus)
-        cpus = self.cpus or self.workers or os.cpu_count() or 1
-        return PlannedCluster(cpus, 0, self.workers or cpus)
 
 
 @dataclass(frozen=True)
@@ -155,13 +86,13 @@ def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None
     Raises:
         ValueError: manifest, head, weights (if calibrating) or earlier runs cannot be used.
     """
-    slides = select_slides(read_manifest(config.manifest), config.slides)
+    slides = select_slides(read_manifest(config.job.manifest), config.job.slides)
     job, hidden_dims, head_uri = _job(config)
     notes: list[str] = []
     networks = _networks(job, head_uri, notes, read=config.calibrate is not None)
     spec = cells_spec(resolve_config(job), networks)
     keep = config.calibrate or 0
-    plans = plan_slides(slides, spec, keep, config.processes, config.plan_timeout_s, report)
+    plans = plan_slides(slides, spec, keep, config.processes, config.job.plan_timeout_s, report)
     cluster = config.cluster()
     shape = _shape(job, spec, networks, hidden_dims, gpus=bool(cluster.gpus))
     rates = _rates(config, spec, networks, plans, notes)
@@ -178,10 +109,10 @@ def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None
 
 def _job(config: PlanConfig) -> tuple[ExtractConfig, int, str | None]:
     """Return the job's configuration, its encoder named, and the head's numbers a cell and file."""
-    job = config.job()
-    if config.head is None:
+    job = config.job
+    if not isinstance(job, PredictConfig):
         return job, 0, None
-    uri = head_file(config.head)
+    uri = head_file(job.head)
     head, info = load_head(uri)
     if job.encoder == "head":
         job = replace(job, encoder=info["encoder"])
@@ -242,7 +173,7 @@ def _rates(
         if networks.identity.segmenter_weights is not None:
             identity["segmenter_weights"] = networks.identity.segmenter_weights
         on_gpu = gpus and has_gpu()
-        per_task = tiles_of_task(config.tiles_per_task, gpus=gpus)
+        per_task = tiles_of_task(config.job.tiles_per_task, gpus=gpus)
         sample = calibrate(by_slide(plans), spec, per_task, on_gpu=on_gpu)
         rates = rates.replaced(sample.rates, f"{sample.num_tiles} tiles measured here")
         rates = replace(rates, densities=sample.densities)

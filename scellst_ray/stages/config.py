@@ -1,4 +1,4 @@
-"""What `extract` is told to do: its settings, checked, and decided once for all processes."""
+"""Settings of `extract` and `predict`: checked, and decided once for all processes."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,8 +10,8 @@ from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.models.weights.catalogue import is_catalogued
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE, segmenter_problems
 
-# Tiles of a task, at least, where there are GPUs: the batch of a segmenting network. Tiles are
-# quick there, and Ray's driver, which counts tasks, keeps four times as many GPUs busy as with 2.
+# Lowest number of tiles in a task with GPUs: the batch of a segmenting network. Tiles are quick
+# there. Ray's driver costs time per task, and so keeps four times as many GPUs busy as with 2.
 GPU_TILES = 8
 CPUS_PER_PLANNER = 8
 
@@ -21,56 +21,67 @@ class ExtractConfig:
     """Slides to CELLS: every nucleus with its outline and embedding."""
 
     manifest: str
-    """Slides: CSV or Parquet with slide_id, uri and, where the file lacks it, mpp."""
+    """Manifest of slides: CSV or Parquet with slide_id, uri and, where the slide lacks it, mpp."""
     out: str
-    """Run folder; the same command on it does only what is missing."""
+    """Run folder to write. The same command on it does only what is missing."""
     slides: list[str] | None = None
-    """Only these slide_ids of the manifest (a,b)."""
+    """Comma-separated slide_ids to process. By default all of the manifest."""
     segmenter: Literal["hematoxylin", "cellvit", "imported"] = "hematoxylin"
-    """How nuclei are found: without weights, by CellViT, or in files the manifest names."""
+    """How nuclei are found: `hematoxylin` needs no weights, `cellvit` is a network, `imported`
+    reads files that the manifest names."""
     segmenter_weights: str | None = None
-    """CellViT checkpoint: a file, or a name that `scellst-ray models` lists."""
+    """CellViT checkpoint: a file, or a name that `scellst-ray models` lists. The segmenter
+    `cellvit` needs it."""
     segmenter_window_px: int | None = None
-    """Scale CellViT's edges within this many px around a nucleus; by default within its tile."""
+    """Distance in px around a nucleus within which CellViT's edges are scaled. By default the whole
+    tile."""
     read_mpp: float | None = None
-    """um per px to read at; by default the slide's own within 0.25-0.5 (CellViT: 0.2-0.3)."""
+    """Resolution in um per px at which tiles are read. By default the slide's own, limited to
+    0.25-0.5 (CellViT: 0.2-0.3)."""
     core_px: int = 960
-    """Side of a tile's core in px read."""
+    """Side in px of a tile's core, the square whose nuclei the tile owns."""
     halo_px: int = 32
-    """Margin read around the core in px read."""
+    """Width in px of the halo, the margin read around the core. Raise it for larger nuclei."""
     encoder: str = "imagenet"
-    """Weights: a file, 'imagenet' (downloaded by torchvision), 'timm:NAME' (by timm) or
-    'random:SEED'; 'tokens' for CellViT's own, 'types' for its type as one-hot, 'none' for no
-    embeddings."""
+    """Weights of the network that embeds cells: a file, `imagenet` (downloaded by torchvision),
+    `timm:NAME` (by timm) or `random:SEED`. Or `tokens` (CellViT's own), `types` (its type as
+    one-hot) or `none` (no embeddings)."""
     colours_from: str | None = None
-    """Run folder with crops of these slides: each slide's own mean and deviation of RGB normalise
-    its crops, not the encoder's; for slides of another scanner or stain (sCellST's 'self')."""
+    """Run folder with crops of these slides. Each slide's own mean and deviation of RGB then
+    normalise its crops, in place of the encoder's. Use it for slides of another scanner or stain
+    (sCellST's `self`)."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the networks; auto takes bfloat16 where the driver's device has it, or gpus is true."""
+    """Precision of the networks. `auto` takes bfloat16 where the driver's device has it, or where
+    `--gpus` is given."""
     store_embeddings: bool = True
-    """Keep each cell's embedding (4 kB a cell); training needs it."""
+    """Store the embedding of each cell (4 kB). Training needs it."""
     crops: int | None = None
-    """Keep crops of so many cells, of all slides together, for pretraining (3 kB each)."""
+    """Number of cells, over all slides, whose crops are stored for pretraining (3 kB each). By
+    default none."""
     crops_per_slide: int | None = None
-    """Crops of a slide, at most."""
+    """Highest number of crops from one slide. By default no limit."""
     crops_per_type: int | None = None
-    """Crops of a slide and nucleus type, at most."""
+    """Highest number of crops of one nucleus type from one slide. By default no limit."""
     crops_seed: int = 0
-    """Decides which cells."""
+    """Seed that decides of which cells crops are stored."""
     workers: int | None = None
-    """Worker actors; by default as CPUs and memory allow, or one per GPU for the networks."""
+    """Number of worker actors. By default as CPUs and memory allow, plus one per GPU."""
     gpus: bool | None = None
-    """Run networks on GPUs; by default if the cluster has any."""
+    """Run networks on GPUs. By default if the cluster has any."""
     memory_gb: float | None = None
-    """Memory a worker declares to Ray; by default 2, and with CellViT on CPUs what it takes."""
+    """Memory in GB that a worker declares to Ray. By default 2, or the need of CellViT on CPUs.
+    Raise it if workers are killed for lack of memory."""
     tiles_per_task: int = 2
-    """Tiles a worker takes at a time (with GPUs at least 8): the work lost when it dies."""
+    """Number of tiles that a worker takes at a time; with GPUs at least 8. They are repeated when
+    it dies."""
     max_attempts: int = 3
-    """Times a tile, or opening a slide, may end a worker's process before it counts as failed."""
+    """How often a tile, or opening a slide, may end a worker's process before it counts as
+    failed."""
     tile_timeout_s: float | None = 1800.0
-    """Seconds a tile may take before its worker is ended, which counts as an attempt."""
+    """Seconds that a tile may take. Then its worker is ended, which counts as an attempt. `null`
+    sets no limit."""
     plan_timeout_s: float | None = 1800.0
-    """Seconds opening a slide and finding its tissue may take, likewise."""
+    """Seconds that opening a slide and finding its tissue may take, with the same consequence."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -95,7 +106,7 @@ class ExtractConfig:
 
 
 def tiles_of_task(tiles_per_task: int, *, gpus: bool) -> int:
-    """Return how many tiles a task takes at a time, of how many were asked for."""
+    """Return the number of tiles in a task, given the number that was asked for."""
     return max(tiles_per_task, GPU_TILES) if gpus else tiles_per_task
 
 
@@ -110,7 +121,7 @@ def num_planners(num_cpus: int, num_nodes: int = 1) -> int:
 
 
 def resolve_config(config: ExtractConfig) -> ExtractConfig:
-    """Return the configuration with what must be the same in every process decided, once.
+    """Return the configuration with everything decided that must be equal in all processes.
 
     Files of weights get absolute names, and `auto` precision becomes that of the driver.
     """
@@ -139,11 +150,12 @@ class PredictConfig(ExtractConfig):
     """Slides to CELLS and EXPRESSION, in one pass; no transcriptomics needed."""
 
     head: str
-    """The head: what `scellst-ray train` wrote, its folder or its file."""
+    """Head that `scellst-ray train` wrote: its folder or its file."""
     encoder: str = "head"
-    """Weights; by default those the head was trained with, under the name it was given then."""
+    """Weights of the network that embeds cells, as for `extract`. `head` takes those that the head
+    was trained with, under the name they had then."""
     store_embeddings: bool = False
-    """Keep each cell's embedding too (4 kB a cell)."""
+    """Store the embedding of each cell too (4 kB)."""
 
 
 def head_file(head: str) -> str:

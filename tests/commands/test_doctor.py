@@ -4,7 +4,8 @@ import pytest
 
 from scellst_ray import storage
 from scellst_ray.commands.cli import main
-from scellst_ray.commands.doctor import DoctorConfig, doctor
+from scellst_ray.commands.configs import DoctorConfig
+from scellst_ray.commands.doctor import doctor
 from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.slides.reader import Slide
 from tests.support import cellvit_weights

@@ -8,7 +8,8 @@ import ray
 import torch
 
 from scellst_ray import storage
-from scellst_ray.commands.pretrain import ENCODER_FILE, PretrainConfig, pretrain_encoder
+from scellst_ray.commands.pretrain import ENCODER_FILE, pretrain_encoder
+from scellst_ray.commands.training_configs import PretrainConfig
 from scellst_ray.models.encoder.backbones import new_backbone
 from scellst_ray.models.encoder.encoder import (
     embed_crops,

@@ -8,7 +8,8 @@ import pytest
 from scellst_ray import storage
 from scellst_ray.commands import retry as module
 from scellst_ray.commands import table as commands
-from scellst_ray.commands.retry import RetryConfig, retry
+from scellst_ray.commands.configs import RetryConfig
+from scellst_ray.commands.retry import retry
 from scellst_ray.stages.config import ExtractConfig, PredictConfig
 from tests.support.run_folders import MISSING, make_run, record
 

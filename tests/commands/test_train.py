@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from scellst_ray.commands.train import TrainConfig, train
+from scellst_ray.commands.train import train
+from scellst_ray.commands.training_configs import TrainConfig
 from scellst_ray.models.mil.head import load_head
 from scellst_ray.models.mil.stored_head import Formula
 from tests.support.small_run import DIM, IDENTITY, write_small_run

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from scellst_ray.commands.demo import DemoConfig
+from scellst_ray.commands.configs import DemoConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from scellst_ray.commands.train import TrainConfig, train
+from scellst_ray.commands.train import train
+from scellst_ray.commands.training_configs import TrainConfig
 from scellst_ray.models.encoder.encoder import load_encoder, save_encoder
 from scellst_ray.models.mil.head import load_head
 from scellst_ray.pipelines.extract import extract

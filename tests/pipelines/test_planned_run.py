@@ -5,12 +5,14 @@ import pytest
 
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.preflight import calibration
-from scellst_ray.preflight.plan import PlanConfig, make_plan
+from scellst_ray.preflight.config import PlanConfig
+from scellst_ray.preflight.plan import make_plan
 from scellst_ray.preflight.slide_plans import by_slide
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.config import ExtractConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+plan_config = PlanConfig.from_flags
 TILES = {"core_px": 96, "halo_px": 32, "encoder": "random:0:resnet18", "gpus": False}
 
 
@@ -22,7 +24,7 @@ def test_tiles_are_those_of_the_run_and_its_records_tell_the_next_plan(
     manifest = tmp_path / "manifest.csv"
     rows = small_cohort.read_text().replace(",s", f",{small_cohort.parent}/s")
     manifest.write_text(rows + "gone,gone.tiff\n")
-    planned = PlanConfig(manifest=str(manifest), processes=1, calibrate=1000, workers=2, **TILES)
+    planned = plan_config(manifest=str(manifest), processes=1, calibrate=1000, workers=2, **TILES)
     plan = make_plan(planned)
     out = tmp_path / "run"
     records = extract(ExtractConfig(manifest=str(manifest), out=str(out), memory_gb=0.5, **TILES))
@@ -45,7 +47,7 @@ def test_tiles_are_those_of_the_run_and_its_records_tell_the_next_plan(
     assert list(by_slide(plan.slides)) == sampled
 
     again = make_plan(
-        PlanConfig(manifest=str(manifest), processes=1, from_run=[str(out)], workers=2, **TILES)
+        plan_config(manifest=str(manifest), processes=1, from_run=[str(out)], workers=2, **TILES)
     )
     finished = [record for record in records.values() if record["status"] == "done"]
     for stage in ("read", "segment", "embed", "write"):

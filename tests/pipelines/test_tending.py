@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from scellst_ray import storage
-from scellst_ray.commands.retry import RetryConfig, retry
+from scellst_ray.commands.configs import RetryConfig
+from scellst_ray.commands.retry import retry
 from scellst_ray.commands.status import status_of
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.runs.compaction import finish_slide

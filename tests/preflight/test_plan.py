@@ -8,11 +8,13 @@ import yaml
 from scellst_ray.commands import table as commands
 from scellst_ray.commands.cli import main
 from scellst_ray.models.mil.head import MilHead, save_head
+from scellst_ray.preflight.config import PlanConfig
 from scellst_ray.preflight.costs import PlannedCluster
-from scellst_ray.preflight.plan import PlanConfig, make_plan
+from scellst_ray.preflight.plan import make_plan
 from scellst_ray.stages.config import ExtractConfig, PredictConfig
 from tests.support.paths import ROOT
 
+plan_config = PlanConfig.from_flags
 INFO = {
     "genes": ["A", "B"],
     "scaling": {},
@@ -48,16 +50,16 @@ def test_takes_the_jobs_files_as_they_are(job, monkeypatch, tmp_path):
     assert config.cluster() == PlannedCluster(cpus=32, gpus=4, workers=32)
     kind = {"extract": ExtractConfig, "predict": PredictConfig}[job]
     values = yaml.safe_load(whole)
-    assert config.job() == kind(**values)
+    assert config.job == kind(**values)
     assert main(["plan", "--config", str(tmp_path / "job.yaml")]) == 0
     assert seen[1].num_gpus == 1
 
 
 def test_the_cluster():
-    assert PlanConfig(manifest="m", workers=6).cluster() == PlannedCluster(6, 0, 6)
-    assert PlanConfig(manifest="m", workers=6, cpus=8).cluster() == PlannedCluster(8, 0, 6)
-    assert PlanConfig(manifest="m", gpus=2, cpus=64).cluster() == PlannedCluster(64, 2, 64)
-    assert PlanConfig(manifest="m", gpus=False, workers=1).cluster().gpus == 0
+    assert plan_config(manifest="m", workers=6).cluster() == PlannedCluster(6, 0, 6)
+    assert plan_config(manifest="m", workers=6, cpus=8).cluster() == PlannedCluster(8, 0, 6)
+    assert plan_config(manifest="m", gpus=2, cpus=64).cluster() == PlannedCluster(64, 2, 64)
+    assert plan_config(manifest="m", gpus=False, workers=1).cluster().gpus == 0
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_the_cluster():
 )
 def test_refuses(wrong, part):
     with pytest.raises(ValueError, match=part):
-        PlanConfig(manifest="m", **wrong)
+        plan_config(manifest="m", **wrong)
 
 
 def test_tells_people_and_machines(manifest, tmp_path, capsys):
@@ -102,7 +104,7 @@ def test_with_a_head_it_is_predict_with_the_heads_encoder(manifest, tmp_path):
     head = str(tmp_path / "head.safetensors")
     sizes = {}
     for store in (None, True):
-        config = PlanConfig(
+        config = plan_config(
             manifest=str(manifest), head=head, processes=1, store_embeddings=store, gpus=1
         )
         plan = make_plan(config)

@@ -9,7 +9,8 @@ import pytest
 import tifffile
 from scipy import sparse
 
-from scellst_ray.commands.manifest_hest import ManifestHestConfig, write_hest_manifest
+from scellst_ray.commands.configs import ManifestHestConfig
+from scellst_ray.commands.manifest_hest import write_hest_manifest
 from scellst_ray.commands.table import jobs
 from scellst_ray.slides.manifest import SlideRow, read_manifest
 from scellst_ray.spots.hest import read_hest

@@ -1,6 +1,7 @@
 """Configurations, slides and trials of a cross-validation of the small run."""
 
-from scellst_ray.commands.crossvalidate import CrossvalidateConfig, make_trials
+from scellst_ray.commands.crossvalidate import make_trials
+from scellst_ray.commands.training_configs import CrossvalidateConfig
 from scellst_ray.evaluation.crossvalidation.folds import make_folds
 from scellst_ray.evaluation.crossvalidation.trial import prepare_slide
 from scellst_ray.slides.manifest import read_manifest

@@ -11,12 +11,13 @@ Shape letters: N cells, D embedding, Q queries, K neighbours.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scellst_ray.evaluation.encoder.config import EvaluateEncoderConfig
 from scellst_ray.evaluation.encoder.galleries import choose_queries, retrieve
 from scellst_ray.evaluation.encoder.neighbours import Floats, purity
 from scellst_ray.evaluation.encoder.scores import (
@@ -46,58 +47,7 @@ from scellst_ray.models.encoder.weights_file import local_weights
 
 COLOURS = "colours"
 RETRIEVED = 10
-# Encoders that make embeddings without crops.
-WITHOUT_CROPS = ("none", "tokens", "types")
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateEncoderConfig:
-    """An encoder against cell types: linear probe, neighbours, batch effect, a gallery."""
-
-    encoder: str
-    """Weights: a file, 'imagenet', 'timm:NAME' or 'random:SEED'."""
-    manifest: str | None = None
-    """Annotated images: CSV with slide_id, uri, points (.csv: x, y, type, in px of the image) and,
-    where the file lacks it, mpp."""
-    run: str | None = None
-    """Run folder whose typed cells are taken instead; its slides are read again."""
-    slides: list[str] | None = None
-    """slide_ids of run (a,b); by default all."""
-    out: str | None = None
-    """Folder for report.json, report.md and gallery.png."""
-    drop_types: list[str] | None = None
-    """Types to leave out (a,b), such as those that only say that nobody knows."""
-    also: list[str] | None = None
-    """Further encoders to set beside it (a,b)."""
-    max_cells: int = 20_000
-    """Cells at most, drawn evenly over slides and types."""
-    neighbours: int = 20
-    """Nearest cells that vote, and that purity is counted in."""
-    queries: int = 3
-    """Rows of the gallery a type."""
-    seed: int = 0
-    """Of draws, folds, the untrained network and the bootstrap."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the networks; auto takes bfloat16 where the device has it."""
-    gpus: bool | None = None
-    """Embed on a GPU; by default if there is one."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError if settings are missing, contradict each other or cannot work."""
-        message = ""
-        if (self.manifest is None) == (self.run is None):
-            message = "give either manifest (annotated images) or run (typed cells)"
-        elif self.slides is not None and self.run is None:
-            message = "slides are those of run; a manifest lists its own"
-        for name in ("max_cells", "neighbours", "queries"):
-            if getattr(self, name) < 1:
-                message = f"{name} is {getattr(self, name)}; it must be at least 1"
-        for name in (self.encoder, *(self.also or [])):
-            if name in WITHOUT_CROPS:
-                message = f"encoder {name!r} embeds no crops; give weights that do"
-        if message:
-            raise ValueError(message)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from scellst_ray.evaluation.expression.colour_baseline import (
     slide_colours,
     slide_mpp,
 )
+from scellst_ray.evaluation.expression.config import EvaluateExpressionConfig
 from scellst_ray.evaluation.expression.measured_cells import cell_truth, pair_cells
 from scellst_ray.evaluation.expression.scores import (
     OURS,
@@ -39,48 +40,6 @@ from scellst_ray.spots.read import read_spots
 from scellst_ray.spots.xenium import read_xenium
 
 MEAN, COLOUR = "mean", "colour_ridge"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateExpressionConfig:
-    """Predicted expression against spots or cells: PCC, SCC, rMSE, MAE, beside three baselines."""
-
-    run: str
-    """Run folder of `predict` on slides the head was not trained on."""
-    manifest: str
-    """These slides: slide_id, uri and spots as for `train`; or xenium (output folder) and
-    xenium_alignment (its *_he_imagealignment.csv), for single cells."""
-    train_manifest: str
-    """The slides the head was trained on, with their spots: the baselines learn from them."""
-    slides: list[str] | None = None
-    """slide_ids to evaluate (a,b); by default every row with spots or xenium."""
-    colour: bool = True
-    """Compare with the colour-only ridge; it reads the discs of all spots, and of single cells one
-    of that size around each."""
-    radius_um: float = 5.0
-    """For single cells: centroids within this distance may be one cell."""
-    bootstraps: int = 200
-    """Draws for 95 % intervals; 0 for none."""
-    seed: int = 0
-    """Fixes draws and shuffles."""
-    out: str | None = None
-    """File for all scores, .json; a table goes beside it, .md."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError if a value cannot work."""
-        message = ""
-        if not self.radius_um > 0:
-            message = f"radius_um is {self.radius_um}; it must be positive"
-        elif self.bootstraps < 0 or self.seed < 0:
-            message = f"bootstraps {self.bootstraps} and seed {self.seed} must not be negative"
-        elif self.out is not None and not self.out.endswith(".json"):
-            message = f"out is {self.out}; it must end in .json"
-        if message:
-            raise ValueError(message)
-
-    def bootstrap(self) -> Bootstrap:
-        """Return the settings of bootstrap intervals."""
-        return Bootstrap(self.bootstraps, self.seed)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from scellst_ray.evaluation.segmentation.annotations import (
     read_nuclei,
     read_table,
 )
+from scellst_ray.evaluation.segmentation.config import EvaluateSegmentationConfig, parse_region
 from scellst_ray.evaluation.segmentation.detection_metrics import UNKNOWN, common_types
 from scellst_ray.evaluation.segmentation.image_scores import (
     Annotated,
@@ -30,78 +31,6 @@ from scellst_ray.slides.manifest import absolute
 # Columns of a manifest besides slide_id. Each is the setting of the same name for one image.
 FILE_COLUMNS = ("truth", "predicted", "truth_types", "predicted_types")
 COLUMNS = (*FILE_COLUMNS, "mpp", "truth_mpp", "region")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateSegmentationConfig:
-    """Nuclei against annotations: F1, PQ and AJI of masks, F1 of points and of their types."""
-
-    truth: str | None = None
-    """Annotated nuclei: a label map (.png, .tif, .npy, .npz) or points (.csv, .tsv: x, y, type),
-    in px of the slide unless truth_mpp or region say otherwise."""
-    predicted: str | None = None
-    """Nuclei to judge: CELLS (.parquet), a label map or points."""
-    run: str | None = None
-    """Run folder whose CELLS are judged, instead of predicted."""
-    slide: str | None = None
-    """slide_id within run."""
-    manifest: str | None = None
-    """Many images: CSV with slide_id, truth and, where needed, predicted, mpp, truth_mpp, region,
-    truth_types, predicted_types; they go over the settings here."""
-    mpp: float | None = None
-    """um per px of the slide; a run knows its own."""
-    truth_mpp: float | None = None
-    """um per px of the annotation, if that is another."""
-    region: str | None = None
-    """X0,Y0 or X0,Y0,W0,H0: what was annotated, px of the slide; the annotation's px begin at
-    X0,Y0, and nuclei predicted outside do not count."""
-    radius_um: float = 3.0
-    """Centroids within this distance may be one nucleus."""
-    types: list[str] | None = None
-    """Type names that mean the same: annotated=predicted,...; with nothing after the =, such
-    nuclei count for detection only."""
-    truth_types: str | None = None
-    """For a label map: table of its types, columns label and type."""
-    predicted_types: str | None = None
-    """The same for a predicted label map."""
-    out: str | None = None
-    """File for the scores: .json or .csv."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError if settings are missing, contradict each other or cannot work."""
-        message = ""
-        if (self.truth is None) == (self.manifest is None):
-            message = "give either truth (one image) or manifest (many)"
-        elif self.run is not None and self.predicted is not None:
-            message = "give either predicted or run, not both"
-        elif self.truth is not None and self.run is None and self.predicted is None:
-            message = "nothing to score: give predicted, or run and slide"
-        elif (self.slide is not None) != (self.run is not None and self.truth is not None):
-            message = "slide names the slide of run that truth annotates; give both or neither"
-        elif not self.radius_um > 0:
-            message = f"radius_um is {self.radius_um}; it must be positive"
-        elif self.out is not None and not self.out.endswith((".json", ".csv")):
-            message = f"out is {self.out}; it must end in .json or .csv"
-        if message:
-            raise ValueError(message)
-        self.same_types()
-        _region(self.region)
-
-    def same_types(self) -> list[tuple[str, str]]:
-        """Return the pairs (annotated, predicted) of type names that mean the same.
-
-        Raises:
-            ValueError: an entry of `types` is no pair.
-        """
-        pairs = [entry.partition("=") for entry in self.types or []]
-        for true, equals, _ in pairs:
-            if not equals or not true.strip():
-                message = (
-                    f"types has {true + equals!r}; expected annotated=predicted, such as "
-                    "epithelial=Neoplastic"
-                )
-                raise ValueError(message)
-        return [(true.strip(), predicted.strip()) for true, _, predicted in pairs]
 
 
 @dataclass(frozen=True)
@@ -196,7 +125,7 @@ def _annotated(name: str, case: Mapping[str, str], mpp: float | None) -> Annotat
         message = f"{name}: with truth_mpp, mpp (um per px of the slide) is needed too"
         raise ValueError(message)
     ratio = truth_mpp / mpp if truth_mpp is not None and mpp is not None else 1.0
-    x0, y0, *size0 = _region(case.get("region")) or (0.0, 0.0)
+    x0, y0, *size0 = parse_region(case.get("region")) or (0.0, 0.0)
     size_px = (size0[0] / ratio, size0[1] / ratio) if size0 else None
     return Annotated(Frame(x0, y0, ratio, ratio), truth_mpp or mpp, size_px)
 
@@ -214,21 +143,6 @@ def _number(case: Mapping[str, str], key: str, name: str) -> float | None:
         message = f"{name}: {key} is {text!r}; expected a positive number, um per px"
         raise ValueError(message)
     return float(text)
-
-
-def _region(text: str | None) -> list[float] | None:
-    """Return the two or four numbers of a region; None if it is not given.
-
-    Raises:
-        ValueError: the text is no region.
-    """
-    if text is None:
-        return None
-    words = re.split(r"[\s,;]+", text.strip())
-    if len(words) not in (2, 4) or not all(re.fullmatch(r"-?\d+(\.\d*)?", word) for word in words):
-        message = f"region is {text!r}; expected X0,Y0 or X0,Y0,W0,H0 in px of the slide"
-        raise ValueError(message)
-    return [float(word) for word in words]
 
 
 def _about_types(

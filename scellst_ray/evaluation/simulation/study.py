@@ -6,9 +6,9 @@ commands/simulate.py prints, draws and writes the results.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,111 +29,17 @@ from scellst_ray.evaluation.simulation.conditions import (
     make_case,
     run_condition,
 )
-from scellst_ray.evaluation.simulation.fit import Search
+from scellst_ray.evaluation.simulation.config import SimulateConfig
 from scellst_ray.evaluation.simulation.reference import (
     Reference,
     marker_panel,
     read_reference,
     variable_panel,
 )
-from scellst_ray.models.mil.fit import FitConfig
 from scellst_ray.runs.reading import open_run
 
 PANELS = ("hvg", "markers")
 CONDITION = ("panel", "scenario", "inputs", "supervision")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulateConfig:
-    """The paper's simulation study: what spots can teach about cells, scenario by scenario."""
-
-    out: str = "simulation"
-    """Folder for the report, the figure and the table of genes."""
-    cells: str | None = None
-    """Run folder of `extract` with stored embeddings; by default synthetic embeddings."""
-    slides: list[str] | None = None
-    """slide_ids of that run (a,b); by default all."""
-    max_cells: int = 60000
-    """At most so many cells of the run are clustered, drawn by seed."""
-    embedding_dim: int = 512
-    """Length of synthetic embeddings (512 as of a ResNet-18; 2048 takes twice as long)."""
-    spread: float = 1.0
-    """Of synthetic embeddings within a cluster, where that of the centres is 1."""
-    reference: str = "synthetic"
-    """Single-cell reference: synthetic, pbmc (needs scanpy) or an .h5ad file with counts."""
-    reference_types: str = "cell_type"
-    """Column of the file's obs with the types."""
-    num_types: int = 6
-    """Clusters of image cells, and types of the reference."""
-    cells_per_cluster: int = 2000
-    """Cells nearest to each centroid that take part: half train, half test."""
-    num_spots: int = 5000
-    """Spots for training, and as many for testing."""
-    cells_per_spot: int = 20
-    """Cells of a spot, drawn with replacement."""
-    num_variable: int = 1000
-    """Genes of the panel hvg."""
-    num_markers: int = 20
-    """Genes per type of the panel markers."""
-    learning_rates: list[float] = field(default_factory=lambda: [1e-2, 1e-3, 1e-4, 1e-5])
-    """Candidates; validation chooses."""
-    search_epochs: list[int] = field(default_factory=lambda: [3, 15])
-    """After so many, half of the candidates go on; after the last, the best. Fewer spots need
-    more."""
-    max_epochs: int = 60
-    """At most so many for the rate chosen."""
-    patience: int = 8
-    """Epochs without a better validation loss before stopping; fewer spots need more."""
-    val_share: float = 0.2
-    """Share of the training cells, and of the training spots, that validate."""
-    predictor: Literal["ours", "published"] = "ours"
-    """Network: ours, or with the published code's LeakyReLU, dropout and softplus."""
-    seed: int = 0
-    """Fixes everything that is drawn."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError if a value cannot work."""
-        lowest = {
-            "max_cells": 1,
-            "embedding_dim": 1,
-            "num_types": 2,
-            "cells_per_cluster": 20,
-            "num_spots": 10,
-            "cells_per_spot": 1,
-            "num_variable": 1,
-            "num_markers": 1,
-        }
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                message = f"{name} is {getattr(self, name)}; it must be at least {low}"
-                raise ValueError(message)
-        if not self.spread > 0:
-            message = f"spread is {self.spread}; it must be positive"
-            raise ValueError(message)
-        if not self.learning_rates:
-            message = "learning_rates is empty; give at least one"
-            raise ValueError(message)
-        if self.search_epochs != sorted({epoch for epoch in self.search_epochs if epoch >= 1}):
-            message = f"search_epochs is {self.search_epochs}; give ascending numbers from 1"
-            raise ValueError(message)
-        for rate in self.learning_rates:
-            self.fit_config(rate)
-
-    def fit_config(self, rate: float) -> FitConfig:
-        """Return the settings of a fit with this learning rate."""
-        return FitConfig(
-            lr=rate,
-            max_epochs=self.max_epochs,
-            patience=self.patience,
-            val_share=self.val_share,
-            seed=self.seed,
-            predictor=self.predictor,
-        )
-
-    def search(self) -> Search:
-        """Return the settings of the search for a learning rate."""
-        rates = self.learning_rates
-        return Search(self.fit_config(rates[0]), rates, self.search_epochs)
 
 
 def simulate(config: SimulateConfig, say: Callable[[str], None] = print) -> dict[str, Any]:

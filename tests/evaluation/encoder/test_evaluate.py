@@ -11,11 +11,8 @@ from scellst_ray import storage
 from scellst_ray.commands.cli import main
 from scellst_ray.commands.evaluate_encoder import tables
 from scellst_ray.evaluation.encoder import evaluate as module
-from scellst_ray.evaluation.encoder.evaluate import (
-    EvaluateEncoderConfig,
-    choose_cells,
-    evaluate_encoder,
-)
+from scellst_ray.evaluation.encoder.config import EvaluateEncoderConfig
+from scellst_ray.evaluation.encoder.evaluate import choose_cells, evaluate_encoder
 from scellst_ray.evaluation.encoder.scores import probe
 from scellst_ray.evaluation.encoder.typed_crops import colours, crops_of
 from scellst_ray.models.encoder.encoder import load_encoder, save_encoder

@@ -24,7 +24,8 @@ from scellst_ray.evaluation.expression.colour_baseline import (
     fit_colour_ridge,
     slide_colours,
 )
-from scellst_ray.evaluation.expression.evaluate import EvaluateExpressionConfig, evaluate_expression
+from scellst_ray.evaluation.expression.config import EvaluateExpressionConfig
+from scellst_ray.evaluation.expression.evaluate import evaluate_expression
 from scellst_ray.models.mil.head import MilHead, formula_of, save_head
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.manifest import read_manifest

@@ -12,10 +12,8 @@ from scellst_ray import storage
 from scellst_ray.commands.cli import main
 from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Frame
-from scellst_ray.evaluation.segmentation.evaluate import (
-    EvaluateSegmentationConfig,
-    evaluate_segmentation,
-)
+from scellst_ray.evaluation.segmentation.config import EvaluateSegmentationConfig
+from scellst_ray.evaluation.segmentation.evaluate import evaluate_segmentation
 from scellst_ray.nuclei.instances import nuclei_from_labels
 from scellst_ray.runs.folder import RunFolder
 from tests.support.paths import SHARED

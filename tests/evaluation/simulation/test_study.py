@@ -12,9 +12,10 @@ from rich.console import Console
 from scellst_ray.commands import simulate as simulate_report
 from scellst_ray.commands.simulate import findings, markdown, run_simulate
 from scellst_ray.evaluation.simulation.conditions import score_genes
+from scellst_ray.evaluation.simulation.config import SimulateConfig
 from scellst_ray.evaluation.simulation.fit import RowHead, Search, fit_rows, predict_rows, row_bags
 from scellst_ray.evaluation.simulation.reference import synthetic_reference
-from scellst_ray.evaluation.simulation.study import SimulateConfig, read_image, simulate
+from scellst_ray.evaluation.simulation.study import read_image, simulate
 from scellst_ray.models.mil.bags import BagSet, bag_mean
 from scellst_ray.models.mil.fit import FitConfig, fit_head
 from scellst_ray.models.mil.head import MilHead

@@ -1,0 +1,115 @@
+"""Settings of the commands whose work loads Ray, torch or anndata; their help reads only these."""
+
+from dataclasses import dataclass
+
+# Crops in a step of the demo's pretraining.
+BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryConfig:
+    """Resume a run with its own settings: all slides that are not done, or some of them.
+
+    Settings that are not given here are those of the run's config.yaml. None changes results.
+    """
+
+    run: str
+    """Run folder of `extract` or `predict`. The name --run may be left out."""
+    failed: bool = False
+    """Process only slides that failed or are partial."""
+    slides: list[str] | None = None
+    """Comma-separated slide_ids to process. By default all that are not done."""
+    manifest: str | None = None
+    """Present place of the manifest, if it was moved. By default as in the run."""
+    workers: int | None = None
+    """Number of worker actors. By default as in the run."""
+    gpus: bool | None = None
+    """Run networks on GPUs. By default as in the run."""
+    memory_gb: float | None = None
+    """Memory in GB that a worker declares to Ray. By default as in the run. Raise it for tiles
+    that failed for lack of memory."""
+    max_attempts: int | None = None
+    """How often a tile may end a worker's process before it counts as failed. By default as in the
+    run."""
+    tile_timeout_s: float | None = None
+    """Seconds that a tile may take. By default as in the run."""
+    plan_timeout_s: float | None = None
+    """Seconds that opening a slide and finding its tissue may take. By default as in the run."""
+
+    def __post_init__(self) -> None:
+        """Refuse two choices of slides."""
+        if self.failed and self.slides is not None:
+            message = "failed and slides both choose slides; give one of them"
+            raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Cells of a run to one AnnData file that scanpy and squidpy open."""
+
+    run: str
+    """Run folder of `extract` or `predict`. The name --run may be left out."""
+    out: str
+    """File to write: its name ends in .h5ad or .zarr."""
+    slides: list[str] | None = None
+    """Comma-separated slide_ids to export. By default all that have cells."""
+    genes: list[str] | None = None
+    """Comma-separated genes, in the order of the file's columns. By default the whole panel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestHestConfig:
+    """A folder in the HEST layout to a manifest for extract, train and predict."""
+
+    folder: str
+    """Folder that holds st/<id>.h5ad, wsis/<id>.tif and metadata/<id>.json. For
+    `--segmenter imported` it also holds cellvit_seg/<id>_cellvit_seg.parquet."""
+    out: str
+    """CSV file to write. It must not exist yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Check this machine, the cluster and the files named below, before a run."""
+
+    job: str | None = None
+    """YAML file of extract, predict, pretrain or train. The files it names are checked; flags win
+    over it."""
+    manifest: str | None = None
+    """Manifest whose slides are checked. Each must exist; those on local disks are opened."""
+    out: str | None = None
+    """Folder that every node must see and be able to write."""
+    encoder: str | None = None
+    """Encoder weights that every node must have."""
+    segmenter_weights: str | None = None
+    """CellViT checkpoint that must be complete and on every node: a file, or a name that
+    `scellst-ray models` lists."""
+    head: str | None = None
+    """Head that must be readable: its folder or its file."""
+    gpus: bool | None = None
+    """Require that networks can run on GPUs. Give it if the run is to use GPUs."""
+    ray: bool = True
+    """Connect to Ray (or start it), count its CPUs and GPUs, and check every node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Two synthetic slides: pretrain, train on one, predict the other, compare with the truth."""
+
+    out: str = "demo"
+    """Folder to write: slides, runs, pictures and the report."""
+    size_um: float = 1800.0
+    """Side of each slide in um, at least 500. Time grows with its square."""
+    crops: int = 1024
+    """Number of cell crops on which the encoder is pretrained, at least 64."""
+    seed: int = 0
+    """Seed of the synthetic slides."""
+
+    def __post_init__(self) -> None:
+        """Refuse slides too small to hold spots, and fewer crops than a step takes."""
+        if self.size_um < 500:
+            message = f"size_um is {self.size_um}; give at least 500, or there are too few spots"
+            raise ValueError(message)
+        if self.crops < BATCH:
+            message = f"crops is {self.crops}; give at least {BATCH}, a batch of pretraining"
+            raise ValueError(message)

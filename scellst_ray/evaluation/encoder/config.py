@@ -1,0 +1,56 @@
+"""Settings of `scellst-ray evaluate encoder`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Encoders that make embeddings without crops.
+WITHOUT_CROPS = ("none", "tokens", "types")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateEncoderConfig:
+    """An encoder against cell types: linear probe, neighbours, batch effect, a gallery."""
+
+    encoder: str
+    """Weights to evaluate: a file, `imagenet`, `timm:NAME` or `random:SEED`."""
+    manifest: str | None = None
+    """Manifest of annotated images: CSV with slide_id, uri, points and, where the image lacks it,
+    mpp. `points` names a CSV with x, y (px of the image) and type."""
+    run: str | None = None
+    """Run folder whose typed cells are used instead of a manifest. Its slides are read again."""
+    slides: list[str] | None = None
+    """Comma-separated slide_ids of the run. By default all."""
+    out: str | None = None
+    """Folder to write: report.json, report.md and gallery.png. By default nothing is written."""
+    drop_types: list[str] | None = None
+    """Comma-separated types to leave out, such as `unknown`."""
+    also: list[str] | None = None
+    """Comma-separated encoders to compare with, named like `--encoder`."""
+    max_cells: int = 20_000
+    """Highest number of cells. More are drawn evenly over slides and types."""
+    neighbours: int = 20
+    """Number of nearest cells that vote on a type, and in which purity is counted."""
+    queries: int = 3
+    """Number of rows of the gallery for each type."""
+    seed: int = 0
+    """Seed of draws, folds, the untrained network and the bootstrap."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the networks. `auto` takes bfloat16 where the device has it."""
+    gpus: bool | None = None
+    """Embed on a GPU. By default if this machine has one."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not name an encoder and cells to evaluate it on."""
+        message = ""
+        if (self.manifest is None) == (self.run is None):
+            message = "give either manifest (annotated images) or run (typed cells)"
+        elif self.slides is not None and self.run is None:
+            message = "slides are those of run; a manifest lists its own"
+        for name in ("max_cells", "neighbours", "queries"):
+            if getattr(self, name) < 1:
+                message = f"{name} is {getattr(self, name)}; it must be at least 1"
+        for name in (self.encoder, *(self.also or [])):
+            if name in WITHOUT_CROPS:
+                message = f"encoder {name!r} embeds no crops; give weights that do"
+        if message:
+            raise ValueError(message)

@@ -1,0 +1,82 @@
+"""Settings of `scellst-ray plan`: a job, and the cluster that it will run on."""
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+from scellst_ray.preflight.costs import PlannedCluster
+from scellst_ray.stages.config import ExtractConfig, PredictConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Tiles, cells, bytes, hours and price of a run of extract or predict, before it starts.
+
+    It takes the job's YAML file as it is. With `head` the job is predict, else extract.
+    """
+
+    job: ExtractConfig | PredictConfig
+    """Settings of the job that is planned."""
+    gpus: bool | int | None = None
+    """Number of GPUs of the cluster: true is 1, false is 0. By default 0."""
+    cpus: int | None = None
+    """Number of CPUs of the cluster. By default the number of workers, or 8 for each GPU."""
+    cpu_price: float | None = None
+    """Price of one CPU for an hour, in any currency."""
+    gpu_price: float | None = None
+    """Price of one GPU for an hour, in the same currency."""
+    from_run: list[str] | None = None
+    """Comma-separated run folders of the same job on the same kind of machine. Rates are taken
+    from their records."""
+    calibrate: int | None = None
+    """Number of tiles of the cohort to process on this machine, from which rates are measured. By
+    default none."""
+    json: str | None = None
+    """File to write the plan to, as JSON."""
+    processes: int | None = None
+    """Number of slides that are opened at a time on this machine. By default one for each CPU."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        for name, least in (("cpus", 1), ("calibrate", 1), ("processes", 1), ("gpus", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                message = f"{name} is {value}; it must be at least {least}"
+                raise ValueError(message)
+        for name in ("cpu_price", "gpu_price"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                message = f"{name} is {value}; give the price for an hour, 0 or more"
+                raise ValueError(message)
+
+    @classmethod
+    def from_flags(cls, **values: Any) -> "PlanConfig":  # noqa: ANN401 - flags of all types
+        """Return the settings of a plan from flags of the job and of the cluster.
+
+        `gpus` counts the GPUs of the cluster. The job uses GPUs if there are any.
+        """
+        kind = ExtractConfig if values.get("head") is None else PredictConfig
+        names = {f.name for f in fields(kind)}
+        for_job = {name: value for name, value in values.items() if name in names}
+        # None stands for the default of the job; extract and predict differ in it.
+        if for_job.get("store_embeddings") is None:
+            for_job.pop("store_embeddings", None)
+        gpus = values.get("gpus")
+        # A plan writes no run folder.
+        for_job |= {"out": "", "gpus": None if gpus is None else gpus > 0}
+        own = {f.name for f in fields(cls)} - {"job"}
+        rest = {name: value for name, value in values.items() if name in own}
+        return cls(job=kind(**for_job), **rest)
+
+    @property
+    def num_gpus(self) -> int:
+        """Number of GPUs of the cluster."""
+        return int(self.gpus or 0)
+
+    def cluster(self) -> PlannedCluster:
+        """Return the CPUs, GPUs and workers that the run will have."""
+        if self.num_gpus:
+            cpus = self.cpus or 8 * self.num_gpus
+            return PlannedCluster(cpus, self.num_gpus, cpus)
+        cpus = self.cpus or self.job.workers or os.cpu_count() or 1
+        return PlannedCluster(cpus, 0, self.job.workers or cpus)
