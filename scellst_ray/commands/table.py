@@ -81,7 +81,7 @@ COMMANDS = {
         "commands.extract:run_extract",
         "Slides to CELLS: every nucleus with its outline and embedding.",
         RUNS,
-        "scellst-ray extract --manifest slides.csv --out runs/cells --encoder imagenet",
+        "scellst-ray extract --manifest slides.csv --out runs/cells",
         OF_EXTRACT,
     ),
     "predict": Command(
@@ -89,13 +89,13 @@ COMMANDS = {
         "commands.predict:run_predict",
         "Slides to CELLS and EXPRESSION, in one pass; no transcriptomics needed.",
         RUNS,
-        "scellst-ray predict --manifest slides.csv --head runs/head --out runs/expression",
+        "scellst-ray predict --manifest slides.csv --head head --out runs/expression",
         OF_PREDICT,
     ),
     "plan": Command(
         "preflight.config:PlanConfig",
         "commands.plan:run_plan",
-        "What a run of extract or predict will take: tiles, cells, bytes, hours and their price.",
+        "Tiles, cells, bytes, hours and price of a run of extract or predict, before it starts.",
         RUNS,
         "scellst-ray plan --config predict.yaml --gpus 8 --gpu-price 2.5",
         {
@@ -119,7 +119,7 @@ COMMANDS = {
     "retry": Command(
         "commands.configs:RetryConfig",
         "commands.retry:run_retry",
-        "Go on with a run as it was configured: all slides not done, or some of them.",
+        "Resume a run with its own settings: all slides that are not done, or some of them.",
         RUNS,
         "scellst-ray retry runs/cells --failed --memory-gb 4",
         {
@@ -148,7 +148,7 @@ COMMANDS = {
         "commands.pretrain:run_pretrain",
         "Crops of cells to an encoder that tells them apart (MoCo v3).",
         TRAINING,
-        "scellst-ray pretrain --crops runs/crops --out runs/encoder --epochs 100",
+        "scellst-ray pretrain --crops runs/crops --out encoder --gpus",
         {
             "Input and output": "crops out init",
             "Network": "arch projector_dim out_dim temperature momentum momentum_cosine",
@@ -164,7 +164,7 @@ COMMANDS = {
         "commands.train:run_train",
         "CELLS and spots to a head that predicts expression (multiple-instance learning).",
         TRAINING,
-        "scellst-ray train --manifest spots.csv --cells runs/cells --out runs/head",
+        "scellst-ray train --manifest spots.csv --cells runs/cells --out head",
         {
             "Input and output": "manifest cells out slides",
             "Spots and genes": f"genes {OF_HEADS['Spots and genes']}",
@@ -178,7 +178,7 @@ COMMANDS = {
         "commands.crossvalidate_report:run_crossvalidate",
         "Heads trained on some slides and scored on others: folds by panels, losses and seeds.",
         TRAINING,
-        "scellst-ray crossvalidate --manifest spots.csv --cells runs/cells --out runs/cv",
+        "scellst-ray crossvalidate --manifest spots.csv --cells runs/cells --out cv",
         {
             "Input and output": "manifest cells out slides",
             "Trials": "protocol panels losses num_seeds colour bootstraps",
@@ -191,7 +191,7 @@ COMMANDS = {
         "commands.evaluate_segmentation:run_evaluate_segmentation",
         "Nuclei against annotations: F1, PQ and AJI of masks, F1 of points and of their types.",
         SCORES,
-        "scellst-ray evaluate segmentation --truth P1.png --run runs/cells --slide P1",
+        "scellst-ray evaluate segmentation runs/cells --slide P1 --truth P1.png",
         {
             "Input and output": "truth predicted run slide manifest out",
             "Frame": "mpp truth_mpp region radius_um",
@@ -203,7 +203,7 @@ COMMANDS = {
         "commands.evaluate_encoder:run_evaluate_encoder",
         "An encoder against cell types: linear probe, neighbours, batch effect, a gallery.",
         SCORES,
-        "scellst-ray evaluate encoder --encoder runs/encoder/encoder.safetensors --run runs/cells",
+        "scellst-ray evaluate encoder runs/cells --encoder imagenet --out report",
         {
             "Input and output": "encoder also manifest run slides out",
             "Cells": "drop_types max_cells neighbours queries seed",
@@ -213,10 +213,9 @@ COMMANDS = {
     "evaluate expression": Command(
         "evaluation.expression.config:EvaluateExpressionConfig",
         "commands.evaluate_expression:run_evaluate_expression",
-        "Predicted expression against spots or cells: PCC, SCC, rMSE, MAE, beside three baselines.",
+        "Predicted expression against spots or cells: PCC, SCC, rMSE, MAE, and three baselines.",
         SCORES,
-        "scellst-ray evaluate expression runs/expression --manifest test.csv --train-manifest "
-        "train.csv",
+        "scellst-ray evaluate expression runs/b --manifest b.csv --train-manifest a.csv",
         {
             "Input and output": "run manifest train_manifest slides out",
             "Scores": "colour radius_um bootstraps seed",
@@ -225,7 +224,7 @@ COMMANDS = {
     "simulate": Command(
         "evaluation.simulation.config:SimulateConfig",
         "commands.simulate:run_simulate",
-        "The paper's simulation study: what spots can teach about cells, scenario by scenario.",
+        "The simulation study of sCellST's paper: how much spots can teach about single cells.",
         SCORES,
         "scellst-ray simulate --out simulation --reference pbmc",
         {
@@ -269,7 +268,7 @@ COMMANDS = {
     "doctor": Command(
         "commands.configs:DoctorConfig",
         "commands.doctor:doctor",
-        "Check this machine, the cluster, and what is given below, before a run.",
+        "Check this machine, the cluster and the files named below, before a run.",
         OTHERS,
         "scellst-ray doctor --job predict.yaml",
         {
@@ -279,3 +278,8 @@ COMMANDS = {
         },
     ),
 }
+
+
+def begins_others(name: str) -> bool:
+    """Return whether a word begins commands of two words."""
+    return any(other.startswith(f"{name} ") for other in COMMANDS)
