@@ -58,7 +58,6 @@ WITHOUT_MIRROR = {
     "commands/plan.py",
     "commands/predict.py",
     "commands/simulate.py",
-    "commands/table.py",
     "core/names.py",
     "core/version.py",
     "core/watchdog.py",

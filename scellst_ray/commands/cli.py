@@ -7,6 +7,7 @@ own for groups of flags, shell completion, suggestions and an import of 0.05 s.
 import logging
 import sys
 from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
 from typing import Any, NoReturn
 
 from scellst_ray.commands import table
@@ -46,13 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse(error.prog or prog, str(error))
     try:
         command = table.COMMANDS[name]
-        return command.load_work()(_settings(command, values))
+        work = command.load_work()
+        if command.is_light and argv is None:
+            sys.meta_path.insert(0, _WithoutPandas())
+        return work(_settings(command, values))
     except (ValueError, OSError) as error:
         # Errors that users can fix, such as bad input, take one line. All others are bugs and keep
         # their traceback.
         text = f"[red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         return 1
+
+
+class _WithoutPandas(MetaPathFinder):
+    """Keep pandas out of a process: pyarrow loads it for its first value (0.5 s, 60 MB).
+
+    pyarrow works without, but remembers that there is none. So this is for a process of its own.
+    """
+
+    def find_spec(self, fullname: str, *_: object) -> None:
+        """Raise ModuleNotFoundError for pandas, and leave all else to other finders."""
+        if fullname == "pandas":
+            raise ModuleNotFoundError(fullname)
 
 
 def _refuse(prog: str, line: str) -> NoReturn:

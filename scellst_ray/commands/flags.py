@@ -8,7 +8,7 @@ import inspect
 import json
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
@@ -33,6 +33,11 @@ class Flag:
     kind: Any
     default: Any
     text: str
+
+    def or_none(self) -> "Flag":
+        """Return the flag with None as a value, and as the default of one that is required."""
+        default = None if self.default is MISSING else self.default
+        return replace(self, kind=self.kind | None, default=default)
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -68,15 +73,15 @@ def flags_of(settings: type) -> dict[str, Flag]:
 def _common(choices: Sequence[dict[str, Flag]]) -> dict[str, Flag]:
     """Return the flags of one of several settings.
 
-    Only those that all of them require are required, and a default in which they differ is None.
+    Only those that all of them require are required. A default in which they differ is None.
     """
     flags: dict[str, Flag] = {}
     for flag in (flag for choice in choices for flag in choice.values()):
         others = [choice.get(flag.name) for choice in choices]
         defaults = [other.default if other else None for other in others]
         is_same = all(default == defaults[0] for default in defaults)
-        default = defaults[0] if is_same else None
-        flags.setdefault(flag.name, Flag(flag.name, flag.kind, default, flag.text))
+        same = Flag(flag.name, flag.kind, defaults[0], flag.text)
+        flags.setdefault(flag.name, same if is_same else replace(same, default=None).or_none())
     return flags
 
 
@@ -102,6 +107,7 @@ def signature_of(
 
     `name`, or else `run`, may be given without its flag.
     """
+    flags = {name: flag.or_none() if name in hidden else flag for name, flag in flags.items()}
     place = {name: number for number, name in enumerate(" ".join(groups.values()).split())}
     order = sorted(
         flags.values(), key=lambda f: (f.default is not MISSING, place.get(f.name, len(place)))

@@ -59,7 +59,10 @@ def parse(name: str, words: Sequence[str]) -> Values:
     # None is a value that cyclopts has no word for.
     absent = {key: None for key, value in values.items() if value is None}
     given = {key: value for key, value in values.items() if value is not None}
-    config = Dict(given, source=files[-1] if files else None, use_commands_as_keys=False)
+    # Below the words of the command: at the root, `manifest` would be taken for the command.
+    for word in reversed(name.split()):
+        given = {word: given}
+    config = Dict(given, source=files[-1] if files else None)
     app = make_app([name], [config])
     try:
         function, bound, _ = app.parse_args(

@@ -42,6 +42,7 @@ class Command:
         example: A command line to start from.
         groups: Names of flags by the heading that the help shows them under.
         hidden: Flags that are accepted but not shown.
+        is_light: Whether the work runs without pandas.
     """
 
     settings: str
@@ -51,6 +52,7 @@ class Command:
     example: str
     groups: Mapping[str, str] = field(default_factory=dict)
     hidden: tuple[str, ...] = ()
+    is_light: bool = False
 
     def load_settings(self) -> type[Any]:
         """Import the dataclass of the settings."""
@@ -115,6 +117,7 @@ COMMANDS = {
         RUNS,
         "scellst-ray status runs/cells",
         {"Flags": "run json write"},
+        is_light=True,
     ),
     "retry": Command(
         "commands.configs:RetryConfig",
@@ -134,6 +137,7 @@ COMMANDS = {
         RUNS,
         "scellst-ray gc runs/cells --dry-run",
         {"Flags": "run dry_run"},
+        is_light=True,
     ),
     "export": Command(
         "commands.configs:ExportConfig",
@@ -215,7 +219,7 @@ COMMANDS = {
         "commands.evaluate_expression:run_evaluate_expression",
         "Predicted expression against spots or cells: PCC, SCC, rMSE, MAE, and three baselines.",
         SCORES,
-        "scellst-ray evaluate expression runs/b --manifest b.csv --train-manifest a.csv",
+        "scellst-ray evaluate expression run --manifest b.csv --train-manifest a.csv",
         {
             "Input and output": "run manifest train_manifest slides out",
             "Scores": "colour radius_um bootstraps seed",

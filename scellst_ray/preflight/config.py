@@ -58,9 +58,10 @@ class PlanConfig:
         kind = ExtractConfig if values.get("head") is None else PredictConfig
         names = {f.name for f in fields(kind)}
         for_job = {name: value for name, value in values.items() if name in names}
-        # None stands for the default of the job; extract and predict differ in it.
-        if for_job.get("store_embeddings") is None:
-            for_job.pop("store_embeddings", None)
+        # None stands for the default of the job, in which extract and predict differ.
+        for name in ("encoder", "store_embeddings"):
+            if for_job.get(name) is None:
+                for_job.pop(name, None)
         gpus = values.get("gpus")
         # A plan writes no run folder.
         for_job |= {"out": "", "gpus": None if gpus is None else gpus > 0}

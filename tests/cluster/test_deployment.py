@@ -14,8 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from scellst_ray.commands import cli
-from scellst_ray.commands import table as commands
+from scellst_ray.commands.table import COMMANDS
 from scellst_ray.core.version import __version__
+from tests.support.commands import capture_settings
 from tests.support.paths import ROOT
 
 JOBS = (
@@ -43,13 +44,10 @@ def parse(monkeypatch):
     """Return a function that turns the command line of a job into its configuration."""
 
     def run(words):
-        seen = []
-        jobs = {name: (kind, lambda c: seen.append(c) or 0) for name, (kind, _) in known.items()}
-        monkeypatch.setattr(commands, "jobs", lambda: jobs)
+        seen = capture_settings(monkeypatch)
         assert cli.main(words) == 0
         return seen[0]
 
-    known = commands.jobs()
     return run
 
 
@@ -119,8 +117,8 @@ def test_there_is_a_script_for_every_command():
     # A person's, not the cluster's.
     here = {"evaluate segmentation", "evaluate encoder", "evaluate expression", "simulate"}
     here |= {"manifest hest", "models", "models fetch", "status", "gc"}
-    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == set(commands.jobs()) - here
-    assert set(JOBS) <= set(commands.jobs())
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == set(COMMANDS) - here
+    assert set(JOBS) <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -13,8 +13,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 )
 
 from scellst_ray.commands import cli
-from scellst_ray.commands import table as commands
 from scellst_ray.core.version import __version__
+from tests.support.commands import capture_settings
 from tests.support.paths import ROOT
 
 MANIFESTS = ("rayjob-predict", "rayjob-pretrain", "raycluster")
@@ -194,10 +194,7 @@ def test_entrypoint_is_a_job_with_its_flags(name, monkeypatch):
     assert python == "python"
     assert f"WORKDIR {Path(script).parents[1]}\n" in (ROOT / "cluster" / "Dockerfile").read_text()
     assert (ROOT / "jobs" / Path(script).name).is_file()
-    seen = []
-    known = commands.jobs()
-    jobs = {job: (kind, lambda c: seen.append(c) or 0) for job, (kind, _) in known.items()}
-    monkeypatch.setattr(commands, "jobs", lambda: jobs)
+    seen = capture_settings(monkeypatch)
     assert cli.main([Path(script).stem, *words]) == 0
     (config,) = seen
     assert config.out.startswith("s3://BUCKET/")

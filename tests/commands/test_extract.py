@@ -2,8 +2,9 @@
 
 import pytest
 
-from scellst_ray.commands import table as commands
+from scellst_ray.commands import extract as command
 from scellst_ray.commands.extract import summarise
+from scellst_ray.stages.config import ExtractConfig
 
 
 def record(status, **changes):
@@ -68,14 +69,7 @@ def test_slides_unlike_the_training_slides_are_named_and_change_no_exit_code(cap
 
 
 def test_run_extract_reports_the_records_it_got(capsys, monkeypatch):
-    monkeypatch.setattr(commands, "extract", lambda *_: {"s": record("done")})
-    config = commands.ExtractConfig(manifest="m.csv", out="o")
-    assert commands.run_extract(config) == 0
+    monkeypatch.setattr(command, "extract", lambda *_: {"s": record("done")})
+    config = ExtractConfig(manifest="m.csv", out="o")
+    assert command.run_extract(config) == 0
     assert "1 done" in capsys.readouterr().out
-
-
-def test_run_train_names_the_head(capsys, monkeypatch):
-    monkeypatch.setattr(commands, "train", lambda _, say: say("panel [a, b] of 2"))
-    config = commands.TrainConfig(manifest="m.csv", cells="c", out="heads/[1]")
-    assert commands.run_train(config) == 0
-    assert capsys.readouterr().out == "panel [a, b] of 2\nhead: heads/[1]/head.safetensors\n"

@@ -7,9 +7,8 @@ import pytest
 
 from scellst_ray import storage
 from scellst_ray.commands import retry as module
-from scellst_ray.commands import table as commands
 from scellst_ray.commands.configs import RetryConfig
-from scellst_ray.commands.retry import retry
+from scellst_ray.commands.retry import retry, run_retry
 from scellst_ray.stages.config import ExtractConfig, PredictConfig
 from tests.support.run_folders import MISSING, make_run, record
 
@@ -88,7 +87,7 @@ def test_slides_that_left_the_manifest_are_named_and_left(tmp_path, manifest, st
 
 def test_nothing_to_retry(tmp_path, manifest, started, capsys):
     run = run_of(tmp_path, ExtractConfig(manifest=manifest, out="o"), records=RECORDS[:2])
-    assert commands.run_retry(RetryConfig(run=run.uri, failed=True)) == 0
+    assert run_retry(RetryConfig(run=run.uri, failed=True)) == 0
     assert started == []
     assert "0 slides" in capsys.readouterr().out
 

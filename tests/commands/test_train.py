@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from scellst_ray.commands import train as train_module
 from scellst_ray.commands.train import train
 from scellst_ray.commands.training_configs import TrainConfig
 from scellst_ray.models.mil.head import load_head
@@ -136,3 +137,10 @@ def test_what_cannot_train_is_refused_before_ray_starts(small, tmp_path):
 def test_config_refuses_what_cannot_work(small, field, value):
     with pytest.raises(ValueError, match=field):
         config_of(small, "out", **{field: value})
+
+
+def test_run_train_names_the_head(capsys, monkeypatch):
+    monkeypatch.setattr(train_module, "train", lambda _, say: say("panel [a, b] of 2"))
+    config = TrainConfig(manifest="m.csv", cells="c", out="heads/[1]")
+    assert train_module.run_train(config) == 0
+    assert capsys.readouterr().out == "panel [a, b] of 2\nhead: heads/[1]/head.safetensors\n"

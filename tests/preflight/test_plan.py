@@ -5,13 +5,13 @@ import json
 import pytest
 import yaml
 
-from scellst_ray.commands import table as commands
 from scellst_ray.commands.cli import main
 from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.preflight.config import PlanConfig
 from scellst_ray.preflight.costs import PlannedCluster
 from scellst_ray.preflight.plan import make_plan
 from scellst_ray.stages.config import ExtractConfig, PredictConfig
+from tests.support.commands import capture_settings
 from tests.support.paths import ROOT
 
 plan_config = PlanConfig.from_flags
@@ -35,13 +35,7 @@ def manifest(synthetic_slide, tmp_path):
 
 @pytest.mark.parametrize("job", ["extract", "predict"])
 def test_takes_the_jobs_files_as_they_are(job, monkeypatch, tmp_path):
-    seen = []
-
-    def run(config):
-        seen.append(config)
-        return 0
-
-    monkeypatch.setattr(commands, "jobs", lambda: {"plan": (PlanConfig, run)})
+    seen = capture_settings(monkeypatch)
     example = ROOT / "jobs" / f"{job}.example.yaml"
     whole = example.read_text() + "gpus: true\nworkers: 3\n"
     (tmp_path / "job.yaml").write_text(whole)
@@ -53,27 +47,6 @@ def test_takes_the_jobs_files_as_they_are(job, monkeypatch, tmp_path):
     assert config.job == kind(**values)
     assert main(["plan", "--config", str(tmp_path / "job.yaml")]) == 0
     assert seen[1].num_gpus == 1
-
-
-def test_the_cluster():
-    assert plan_config(manifest="m", workers=6).cluster() == PlannedCluster(6, 0, 6)
-    assert plan_config(manifest="m", workers=6, cpus=8).cluster() == PlannedCluster(8, 0, 6)
-    assert plan_config(manifest="m", gpus=2, cpus=64).cluster() == PlannedCluster(64, 2, 64)
-    assert plan_config(manifest="m", gpus=False, workers=1).cluster().gpus == 0
-
-
-@pytest.mark.parametrize(
-    ("wrong", "part"),
-    [
-        ({"calibrate": 0}, "calibrate is 0"),
-        ({"cpu_price": -1.0}, "cpu_price is -1.0"),
-        ({"gpus": -1}, "gpus is -1"),
-        ({"core_px": 8}, "core_px is 8"),
-    ],
-)
-def test_refuses(wrong, part):
-    with pytest.raises(ValueError, match=part):
-        plan_config(manifest="m", **wrong)
 
 
 def test_tells_people_and_machines(manifest, tmp_path, capsys):

@@ -11,7 +11,7 @@ from scipy import sparse
 
 from scellst_ray.commands.configs import ManifestHestConfig
 from scellst_ray.commands.manifest_hest import write_hest_manifest
-from scellst_ray.commands.table import jobs
+from scellst_ray.commands.table import COMMANDS
 from scellst_ray.slides.manifest import SlideRow, read_manifest
 from scellst_ray.spots.hest import read_hest
 from scellst_ray.spots.read import read_spots
@@ -145,10 +145,13 @@ def test_command_writes_a_manifest_that_jobs_read(tmp_path, capsys):
     write_sample(tmp_path / "hest", "B2")
     write_sample(tmp_path / "hest", "A1", {"pixel_size_um_embedded": 0.25, "patient": None})
     write_sample(tmp_path / "hest", "C3", parts=("metadata",))
-    kind, run = jobs()["manifest hest"]
-    assert (kind, run) == (ManifestHestConfig, write_hest_manifest)
+    command = COMMANDS["manifest hest"]
+    assert (command.load_settings(), command.load_work()) == (
+        ManifestHestConfig,
+        write_hest_manifest,
+    )
     config = ManifestHestConfig(folder=str(tmp_path / "hest"), out=str(tmp_path / "m.csv"))
-    assert run(config) == 0
+    assert write_hest_manifest(config) == 0
     told = capsys.readouterr().out
     assert "A1: 0.5 um/px estimated, but 0.25 by pixel_size_um_embedded" in told
     assert "left out C3: no st/C3.h5ad, wsis/C3.tif" in told
@@ -161,4 +164,4 @@ def test_command_writes_a_manifest_that_jobs_read(tmp_path, capsys):
     assert rows[0].columns["conflicts"].startswith("0.5 um/px")
     assert read_spots({**rows[0].columns, "slide_id": "A1"}, rows[0].mpp).radius0 == 11.0
     with pytest.raises(ValueError, match="there is a file already"):
-        run(config)
+        write_hest_manifest(config)
