@@ -179,7 +179,8 @@ def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _normalise(words: Sequence[str], flags: Mapping[str, Flag]) -> tuple[list[str], Values]:
     """Return words as cyclopts takes them, and flags that are `null`.
 
-    `--gpus false` becomes --gpus=false. A flag that is `null` is None, and leaves the words.
+    `--gpus false` becomes --gpus=false. A flag that is `null` is None, and leaves the words. A list
+    that is given twice is one list, so `--crops+ b` is --crops b.
     """
     rest: list[str] = []
     nulls: Values = {}
@@ -187,7 +188,10 @@ def _normalise(words: Sequence[str], flags: Mapping[str, Flag]) -> tuple[list[st
     while ahead:
         word = ahead.pop(0)
         name, equals, value = word.partition("=")
-        flag = flags.get(name[2:].replace("-", "_")) if name.startswith("--") else None
+        flag = flags.get(name[2:].replace("-", "_").rstrip("+")) if name.startswith("--") else None
+        if flag is not None and name.endswith("+"):
+            name = name.rstrip("+")
+            word = f"{name}{equals}{value}"
         if flag is not None and not equals and ahead:
             next_word = ahead[0]
             is_truth = flag.is_switch and next_word.lower() in TRUTHS

@@ -63,8 +63,8 @@ class PlanConfig:
             if for_job.get(name) is None:
                 for_job.pop(name, None)
         gpus = values.get("gpus")
-        # A plan writes no run folder.
-        for_job |= {"out": "", "gpus": None if gpus is None else gpus > 0}
+        # A plan writes no run folder, so it may have no name.
+        for_job |= {"out": values.get("out") or "", "gpus": None if gpus is None else gpus > 0}
         own = {f.name for f in fields(cls)} - {"job"}
         rest = {name: value for name, value in values.items() if name in own}
         return cls(job=kind(**for_job), **rest)

@@ -31,6 +31,13 @@ def test_lists_of_numbers():
     assert values == {"learning_rates": [0.01, 0.001], "search_epochs": [3, 5]}
 
 
+def test_a_list_given_twice_is_one_list():
+    assert parse("pretrain", ["--crops", "a,b", "--crops+=c", "--out=o"]) == {
+        "crops": ["a", "b", "c"],
+        "out": "o",
+    }
+
+
 def test_null_wins_over_the_file_and_the_last_of_two_flags_over_the_first(tmp_path):
     (tmp_path / "a.yaml").write_text("tile_timeout_s: 5\nplan_timeout_s: null\nmanifest: f\n")
     words = [*PLAN, "--config", f"{tmp_path}/a.yaml", "--tile-timeout-s", "null"]

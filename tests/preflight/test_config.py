@@ -11,7 +11,7 @@ plan_config = PlanConfig.from_flags
 
 def test_a_head_makes_it_predict():
     config = plan_config(manifest="m", out="o", core_px=128, encoder=None, store_embeddings=None)
-    assert config.job == ExtractConfig(manifest="m", out="", core_px=128)
+    assert config.job == ExtractConfig(manifest="m", out="o", core_px=128)
     config = plan_config(manifest="m", head="h", gpus=2, tile_timeout_s=None)
     assert config.job == PredictConfig(
         manifest="m", out="", head="h", gpus=True, tile_timeout_s=None

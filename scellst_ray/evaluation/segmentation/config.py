@@ -77,7 +77,11 @@ class EvaluateSegmentationConfig:
 
 
 def parse_region(text: str | None) -> list[float] | None:
-    """Return the two or four numbers of a region."""
+    """Return the two or four numbers of a region; None if it is not given.
+
+    Raises:
+        ValueError: the text is no region.
+    """
     if text is None:
         return None
     words = re.split(r"[\s,;]+", text.strip())

@@ -60,7 +60,7 @@ class SimulateConfig:
     """Seed of everything that is drawn."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Raise ValueError if a value cannot work."""
         lowest = {
             "max_cells": 1,
             "embedding_dim": 1,
@@ -88,7 +88,7 @@ class SimulateConfig:
             self.fit_config(rate)
 
     def fit_config(self, rate: float) -> "FitConfig":
-        """Return how a head is fitted."""
+        """Return the settings of a fit with this learning rate."""
         from scellst_ray.models.mil.fit import FitConfig  # noqa: PLC0415 - loads torch
 
         return FitConfig(
@@ -101,7 +101,7 @@ class SimulateConfig:
         )
 
     def search(self) -> "Search":
-        """Return how the learning rate is searched for."""
+        """Return the settings of the search for a learning rate."""
         from scellst_ray.evaluation.simulation.fit import Search  # noqa: PLC0415 - loads torch
 
         rates = self.learning_rates

@@ -19,9 +19,9 @@ def test_regions_and_types():
     ("settings", "part"),
     [
         ({}, "give either truth"),
-        ({"truth": "t"}, "say what is judged"),
+        ({"truth": "t"}, "nothing to score"),
         (FILES | {"run": "r"}, "either predicted or run"),
-        ({"truth": "t", "run": "r"}, "slide says which slide of run"),
+        ({"truth": "t", "run": "r"}, "slide names the slide of run"),
         (FILES | {"radius_um": 0.0}, "radius_um is 0.0"),
         (FILES | {"out": "a.txt"}, "must end in .json or .csv"),
         (FILES | {"types": ["a"]}, "types has 'a'"),
