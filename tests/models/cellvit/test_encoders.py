@@ -17,7 +17,7 @@ from scellst_ray.models.cellvit.encoders import (
     to_windows,
 )
 
-DIM, HEADS, DEPTH = 32, 4, 4
+DIM, HEADS, DEPTH = 32, 2, 4
 NORM = partial(nn.LayerNorm, eps=1e-6)
 
 

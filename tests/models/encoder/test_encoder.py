@@ -1,13 +1,12 @@
+"""Encoders: embeddings, files of this and other projects, and what is refused."""
+
 import os
 import pickle
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
@@ -22,26 +21,8 @@ from scellst_ray.models.encoder.encoder import (
     load_encoder,
     save_encoder,
 )
-from scellst_ray.models.encoder.header import IMAGENET_MEAN, IMAGENET_STD, Header
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return load_encoder("random:7")
-
-
-@pytest.fixture(scope="module")
-def crops():
-    return np.random.default_rng(0).integers(0, 256, (10, 48, 48, 3)).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def embedding(encoder, crops):
-    return embed_crops(encoder, crops, "cpu", "float32", batch_size=4)
-
-
-def embed(encoder, crops):
-    return embed_crops(encoder, crops, "cpu", "float32", batch_size=4)
+from scellst_ray.models.encoder.header import IMAGENET_MEAN, IMAGENET_STD
+from tests.support.encoders import embed
 
 
 def test_random_is_deterministic_and_leaves_torch_alone(crops, embedding):
@@ -241,25 +222,6 @@ def test_unknown_weights_name_what_there_is(name):
         encoder_digest(name)
 
 
-def old_header(arch="resnet50"):
-    """Return the metadata that version 1 wrote."""
-    header = {"format": "scellst_ray.encoder", "version": "1", "arch": arch}
-    return header | {"mean": "[0.5, 0.6, 0.7]", "std": "[0.2, 0.25, 0.3]"}
-
-
-@pytest.mark.parametrize("drop", [(), ("arch", "format", "version")])
-def test_files_of_version_1_are_read_as_resnet50(tmp_path, encoder, crops, drop):
-    header = {key: value for key, value in old_header().items() if key not in drop}
-    path = tmp_path / "v1.safetensors"
-    save_file(encoder.network.state_dict(), path, metadata=header)
-    loaded = load_encoder(str(path))
-    assert (loaded.mean, loaded.std) == ((0.5, 0.6, 0.7), (0.2, 0.25, 0.3))
-    assert (loaded.dim, encoder_dim(str(path))) == (2048, 2048)
-    twin = replace(encoder, mean=loaded.mean, std=loaded.std)
-    np.testing.assert_array_equal(embed(loaded, crops[:2]), embed(twin, crops[:2]))
-    assert encoder_header(str(path)).provenance == {}
-
-
 @pytest.mark.parametrize("arch", ["resnet18", "timm:test_resnet", "timm:test_vit"])
 def test_other_architectures_are_saved_and_loaded(tmp_path, crops, arch):
     one = load_encoder(f"random:3:{arch}")
@@ -278,54 +240,6 @@ def test_other_architectures_are_saved_and_loaded(tmp_path, crops, arch):
     assert embedding.astype(float).std(axis=0).max() > 0.01
 
 
-def test_a_random_resnet18_equals_torchvisions(crops):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        network = resnet18()
-    for name, parameter in network.named_parameters():
-        if name.endswith("bn2.weight"):
-            nn.init.constant_(parameter, 0.2)
-    network.fc = nn.Identity()
-    twin = Encoder(network.eval(), IMAGENET_MEAN, IMAGENET_STD, "twin", 512)
-    ours = load_encoder("random:5:resnet18")
-    assert (ours.dim, ours.digest) == (512, "random:5:resnet18")
-    np.testing.assert_array_equal(embed(ours, crops), embed(twin, crops))
-
-
-def test_names_that_mean_the_same_have_one_digest():
-    assert encoder_digest("random:5:resnet50") == encoder_digest("random:5") == "random:5"
-    assert encoder_digest("timm:test_resnet") == encoder_digest("timm:test_resnet.r160_in1k")
-    assert encoder_dim("imagenet") == encoder_dim("random:5") == 2048
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"arch": "vgg16"}, "no architecture 'vgg16'; expected resnet18"),
-        ({"arch": "timm:vgg"}, "timm .* has no network 'vgg'"),
-        ({"arch": "resnet34"}, "not a ResNet-34 .*tensors are missing"),
-        ({"version": "3"}, "format version 3; this release reads up to 2: upgrade"),
-        ({"version": "x"}, "cannot be read as weights"),
-        ({"format": "scellst_ray.head"}, "it is a scellst_ray.head, expected a"),
-        ({"dim": "2048"}, "states embeddings of length 2048, but resnet18 gives 512"),
-        ({"dim": "[512]"}, "header is damaged"),
-        ({"mean": "[0.5]"}, "header is damaged"),
-        ({"std": "[0.5, 0, 0.5]"}, "header is damaged"),
-        ({"mean": "0.5"}, "header is damaged"),
-        ({"provenance": "{"}, "cannot be read as weights"),
-        ({"crop_um": "18.0"}, "crops of 18 um and 48 px, and this release cuts 12 um and 48 px"),
-        ({"crop_px": "72"}, "crops of 12 um and 72 px, .* pretrain an encoder on such crops"),
-    ],
-)
-def test_headers_that_do_not_fit_are_refused(tmp_path, changes, reason):
-    path = tmp_path / "e.safetensors"
-    network, _ = new_backbone("resnet18", 0)
-    header = Header(arch="resnet18", dim=512).metadata() | changes
-    save_file(network.state_dict(), path, metadata=header)
-    with pytest.raises(ValueError, match=rf"e\.safetensors.*{reason}"):
-        load_encoder(str(path))
-
-
 def test_what_is_not_the_architecture_is_not_saved(tmp_path):
     path = tmp_path / "e.safetensors"
     network, _ = new_backbone("resnet18", 0)
@@ -334,66 +248,3 @@ def test_what_is_not_the_architecture_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="no architecture 'resnet'"):
         save_encoder(path, network, IMAGENET_MEAN, IMAGENET_STD, arch="resnet")
     assert not path.exists()
-
-
-def timm_from_file(monkeypatch, tmp_path, name):
-    """Let timm take its weights for `name` from a file, not from the hub; return the network."""
-    network = timm.create_model(name, pretrained=False)
-    path = tmp_path / "weights.pth"
-    torch.save(network.state_dict(), path)
-    create = timm.create_model
-
-    def from_file(model_name, **settings):
-        return create(model_name, pretrained_cfg_overlay={"file": str(path)}, **settings)
-
-    monkeypatch.setattr(timm, "create_model", from_file)
-    return network
-
-
-def test_timms_pretrained_network_comes_with_its_normalisation(tmp_path, monkeypatch, crops):
-    network = timm_from_file(monkeypatch, tmp_path, "test_resnet.r160_in1k")
-    ours = load_encoder("timm:test_resnet")
-    assert ours.digest == "timm:test_resnet.r160_in1k"
-    mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
-    x_NCHW = torch.from_numpy(
-        ((crops / 255 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2).astype(np.float32)
-    )
-    network.eval()
-    with torch.no_grad():
-        expected = network.forward_head(network.forward_features(x_NCHW), pre_logits=True).numpy()
-    assert ours.dim == expected.shape[1]
-    np.testing.assert_allclose(embed(ours, crops), expected, rtol=2e-3, atol=2e-3)
-
-
-def test_a_transformer_of_a_fixed_size_takes_our_crops(tmp_path, monkeypatch, crops):
-    timm_from_file(monkeypatch, tmp_path, "test_vit.r160_in1k")
-    ours = load_encoder("timm:test_vit")
-    assert embed(ours, crops).shape == (10, ours.dim)
-    assert encoder_dim("timm:test_vit") == ours.dim
-
-
-def test_timm_without_weights_is_never_a_random_network(monkeypatch):
-    create = timm.create_model
-
-    def unreachable(name, **settings):
-        if not settings["pretrained"]:
-            return create(name, **settings)
-        message = "no route to the hub"
-        raise OSError(message)
-
-    monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(ValueError, match=r"could not load .*no route to the hub.*HF_HOME"):
-        load_encoder("timm:test_resnet")
-
-
-def test_timm_is_optional(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    for name in ("timm:test_resnet", "random:1:timm:test_resnet"):
-        with pytest.raises(ValueError, match="it needs the package timm: pip install timm"):
-            encoder_digest(name)
-
-
-@pytest.mark.parametrize("name", ["", "resnet18.nosuch_tag", "resnet_18"])
-def test_a_name_timm_does_not_have(name):
-    with pytest.raises(ValueError, match=rf"timm [\d.]+ has no network '{name}'"):
-        encoder_digest(f"timm:{name}")

@@ -1,14 +1,16 @@
-import json
+"""The head: its layers, losses on expression and counts, ensembles, and its file."""
 
 import fsspec
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
-from scellst_ray.models.mil.bags import bag_mean
 from scellst_ray.models.mil.head import (
+    OURS,
+    PUBLISHED,
+    GroupedLinear,
     MilHead,
+    formula_of,
     head_to_bytes,
     instance_statistics,
     load_head,
@@ -16,25 +18,11 @@ from scellst_ray.models.mil.head import (
     save_head,
     stored_hidden,
 )
-from scellst_ray.models.mil.stored_head import HEAD_FORMAT, expression_from_hidden
-
-
-@pytest.fixture
-def head() -> MilHead:
-    torch.manual_seed(0)
-    return MilHead(embedding_dim=20, num_genes=3)
-
-
-def info_of(**changes) -> dict:
-    info = {
-        "genes": ["EPCAM", "CD3E", "ERBB2"],
-        "scaling": {"C2": [1.0, 2.5, 0.1], "C3": [1.0, 1.0, 1.0]},
-        "embedding_dim": 20,
-        "encoder_digest": "abc",
-        "training_slides": ["C2", "C3"],
-        "metrics": {"val_loss": 0.25},
-    }
-    return info | changes
+from scellst_ray.models.mil.likelihood import nb_log_prob, nb_total_log_prob
+from scellst_ray.models.mil.stored_head import (
+    Formula,
+)
+from tests.support.mil_heads import info_of
 
 
 def test_layers_are_those_of_the_paper(head):
@@ -78,57 +66,6 @@ def test_statistics_refuse_nothing_and_nan():
         instance_statistics(torch.full((3, 4), torch.nan))
 
 
-def loop_means(y_NG, offsets):
-    rows = []
-    for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        total = torch.zeros(y_NG.shape[1], dtype=y_NG.dtype)
-        for instance in range(start, stop):
-            total = total + y_NG[instance]
-        rows.append(total / (stop - start))
-    return torch.stack(rows)
-
-
-def test_bag_mean_and_its_gradient_equal_a_slow_loop():
-    offsets = torch.tensor([0, 1, 4, 6, 13])
-    y_NG = torch.randn(13, 5, dtype=torch.float64, requires_grad=True)
-    twin = y_NG.detach().clone().requires_grad_()
-    weight = torch.randn(4, 5, dtype=torch.float64)
-    found, expected = bag_mean(y_NG, offsets), loop_means(twin, offsets)
-    torch.testing.assert_close(found, expected)
-    (found * weight).sum().backward()
-    (expected * weight).sum().backward()
-    torch.testing.assert_close(y_NG.grad, twin.grad)
-
-
-def test_bag_mean_does_not_depend_on_the_order_of_bags_or_instances():
-    y_NG = torch.randn(9, 2)
-    plain = bag_mean(y_NG, torch.tensor([0, 2, 9]))
-    moved = bag_mean(torch.cat([y_NG[2:].flip(0), y_NG[:2].flip(0)]), torch.tensor([0, 7, 9]))
-    torch.testing.assert_close(moved.flip(0), plain)
-
-
-@pytest.mark.parametrize(
-    ("offsets", "words"),
-    [
-        ([0, 2, 2, 4], r"bag 1 of 3 holds 0 instances"),
-        ([0, 3, 2, 4], r"bag 1 of 3 holds -1"),
-        ([0, 2, 3], r"go from \[0\] to \[3\], expected one-dimensional offsets from 0 to .* 4"),
-        ([1, 4], r"go from \[1\]"),
-    ],
-)
-def test_empty_bags_and_misfits_are_refused(offsets, words):
-    with pytest.raises(ValueError, match=words):
-        bag_mean(torch.ones(4, 2), torch.tensor(offsets))
-
-
-def test_no_bags_give_no_rows_with_a_gradient():
-    y_NG = torch.zeros(0, 3, requires_grad=True)
-    means = bag_mean(y_NG * 2, torch.tensor([0]))
-    assert means.shape == (0, 3)
-    means.sum().backward()
-    assert y_NG.grad is not None
-
-
 def test_squared_errors_sum_over_spots(head):
     prediction, target = torch.randn(7, 3), torch.randn(7, 3)
     whole = loss_sum(head, prediction, target)
@@ -136,29 +73,6 @@ def test_squared_errors_sum_over_spots(head):
     parts = [loss_sum(head, prediction[part::3], target[part::3]) for part in range(3)]
     torch.testing.assert_close(sum(parts), whole)
     assert loss_sum(head, prediction[:0], target[:0]) == 0
-
-
-@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
-def test_numpy_expression_from_stored_factor_equals_torch(head, scale):
-    with torch.no_grad():
-        head.last.weight *= scale
-        stored = stored_hidden(head.hidden(3 * torch.randn(400, 20)))
-        expected = head.from_hidden(stored).numpy()
-    weight, bias = head.last.weight.detach().numpy(), head.last.bias.detach().numpy()
-    found = expression_from_hidden(stored.numpy(), weight, bias)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    # Any genes for any cells are the same numbers.
-    part = expression_from_hidden(stored.numpy()[5:9], weight[[2, 0]], bias[[2, 0]])
-    np.testing.assert_allclose(part, expected[5:9][:, [2, 0]], rtol=1e-5)
-
-
-def test_numpy_softplus_at_its_extremes():
-    hidden = np.array([[1.0]], np.float16)
-    for z in (-80.0, -1e-4, 0.0, 15.0, 25.0, 3e4):
-        found = expression_from_hidden(hidden, np.array([[z]], np.float32), np.zeros(1))
-        expected = torch.nn.functional.softplus(torch.tensor(z, dtype=torch.float64))
-        np.testing.assert_allclose(found, [[expected.item()]], rtol=1e-6)
 
 
 def test_hidden_that_float16_cannot_hold_is_refused():
@@ -199,31 +113,106 @@ def test_info_that_does_not_describe_the_head_is_refused(head, changes, words):
         head_to_bytes(head, without)
 
 
-def test_wrong_and_cut_files_are_refused(head, tmp_path):
-    path = tmp_path / "head"
-    whole = head_to_bytes(head, info_of())
-    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"its {size} bytes are not a whole safetensors"):
-            load_head(str(path))
-    path.write_bytes(b"PK" + whole)
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        load_head(str(path))
-    path.write_bytes(safetensors.torch.save({"conv1.weight": torch.zeros(3)}))
-    with pytest.raises(ValueError, match=f"format None version None, expected '{HEAD_FORMAT}'"):
-        load_head(str(path))
-    with pytest.raises(ValueError, match="no such head"):
-        load_head(str(tmp_path / "none"))
+def test_the_published_predictor(head):
+    torch.manual_seed(0)
+    published = MilHead(20, 3, formula=PUBLISHED)
+    published.load_state_dict(head.state_dict())
+    x_ND = torch.randn(50, 20)
+    hidden = x_ND
+    for number in (0, 2, 4):
+        z = hidden @ head.layers[number].weight.T + head.layers[number].bias
+        hidden = torch.where(z < 0, 0.01 * z, z)
+    published.eval()
+    torch.testing.assert_close(published.hidden(x_ND), hidden)
+    z = hidden @ head.last.weight.T + head.last.bias
+    torch.testing.assert_close(published(x_ND), torch.log1p(torch.exp(20 * z)) / 20)
+    # In training a tenth of each hidden layer is dropped, and what is left is scaled up.
+    published.train()
+    share = (published.hidden(torch.randn(2000, 20)) == 0).float().mean().item()
+    assert share == pytest.approx(0.1, abs=0.01)
+    assert Formula(negative_slope=0.01, dropout=0.1, beta=20) == PUBLISHED
+    assert formula_of("ours", "nb", 3) == Formula(loss="nb", ensemble=3)
 
 
-def test_other_version_and_other_tensors_are_refused(head, tmp_path):
-    path = tmp_path / "head"
-    metadata = {"format": HEAD_FORMAT, "format_version": "9", "info": json.dumps(info_of())}
-    path.write_bytes(safetensors.torch.save(head.state_dict(), metadata=metadata))
-    with pytest.raises(ValueError, match="version '9', expected"):
-        load_head(str(path))
-    state = head.state_dict() | {"layers.2.weight": torch.zeros(4, 4)}
-    path.write_bytes(safetensors.torch.save(state, metadata=metadata | {"format_version": "1"}))
-    with pytest.raises(ValueError, match=r"(?s)do not fit a MIL head.*layers\.2\.weight") as caught:
-        load_head(str(path))
-    assert str(path) in str(caught.value)
+def alone(head, member):
+    """Return one member of an ensemble as a head of its own."""
+    count = head.formula.ensemble
+    single = MilHead(len(head.mean_D), len(head.last.bias) // count, formula=OURS)
+    state = {
+        name: value if name in ("mean_D", "std_D") else value.chunk(count)[member]
+        for name, value in head.state_dict().items()
+    }
+    single.load_state_dict(state)
+    return single
+
+
+def test_members_of_an_ensemble_share_nothing_but_their_inputs():
+    torch.manual_seed(0)
+    head = MilHead(20, 4, formula=Formula(ensemble=3))
+    head.standardise(2 + 3 * torch.randn(99, 20))
+    x_ND = torch.randn(7, 20)
+    singles = [alone(head, member) for member in range(3)]
+    torch.testing.assert_close(
+        head.hidden(x_ND), torch.cat([single.hidden(x_ND) for single in singles], 1)
+    )
+    each_KNG = torch.stack([single(x_ND) for single in singles])
+    torch.testing.assert_close(head(x_ND), torch.cat(list(each_KNG), 1))
+    hidden = head.hidden(x_ND)
+    torch.testing.assert_close(head.from_hidden(hidden), each_KNG.mean(0))
+    torch.testing.assert_close(
+        head.spread_from_hidden(hidden), each_KNG.std(0, correction=0), rtol=1e-4, atol=1e-6
+    )
+    assert (each_KNG[0] - each_KNG[1]).abs().max() > 0.01
+    # Its loss is the sum of theirs, so its gradients are theirs.
+    target = torch.randn(7, 4)
+    loss_sum(head, head(x_ND), target).backward()
+    for member, single in enumerate(singles):
+        loss_sum(single, single(x_ND), target).backward()
+        for found, expected in zip(head.parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(
+                found.grad.chunk(3)[member], expected.grad, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_grouped_layers_of_no_rows():
+    layer = GroupedLinear(4, 5, 3)
+    assert layer(torch.zeros(0, 12)).shape == (0, 15)
+    layer(torch.zeros(0, 12)).sum().backward()
+    assert not layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_counts_are_likely_at_size_factor_times_the_mean_of_cells(ensemble):
+    torch.manual_seed(0)
+    target, factor = torch.poisson(torch.full((5, 3), 4.0)), torch.tensor([0.5, 1, 2, 1, 3])
+    prediction = torch.rand(5, ensemble * 3) + 0.1
+    for loss, form in (("nb", nb_log_prob), ("nb_total", nb_total_log_prob)):
+        head = MilHead(20, 3, formula=Formula(loss=loss, ensemble=ensemble))
+        torch.nn.init.normal_(head.log_dispersion)
+        total = 0.0
+        for spot in range(5):
+            for column in range(ensemble * 3):
+                g = head.log_dispersion[column].double()
+                size = prediction[spot, column].double() * factor[spot]
+                second = g.exp() if loss == "nb" else size
+                first = size if loss == "nb" else None
+                y = target[spot, column % 3]
+                total -= form(y, first, second) if loss == "nb" else form(y, second, g)
+        found = loss_sum(head, prediction, target, factor)
+        torch.testing.assert_close(found, total)
+        found.backward()
+        assert head.log_dispersion.grad.abs().min() > 0
+        empty = loss_sum(head, prediction[:0], target[:0], factor[:0])
+        assert empty == 0
+        with pytest.raises(ValueError, match=f"loss '{loss}' needs the size factor"):
+            loss_sum(head, prediction, target)
+
+
+def test_total_counts_have_their_mean_as_expression():
+    head = MilHead(20, 2, formula=Formula(loss="nb_total"))
+    with torch.no_grad():
+        head.log_dispersion.copy_(torch.tensor([-1.0, 2.0]))
+        x_ND = torch.randn(4, 20)
+        expression = head.from_hidden(head.hidden(x_ND))
+        distribution = torch.distributions.NegativeBinomial(head(x_ND), logits=head.log_dispersion)
+    torch.testing.assert_close(expression, distribution.mean)

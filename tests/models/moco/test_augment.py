@@ -1,4 +1,5 @@
-import itertools
+"""Views against the published pipeline, their distributions, seeds and devices."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,44 +7,19 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 from scipy import stats
-from skimage.color import hed2rgb, rgb2hed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import functional as tv
 
 from scellst_ray.models.moco import augment as augment_module
 from scellst_ray.models.moco.augment import AugmentConfig, apply, augment, draw
-from scellst_ray.models.moco.augment_colour import STAINS, jitter, jitter_stains
-from scellst_ray.models.moco.augment_geometry import (
-    blur_matrix,
-    mean_index,
-    resize_matrix,
-    rotation_index,
-)
+from tests.support.moco_crops import jitter_tv, seeded, tissue
 
 MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.15)
 STILL = {"jitter_prob": 0.0, "degrees": 0.0, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
 STILL |= {"blur_prob": 0.0, "erase_prob": 0.0}
 EVERYTHING = AugmentConfig(flips=True, stain_jitter=0.1)
 NUM = 4000
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def tissue(num, side=72, seed=0):
-    """Return crops of H&E-like colours, structured at the scale of nuclei: uint8 [N, H, W, 3]."""
-    rng = np.random.default_rng(seed)
-    concentrations = np.zeros((num, 2, side, side))
-    for index, (coarse, strength) in itertools.product(range(num), ((5, 0.9), (17, 0.6))):
-        for stain in range(2):
-            noise = Image.fromarray(rng.random((coarse, coarse)).astype(np.float32))
-            smooth = np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC))
-            concentrations[index, stain] += strength * smooth**2
-    density = np.einsum("nshw,sc->nhwc", concentrations, np.array(STAINS[:2]))
-    noisy = 255 * np.exp(-density) + rng.normal(0, 4, density.shape)
-    return torch.from_numpy(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +35,6 @@ def many():
 def in_unit(views):
     """Undo the normalisation."""
     return views * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-
-
-def jitter_tv(image, order, factors):
-    """Apply torchvision's functions to one image (tensor or PIL) in this order."""
-    brightness, contrast, saturation, hue = (float(factor) for factor in factors)
-    for operation in order.tolist():
-        if operation == 0:
-            image = tv.adjust_brightness(image, brightness)
-        elif operation == 1:
-            image = tv.adjust_contrast(image, contrast)
-        elif operation == 2:
-            image = tv.adjust_saturation(image, saturation)
-        elif operation == 3:
-            image = tv.adjust_hue(image, hue)
-    return image
 
 
 def view_pil(crop, parameters):
@@ -116,73 +77,6 @@ def test_without_colour_nothing_is_off_by_more_than_roundings(crops):
     assert off.mean() < 0.5
 
 
-# Each operation beside torchvision's or PIL's
-
-
-def test_jitter_equals_torchvision_in_every_order():
-    orders = torch.tensor(list(itertools.permutations(range(4))))
-    pixels = tissue(24, side=40).permute(3, 0, 1, 2).float() / 255
-    pixels[:, :, :3, :3] = pixels[:1, :, :3, :3]  # grey: hue undefined
-    pixels[:, :, 4, 4], pixels[:, :, 5, 5] = 0, 1
-    factors = draw(24, AugmentConfig(), seeded(1)).jitter_factors
-    got = pixels.flatten(2).clone()
-    jitter(got, orders, factors)
-    for row in range(24):
-        expected = jitter_tv(pixels[:, row], orders[row], factors[row])
-        torch.testing.assert_close(got[:, row], expected.flatten(1), atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("operation", range(4))
-def test_single_operations_equal_torchvision_on_random_colours(operation):
-    pixels = torch.rand(3, 30, 400, generator=seeded(2))
-    pixels[:, :5] = (pixels[:, :5] * 4).round() / 4  # ties between channels
-    order = torch.tensor([[operation, -1, -1, -1]]).expand(30, -1)
-    low, high = (-0.5, 0.5) if operation == 3 else (0.0, 2.0)
-    factors = torch.linspace(low, high, 30)[:, None].expand(-1, 4)
-    got = pixels.clone()
-    jitter(got, order, factors)
-    for row in range(30):
-        image = pixels[:, row].reshape(3, 20, 20)
-        expected = jitter_tv(image, order[row], factors[row]).flatten(1)
-        torch.testing.assert_close(got[:, row], expected, atol=5e-6, rtol=0)
-
-
-def test_unjittered_samples_pass_through_exactly():
-    pixels = torch.rand(3, 4, 50, generator=seeded(0))
-    got = pixels.clone()
-    jitter(got, torch.full((4, 4), -1), torch.full((4, 4), 0.3))
-    torch.testing.assert_close(got, pixels, atol=0, rtol=0)
-
-
-def test_a_fifth_of_the_pixels_gives_the_mean_grey(crops):
-    index = mean_index(72).long()
-    assert len(index) == pytest.approx(72 * 72 / 5, abs=1)
-    for axis in (index // 72, index % 72):
-        assert set(axis.bincount(minlength=72).tolist()) <= {14, 15}
-    grey = (crops.double() @ torch.tensor([0.2989, 0.587, 0.114]).double()).flatten(1)
-    off = (grey[:, index].mean(1) - grey.mean(1)).abs()
-    assert off.max() < 1.2  # levels of 255; contrast takes at most 0.7 of it
-    assert off.square().mean().sqrt() < 0.5
-
-
-def test_rotation_takes_pil_s_pixels():
-    angles = torch.linspace(-360, 360, 97, dtype=torch.float64)
-    got = rotation_index(angles, 72, 48).reshape(-1, 48, 48)
-    index = Image.fromarray(np.arange(72 * 72, dtype=np.int32).reshape(72, 72))
-    assert index.mode == "I"
-    expected = []
-    for angle in angles.tolist():
-        turned = tv.rotate(index, angle, fill=-1)
-        expected.append(np.asarray(tv.center_crop(turned, 48)))
-    expected = np.stack(expected)
-    assert expected.min() >= 0  # 72 / sqrt(2) > 48: no corner of the view leaves the crop
-    differs = got.numpy() != expected
-    assert differs.mean() < 1e-3
-    row, column = np.divmod(got.numpy(), 72)
-    row_pil, column_pil = np.divmod(expected, 72)
-    assert max(np.abs(row - row_pil).max(), np.abs(column - column_pil).max()) <= 1
-
-
 @pytest.mark.parametrize("side", [68, 69, 72, 80])
 def test_no_corner_of_a_rotated_view_lies_outside_the_crop(side):
     config = AugmentConfig(**(STILL | {"degrees": 360.0}))
@@ -193,54 +87,6 @@ def test_no_corner_of_a_rotated_view_lies_outside_the_crop(side):
     centre = torch.arange(48) + 0.5 - 24
     reach = centre[-1] * (angles.deg2rad().cos() + angles.deg2rad().sin()).max() + 0.5
     assert reach <= side / 2
-
-
-def test_crop_and_resize_equal_torchvision_s():
-    images = torch.rand(40, 3, 48, 48, generator=seeded(1))
-    parameters = draw(40, AugmentConfig(), seeded(7))
-    boxes, flipped = parameters.crop_px, torch.rand(40, 2, generator=seeded(2)) < 0.5
-    rows = resize_matrix(boxes[:, 0], boxes[:, 2], flipped[:, 0], 48)
-    columns = resize_matrix(boxes[:, 1], boxes[:, 3], flipped[:, 1], 48)
-    torch.testing.assert_close(rows.sum(2), torch.ones(40, 48))
-    for row in range(40):
-        got = rows[row] @ images[row] @ columns[row].T
-        expected = tv.resized_crop(images[row], *boxes[row].tolist(), [48, 48], antialias=True)
-        expected = tv.vflip(expected) if flipped[row, 0] else expected
-        expected = tv.hflip(expected) if flipped[row, 1] else expected
-        torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5, 0.8, 1.0, 1.3, 1.7, 2.0])
-def test_blur_equals_pil_s(sigma):
-    image = tissue(1, side=48, seed=8)[0]
-    matrix = blur_matrix(torch.tensor([sigma]), 48)[0]
-    got = matrix @ image.permute(2, 0, 1).float() @ matrix.T
-    blurred = Image.fromarray(image.numpy()).filter(ImageFilter.GaussianBlur(sigma))
-    expected = torch.from_numpy(np.array(blurred)).permute(2, 0, 1).float()
-    assert (got - expected).abs().max() < 4  # PIL rounds after each of six passes
-    assert (got - expected).abs().mean() < 1
-    place = torch.arange(48) - 24.0
-    assert (matrix[24] * place**2).sum().sqrt() == pytest.approx(sigma, abs=1e-3)
-    torch.testing.assert_close(matrix.sum(1), torch.ones(48))
-
-
-def test_stain_jitter_equals_skimage_s_unmixing():
-    pixels = tissue(6, side=20).clamp(2, 250).permute(3, 0, 1, 2).flatten(2).float() / 255
-    scale = torch.tensor([[1, 1], [0.8, 1.1], [1.2, 0.9], [1, 1], [1.05, 0.95], [0.7, 1.3]])
-    shift = torch.tensor([[0, 0], [0, 0], [0, 0], [0.1, -0.05], [-0.1, 0.1], [0.05, 0.0]])
-    got = pixels.clone()
-    jitter_stains(got, scale, shift)
-    torch.testing.assert_close(got[:, 0], pixels[:, 0], atol=1e-6, rtol=0)
-    # skimage's stain vectors are not of unit length, and its unit of density is ln(1e6).
-    unit = np.log(1e6) * np.linalg.norm(np.array(STAINS[:2]), axis=1)
-    for row in range(6):
-        hed = rgb2hed(pixels[:, row].T.double().numpy())
-        # A residual below nought would be cut by skimage on the way back, never by us.
-        hed = np.linalg.solve(np.array(STAINS).T, -np.log(pixels[:, row].double().numpy())).T
-        hed /= np.log(1e6)
-        hed[:, :2] = hed[:, :2] * scale[row].numpy() + shift[row].numpy() / unit
-        expected = torch.from_numpy(hed2rgb(hed)).T.float()
-        torch.testing.assert_close(got[:, row], expected, atol=1e-5, rtol=0)
 
 
 def test_erased_pixels_are_black_before_normalisation(crops):

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from scellst_ray.models.weights import fetch
-from scellst_ray.models.weights.digests import ExpectedFile, describe_mismatch, digests_of
+from scellst_ray.models.weights.digests import ExpectedFile, digests_of
 from scellst_ray.models.weights.fetch import Patience, WrongFileError, download, zenodo_file
 from tests.support.weights_server import serving
 
@@ -227,20 +227,6 @@ def test_a_server_that_does_not_tell_the_length(target):
         download(f"{url}/w", target, RIGHT, patience=QUICK)
     assert target.read_bytes() == CONTENT
     assert ranges(behaviour) == [None, "bytes=1000000-"]
-
-
-def test_a_digest_may_be_known_in_part():
-    found = digests_of_bytes(b"abc")
-    assert describe_mismatch(found, ExpectedFile(sha256=found.sha256[:16].upper())) is None
-    assert describe_mismatch(found, ExpectedFile()) is None
-    assert "its SHA-256 is ba78" in describe_mismatch(found, ExpectedFile(sha256="ba79"))
-    assert "it has 3 bytes, expected 4" in describe_mismatch(found, ExpectedFile(4, "ba79"))
-
-
-def digests_of_bytes(content):
-    return fetch.Digests(
-        len(content), hashlib.sha256(content).hexdigest(), hashlib.md5(content).hexdigest()
-    )
 
 
 def test_a_full_disk_is_noticed_before_the_download(target, monkeypatch):

@@ -1,0 +1,13 @@
+"""Info of small MIL heads."""
+
+
+def info_of(**changes) -> dict:
+    info = {
+        "genes": ["EPCAM", "CD3E", "ERBB2"],
+        "scaling": {"C2": [1.0, 2.5, 0.1], "C3": [1.0, 1.0, 1.0]},
+        "embedding_dim": 20,
+        "encoder_digest": "abc",
+        "training_slides": ["C2", "C3"],
+        "metrics": {"val_loss": 0.25},
+    }
+    return info | changes
