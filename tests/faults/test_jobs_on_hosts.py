@@ -10,13 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hosts as network_hosts
 import polars as pl
 import pytest
 
 import scellst_ray
 from scellst_ray import storage
 from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from tests.faults import hosts as network_hosts
 from tests.support.paths import ROOT
 from tests.support.s3_server import BUCKET, serving_s3
 
