@@ -29,13 +29,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/scellst-ray demo --out demo
 
-# Tests that start Ray wait for it much of the time: the others run meanwhile, in a second process, and
-# are shown when both have ended. Two Rays on a machine would be in each other's way, and Ray's workers,
-# which yield to all else unless told not to, would hardly get on.
+# Tests that start Ray wait for it much of the time, so the rest run next to them in a second process,
+# whose report follows when both have ended. The first process reads only files with such tests.
+# Two Rays on one machine would disturb each other. Ray's workers yield to all else by default.
+# Each process computes in one thread: on shared cores, threads burn CPU while they wait for each other.
+test: export OMP_NUM_THREADS := 1
 test: lint
 	@log=$$(mktemp); \
 	$(BIN)/python -m pytest -m "not slow and not ray" >"$$log" 2>&1 & others=$$!; \
-	RAY_worker_niceness=0 $(BIN)/python -m pytest -m "not slow and ray"; with_ray=$$?; \
+	RAY_worker_niceness=0 $(BIN)/python -m pytest -m "not slow and ray" \
+		$$(grep -rl --include='test_*.py' 'mark\.ray' tests | sort); with_ray=$$?; \
 	wait $$others; without=$$?; cat "$$log"; rm "$$log"; \
 	exit $$((with_ray | without))
 
