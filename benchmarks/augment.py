@@ -1,11 +1,11 @@
-"""Time augmentation for pretraining: batched, and crop by crop with torchvision and PIL.
+"""Time augmentation for pretraining: in batches, and crop by crop with torchvision and PIL.
 
     python benchmarks/augment.py [--crops 512] [--batches 64 256 512] [--repeats 5] [--json FILE]
 
-Two views of every crop, one thread, seconds of CPU time. The repeats of all ways take turns, so
-that a busy machine slows all alike; the best and the median of each are kept. Where kornia is
-installed (it is no dependency) it is timed too: it draws for each sample, but one order of the
-colour operations for a whole batch.
+Each way makes two views of every crop on one thread. Times are seconds of CPU time. The repeats of
+all ways alternate, so that a busy machine slows all ways equally. The best and the median of each
+way are reported. kornia is timed, too, if it is installed (it is no dependency). It draws
+parameters for each sample, but one order of the colour operations for a whole batch.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from scellst_ray.models.encoder.header import IMAGENET_MEAN, IMAGENET_STD
 from scellst_ray.models.moco.augment import AugmentConfig, apply, augment, draw
 
 CROP_PX = 72
-AIM = 4.0  # times the crops a second of torchvision and PIL
+AIM = 4.0  # required ratio to the crops per second of torchvision and PIL
 
 
 def random_crops(num: int, seed: int) -> NDArray[np.uint8]:
-    """Return smooth pink and purple crops with noise, [N, 72, 72, 3]."""
+    """Return smooth pink and purple crops with noise, uint8 [N, 72, 72, 3]."""
     rng = np.random.default_rng(seed)
     density = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
     crops = np.empty((num, CROP_PX, CROP_PX, 3), np.uint8)
@@ -49,19 +49,19 @@ def random_crops(num: int, seed: int) -> NDArray[np.uint8]:
 
 
 class PilBlur:
-    """PIL's Gaussian blur by a random radius, as the published pipeline has it."""
+    """PIL's Gaussian blur by a random radius, as in the published pipeline."""
 
     def __init__(self, radius_px: tuple[float, float]) -> None:
-        """Draw radii from this range."""
+        """Make the blur; radii are drawn from this range, in px."""
         self.radius_px = radius_px
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the image blurred."""
+        """Return the blurred image."""
         radius = float(torch.empty(1).uniform_(*self.radius_px))
         return image.filter(ImageFilter.GaussianBlur(radius))
 
 
-def published(config: AugmentConfig) -> Callable[[Image.Image], Tensor]:
+def compose_published(config: AugmentConfig) -> Callable[[Image.Image], Tensor]:
     """Return the per-sample pipeline of torchvision and PIL with a config's parameters."""
     jitter = transforms.ColorJitter(
         config.brightness, config.contrast, config.saturation, config.hue
@@ -80,7 +80,7 @@ def published(config: AugmentConfig) -> Callable[[Image.Image], Tensor]:
     return pipeline
 
 
-def with_kornia(config: AugmentConfig) -> Callable[[Tensor], Tensor]:
+def compose_kornia(config: AugmentConfig) -> Callable[[Tensor], Tensor]:
     """Return kornia's nearest equivalent, on float32 [N, 3, H, W] in 0-1."""
     kornia: Any = importlib.import_module("kornia.augmentation")
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
@@ -98,11 +98,11 @@ def with_kornia(config: AugmentConfig) -> Callable[[Tensor], Tensor]:
     return pipeline
 
 
-def ways(crops: NDArray[np.uint8], batches: list[int]) -> dict[str, Callable[[], None]]:
-    """Return what is timed, by name: each makes two views of every crop."""
+def list_ways(crops: NDArray[np.uint8], batches: list[int]) -> dict[str, Callable[[], None]]:
+    """Return the timed functions by name; each makes two views of every crop."""
     config = AugmentConfig()
     options = AugmentConfig(flips=True, stain_jitter=0.05)
-    pipeline, generator = published(config), torch.Generator().manual_seed(0)
+    pipeline, generator = compose_published(config), torch.Generator().manual_seed(0)
     crops_NHWC = torch.from_numpy(crops)
 
     def by_crop() -> None:
@@ -121,7 +121,7 @@ def ways(crops: NDArray[np.uint8], batches: list[int]) -> dict[str, Callable[[],
         found[f"batches of {size}"] = lambda size=size: batched(config, size)  # type: ignore[misc]
     found[f"batches of {batches[-1]}, flips and stains"] = lambda: batched(options, batches[-1])
     if importlib.util.find_spec("kornia"):
-        kornia = with_kornia(config)
+        kornia = compose_kornia(config)
 
         def by_kornia() -> None:
             for part in crops_NHWC.split(batches[-1]):  # type: ignore[no-untyped-call]
@@ -134,7 +134,7 @@ def ways(crops: NDArray[np.uint8], batches: list[int]) -> dict[str, Callable[[],
 
 
 def measure(found: dict[str, Callable[[], None]], num: int, repeats: int) -> list[dict[str, Any]]:
-    """Return crops a second of each way, and times the first's, all taking turns."""
+    """Return crops per second of each way, and the ratio to the first way; ways alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for function in found.values():
         function()
@@ -156,8 +156,8 @@ def measure(found: dict[str, Callable[[], None]], num: int, repeats: int) -> lis
     ]
 
 
-def on_device(crops: NDArray[np.uint8], repeats: int) -> dict[str, Any] | None:
-    """Return crops a second on the GPU, parameters drawn beforehand, or None without one."""
+def measure_gpu(crops: NDArray[np.uint8], repeats: int) -> dict[str, Any] | None:
+    """Return crops per second on the GPU without the drawing of parameters; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     config, crops_NHWC = AugmentConfig(), torch.from_numpy(crops).cuda()
@@ -185,7 +185,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     crops = random_crops(options.crops, seed=0)
-    rows = measure(ways(crops, options.batches), options.crops, options.repeats)
+    rows = measure(list_ways(crops, options.batches), options.crops, options.repeats)
     print(f"{'two views, one core':<40}{'cells/s':>10}{'median':>10}{'times':>8}{'median':>8}")
     for row in rows:
         way, *values = row.values()
@@ -196,7 +196,7 @@ def main() -> None:
         "crop_px": CROP_PX,
         "aim": AIM,
         "ways": rows,
-        "gpu": on_device(crops, options.repeats),
+        "gpu": measure_gpu(crops, options.repeats),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in names},
     }

@@ -1,11 +1,11 @@
-"""Measure what CellViT costs a tile: shared skips, layouts in memory, precisions, variants.
+"""Measure time and memory of CellViT for one tile: shared skips, memory layouts, precisions.
 
     python benchmarks/cellvit_network.py [--side 1024] [--threads 1] [--json cellvit_network.json]
 
-Each row runs once in a process of its own, on random weights and a random tile, which cost what
-trained weights and tissue cost. 'separate' computes the skip decoders for each of the three
-branches, as the published code does; 'shared' computes them once, as scellst_ray does. Seconds are
-those of the processor, memory is the process's peak.
+Each row runs once in its own process, on random weights and a random tile. These take the same
+time as trained weights and tissue. 'separate' computes the skip decoders for each of the three
+branches, as the published code does. 'shared' computes them once, as scellst_ray does. Times are
+CPU seconds, memory is the peak of the process.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from scellst_ray.models.cellvit.network import CellViT, arch_of
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table; the tile's side is a share of what is asked for."""
+    """One row of the table; `share` is the tile's side over that of `--side`."""
 
     share: float
     variant: str
@@ -36,8 +36,8 @@ class Case:
     precision: str
 
 
-# Without native bfloat16 a processor needs minutes for what takes it seconds in float32, so that
-# pair is a sixteenth of a tile.
+# A CPU without native bfloat16 needs minutes for a tile that takes seconds in float32. Therefore
+# that pair of rows uses a sixteenth of a tile.
 CASES = (
     Case(1, "256", "separate", "contiguous", "float32"),
     Case(1, "256", "shared", "contiguous", "float32"),
@@ -49,8 +49,8 @@ CASES = (
 )
 
 
-def separate(network: CellViT, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the three maps, every branch with skips of its own."""
+def decode_separately(network: CellViT, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the three maps; the skip decoders run again for every branch."""
     _, (first, second, third, last) = network.encoder(x_BCHW)
     maps: list[Tensor] = []
     for branch in (
@@ -70,7 +70,7 @@ def separate(network: CellViT, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measure(case: Case, side: int, num_threads: int) -> dict[str, float]:
-    """Return processor and wall seconds of one tile, of shrinking its maps, and peak memory."""
+    """Return CPU and wall seconds of one tile, CPU seconds of packing its maps, and peak memory."""
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     last = case.layout == "channels_last"
@@ -83,7 +83,7 @@ def measure(case: Case, side: int, num_threads: int) -> dict[str, float]:
         network(tile[..., :64, :64])  # the first call loads libraries
         cpu, wall = time.process_time(), time.perf_counter()
         if case.skips == "separate":
-            binary, hv_map, types = separate(network, tile)
+            binary, hv_map, types = decode_separately(network, tile)
         else:
             maps = network(tile)
             binary, hv_map, types = maps.nuclei_binary_map, maps.hv_map, maps.nuclei_type_map
@@ -98,13 +98,13 @@ def measure(case: Case, side: int, num_threads: int) -> dict[str, float]:
 def main() -> None:
     """Run every case, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--side", type=int, default=1024, help="px of the tile")
+    parser.add_argument("--side", type=int, default=1024, help="side of the tile in px")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=Path("cellvit_network.json"))
     options = parser.parse_args()
     rows = []
     print("side  variant  skips     layout         precision    cpu s   wall s  shrink s  peak GiB")
-    # A process each: peak memory is the process's, and one case leaves the next nothing.
+    # One process per case: peak memory is that of a process, and cases cannot affect each other.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for case in CASES:

@@ -1,12 +1,13 @@
-"""How much the control plane takes: cohorts of up to a million tiles with stages that do nothing.
+"""Measure the control plane: cohorts of up to a million tiles with stages that do nothing.
 
     python benchmarks/control_plane.py [--slides 100 1000 10000] [--json FILE]
 
-The run is the pipeline's own from the manifest's rows to the records: planning tasks, attempts,
-blocks between stages, shards, receipts log, compaction, lease. Only what looks at pixels is
-replaced: a slide's size is a function of its name (100 tiles on average), and each tile has two
-nuclei. Every cohort is a process of its own, its memory sampled every other second. Of the last
-one a second run is killed (SIGKILL) when half of the slides have a record, and started again.
+The pipeline runs unchanged from the rows of the manifest to the records: planning tasks, attempts,
+blocks between stages, shards, receipts log, compaction, lease. Only stages that read pixels are
+replaced. A slide's size is a function of its name (100 tiles on average), and each tile has two
+nuclei. Every cohort runs in its own process, whose memory is sampled every 2 seconds. A second run
+of the last cohort is killed (SIGKILL) when half of the slides have a record. It is then started
+again.
 """
 
 import argparse
@@ -65,12 +66,12 @@ OUTLINE = shapely.to_wkb(shapely.box(0, 0, 20, 20))
 
 
 def main() -> None:
-    """Run every size; print and write the figures."""
+    """Run every size, print the figures and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--slides", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--tiles-per-task", type=int, default=4000)
-    parser.add_argument("--no-resume", action="store_true", help="leave the killed run out")
-    parser.add_argument("--cohort", help="of one run, in this folder (what the others start)")
+    parser.add_argument("--no-resume", action="store_true", help="leave out the killed run")
+    parser.add_argument("--cohort", help="run one cohort in this folder (for internal use)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.cohort:
@@ -91,22 +92,22 @@ def main() -> None:
 
 
 def start(folder: str, num_slides: int, tiles_per_task: int) -> subprocess.Popen[str]:
-    """Start one run in a process of its own."""
+    """Start one run in its own process."""
     command = [sys.executable, __file__, "--slides", str(num_slides), "--cohort", folder]
     command += ["--tiles-per-task", str(tiles_per_task)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Return what a run printed last."""
-    told, _ = process.communicate()
-    assert process.returncode == 0, told
-    found: dict[str, Any] = json.loads(told.splitlines()[-1])
+    """Wait for a run and return the JSON that it printed last."""
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
 def checked(folder: str, num_slides: int) -> dict[str, Any]:
-    """Make sure that every cell of a run is there once; return counts of its files."""
+    """Check that every cell of a run is present once; return counts of its files."""
     run = RunFolder(folder, "")
     records, receipts = run.records(), run.receipts()
     num_tiles = sum(tiles_of(number) for number in range(num_slides))
@@ -122,12 +123,12 @@ def checked(folder: str, num_slides: int) -> dict[str, Any]:
 
 
 def resumed(num_slides: int, tiles_per_task: int) -> dict[str, Any]:
-    """Kill a run when half of its slides have a record; return how the same command goes on."""
+    """Kill a run when half of its slides have a record; return the figures of its resumption."""
     with tempfile.TemporaryDirectory() as folder:
         first = start(folder, num_slides, tiles_per_task)
         records = Path(folder, "records")
         while not records.is_dir() or sum(1 for _ in records.iterdir()) < num_slides / 2:
-            assert first.poll() is None, "it ended before it could be killed"
+            assert first.poll() is None, "the run ended before it could be killed"
             time.sleep(0.5)
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -137,7 +138,7 @@ def resumed(num_slides: int, tiles_per_task: int) -> dict[str, Any]:
 
 
 def one_run(folder: str, num_slides: int, tiles_per_task: int) -> dict[str, Any]:
-    """Run a cohort; return rates, and how time and memory went."""
+    """Run a cohort; return rates, CPU seconds by part and memory over time."""
     slides = [SlideRow(f"s{number:06d}", f"{number}.svs", None) for number in range(num_slides)]
     config = ExtractConfig(
         manifest="none",
@@ -156,10 +157,10 @@ def one_run(folder: str, num_slides: int, tiles_per_task: int) -> dict[str, Any]
 
 
 class Watch:
-    """Memory and counts of this process, every other second."""
+    """A sampler of memory and counts of this process, every 2 seconds."""
 
     def __init__(self) -> None:
-        """Begin to watch."""
+        """Start the sampling thread."""
         self.progress: Progress | None = None
         self.first_new: float | None = None
         self.samples: list[tuple[float, int, int, int]] = []
@@ -168,7 +169,7 @@ class Watch:
         threading.Thread(target=self._sample, daemon=True).start()
 
     def report(self, progress: Progress) -> None:
-        """Note where the run stands."""
+        """Record the progress of the run."""
         if self.progress is None:
             self.tiles_before = progress.num_tiles
         self.progress = progress
@@ -186,7 +187,7 @@ class Watch:
                 with suppress(psutil.NoSuchProcess):
                     times = process.cpu_times()
                     part = "driver" if process == me else part_of(process)
-                    # Between two tasks a process has no name.
+                    # Between two tasks a process has the name IDLE.
                     if part == IDLE and process.pid in self.cpu_s:
                         part = self.cpu_s[process.pid][0]
                     self.cpu_s[process.pid] = (part, times.user + times.system)
@@ -226,19 +227,19 @@ class Watch:
 
 
 def part_of(process: psutil.Process) -> str:
-    """Return what a process of Ray does."""
+    """Return the part of the system that a process of Ray belongs to."""
     title = " ".join(process.cmdline())
     found = [part for name, part in PARTS.items() if name in title]
     return found[0] if found else "rest of Ray"
 
 
 def sides_of(number: int) -> tuple[int, int]:
-    """Return how many tiles a slide has along x and y: 100 in all, on average."""
+    """Return the numbers of tiles of a slide along x and y; their product is 100 on average."""
     return SIDES[number % 3], SIDES[number // 3 % 3]
 
 
 def tiles_of(number: int) -> int:
-    """Return how many tiles a slide has."""
+    """Return the number of tiles of a slide."""
     columns, rows = sides_of(number)
     return columns * rows
 
@@ -273,14 +274,14 @@ def plan(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
 
 
 def stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Any:  # noqa: ANN401
-    """Return the pipeline's own writing stage, and others that read and find nothing."""
+    """Return the pipeline's own writing stage, or a stage that reads no pixel."""
     if name == "write":
         return make_stage(name, spec, run, on_gpu=on_gpu)
     return find if name == "find" else (lambda rows: rows)
 
 
 def find(rows: list[TileRow]) -> list[TileRow]:
-    """Give every tile its nuclei, made for all tiles together: that is not what is measured."""
+    """Add two nuclei to every tile; they are made at once, since this is not measured."""
     live = todo(rows)
     tile_id = np.repeat([row["tile_id"] for row in live], CELLS_PER_TILE)
     number = np.tile(np.arange(CELLS_PER_TILE), len(live))

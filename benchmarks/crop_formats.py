@@ -1,11 +1,11 @@
-"""Measure codecs for crops, sizes of row groups, and reading for training beside Ray Data.
+"""Measure codecs for crops, sizes of row groups, and reading for training against Ray Data.
 
     python benchmarks/crop_formats.py [FOLDER] [--num 800] [--crops 20000] [--json FILE]
 
-FOLDER is the `data` folder of real slides. Rates are crops per second of CPU time of this process,
-on one thread (one core), so that neighbours on the machine matter little; those beside Ray Data are
-also per second of the clock, since its work is done by other processes. The store of the second
-half repeats the real crops.
+FOLDER is the `data` folder of real slides. Rates are crops per second of CPU time of this process
+on one thread, so that other programs on the machine matter little. Rates in the comparison with
+Ray Data are also per second of wall time, since other processes do its work. The store of the
+second half repeats the real crops.
 """
 
 import argparse
@@ -66,7 +66,7 @@ Images = NDArray[np.uint8]
 
 
 def real_crops(folder: Path, num: int) -> dict[str, Images]:
-    """Return up to `num` crops [N, 72, 72, 3] of the middle of each slide."""
+    """Return up to `num` crops [N, 72, 72, 3] from the middle of each slide."""
     found = {}
     for name, (path, mpp) in SLIDES.items():
         with Slide(folder / path, mpp=mpp) as slide:
@@ -82,14 +82,14 @@ def real_crops(folder: Path, num: int) -> dict[str, Images]:
 
 
 def timed(work: Callable[[], Any], num: int) -> tuple[Any, float]:
-    """Return what `work` returns, and `num` per second of CPU time."""
+    """Return the result of `work`, and `num` over its CPU seconds."""
     started = time.process_time()
     done = work()
     return done, num / (time.process_time() - started)
 
 
 def measure_codec(name: str, crops: dict[str, Images]) -> dict[str, Any]:
-    """Return bytes a crop by slide, mean error in grey levels, and crops/s coded and decoded."""
+    """Return bytes per crop by slide, mean error in grey levels, crops/s of coding and decoding."""
     suffix, parameters = CODECS[name]
     row: dict[str, Any] = {"bytes": {}, "error": {}}
     whole = np.concatenate(list(crops.values()))
@@ -109,7 +109,7 @@ def measure_codec(name: str, crops: dict[str, Images]) -> dict[str, Any]:
 
 
 def measure_raw(compression: str, crops: dict[str, Images]) -> dict[str, Any]:
-    """Return the same of pixels as they are, in a Parquet column."""
+    """Return the same figures for raw pixels in a Parquet column."""
     row: dict[str, Any] = {"bytes": {}, "error": dict.fromkeys(crops, 0.0)}
     seconds, num = [0.0, 0.0], 0
     for slide, images in crops.items():
@@ -137,7 +137,7 @@ def measure_raw(compression: str, crops: dict[str, Images]) -> dict[str, Any]:
 
 
 def write_store(folder: Path, crops: dict[str, Images], num: int, row_group: int) -> CropStore:
-    """Write a store of `num` crops, real ones over and over, in slides of 2,000."""
+    """Write a store of `num` crops, in slides of 2,000; real crops are repeated."""
     crop_files.ROW_GROUP = row_group
     images = np.concatenate(list(crops.values()))
     images = images[np.random.default_rng(1).permutation(len(images))]
@@ -161,7 +161,7 @@ def write_store(folder: Path, crops: dict[str, Images], num: int, row_group: int
 
 
 def measure_row_groups(crops: dict[str, Images], num: int) -> list[dict[str, float]]:
-    """Return crops/s of reading row groups in random order, without decoding, by their size."""
+    """Return crops/s of reading row groups in random order without decoding, by size of a group."""
     rows = []
     for size in (16, 32, 64, 128, 256, 512, 1024):
         with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +183,7 @@ def measure_row_groups(crops: dict[str, Images], num: int) -> list[dict[str, flo
 
 
 def cpu_of_family() -> float:
-    """Return the CPU seconds of this process and of all it started that are still there."""
+    """Return the CPU seconds of this process and of its child processes that still run."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     total = 0.0
     for process in processes:
@@ -196,7 +196,7 @@ def cpu_of_family() -> float:
 
 
 def rates(batches: Callable[[], Iterator[Any]], batch: int) -> dict[str, float]:
-    """Consume an epoch of batches; return crops per second of the clock and of CPU time."""
+    """Consume an epoch of batches; return crops per second of wall time and of CPU time."""
     cpu, started, num, first_s = cpu_of_family(), time.perf_counter(), 0, 0.0
     for _ in batches():
         first_s = first_s or time.perf_counter() - started
@@ -206,7 +206,7 @@ def rates(batches: Callable[[], Iterator[Any]], batch: int) -> dict[str, float]:
 
 
 def ray_batches(store: CropStore, batch: int, split: int = 1) -> list[Iterator[Any]]:
-    """Return what Ray Data streams to `split` workers: decoded, shuffled in a buffer, seeded."""
+    """Return the streams of Ray Data to `split` workers: decoded, shuffled in a seeded buffer."""
     import ray.data
 
     def decode(table: pa.Table) -> dict[str, NDArray[Any]]:
@@ -231,7 +231,7 @@ def ray_batches(store: CropStore, batch: int, split: int = 1) -> list[Iterator[A
 
 
 def ray_order(store: CropStore, batch: int, split: int) -> list[list[int]]:
-    """Return the ids in each global batch: what all workers get at a step."""
+    """Return the ids of crops in each global batch, that of all workers at one step."""
     from concurrent.futures import ThreadPoolExecutor
 
     def ids(batches: Iterator[Any]) -> list[list[int]]:
@@ -249,7 +249,7 @@ def shared(first: list[list[int]], second: list[list[int]]) -> float:
 
 
 def measure_training(store: CropStore, batch: int) -> dict[str, Any]:
-    """Return rates of both ways to stream an epoch, and whether Ray Data repeats its order."""
+    """Return rates of both ways to stream an epoch, and how far Ray Data repeats its order."""
     from ray.data import DataContext
 
     from scellst_ray.pipelines.session import ray_session
@@ -292,8 +292,8 @@ def main() -> None:
     """Measure, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT_FOLDER)
-    parser.add_argument("--num", type=int, default=800, help="crops of a slide")
-    parser.add_argument("--crops", type=int, default=20_000, help="crops of the store")
+    parser.add_argument("--num", type=int, default=800, help="number of crops per slide")
+    parser.add_argument("--crops", type=int, default=20_000, help="number of crops in the store")
     parser.add_argument("--batch", type=int, default=1024, help="global batch")
     parser.add_argument("--json", type=Path, default=Path("crop_formats.json"))
     options = parser.parse_args()

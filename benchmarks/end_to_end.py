@@ -1,11 +1,11 @@
-"""Throughput of the whole pipeline beside the same kernels in a bare loop on the same cores.
+"""Compare the throughput of the whole pipeline with a bare loop of its kernels on the same cores.
 
     python benchmarks/end_to_end.py [--size-um 2400] [--json results/end_to_end.json]
 
-Makes one synthetic slide, extracts it once through Ray Data with one worker a core, and once with
-as many plain processes, each looping over its share of the tiles: the same functions, no Ray. Both
-are timed in the steady state, from the first receipts of warmed-up workers on, since starting Ray
-and loading weights is paid once per run and not per slide; the start is reported beside it.
+The benchmark makes one synthetic slide and extracts it in two ways. One is Ray Data with one worker
+per core. The other is the same number of plain processes without Ray, which call the same
+functions in a loop over tiles. Both are timed in the steady state, after the first receipts of
+every worker. Starting Ray and loading weights happens once per run, so it is reported separately.
 """
 
 import argparse
@@ -45,11 +45,11 @@ from scellst_ray.stages.write import WriteShards
 def main() -> None:
     """Run the benchmark and write its JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--size-um", type=float, default=2400.0, help="side of the slide")
-    parser.add_argument("--core-px", type=int, default=480, help="core of a tile")
+    parser.add_argument("--size-um", type=float, default=2400.0, help="side of the slide in um")
+    parser.add_argument("--core-px", type=int, default=480, help="side of the core of a tile in px")
     parser.add_argument("--tiles-per-task", type=int, default=2)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeat", type=int, default=2, help="times both are run, in turn")
+    parser.add_argument("--repeat", type=int, default=2, help="number of runs of each way")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/end_to_end.json"))
     options = parser.parse_args()
     spec = CellsSpec(
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Put the best of each side together, and the ratio of each pair."""
+    """Return the best result of each way, and the ratio of each pair of runs."""
     ratios = [
         ray_run["cells_per_s"] / bare["cells_per_s"]
         for bare, ray_run in zip(runs["bare_loop"], runs["pipeline"], strict=True)
@@ -106,7 +106,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def bare_loop(row: PendingSlide, spec: CellsSpec, run: RunFolder, workers: int) -> dict[str, Any]:
-    """Loop over the tiles in plain processes, tile by tile from one shared counter."""
+    """Process the tiles in plain processes; a shared counter hands out the tiles."""
     tiles = plan_slide(row, spec)
     context = multiprocessing.get_context("spawn")
     ready, queue = context.Barrier(workers + 1), context.Queue()
@@ -126,7 +126,7 @@ def bare_loop(row: PendingSlide, spec: CellsSpec, run: RunFolder, workers: int) 
     for process in processes:
         process.join()
     receipts = pa.concat_tables(parts)
-    # Each process warms up on a tile of its own, which is not counted.
+    # Each process first warms up on a tile that is not counted.
     return measured(receipts, seconds, steady - started, peak())
 
 
@@ -155,7 +155,7 @@ def _loop(
 def pipeline(
     row: PendingSlide, spec: CellsSpec, run: RunFolder, resources: Resources
 ) -> dict[str, Any]:
-    """Run the Ray Data pipeline; the steady state starts with the first block of receipts."""
+    """Run the Ray Data pipeline; its steady state starts with the first block of receipts."""
     started = time.monotonic()
     with ray_session(num_cpus=resources.workers) as cluster:
         dataset = receipts_dataset([row], spec, run, resources, cluster, OWN_WORK)
@@ -165,7 +165,7 @@ def pipeline(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             )
             arrivals = [(time.monotonic(), table) for table in map(_receipts, batches)]
-    # Every worker's first block is its warm-up; what arrives later is counted from then on.
+    # The first block of every worker is its warm-up. Receipts after that are counted.
     warm = resources.workers or 1
     steady = arrivals[warm - 1][0]
     receipts = pa.concat_tables([table for _, table in arrivals[warm:]])
@@ -179,7 +179,7 @@ def _receipts(batch: Any) -> pa.Table:  # noqa: ANN401 - Ray's batch type is a u
 def measured(
     receipts: pa.Table, seconds: float, start_seconds: float, peak_bytes: int
 ) -> dict[str, Any]:
-    """Turn receipts and a time into rates."""
+    """Return rates computed from receipts and a time."""
     assert pc.sum(pc.is_valid(receipts["error"])).as_py() in {0, None}
     num_cells = pc.sum(receipts["num_cells"]).as_py()
     stages = {s: pc.sum(receipts[f"seconds_{s}"]).as_py() or 0.0 for s in schemas.STAGES}

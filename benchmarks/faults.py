@@ -1,10 +1,10 @@
-"""Faults injected into runs on several hosts, and what became of their tables.
+"""Inject faults into runs on several hosts, and compare the tables with those of a plain run.
 
     python benchmarks/faults.py [--only SCENARIO ...] [--faults NAME ...] [--times N] [--json FILE]
 
-Hosts are network namespaces (root and iproute2 are needed), Ray's own processes run in each. Every
-run is compared with an undisturbed one: all cells, all records, nothing left over. Seconds lost are
-beyond the undisturbed run's, waiting for lost hosts to come back included.
+Hosts are network namespaces with Ray's own processes in each; they need root and iproute2. Every
+run is compared with a run without faults: all cells, all records, no temporary files. Seconds lost
+are those beyond the run without faults. They include the wait for lost hosts to come back.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from tests.faults.scenarios import SCENARIOS, outcomes, undisturbed_run
 
 
 def main() -> int:
-    """Run the matrix; print a table; return 1 if any run differs."""
+    """Run all faults, print a table and return 1 if any run differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
-    parser.add_argument("--faults", nargs="+", help="of those scenarios; by default all")
-    parser.add_argument("--times", type=int, help="runs of each fault, instead of the scenario's")
+    parser.add_argument("--faults", nargs="+", help="faults to inject; default: all")
+    parser.add_argument("--times", type=int, help="runs of each fault; default: as in the scenario")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found = []
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def table(found: list[dict[str, Any]], undisturbed_s: float) -> str:
-    """Return what became of each fault, as Markdown."""
+    """Return the results of each fault as a Markdown table."""
     lines = ["| fault | runs | faults injected | equal | seconds lost, median (most) |"]
     lines.append("| --- | --- | --- | --- | --- |")
     kinds = dict.fromkeys((run["scenario"], run["fault"]) for run in found)

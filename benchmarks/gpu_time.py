@@ -1,4 +1,4 @@
-"""Where the time of GPUs went: from the calls that ran on them to seconds by cause."""
+"""Account for the time of GPUs: seconds by cause, from the calls that ran on them."""
 
 import json
 from collections import Counter, defaultdict
@@ -9,8 +9,8 @@ from typing import Any
 
 GPU_STAGES = ("network", "embed")
 
-# useful: work whose result went on. redo: work done once more, or lost with its host. late: what
-# calls took beyond their work. start, input, tail: before, between and after a GPU's calls.
+# useful: work whose result was used. redo: work that was repeated, or lost with its host. late: the
+# time of calls beyond their work. start, input, tail: before, between and after a GPU's calls.
 CAUSES = ("useful", "redo", "late", "start", "input", "tail")
 Tile = tuple[str, int]
 
@@ -20,12 +20,12 @@ class Call:
     """One call of a stage.
 
     Attributes:
-        gpu: Which; for stages of CPUs the node.
-        stage: Its name.
-        began: When, seconds of a clock that all processes share.
-        ended: When; None: never, its process ended before.
-        gpu_s: Seconds a tile takes where it has the GPU for itself.
-        tiles: Those of the call.
+        gpu: Name of the GPU; for a stage on CPUs that of the node.
+        stage: Name of the stage.
+        began: Start in seconds of a clock that all processes share.
+        ended: End; None: the process was killed during the call.
+        gpu_s: Seconds of one tile on a GPU that is not shared.
+        tiles: Tiles of the call.
     """
 
     gpu: str
@@ -42,13 +42,13 @@ def account(
     """Return the GPU seconds between two moments, by cause; they add up to those available.
 
     Args:
-        calls: All of them.
-        lost: Every GPU, and when it was lost; None: never.
-        first: When the account begins.
-        last: When it ends.
+        calls: All calls.
+        lost: Every GPU, and the time of its loss; None: it was not lost.
+        first: Start of the account.
+        last: End of the account.
     """
     finished = sorted((c for c in calls if c.ended is not None), key=lambda c: c.ended or 0.0)
-    # Of several calls on a tile the last is the one whose result went on.
+    # If a tile had several calls, the result of the last one was used.
     counts = {(call.stage, tile): call for call in finished for tile in call.tiles}
     total = dict.fromkeys(CAUSES, 0.0)
     for gpu, lost_at in lost.items():
@@ -73,7 +73,7 @@ def account(
 def idle_seconds(
     spans: Sequence[tuple[float, float]], first: float, last: float
 ) -> dict[str, float]:
-    """Return how long none of some spans was going on, before, between and after them."""
+    """Return the seconds before, between and after some spans."""
     idle = {"start": 0.0, "input": 0.0, "tail": 0.0}
     if not spans:
         return idle | {"start": last - first}
@@ -85,14 +85,14 @@ def idle_seconds(
 
 
 def read_calls(folder: Path) -> list[Call]:
-    """Return all calls; the last of a process that was ended has no end."""
+    """Return all calls; the last call of a killed process has no end."""
     calls = []
     for path in sorted(folder.iterdir()):
         told: dict[str, Any] | None = None
         for line in path.read_text().splitlines():
             try:
                 found = json.loads(line)
-            except ValueError:  # the process ended within the line
+            except ValueError:  # the process was killed while it wrote the line
                 break
             if told is None:
                 told = found
@@ -112,7 +112,7 @@ def _call(told: dict[str, Any], ended: float | None) -> Call:
 def summary(
     calls: list[Call], lost: dict[str, float | None], began: float, last: float
 ) -> dict[str, Any]:
-    """Return efficiencies, and shares of the GPUs' time by cause, from the first tile on."""
+    """Return efficiencies, and shares of the GPUs' time by cause, after the first tile."""
     first = min(call.began for call in calls if call.stage == "read")
     on_gpus = [call for call in calls if call.stage in GPU_STAGES]
     seconds = account(on_gpus, lost, first, last)

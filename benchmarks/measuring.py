@@ -1,4 +1,4 @@
-"""What several benchmarks measure with."""
+"""Measurements that several benchmarks share."""
 
 import os
 import threading
@@ -8,15 +8,15 @@ import psutil
 
 
 class peak_memory:  # noqa: N801 - used as a function
-    """Sample the summed proportional memory of this process, its children and theirs."""
+    """A sampler of the proportional memory (PSS) of this process and all its descendants."""
 
     def __init__(self, pids: list[int]) -> None:
-        """Watch these processes and whatever they start."""
+        """Make a sampler of these processes and all their descendants."""
         self.roots, self.peak, self.stop = [os.getpid(), *pids], 0, threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Callable[[], int]:
-        """Start sampling; the value is a function that returns the peak so far, in bytes."""
+        """Start sampling; return a function that returns the peak so far, in bytes."""
         self.thread.start()
         return lambda: self.peak
 

@@ -1,14 +1,13 @@
-"""Time an epoch of the MIL head, and the scores of its predictions, beside slower ways.
+"""Time an epoch of the MIL head, and the scores of its predictions, against slower ways.
 
     python benchmarks/mil.py [--spots 2000] [--cells 16000] [--genes 1000] [--json mil.json]
 
-Ours: one matrix of embeddings with offsets. The twin: the same network and the same batches, but
-every cell is read from an HDF5 file on its own (chunks of 64 x 128, which h5py chooses for 16,000 x
-2,048 float32), as the published code's data set does, bags are put together from a list, and
-bags are averaged by indices. An epoch trains on all spots; with the validation that goes with it,
-80 % train and 20 % validate, as `train` does. The second part scores 3,500 spots: Pearson and
-Spearman of every gene, beside scipy gene by gene. On a machine that others use too, look at the CPU
-seconds (with OMP_WAIT_POLICY=passive).
+Ours is one matrix of embeddings with offsets. The twin has the same network and the same batches.
+As in the published code, it reads every cell separately from an HDF5 file (chunks of 64 x 128,
+which h5py chooses for 16,000 x 2,048 float32), joins bags from a list and averages them by indices.
+An epoch trains on all spots. In the epoch with validation 80 % train and 20 % validate, as in
+`train`. The second part scores 3,500 spots: Pearson and Spearman of every gene, against scipy gene
+by gene. On a shared machine use the CPU seconds (with OMP_WAIT_POLICY=passive).
 """
 
 import argparse
@@ -43,7 +42,12 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=16000)
     parser.add_argument("--genes", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=5, help="the fastest and the median count")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=5,
+        help="number of repeats",
+    )
     parser.add_argument("--metric-spots", type=int, default=3500)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -65,7 +69,7 @@ def main() -> None:
 
 
 def make_bags(num_spots: int, num_cells: int, num_genes: int, loss: Loss) -> BagSet:
-    """Return random bags of at least one cell each, float16 embeddings as stored."""
+    """Return random bags of at least one cell each, with float16 embeddings as stored."""
     generator = np.random.default_rng(0)
     cuts = np.sort(generator.choice(np.arange(1, num_cells), num_spots - 1, replace=False))
     x_LD = torch.from_numpy(generator.normal(size=(num_cells, DIM)).astype(np.float16))
@@ -76,7 +80,7 @@ def make_bags(num_spots: int, num_cells: int, num_genes: int, loss: Loss) -> Bag
 
 
 def timed(function: Callable[[int], object], repeats: int) -> dict[str, float]:
-    """Return seconds of several calls after one that does not count; CPU seconds of all threads."""
+    """Return wall and CPU seconds (of all threads) of several calls after one warm-up."""
     function(0)
     seconds, cpu = [], []
     for repeat in range(1, repeats + 1):
@@ -105,7 +109,7 @@ def time_epoch(bags: BagSet, loss: Loss, repeats: int) -> dict[str, float]:
 
 
 def time_with_validation(bags: BagSet, loss: Loss, repeats: int) -> dict[str, float]:
-    """Time epochs as `train` has them: 80 % of the spots train, 20 % validate."""
+    """Time epochs as in `train`: 80 % of the spots train, 20 % validate."""
     config = FitConfig(loss=loss)
     train, val = (bags.take(part) for part in split_spots(["slide"] * len(bags), 0.2, 0))
     head = new_head(train, 0, config.formula())
@@ -120,10 +124,10 @@ def time_with_validation(bags: BagSet, loss: Loss, repeats: int) -> dict[str, fl
 
 
 class CellsInHdf5(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Spots whose cells are read from an HDF5 file one row at a time."""
+    """A data set of spots whose cells are read from an HDF5 file, one row at a time."""
 
     def __init__(self, file: h5py.File, bags: BagSet) -> None:
-        """Read rows of file["embedding"]."""
+        """Make the data set on the rows of file["embedding"]."""
         self.rows, self.bags = file["embedding"], bags
         self.offsets = bags.offsets.tolist()
 
@@ -141,14 +145,14 @@ class CellsInHdf5(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 def collate(
     spots: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Put spots together: instances, the bag of each, targets."""
+    """Join spots: return instances, the bag of each instance, and targets."""
     sizes = torch.tensor([len(cells) for cells, _ in spots])
     bag_L = torch.arange(len(spots)).repeat_interleave(sizes)
     return torch.cat([c for c, _ in spots]), bag_L, torch.stack([target for _, target in spots])
 
 
 def time_hdf5_twin(bags: BagSet) -> dict[str, float]:
-    """Time one epoch of the twin, from a file the system has in its cache."""
+    """Time one epoch of the twin; the file is in the system's cache."""
     head = new_head(bags, 0)
     optimiser = new_optimiser(head, FitConfig())
     with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +187,7 @@ def twin_step(
 
 
 def time_scores(num_spots: int, num_genes: int) -> dict[str, dict[str, float]]:
-    """Time Pearson's and Spearman's correlation by gene; counts tie."""
+    """Time Pearson's and Spearman's correlation by gene, on counts with ties."""
     generator = np.random.default_rng(0)
     truth = np.log1p(generator.poisson(1.5, (num_spots, num_genes))).astype(np.float32)
     predicted = (generator.normal(size=truth.shape) + truth).astype(np.float32)

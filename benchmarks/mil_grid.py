@@ -1,12 +1,12 @@
-"""Measure what a grid of trials costs beyond its fits.
+"""Measure the time of a grid of trials beyond its fits.
 
     python benchmarks/mil_grid.py [--slides 5] [--seeds 20] [--epochs 25] [--json grid.json]
 
-Slides are made up in memory; each is left out once per seed: 100 trials by default. Overhead is
-(seconds of the grid x trials side by side) / (sum of the fits) - 1: choosing genes, putting bags
-together, baselines, scores and Ray. Starting Ray is told apart. A fit counts from the first epoch
-to the last; 25 epochs are few, since patience alone is 20 by default. Under `twin`: the same
-trials one after another in this process.
+Slides are simulated in memory. Each is left out once per seed, which makes 100 trials by default.
+Overhead is (seconds of the grid x trials at a time) / (sum of the fits) - 1. It consists of the
+choice of genes, joining of bags, baselines, scores and Ray. The start of Ray is reported
+separately. The time of a fit runs from the first epoch to the last. 25 epochs are few, since the
+default patience alone is 20. `twin` is the same trials one after another in this process.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--measured", type=int, default=2000, help="genes measured")
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--twin", type=int, default=0, help="trials to do in this process, too")
+    parser.add_argument("--twin", type=int, default=0, help="trials in this process, too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     trials = make_trials(options)
@@ -59,12 +59,12 @@ def main() -> None:
 
 
 def make_trials(options: argparse.Namespace) -> list[Trial]:
-    """Leave every slide out once per seed."""
+    """Return the trials: every slide is left out once per seed."""
     folds = make_folds("leave-one-slide-out", {f"s{i}": None for i in range(options.slides)})
     trials = []
     for seed in range(options.seeds):
         for fold in folds:
-            # Patience as long as the fit: all trials run as many epochs.
+            # With a patience as long as the fit, all trials run the same number of epochs.
             fit = FitConfig(max_epochs=options.epochs, patience=options.epochs, seed=seed)
             rule = f"variable:{options.genes}"
             settings = TrialSettings(fold.train, fold.test, rule, fit, Rules(), num_draws=200)
@@ -73,7 +73,7 @@ def make_trials(options: argparse.Namespace) -> list[Trial]:
 
 
 def make_slide(options: argparse.Namespace, name: str) -> tuple[dict[str, int], SlideData]:
-    """Return a slide whose counts follow from its cells' embeddings, with 18 made-up colours."""
+    """Return a slide whose counts follow from its cells' embeddings, with 18 random colours."""
     rng = np.random.default_rng([7, int(name[1:])])
     num_spots, per_spot = options.spots, options.cells
     embeddings_ND = rng.standard_normal((num_spots * per_spot, options.dim)).astype(np.float16)
@@ -126,7 +126,7 @@ def _pcc(result: dict[str, Any]) -> float:
 
 
 def run_twin(options: argparse.Namespace, trials: list[Trial]) -> dict[str, Any]:
-    """Run some trials one after another, here."""
+    """Run some trials one after another in this process."""
     slides = {name: make_slide(options, name)[1] for name in {n for t in trials for n in t.inputs}}
     started = time.monotonic()
     results = [run_trial(trial.settings, slides) for trial in trials]

@@ -1,12 +1,12 @@
-"""Take simulated slides of up to a million nuclei from a network's maps to compacted CELLS.
+"""Process simulated slides of up to a million nuclei from a network's maps to compacted CELLS.
 
     python benchmarks/million_nuclei.py [--nuclei 100000 300000 1000000] [--json FILE]
 
-Every tile of 1024 px makes its own nuclei from a seed and the maps a network would give of them
-(that is the simulation, and not counted); from there on it is the pipeline as it is: Ray Data
-actors find nuclei and write shards, the driver logs receipts, a task settles seams and compacts.
-Memory is that of all processes together, shared pages counted once. If no step grows faster than
-the slide, seconds per nucleus stay the same.
+For every tile of 1024 px a simulation makes nuclei from a seed, and the maps that a network would
+give. Its time is not counted. The rest is the unchanged pipeline: Ray Data actors find nuclei and
+write shards, the driver logs receipts, a task settles seams and compacts. Memory is that of all
+processes together; shared pages count once. If no step grows faster than the slide, seconds per
+nucleus stay the same.
 """
 
 import argparse
@@ -50,13 +50,13 @@ TURNS = np.linspace(0, 2 * np.pi, 33)[:-1]
 
 
 def main() -> None:
-    """Run every size; print and write the figures."""
+    """Run every size, print the figures and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--nuclei", type=int, nargs="+", default=[100_000, 300_000, 1_000_000])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = sys.path[0]  # of the workers, too
+    os.environ["PYTHONPATH"] = sys.path[0]  # workers import from there, too
     rows = []
     for num in options.nuclei:
         rows.append(measure(num, options.workers))
@@ -68,14 +68,14 @@ def main() -> None:
 
 
 def measure(num_nuclei: int, workers: int) -> dict[str, Any]:
-    """Run one slide of about this many nuclei."""
+    """Run one slide of about `num` nuclei and return its figures."""
     columns = max(1, round((num_nuclei * PITCH_PX**2) ** 0.5 / CORE_PX))
     with tempfile.TemporaryDirectory() as folder, ray_session(num_cpus=workers):
         run = RunFolder(folder, "bench")
         driver = Driver(run, Progress(1), lambda _: None)
         rows = true_tiles.square_of_tiles(true_tiles.truth_spec(CORE_PX, HALO_PX), columns)
         tiles = pa.Table.from_pylist(rows, schema=schemas.TILES)
-        # Small blocks, as the planner makes them: a block goes to one worker.
+        # Blocks are small as in the planner: each goes to one worker.
         blocks = [tiles.slice(start, 8) for start in range(0, len(tiles), 8)]
         dataset = ray.data.from_arrow(blocks).map_batches(
             SimulateAndFind,
@@ -105,7 +105,7 @@ def measure(num_nuclei: int, workers: int) -> dict[str, Any]:
 def summary(
     record: SlideRecord, receipts: pa.Table, num_cells: int, expected: int
 ) -> dict[str, Any]:
-    """Return counts, and CPU work by stage for a thousand nuclei."""
+    """Return counts, and CPU seconds per thousand nuclei by stage."""
     assert record["status"] == "done", record
     per_thousand = {
         stage: round(1e3 * record["seconds"][stage] / num_cells, 4)
@@ -121,14 +121,14 @@ def summary(
 
 
 def grid_side(columns: int) -> int:
-    """Return how many nuclei a row of the slide holds."""
+    """Return the number of nuclei in a row of the slide."""
     return columns * CORE_PX // PITCH_PX
 
 
 def nuclei_near(box: Box, columns: int) -> tuple[NDArray[np.object_], NDArray[np.int64]]:
-    """Return outlines and types of the nuclei in a box, the same whoever asks.
+    """Return outlines and types of the nuclei in a box; all tiles get the same nuclei.
 
-    One stands at each place of a grid, moved, stretched and turned by noise of its own row.
+    Each place of a grid has a nucleus. Noise that depends on its row moves, stretches and turns it.
     """
     side = grid_side(columns)
     first = [max(0, start // PITCH_PX - 1) for start in (box.x0, box.y0)]
@@ -149,15 +149,15 @@ def nuclei_near(box: Box, columns: int) -> tuple[NDArray[np.object_], NDArray[np
 
 
 class SimulateAndFind:
-    """Maps of simulated nuclei, then the pipeline's own stages."""
+    """A worker that makes maps of simulated nuclei and then runs the pipeline's own stages."""
 
     def __init__(self, run: RunFolder, columns: int) -> None:
-        """Prepare a worker."""
+        """Make the worker's stages."""
         self.spec = true_tiles.truth_spec(CORE_PX, HALO_PX)
         self.find, self.write, self.columns = FindNuclei(self.spec), WriteShards(run), columns
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Take tiles to receipts."""
+        """Return the receipts of tiles."""
         rows = batch.to_pylist()
         for row in rows:
             read = box_of(row, "read")

@@ -1,15 +1,15 @@
-"""Time a pretraining step: ours beside lightly's MoCo parts with a standard DataLoader.
+"""Time a pretraining step: ours against lightly's MoCo parts with a standard DataLoader.
 
     pip install --no-deps --target lightly_here lightly==1.5.22 aenum
     PYTHONPATH=lightly_here python benchmarks/moco.py [--arch resnet18] [--batch 128]
         [--steps 4] [--rounds 3] [--threads 2] [--json moco.json]
 
-A step is two views of every crop, both encoders, backward, LARS and the momentum update. Both have
-the same backbone, heads, batch and float32, and make views with the same parameters: lightly's from
-torchvision and PIL, crop by crop, in a DataLoader of 0, 1 or 2 processes; ours a batch at a time.
-Rows between the two add what differs, one by one. Each measurement is a process of its own, and
-all ways take turns, so that a busy machine slows all alike. Told are crops a second of wall-clock
-time, and of processor time, all processes counted, which other programs disturb less.
+A step consists of two views of every crop, both encoders, backward, LARS and the momentum update.
+Both have the same backbone, heads, batch, precision (float32) and parameters of views. lightly's
+views come from torchvision and PIL, crop by crop, in a DataLoader of 0, 1 or 2 processes. Ours are
+made in batches. Rows between the two add the differences one by one. Each measurement runs in its
+own process, and all ways alternate, so that a busy machine slows all ways equally. Figures are
+crops per second of wall time, and of CPU time of all processes, which other programs disturb less.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from scellst_ray.models.moco.network import Moco, MocoConfig
 from scellst_ray.models.moco.quick_conv import quicken
 from scellst_ray.models.moco.step import moco_step
 
-AIM = 1.5  # times lightly's crops a second
+AIM = 1.5  # required ratio to lightly's crops per second
 LR, MOMENTUM = 0.3, 0.99
 HOW = "pip install --no-deps --target lightly_here lightly==1.5.22 aenum, and PYTHONPATH"
 
@@ -58,11 +58,11 @@ class Way:
     """One row of the table.
 
     Attributes:
-        name: For people.
+        name: Name in the table.
         parts: 'lightly' or 'ours'.
-        workers: Processes of the DataLoader with torchvision and PIL; None for batched views.
-        channels_last: Layout of network and views.
-        quick: Whether convolutions are `quick_conv`'s.
+        workers: Processes of the DataLoader with torchvision and PIL; None: batched views.
+        channels_last: Whether network and views are channels last in memory.
+        quick: Whether convolutions are those of `quick_conv`.
     """
 
     name: str
@@ -84,10 +84,10 @@ WAYS = (
 
 
 class TwoViews(Dataset[Pair]):
-    """Crops in memory; an item is two views of one."""
+    """A data set of crops in memory; an item is two views of one crop."""
 
     def __init__(self, crops: NDArray[np.uint8]) -> None:
-        """Keep crops [N, H, W, 3]."""
+        """Make the data set of crops [N, H, W, 3]."""
         self.crops, self.view = crops, published(AugmentConfig())
 
     def __len__(self) -> int:
@@ -95,14 +95,14 @@ class TwoViews(Dataset[Pair]):
         return len(self.crops)
 
     def __getitem__(self, row: int) -> Pair:
-        """Make two views."""
+        """Return two views of a crop."""
         image = Image.fromarray(self.crops[row])
         return self.view(image), self.view(image)
 
 
 def lightly_step(backbone: nn.Module, dim: int) -> Callable[[Pair], None]:
-    """Assemble lightly's parts as its own MoCo example does, with the heads of version 3."""
-    # By name: it is no dependency, and has no types.
+    """Return a step of lightly's parts, as in its own MoCo example, with the heads of version 3."""
+    # Imported by name: it is no dependency and has no types.
     heads: Any = importlib.import_module("lightly.models.modules.heads")
     utils: Any = importlib.import_module("lightly.models.utils")
     lars: Any = importlib.import_module("lightly.utils.lars")
@@ -143,7 +143,7 @@ def our_step(backbone: nn.Module, dim: int, *, channels_last: bool) -> Callable[
 
 
 def all_views(way: Way, crops: NDArray[np.uint8], batch: int) -> Iterator[Pair]:
-    """Yield the views of each batch of crops, in the layout the way wants."""
+    """Yield the views of each batch of crops, in the memory layout of the way."""
     layout = torch.channels_last if way.channels_last else torch.contiguous_format
     if way.workers is not None:
         loader = DataLoader(TwoViews(crops), batch, num_workers=way.workers, drop_last=True)
@@ -160,13 +160,13 @@ def all_views(way: Way, crops: NDArray[np.uint8], batch: int) -> Iterator[Pair]:
 
 
 def cpu_seconds() -> float:
-    """Return processor seconds of this process and of those it started that have ended."""
+    """Return CPU seconds of this process and of its ended child processes."""
     used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def measure(way: Way, arch: str, batch: int, steps: int, num_threads: int) -> dict[str, float]:
-    """Take one step to warm up and some that count; return crops a second, and the wait."""
+    """Time some steps after one warm-up; return crops per second and the time of waiting."""
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     backbone, dim = new_backbone(arch, 0)
@@ -180,7 +180,7 @@ def measure(way: Way, arch: str, batch: int, steps: int, num_threads: int) -> di
         step = our_step(backbone, dim, channels_last=way.channels_last)
     crops = random_crops(batch * steps, seed=0)
     step(next(all_views(way, crops[:batch], batch)))
-    # Processes of a DataLoader start within, as they do in every epoch, but fork, which is quick.
+    # The start of a DataLoader's processes is included, as in every epoch; fork makes it quick.
     wall, cpu, waited = time.perf_counter(), cpu_seconds(), 0.0
     views = all_views(way, crops, batch)
     for _ in range(steps):
@@ -189,7 +189,7 @@ def measure(way: Way, arch: str, batch: int, steps: int, num_threads: int) -> di
         waited += time.perf_counter() - start
         step(pair)
     wall = time.perf_counter() - wall
-    for _ in views:  # lets the processes end, so that their time is known
+    for _ in views:  # the processes end, so that their CPU time is known
         pass
     cpu = cpu_seconds() - cpu
     found = {"cells_per_second": len(crops) / wall, "cells_per_cpu_second": len(crops) / cpu}
@@ -197,7 +197,7 @@ def measure(way: Way, arch: str, batch: int, steps: int, num_threads: int) -> di
 
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure all ways, round by round; return a row a way."""
+    """Measure all ways in several rounds; return one row per way."""
     found: dict[Way, list[dict[str, float]]] = {way: [] for way in WAYS}
     context = multiprocessing.get_context("spawn")
     settings = (options.arch, options.batch, options.steps, options.threads)
@@ -217,7 +217,7 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return ours over the best of lightly's DataLoaders, by each measure."""
+    """Return the ratio of ours to the best of lightly's DataLoaders, by wall and by CPU time."""
     plain = [row for row in rows if row["parts"] == "lightly" and not row["channels_last"]]
     keys = [key for key in rows[0] if key.startswith("cells_per")]
     return {key: rows[-1][key] / max(row[key] for row in plain) for key in keys}
@@ -228,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=4, help="that count, after one that does not")
+    parser.add_argument("--steps", type=int, default=4, help="number of timed steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/moco.json"))

@@ -1,14 +1,14 @@
-"""How pretraining scales over workers: measured on CPU, and a paper model of a GPU cluster.
+"""Measure how pretraining scales over workers on a CPU, and compute a model of a GPU cluster.
 
     python benchmarks/moco_scaling.py [--workers 1 2 4] [--json results/scaling.json]
 
-Measured: processes that talk by gloo take the same steps of a small network, one thread each, with
-the batch growing with the workers (so much work for each) and with the batch fixed. Where there are
-more workers than cores, cells/s can grow no further: what is read then is the share of time that a
-worker is inside collective calls, waiting for others included.
+The measurement: processes that communicate by gloo take the same steps of a small network, with one
+thread each. The batch is either constant per worker or constant in total. With more workers than
+cores, cells/s cannot grow further. Then the figure to read is the share of time that a worker
+spends in collective calls, including the wait for other workers.
 
-The paper model counts what a step sends, exactly, from the network itself, and divides by the
-speeds of a machine that `Machine` states. Nothing of it was measured on GPUs.
+The model counts exactly what a step sends, from the network itself, and divides by the speeds in
+`Machine`. Nothing in it was measured on GPUs.
 """
 
 import argparse
@@ -38,12 +38,13 @@ PAPER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU and its network, as assumed.
+    """The assumed speeds of a GPU and its network.
 
     Attributes:
-        flops: Of a GPU, sustained in these convolutions, 1/s (a third of an A100's dense bfloat16).
+        flops: Sustained floating-point operations per second in these convolutions (a third of
+            an A100's dense bfloat16).
         bytes_per_s: Bus bandwidth of a GPU in ring collectives over nodes (a 200 Gbit/s link).
-        latency_s: Of one small all-reduce over all GPUs.
+        latency_s: Seconds of one small all-reduce over all GPUs.
     """
 
     flops: float = 1e14
@@ -55,7 +56,7 @@ def main() -> None:
     """Print both tables and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--batch", type=int, default=64, help="crops of one worker")
+    parser.add_argument("--batch", type=int, default=64, help="number of crops per worker")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/moco_scaling.json"))
     options = parser.parse_args()
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def measure(num_workers: int, crops: int, steps: int) -> dict[str, float]:
-    """Return cells/s of all workers and the share of time in collective calls."""
+    """Return the cells/s of all workers, and the share of time in collective calls."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_worker, (num_workers, crops, steps, folder), num_workers)  # type: ignore[no-untyped-call]
         rows = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
@@ -101,7 +102,7 @@ def _worker(rank: int, num_workers: int, crops: int, steps: int, folder: str) ->
     generator = torch.Generator().manual_seed(rank)
     images = torch.randint(0, 256, (crops, 72, 72, 3), dtype=torch.uint8, generator=generator)
     for step in range(steps + 1):
-        if step == 1:  # the first warms up
+        if step == 1:  # the first step is a warm-up
             torch.distributed.barrier()
             started, talking.seconds = time.perf_counter(), 0.0
         views = [
@@ -117,10 +118,10 @@ def _worker(rank: int, num_workers: int, crops: int, steps: int, folder: str) ->
 
 
 class Talking:
-    """A collective that counts the seconds inside its calls, and the numbers that pass."""
+    """A collective that counts the seconds in its calls, and the numbers that it sends."""
 
     def __init__(self, inner: Collective) -> None:
-        """Wrap another."""
+        """Wrap another collective."""
         self.inner, self.seconds = inner, 0.0
         self.reduced: list[int] = []
         self.gathered: list[int] = []
@@ -142,10 +143,10 @@ class Talking:
 
 
 def traffic() -> dict[str, Any]:
-    """Count what a worker sends in a step of the published network, by taking one.
+    """Count the bytes that a worker sends in a step of the published network, by taking one step.
 
-    Two workers are pretended (sums and copies of what one has): sizes do not depend on the values,
-    and but for the keys not on the crops.
+    Two workers are simulated by sums and copies of one worker's tensors. Sizes do not depend on
+    values. Except for the keys, they do not depend on the number of crops either.
     """
     pretended = Collective(0, 2, lambda tensor: tensor.mul_(2), lambda tensor: [tensor, tensor])
     talking = Talking(pretended)
@@ -164,7 +165,7 @@ def traffic() -> dict[str, Any]:
         "norm_calls": len(small),
         "norm_bytes": sum(small),
         "key_bytes_a_crop": sum(talking.gathered) / 2,
-        # Four forward passes of the backbone and, for two, a backward of twice the cost.
+        # Four forward passes of the backbone; two have a backward pass at twice the cost.
         "flops_a_crop": 8 * flops,
     }
 
@@ -195,7 +196,7 @@ def _flops(backbone: nn.Module) -> float:
 def paper_model(
     num_gpus: int, counted: dict[str, Any], batch: int = PAPER_BATCH, machine: Machine | None = None
 ) -> dict[str, float]:
-    """Return where the time of a step goes on so many GPUs, nothing overlapping."""
+    """Return the parts of a step's time on `num_gpus` GPUs, if no parts overlap."""
     machine = Machine() if machine is None else machine
     crops = batch / num_gpus
     compute = crops * counted["flops_a_crop"] / machine.flops

@@ -2,10 +2,10 @@
 
     python benchmarks/postprocess.py [--nuclei 50 400 800 1200] [--repeats 5] [--json FILE]
 
-Maps are those of a good but not perfect network for random ellipses of 8-18 px semi-axes: edges
-off by a pixel, noise on the distances, 5 % of the pixels of another type. Beside it, in the same
-run, the same algorithm as it is plainly written: one scan of the whole tile and one dict per
-nucleus (tests/full_scan.py). Seconds are CPU time, the best of several.
+Maps are those of a good but imperfect network for random ellipses of 8-18 px semi-axes. Edges are
+wrong by a pixel, distances are noisy, and 5 % of the pixels have another type. The same run times
+a plain version of the algorithm: one scan of the whole tile and one dict per nucleus
+(tests/support/full_scan.py). Times are CPU seconds, the best of several calls.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Maps = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
 
 def random_ellipses(num: int, side: int, rng: np.random.Generator) -> NDArray[np.int32]:
-    """Return labels of ellipses spread over a tile; where they are many, later ones lie on top."""
+    """Return labels of ellipses at random places of a tile; later ellipses cover earlier ones."""
     grid = int(np.ceil(np.sqrt(num)))
     pitch = side / grid
     labels_HW = np.zeros((side, side), np.int32)
@@ -50,7 +50,7 @@ def random_ellipses(num: int, side: int, rng: np.random.Generator) -> NDArray[np
 
 
 def network_maps(num: int, side: int, seed: int) -> tuple[NDArray[np.int32], Maps]:
-    """Return true labels and what a network would make of them."""
+    """Return true labels and the maps that a network would make of them."""
     rng = np.random.default_rng(seed)
     labels_HW = random_ellipses(num, side, rng)
     types = rng.integers(1, len(TYPES), num)
@@ -85,7 +85,7 @@ def best(repeats: int, function: Callable[[], Any]) -> float:
 
 
 def measure(num: int, side: int, repeats: int, window_px: int | None) -> dict[str, float]:
-    """Return nuclei, seconds of each stage and of the full-scan twin for one tile."""
+    """Return nuclei, seconds of each stage and seconds of the full-scan twin for one tile."""
     true_HW, maps = network_maps(num, side, seed=num)
     packed_HW = pack_maps(*maps, window_px)
     nuclei = nuclei_from_packed(packed_HW, TYPES)
@@ -110,8 +110,10 @@ def main() -> None:
     """Measure each number of nuclei, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--nuclei", type=int, nargs="+", default=[50, 400, 800, 1200])
-    parser.add_argument("--side", type=int, default=1024, help="px of the tile")
-    parser.add_argument("--window-px", type=int, help="as in pack_maps; the tile if not given")
+    parser.add_argument("--side", type=int, default=1024, help="side of the tile in px")
+    parser.add_argument(
+        "--window-px", type=int, help="window of pack_maps in px; default: the tile"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, default=Path("postprocess.json"))
     options = parser.parse_args()

@@ -1,20 +1,22 @@
-"""How well GPUs are kept busy: simulated ones, 1 to 32 of them, and a host lost on the way.
+"""Measure the use of 1 to 32 simulated GPUs, also when a host is lost during the run.
 
     python benchmarks/scaling.py [--gpus 1 4 16 32] [--slower F] [--no-loss] [--json FILE]
 
-The run is the pipeline's own from the manifest to the records, on a Ray cluster of a head and of
-nodes with 8 GPUs and 4 CPUs each, all on this machine. Stages that look at pixels sleep instead:
-as long as they take, in processes and places that Ray gave them. Two processes on one GPU share it,
-as real ones do. Work grows with the GPUs: slides of 40 tiles on average, sizes lognormal. Between
-stages goes a fortieth of the bytes of real pixels and maps, and the object stores are as much
-smaller. Every run is a process of its own.
+The pipeline runs unchanged from the manifest to the records. Its Ray cluster is a head and nodes
+with 8 GPUs and 4 CPUs each, all on this machine. Stages that read pixels sleep instead, for as
+long as the real stage takes, in the processes that Ray starts for them. Two processes on one GPU
+share it, as on a real GPU. Work grows with the GPUs: slides have 40 tiles on average, with
+lognormal sizes. Tables between stages have a fortieth of the bytes of real pixels and maps, and so
+have the object stores. Every run is its own process.
 
-With `--slower F` all stages take F times longer, so two cores stand for 2 F: the processes of a
-whole cluster run on them, most of which are other machines' in life. The driver is one process
-there as here: `driver_cores` is how much of a core it would take without F. Seconds told are real.
+With `--slower F` all stages take F times longer, so that two cores stand for 2 F cores. They run
+the processes of a whole cluster, most of which would run on other machines. The driver is one
+process in both cases. `driver_cores` is the share of a core that it would take without F.
+Reported seconds are real.
 
-Tiles come when all actors on GPUs are there: to start a hundred processes takes these two cores
-minutes, and the nodes of a cluster no longer than one takes. `with_start` counts that time, too.
+Tiles are planned when all actors on GPUs have started. Starting a hundred processes takes minutes
+on two cores; on a real cluster it takes as long as one process. `with_start` includes that
+time.
 """
 
 import argparse
@@ -62,42 +64,44 @@ from scellst_ray.stages.make import make_stage
 from scellst_ray.stages.rows import SECONDS_OF_STAGE, PendingSlide, TileRow
 from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, box_columns, todo
 
-# Seconds of a 1024 px tile: CellViT-SAM-H in half precision and the embeddings of its cells on a
-# T4, the card of most spot nodes (assumed); reading it and finding its nuclei on a core
+# Seconds per tile of 1024 px. On a T4 (assumed; most spot nodes have one): CellViT-SAM-H in half
+# precision, and the embeddings of the cells. On a core: reading the tile and finding its nuclei
 # (benchmarks/postprocess.py).
 SECONDS = {"read": 0.1, "network": 1.6, "find": 0.15, "embed": 0.2}
 PLAN_S = 1.0
-# What a stage is the last one to need.
+# Columns that no stage after this one needs.
 USED: dict[str, tuple[Literal["image", "maps", "tokens"], ...]] = {
     "read": (),
     "network": (),
     "find": ("image", "maps"),
     "embed": ("tokens",),
 }
-# A GPU's tiles keep 0.14 of a CPU busy. Real nodes have more; here each is a process to start.
+# The tiles of a GPU use 0.14 of a CPU. Real nodes have more CPUs; here each CPU is one process.
 GPUS_PER_NODE, GPUS_PER_CPU = 8, 2
 SLIDES_PER_GPU, TILES_PER_SLIDE, SIGMA = 4, 40, 0.8
 STORE_BYTES = 256 * 2**20
-# A fortieth of the real ones.
+# A fortieth of the real size.
 IMAGE, MAPS, TOKENS = (190, 190, 3), (164, 164), (54_000,)
 CELLS_PER_TILE = 25
 CORE_PX, HALO_PX, MPP = 960, 32, 0.25
 STEP_S = 0.05
 MAX_SHARERS = 16
-# Of the nodes' own work, which here shares two cores: a process for each CPU that there is not, and
-# a look every five seconds at all processes of the machine.
+# All nodes share two cores, so Ray does less: it starts no idle process for each CPU, and it checks
+# all processes of the machine every minute instead of every five seconds.
 QUIET = {"RAY_prestart_worker_first_driver": "0", "REPORTER_UPDATE_INTERVAL_MS": "60000"}
 OUTLINE = shapely.to_wkb(shapely.box(0, 0, 20, 20))
 
 
 def main() -> None:
-    """Run every size; print and write the figures."""
+    """Run every size, print the figures and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 16, 32])
-    parser.add_argument("--slower", type=float, default=1.0, help="times stages take longer")
-    parser.add_argument("--no-loss", action="store_true", help="leave out the run that loses one")
-    parser.add_argument("--folder", help="of one run (what the others start)")
-    parser.add_argument("--lose", action="store_true", help="lose a host half-way")
+    parser.add_argument(
+        "--slower", type=float, default=1.0, help="factor by which stages take longer"
+    )
+    parser.add_argument("--no-loss", action="store_true", help="no run that loses a host")
+    parser.add_argument("--folder", help="one run (for internal use)")
+    parser.add_argument("--lose", action="store_true", help="lose a host after half of the tiles")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.folder:
@@ -121,7 +125,7 @@ def main() -> None:
 
 
 def one_run(folder: Path, num_gpus: int, slower: float, *, lose: bool) -> dict[str, Any]:
-    """Run a cohort on a cluster of its own; return where the time of its GPUs went."""
+    """Run a cohort on its own cluster; return the account of its GPUs' time."""
     sizes = slide_sizes(num_gpus * SLIDES_PER_GPU)
     slides = [empty_slide(folder, number, size) for number, size in enumerate(sizes)]
     for name in ("calls", "gpus"):
@@ -167,14 +171,14 @@ def one_run(folder: Path, num_gpus: int, slower: float, *, lose: bool) -> dict[s
 
 
 def slide_sizes(num_slides: int) -> list[int]:
-    """Return tiles of each slide: lognormal, and for n slides the quantiles of n equal parts."""
+    """Return the number of tiles of each slide: quantiles of a lognormal distribution."""
     normal = NormalDist()
     raw = [exp(SIGMA * normal.inv_cdf((k + 0.5) / num_slides)) for k in range(num_slides)]
     return [max(1, round(TILES_PER_SLIDE * num_slides * size / sum(raw))) for size in raw]
 
 
 def empty_slide(folder: Path, number: int, size: int) -> SlideRow:
-    """Return a slide whose file has nothing but a size, by which slides are sorted."""
+    """Return a slide with an empty file of some size, since slides are sorted by their size."""
     path = folder / f"{number}.svs"
     with path.open("wb") as handle:
         handle.truncate(size * 2**20)
@@ -182,7 +186,7 @@ def empty_slide(folder: Path, number: int, size: int) -> SlideRow:
 
 
 def start_cluster(num_gpus: int) -> tuple[Cluster, list[Any]]:
-    """Start a head without work and nodes with GPUs; join; return the nodes."""
+    """Start a head without CPUs and nodes with GPUs, connect to them, and return the nodes."""
     os.environ.update(QUIET)
     cluster = Cluster()
     common: dict[str, Any] = {
@@ -200,17 +204,17 @@ def start_cluster(num_gpus: int) -> tuple[Cluster, list[Any]]:
 
 
 def gpus_of_nodes(nodes: list[Any]) -> list[str]:
-    """Return a name of each GPU: its node's id and its number there."""
+    """Return the name of each GPU: the id of its node and its number on the node."""
     by_socket = {node["RayletSocketName"]: node for node in ray.nodes()}  # type: ignore[no-untyped-call]
     found = [by_socket[node.raylet_socket_name] for node in nodes]
     return [f"{n['NodeID']}:{k}" for n in found for k in range(int(n["Resources"]["GPU"]))]
 
 
 class Watch:
-    """When a run's records came, and what is to happen half-way."""
+    """A watch that records the progress of a run, and acts after half of its tiles."""
 
     def __init__(self, num_tiles: int, at_half: Callable[[], object] | None) -> None:
-        """Begin to watch; `at_half` is called, in a thread, when half of the tiles are done."""
+        """Make the watch; a thread calls `at_half` when half of the tiles are done."""
         self.num_tiles, self.at_half = num_tiles, at_half
         self.num_records = 0
         self.last_record = 0.0
@@ -219,13 +223,13 @@ class Watch:
         self.first: tuple[float, float] | None = None
 
     def cores(self) -> float:
-        """Return the cores that this process has kept busy from the first tile on, on average."""
+        """Return the mean number of cores that this process has used since the first tile."""
         assert self.first is not None
         cpu_s, at = (now - then for now, then in zip(_clocks(), self.first, strict=True))
         return cpu_s / at
 
     def report(self, progress: Progress) -> None:
-        """Take note of where the run stands."""
+        """Record the progress of the run."""
         if progress.num_tiles and self.first is None:
             self.first = _clocks()
         if len(progress.records) > self.num_records:
@@ -248,7 +252,7 @@ def plan(
     places: Path,
     num_places: int,
 ) -> list[TileRow]:
-    """Return the tiles of a slide without opening it, once all actors on GPUs are there."""
+    """Return the tiles of a slide without opening it, after all actors on GPUs have started."""
     while sum(1 for _ in places.glob("*.*")) < num_places:
         time.sleep(1.0)
     time.sleep(seconds)
@@ -277,17 +281,17 @@ def plan(
 def stage(
     name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool, folder: str, slower: float
 ) -> Any:  # noqa: ANN401
-    """Return the pipeline's own writing stage, and others that sleep."""
+    """Return the pipeline's own writing stage, or a stage that sleeps."""
     if name == "write":
         return make_stage(name, spec, run, on_gpu=on_gpu)
     return Sleeping(name, SECONDS[name] * slower, Path(folder))
 
 
 class Sleeping:
-    """A stage that takes its time and gives what has the size of its results, in part."""
+    """A stage that sleeps and returns columns of a fortieth of the size of its real results."""
 
     def __init__(self, name: str, seconds: float, folder: Path) -> None:
-        """Open this process's file of calls, and its place on its GPU."""
+        """Open this process's file of calls, and join the processes of its GPU."""
         self.name, self.seconds = name, seconds
         context = ray.get_runtime_context()
         self.where = context.get_node_id()
@@ -298,7 +302,7 @@ class Sleeping:
         self.calls = (folder / "calls" / f"{name}-{uuid.uuid4().hex}").open("a", buffering=1)
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow]:
-        """Take as long as these tiles take."""
+        """Sleep for as long as these tiles take, and record the call."""
         waiting = todo(rows)
         tiles = [(row["slide_id"], row["tile_id"]) for row in waiting]
         told = {"gpu": self.where, "stage": self.name, "gpu_s": self.seconds, "tiles": tiles}
@@ -318,7 +322,7 @@ class Sleeping:
 
 
 def _add_results(name: str, row: TileRow) -> None:
-    """Add to a tile what a stage adds."""
+    """Add the columns of a stage to a tile."""
     if name == "read":
         row["image"] = np.zeros(IMAGE, np.uint8)
     elif name == "network":
@@ -344,10 +348,10 @@ def _cells(row: TileRow) -> pa.Table:
 
 
 class SharedGpu:
-    """A GPU's time, in equal parts for the processes that work on it at a moment."""
+    """A GPU whose time is shared equally by the processes that use it at a moment."""
 
     def __init__(self, path: Path) -> None:
-        """Take a place among its processes: a byte of a file that says whether each works."""
+        """Join the processes of the GPU: each has a byte of a file that says whether it works."""
         place = 0
         while True:
             with suppress(FileExistsError):
@@ -361,7 +365,7 @@ class SharedGpu:
         os.close(descriptor)
 
     def work(self, seconds: float) -> None:
-        """Return when so many seconds of the GPU's time have been had."""
+        """Sleep until this process has had so much of the GPU's time, in seconds."""
         self.works[self.place] = 1
         before = time.monotonic()
         while seconds > 0:
@@ -374,7 +378,7 @@ class SharedGpu:
 
 
 def check_complete(folder: Path, sizes: list[int]) -> None:
-    """Make sure that every tile has one receipt, and every cell is there once."""
+    """Check that every tile has one receipt, and that every cell is present once."""
     run = RunFolder(str(folder / "run"), "")
     records, receipts = run.records(), run.receipts()
     assert {record["status"] for record in records.values()} == {"done"}

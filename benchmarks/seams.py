@@ -1,11 +1,12 @@
-"""Count nuclei lost or doubled when a slide is cut into tiles, with maps made from the truth.
+"""Count nuclei that are lost or doubled when a slide is cut into tiles, on maps of known nuclei.
 
     python benchmarks/seams.py [--slides 8] [--json seams.json]
 
-Slides of 4 x 4 tiles with 150 nuclei each, a third of them on seams; maps as of a perfect network
-and of one that sees nuclei differently in every tile, with and without knowing how a nucleus goes
-on beyond the border of its tile. Settled: nuclei that two tiles claimed, or none, and that
-compaction set right. The scale of edges is that of the tile, as published, or of a window.
+Slides have 4 x 4 tiles with 150 nuclei each, a third of them on seams (borders of tiles). Maps are
+those of a perfect network, or of a network that sees nuclei differently in every tile. Either
+network may or may not know the part of a nucleus beyond the border of its tile. Settled nuclei are
+those that two tiles or no tile claimed, and that compaction corrected. Edges are scaled by the
+whole tile, as published, or by a window.
 """
 
 import argparse
@@ -25,7 +26,7 @@ COLUMNS = ("jitter", "context", "window_px", "nuclei", "lost", "doubled", "settl
 
 
 def main() -> None:
-    """Run all combinations; print a table and write its JSON."""
+    """Run all combinations, print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--slides", type=int, default=8)
     parser.add_argument("--json", type=Path)
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def measure(slides: int, jitter: float, context_px: int, window_px: int | None) -> dict[str, Any]:
-    """Return the counts over some slides."""
+    """Return the counts, summed over some slides."""
     spec = true_tiles.truth_spec()
     counts = np.zeros(3, int)
     for seed in range(slides):

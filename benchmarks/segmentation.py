@@ -2,11 +2,11 @@
 
     python benchmarks/segmentation.py [FOLDER] [--mpp 0.25] [--json segmentation.json]
 
-FOLDER holds images/*.png (RGB) and labels/*.png (integer maps of the same names, 0 =
-background), as the MoNuSeg images do once their masks are merged. Both methods see the same
-pixels in the same run on one thread; F1 counts matches with intersection over union above 0.5.
-The steps of the segmenter were chosen among alternatives by their F1 on other data and on three of
-six MoNuSeg images (18-5592, A7-A13F, B0-5711): only the other three are a held-out result.
+FOLDER holds images/*.png (RGB) and labels/*.png (integer maps of the same names, 0 = background).
+The MoNuSeg images have this form after their masks are merged. Both methods get the same pixels in
+the same run on one thread. F1 counts matches with an intersection over union above 0.5. The steps
+of the segmenter were chosen by F1 on other data and on three of six MoNuSeg images (18-5592,
+A7-A13F, B0-5711). Only the result on the other three images is a held-out result.
 """
 
 import argparse
@@ -36,7 +36,7 @@ Segmenter = Callable[[NDArray[np.uint8], float], NDArray[np.integer]]
 
 
 def otsu_watershed(image_HWC: NDArray[np.uint8], mpp: float) -> NDArray[np.int32]:
-    """Return the peer's label map: Otsu on hematoxylin, opened, filled, split by distance."""
+    """Return the peer's label map: Otsu on hematoxylin, opening, filling, split by distance."""
     stain_HW = ndimage.gaussian_filter(rgb2hed(image_HWC)[..., 0], 0.25 / mpp)
     threshold = threshold_otsu(stain_HW)  # type: ignore[no-untyped-call]
     mask_HW = ndimage.binary_opening(stain_HW > threshold, iterations=2)
@@ -55,10 +55,10 @@ def otsu_watershed(image_HWC: NDArray[np.uint8], mpp: float) -> NDArray[np.int32
 
 
 def read_pairs(folder: Path) -> list[tuple[str, NDArray[np.uint8], NDArray[np.int64]]]:
-    """Return name, RGB image and label map of every image that has one.
+    """Return name, RGB image and label map of every image with a label map.
 
     Raises:
-        ValueError: If the folder holds no such pair.
+        ValueError: The folder has no image with a label map.
     """
     pairs = []
     for path in sorted((folder / "images").glob("*.png")):

@@ -1,9 +1,9 @@
-"""Predicted against measured expression on held-out spots, beside a colour-only model.
+"""Compare predicted with measured expression on held-out spots, and with a colour-only model.
 
     python benchmarks/spot_correlation.py --run runs/pred --manifest held_out.csv \
         --train-manifest train.csv --slides C4 [--json results/spot_correlation.json]
 
-The same as `scellst-ray evaluate expression`, under the name older notes give.
+It is `scellst-ray evaluate expression` under its former name.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from scellst_ray.evaluation.expression.config import EvaluateExpressionConfig
 
 
 def main() -> int:
-    """Print the comparison for each held-out slide and write it as JSON."""
+    """Print the comparison for each held-out slide, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--run", required=True)
     parser.add_argument("--manifest", required=True)
