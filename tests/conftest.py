@@ -63,23 +63,23 @@ def local_ray(shared_ray):
 
 def draw_dots(width, height, points_x0y0):
     """Return RGB [height, width, 3] with a bright Gaussian dot centred on each (x, y)."""
-    image = np.empty((height, width, 3), np.float64)
-    image[:] = BACKGROUND
+    image = np.full((height, width, 3), BACKGROUND, np.float32)
     for x, y in points_x0y0:
         left, top = max(0, int(x) - 40), max(0, int(y) - 40)
         rows = np.arange(top, min(height, top + 80)) + 0.5
         columns = np.arange(left, min(width, left + 80)) + 0.5
         weight = np.exp(-((columns[None] - x) ** 2 + (rows[:, None] - y) ** 2) / (2 * DOT_SIGMA**2))
         image[top : top + len(rows), left : left + len(columns)] += 170 * weight[..., None]
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(image, out=image), 0, 255, out=image).astype(np.uint8)
 
 
 def shrink(image, factor):
-    """Average squares of `factor` px; a remainder at the far edges is dropped."""
+    """Return the mean over squares of `factor` px; a remainder at the far edges is dropped."""
     height, width = (side // factor for side in image.shape[:2])
-    whole = image[: height * factor, : width * factor].astype(np.float64)
-    means = whole.reshape(height, factor, width, factor, 3).mean(axis=(1, 3))
-    return np.rint(means).astype(np.uint8)
+    whole = image[: height * factor, : width * factor].astype(np.uint16)
+    rows = sum(whole[start::factor] for start in range(factor)).astype(np.uint32)
+    sums = sum(rows[:, start::factor] for start in range(factor))
+    return np.rint(sums / factor**2).astype(np.uint8)
 
 
 def write_pyramid(path, levels, mpp, mpp_y=None, **options):

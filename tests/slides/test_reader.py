@@ -25,10 +25,15 @@ def resized(image, width, height):
 
 
 @pytest.fixture(scope="module")
-def pyramids(tmp_path_factory, helpers):
+def full(helpers):
+    """Return the pixels of level 0 of the pyramids."""
+    return helpers.draw_dots(WIDTH, HEIGHT, CENTRES)
+
+
+@pytest.fixture(scope="module")
+def pyramids(tmp_path_factory, helpers, full):
     """Return TIFFs of the same dots with levels as different writers make them."""
     folder = tmp_path_factory.mktemp("pyramids")
-    full = helpers.draw_dots(WIDTH, HEIGHT, CENTRES)
     edge = np.pad(full, ((0, 1), (0, 1), (0, 0)), mode="edge")
     smaller = {
         "fours": [helpers.shrink(full, 4), helpers.shrink(full, 16)],
@@ -115,8 +120,7 @@ def test_overlapping_boxes_share_their_pixels(pyramids, read_mpp, name):
             assert off <= (3 if slide._level_for(frame.ratio_x) else 0)
 
 
-def test_level_0_pixels_are_those_of_the_array_on_white(pyramids, helpers):
-    full = helpers.draw_dots(WIDTH, HEIGHT, CENTRES)
+def test_level_0_pixels_are_those_of_the_array_on_white(pyramids, full):
     boxes = [
         Box(-30, -20, 100, 60),
         Box(WIDTH - 40, HEIGHT - 25, 100, 60),

@@ -68,14 +68,16 @@ def test_cores_and_halos_have_the_size_asked_for(size0, ratio, core_px, halo_px)
 def test_a_tile_is_read_in_one_size_whatever_the_resolution(size0, ratio, cores, halos):
     """A network takes tiles of one size; the grid of pixels must not add any."""
     core_px, halo_px = 4 * cores, 4 * halos
-    for tile in plan_tiles(size0, ratio, *everywhere(size0), core_px, halo_px):
-        for axis, start0 in enumerate((tile.read.x0, tile.read.y0)):
-            first, size = _on_grid(start0, tile.read[2 + axis], ratio)
-            index = round((tile.core.x0, tile.core.y0)[axis] / (core_px * ratio))
+    tiles = plan_tiles(size0, ratio, *everywhere(size0), core_px, halo_px)
+    for axis in range(2):
+        # Tiles of one column share their span along x, those of one row along y.
+        spans = {(*tile.read[axis::2], *tile.core[axis::2]) for tile in tiles}
+        for read_start, read_size, core_start, core_size in spans:
+            first, size = _on_grid(read_start, read_size, ratio)
+            index = round(core_start / (core_px * ratio))
             assert first == index * core_px - halo_px
             assert size <= core_px + 2 * halo_px
-            core_end = tile.core[axis] + tile.core[2 + axis]
-            if core_end < size0[axis] - halo_px * ratio - 8:
+            if core_start + core_size < size0[axis] - halo_px * ratio - 8:
                 assert size == core_px + 2 * halo_px
 
 
