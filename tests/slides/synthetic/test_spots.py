@@ -9,15 +9,8 @@ import pytest
 import scipy.io
 
 from scellst_ray.slides.synthetic import slide as synthetic
-from scellst_ray.slides.synthetic.slide import SyntheticConfig
 from scellst_ray.slides.synthetic.spots import make_spots, write_space_ranger, write_st_array
-
-SMALL = SyntheticConfig(seed=4, width_um=640.0, height_um=420.0, mpp=0.5)
-
-
-@pytest.fixture(scope="module")
-def tissue():
-    return synthetic.make_tissue(SMALL)
+from tests.support.small_tissue import SMALL
 
 
 @pytest.mark.parametrize("spot_layout", ["hex", "square"])
