@@ -16,11 +16,7 @@ from scellst_ray.spots.panel import (
     size_factors,
 )
 from scellst_ray.spots.selection import Section, choose_genes
-from scellst_ray.spots.st_array import read_st_array
 from scellst_ray.spots.table import Spots
-from tests.support.paths import SHARED
-
-HER2ST = SHARED / "data" / "st_her2st"
 
 
 def random_spots(num_spots=57, num_genes=40, seed=0) -> Spots:
@@ -169,13 +165,8 @@ def test_robust_scale_equals_scikit_learn():
     np.testing.assert_allclose(scaled * scale, values, rtol=1e-6)
 
 
-def test_her2st_panel_and_targets():
-    if not HER2ST.exists():
-        pytest.skip("real ST arrays ../shared/data/st_her2st are absent")
-    slides = [
-        read_st_array(str(HER2ST / f"{s}.tsv.gz"), str(HER2ST / f"{s}_selection.tsv"), 0.687)
-        for s in ("C2", "C3")
-    ]
+def test_her2st_panel_and_targets(her2st):
+    slides = [her2st("C2"), her2st("C3")]
     kept = [filter_counts(spots, "x") for spots in slides]
     expected = scanpy_filtered(slides[0])
     assert kept[0].genes == expected.var_names.tolist()

@@ -75,14 +75,12 @@ def test_missing_and_cut_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("section", "num_spots"), [("C2", 187), ("C3", 180), ("C4", 184)])
-def test_her2st(section, num_spots):
-    if not HER2ST.exists():
-        pytest.skip("real ST arrays ../shared/data/st_her2st are absent")
+def test_her2st(her2st, section, num_spots):
     paths = [str(HER2ST / f"{section}{end}") for end in (".tsv.gz", "_selection.tsv")]
-    spots = read_st_array(*paths, mpp=0.687)
+    spots = her2st(section)
     assert len(spots) == num_spots
     assert spots.radius0 == pytest.approx(73, abs=0.5)
-    if section == "C2":  # against pandas, once: it takes a while
+    if section == "C2":  # pandas takes a while, so one section is compared
         table = pd.read_csv(paths[0], sep="\t", index_col=0)
         np.testing.assert_array_equal(spots.counts.toarray(), table.loc[spots.spot_id].to_numpy())
         assert spots.genes == table.columns.tolist()

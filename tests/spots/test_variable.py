@@ -11,16 +11,12 @@ import scanpy
 from scipy import sparse
 
 from scellst_ray.spots.panel import gene_columns
-from scellst_ray.spots.st_array import read_st_array
 from scellst_ray.spots.variable import (
     highly_variable,
     most_variable,
     normalised_variance,
     rank_over_slides,
 )
-from tests.support.paths import SHARED
-
-HER2ST = SHARED / "data" / "st_her2st"
 
 
 def slide_counts(num_spots, num_genes, seed, dropout=0.0):
@@ -179,13 +175,8 @@ def test_most_variable_by_a_slow_loop():
     np.testing.assert_allclose(found["variance"], scores)
 
 
-def test_her2st_equals_scanpy():
-    if not HER2ST.exists():
-        pytest.skip("real ST arrays ../shared/data/st_her2st are absent")
-    sections = [
-        read_st_array(str(HER2ST / f"{s}.tsv.gz"), str(HER2ST / f"{s}_selection.tsv"), 0.687)
-        for s in ("C2", "C4")
-    ]
+def test_her2st_equals_scanpy(her2st):
+    sections = [her2st("C2"), her2st("C4")]
     common = sorted(set(sections[0].genes) & set(sections[1].genes))
     slides = [s.counts[:, gene_columns(s.genes, common, "x")] for s in sections]
     total = sum(np.asarray(counts.sum(axis=0)).ravel() for counts in slides)
