@@ -1,6 +1,6 @@
 """Single-cell gene expression from cohorts of H&E whole-slide images, on Ray.
 
-Importing this package imports neither Ray nor torch; `open_run` is loaded when first used.
+Importing this package imports neither Ray nor torch; `open_run` is loaded at its first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 __all__ = ["Run", "__version__", "open_run"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type is that of the attribute asked for
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any attribute
     """Load the run reader on first use (PEP 562)."""
     if name in {"Run", "open_run"}:
-        from scellst_ray.runs import reading  # noqa: PLC0415 - that is the point
+        from scellst_ray.runs import reading  # noqa: PLC0415 - loaded at its first use
 
         return getattr(reading, name)
     message = f"module {__name__!r} has no attribute {name!r}"

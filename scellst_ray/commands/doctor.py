@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from scellst_ray import storage
 from scellst_ray.commands.configs import DoctorConfig
-from scellst_ray.core.isolated import Died, each_isolated
+from scellst_ray.core.isolated import ProcessDeath, map_isolated
 from scellst_ray.core.version import __version__
 from scellst_ray.models.cellvit.checkpoint import load_cellvit
 from scellst_ray.models.device import device_name, has_gpu
@@ -173,13 +173,13 @@ def _slides(console: Console, slides: list[SlideRow], found: FoundSlides) -> int
     local = set(found.local)
     rows = [slide_row(s) for s in slides if s.uri in local and s.slide_id not in found.reasons]
     processes = max(1, min(len(rows), os.cpu_count() or 1))
-    opened = each_isolated(header_of, rows, processes, OPEN_S)
+    opened = map_isolated(header_of, rows, processes, OPEN_S)
     headers = {row["slide_id"]: header for row, header in opened}
     num_bad = 0
     for slide in slides:
         reason, told = found.reasons.get(slide.slide_id), _told(slide.slide_id, headers, found)
         header = headers.get(slide.slide_id)
-        if isinstance(header, Died):
+        if isinstance(header, ProcessDeath):
             reason = f"{slide.uri}: {header.reason}"
         elif header is not None and header.get("error") is not None:
             reason = header["error"]
@@ -195,7 +195,7 @@ def _slides(console: Console, slides: list[SlideRow], found: FoundSlides) -> int
     return num_bad
 
 
-def _told(slide_id: str, headers: dict[str, Header | Died], found: FoundSlides) -> str:
+def _told(slide_id: str, headers: dict[str, Header | ProcessDeath], found: FoundSlides) -> str:
     """Return what is known of a slide that is well."""
     header = headers.get(slide_id)
     if isinstance(header, dict) and "mpp" in header:

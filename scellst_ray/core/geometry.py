@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Plausible resolutions of a slide, um per level-0 px.
+# Range of plausible resolutions of a slide, um per level-0 px.
 MIN_MPP, MAX_MPP = 0.1, 1.2
 
 
@@ -26,9 +26,9 @@ class Box(NamedTuple):
     h0: int
 
     def contains(self, points_x0y0: NDArray[np.floating]) -> NDArray[np.bool_]:
-        """Tell which points [N, 2] (x, y, level-0 px) lie in the half-open box.
+        """Return which points [N, 2] (x, y, level-0 px) lie in the box, bool [N].
 
-        Half-open, so boxes that partition the plane own every point exactly once.
+        The box is half-open, so boxes that partition the plane own each point exactly once.
         """
         x, y = points_x0y0[:, 0], points_x0y0[:, 1]
         inside_x = (x >= self.x0) & (x < self.x0 + self.w0)
@@ -41,7 +41,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Frame:
-    """Where an image in hand lies on its slide.
+    """Place of an image on its slide. The image is said to be in hand: it is being processed.
 
     Attributes:
         origin_x0: Level-0 x of the image's left edge.
@@ -69,7 +69,7 @@ class Frame:
 
     @property
     def area_ratio(self) -> float:
-        """Level-0 px2 per px2 in hand."""
+        """Return the level-0 px2 per px2 in hand."""
         return self.ratio_x * self.ratio_y
 
 
@@ -78,10 +78,10 @@ def check_mpp(mpp: float | None, source: str) -> float:
 
     Args:
         mpp: um per level-0 px, or None if unknown.
-        source: What the message shall name.
+        source: Name of the slide or file, for the message.
 
     Raises:
-        ValueError: absent, not a number, zero, or outside 0.1-1.2 um/px.
+        ValueError: `mpp` is unknown, not a number, or outside 0.1-1.2 um/px.
     """
     remedy = "give the true value in the manifest's mpp column (um per level-0 px)"
     if mpp is None or math.isnan(mpp):

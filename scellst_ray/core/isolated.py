@@ -1,7 +1,7 @@
-"""Calls in processes of their own, in bounded memory: what ends a process costs one item.
+"""Calls in separate processes of limited memory: an item that ends its process costs only itself.
 
-For commands that look at files without Ray (`plan`, `doctor`): a slide that makes its decoder
-crash, or that takes for ever, is told of and the others go on.
+Commands that read files without Ray use it (`plan`, `doctor`). A slide whose decoder crashes or
+hangs is reported, and the work on all other slides goes on.
 """
 
 import faulthandler
@@ -19,13 +19,17 @@ from scellst_ray.core.memory_limit import limit_memory
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Items handed out for each process: enough to keep it busy, few enough to try anew alone.
+# Items handed out per process: enough to keep it busy, few enough to try each again alone.
 WAITING = 2
 
 
 @dataclass(frozen=True)
-class Died:
-    """What stands for the result of a call that ended its process."""
+class ProcessDeath:
+    """Result of a call that ended its process.
+
+    Attributes:
+        reason: Why the process ended, for messages.
+    """
 
     reason: str
 
@@ -39,7 +43,7 @@ class _Timed(Generic[T, R]):
     def __call__(self, item: T) -> R:
         if self.timeout_s is None:
             return self.function(item)
-        # In C: it works while the interpreter is held.
+        # It works from C, also while a C call holds the interpreter.
         faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=2)
         try:
             return self.function(item)
@@ -47,22 +51,24 @@ class _Timed(Generic[T, R]):
             faulthandler.cancel_dump_traceback_later()
 
 
-def each_isolated(
+def map_isolated(
     function: Callable[[T], R],
     items: Iterable[T],
     processes: int | None = None,
     timeout_s: float | None = None,
-) -> Iterator[tuple[T, R | Died]]:
-    """Call a function on every item, each in one of a few processes; yield as they get done.
+) -> Iterator[tuple[T, R | ProcessDeath]]:
+    """Call a function on each item in one of several processes; yield items with their results.
 
-    Items whose process ended are tried once more, one at a time in a process that nothing else
-    uses; what ends that one too is at fault.
+    Results come in the order in which they are done. When a process ends, all items that it may
+    have worked on are tried again, one at a time in a process of its own. An item that ends this
+    process too gives a ProcessDeath.
 
     Args:
-        function: Of a module, so that other processes find it; what it raises is raised here.
-        items: Taken only as far as they are handed out.
-        processes: How many; None: as many as there are CPUs.
-        timeout_s: Seconds a call may take; None: for ever.
+        function: A function of a module, so that other processes find it. Its exceptions are
+            raised here.
+        items: The items. They are taken only when they are handed out.
+        processes: Number of processes; None: the number of CPUs.
+        timeout_s: Seconds that a call may take; None: no limit.
     """
     num = processes or os.cpu_count() or 1
     call, rest = _Timed(function, timeout_s), iter(items)
@@ -77,18 +83,18 @@ def each_isolated(
             yield from _until_broken(call, alone, (1, 1), guilty)
             if not guilty:
                 break
-            yield guilty[0], Died(_reason(timeout_s))
+            yield guilty[0], ProcessDeath(_reason(timeout_s))
 
 
 def _until_broken(
     call: Callable[[T], R], items: Iterator[T], most: tuple[int, int], suspects: list[T]
 ) -> Iterator[tuple[T, R]]:
-    """Yield results until the items, or a process, come to an end.
+    """Yield results until all items are done or a process ends.
 
     Args:
-        call: What to do with an item.
-        items: Taken as far as they are handed out.
-        most: Processes, and items handed out at a time.
+        call: The function to call on an item.
+        items: The items. They are taken only when they are handed out.
+        most: Number of processes, and number of items handed out at a time.
         suspects: Filled with the items without a result: one of them ended a process.
     """
     context = multiprocessing.get_context("spawn")
@@ -114,7 +120,7 @@ def _until_broken(
                     suspects.append(item)
                 else:
                     yield item, future.result()
-        # Broken: nothing more comes, and what is done has been told.
+        # The pool is broken: no more results come. Collect those that are done.
         for future in wait(under_way).done:
             item = under_way.pop(future)
             if future.exception() is None:

@@ -1,9 +1,8 @@
 """Log lines that say which slide and tile they are about, as text or as JSON.
 
-`log_context` says so for every line logged inside it, by whatever code; a call that knows better
-names them itself, with `extra=log_fields(...)`. Text lines end with them. With $SCELLST_RAY_LOG set
-to json a
-line is a JSON object, for collectors of logs.
+`log_context` names slide and tile in every line logged inside it, by any code. A single call names
+them with `extra=log_fields(...)`, which has priority. Text lines end with the names. With
+$SCELLST_RAY_LOG set to json, each line is a JSON object, for collectors of logs.
 """
 
 import json
@@ -18,45 +17,46 @@ from typing import Any
 VARIABLE = "SCELLST_RAY_LOG"
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 NAMES = ("slide_id", "tile_id", "stage")
-Told = tuple[str | None, int | None, str | None]
-_context: ContextVar[Told] = ContextVar("log_context", default=(None, None, None))
+# slide_id, tile_id (-1: no tile in particular) and stage; None: not named.
+Subject = tuple[str | None, int | None, str | None]
+_context: ContextVar[Subject] = ContextVar("log_context", default=(None, None, None))
 
 
 class log_context:  # noqa: N801 - used like a function; a generator takes four times as long
-    """Name slide, tile (-1: none in particular) and stage in every line logged inside a `with`.
+    """Name slide, tile and stage in every line logged inside a `with`.
 
-    What is None stays as it is outside.
+    A tile of -1 means no tile in particular. An argument that is None keeps the outer name.
     """
 
-    __slots__ = ("token", "told")
+    __slots__ = ("subject", "token")
 
     def __init__(
         self, slide_id: str | None, tile_id: int | None = None, stage: str | None = None
     ) -> None:
-        """Prepare to name these."""
-        self.told: Told = (slide_id, tile_id, stage)
+        """Keep the names."""
+        self.subject: Subject = (slide_id, tile_id, stage)
 
     def __enter__(self) -> None:
-        """Begin to name them."""
+        """Name them from here on."""
         old = _context.get()
-        slide_id, tile_id, stage = self.told
-        told = (slide_id or old[0], old[1] if tile_id is None else tile_id, stage or old[2])
-        self.token: Token[Told] = _context.set(told)
+        slide_id, tile_id, stage = self.subject
+        subject = (slide_id or old[0], old[1] if tile_id is None else tile_id, stage or old[2])
+        self.token: Token[Subject] = _context.set(subject)
 
     def __exit__(self, *_: object) -> None:
-        """Name again what is named outside."""
+        """Name the outer slide, tile and stage again."""
         _context.reset(self.token)
 
 
 def log_fields(
     slide_id: str | None, tile_id: int | None = None, stage: str | None = None
 ) -> dict[str, Any]:
-    """Return the `extra` of a log call about a slide, a tile, a stage."""
-    told = (slide_id, None if tile_id == -1 else tile_id, stage)
-    return {name: value for name, value in zip(NAMES, told, strict=True) if value is not None}
+    """Return the `extra` of a log call about a slide, a tile or a stage."""
+    values = (slide_id, None if tile_id == -1 else tile_id, stage)
+    return {name: value for name, value in zip(NAMES, values, strict=True) if value is not None}
 
 
-def named_tiles(keys: Sequence[tuple[str, int]], stage: str | None = None) -> dict[str, Any]:
+def tile_fields(keys: Sequence[tuple[str, int]], stage: str | None = None) -> dict[str, Any]:
     """Return the `extra` of a log call about one or several tiles, by slide_id and tile_id."""
     if len(keys) == 1:
         return log_fields(*keys[0], stage)
@@ -64,28 +64,30 @@ def named_tiles(keys: Sequence[tuple[str, int]], stage: str | None = None) -> di
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """Return what a line is about."""
+    """Return slide, tile and stage of a log record, by name."""
     own = {name: vars(record)[name] for name in (*NAMES, "tiles") if name in vars(record)}
     return log_fields(*_context.get()) | own
 
 
 class TextLines(logging.Formatter):
-    """Lines for people; those about a slide end with its name, unless they have it already."""
+    """Lines for people. A line about a slide ends with its name, unless the message has it."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         line, message = super().format(record), record.getMessage()
-        told = fields_of(record)
-        names = [n for n in ("slide_id", "tile_id") if n in told and str(told[n]) not in message]
-        if not names:
+        about = fields_of(record)
+        missing = [
+            n for n in ("slide_id", "tile_id") if n in about and str(about[n]) not in message
+        ]
+        if not missing:
             return line
-        words = [f"{name.removesuffix('_id')} {told[name]}" for name in NAMES if name in told]
+        words = [f"{name.removesuffix('_id')} {about[name]}" for name in NAMES if name in about]
         head, end, traceback = line.partition("\n")
         return f"{head} [{', '.join(words)}]{end}{traceback}"
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line."""
+    """Lines for machines: one JSON object each."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -103,11 +105,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def formatter() -> logging.Formatter:
-    """Return the formatter that the environment asks for.
+def make_formatter() -> logging.Formatter:
+    """Return the formatter that $SCELLST_RAY_LOG names.
 
     Raises:
-        ValueError: it asks for another format than text and json.
+        ValueError: the variable is neither text nor json.
     """
     wanted = os.environ.get(VARIABLE, "text")
     if wanted not in ("text", "json"):
@@ -117,15 +119,15 @@ def formatter() -> logging.Formatter:
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Have lines written to stderr, unless whoever started this process has set up logging.
+    """Write log lines to stderr, unless the program has already set up logging.
 
     Args:
-        level: From which level on.
+        level: Lowest level of the lines that are written.
     """
     root = logging.getLogger()
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(formatter())
+        handler.setFormatter(make_formatter())
         root.addHandler(handler)
         root.setLevel(level)
     logging.getLogger("scellst_ray").setLevel(level)

@@ -1,34 +1,35 @@
-"""A limit to the memory of a process, so that a file that asks for too much gets an error for it.
+"""Limit of a process's memory, so that a file that needs too much of it raises an error.
 
-Without it the kernel, or Ray, would end whichever process of the node they find first.
+Without the limit the kernel, or Ray, would end some process of the node.
 """
 
 import resource
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
-# What limits count is what was asked for, not what is used: stacks of threads, and rooms that
-# allocators keep. And a worker that declares 2 GiB may take more for a moment.
+# The limit counts memory that was requested, not memory in use: stacks of threads, and reserves of
+# allocators. A worker that declares 2 GiB may also take more for a moment.
 TIMES, MORE_BYTES = 2, 2 * 2**30
-# Of processes that declare nothing.
+# Declared memory of a process that declares none.
 USUAL_BYTES = 2 * 2**30
 
 
 def limit_memory(declared_bytes: float | None = None) -> int | None:
-    """Refuse this process memory beyond what it has now and twice what it declares, and 2 GiB.
+    """Limit this process to its present memory + 2 x the declared memory + 2 GiB.
 
-    Not for processes with a GPU: its driver asks for all addresses at once.
+    Allocations beyond it raise MemoryError. Do not use it in a process with a GPU: the GPU's driver
+    requests all addresses at once.
 
     Args:
-        declared_bytes: What it is meant to take; None: 2 GiB.
+        declared_bytes: Memory that the process declares, bytes; None: 2 GiB.
 
     Returns:
-        Bytes it may have in all; None where the system does not tell what it has.
+        The limit in bytes; None if the system does not say how much memory the process has.
     """
-    has = data_bytes()
-    if has is None:
+    present = data_bytes()
+    if present is None:
         return None
-    most = has + int(TIMES * (declared_bytes or USUAL_BYTES)) + MORE_BYTES
+    most = present + int(TIMES * (declared_bytes or USUAL_BYTES)) + MORE_BYTES
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
@@ -36,7 +37,7 @@ def limit_memory(declared_bytes: float | None = None) -> int | None:
 
 
 def data_bytes() -> int | None:
-    """Return the bytes of this process that the limit counts; None if not on Linux."""
+    """Return the bytes of this process that the limit counts; None if this is not Linux."""
     if not STATUS.exists():
         return None
     lines = STATUS.read_text().splitlines()

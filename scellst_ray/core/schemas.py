@@ -1,7 +1,7 @@
-"""One Arrow schema per table that crosses a boundary (FORMAT.md is the prose of it).
+"""Arrow schemas of all tables that are stored or travel between stages; FORMAT.md explains them.
 
-`conform` puts a table into its stored form, name, version and run digest in the schema metadata;
-`check` refuses a stored table of another name or of a version this release cannot read.
+`conform` puts a table into its stored form, with name, version and run digest in the schema
+metadata. `check` refuses a stored table of another name, or of a version newer than this release.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ import pyarrow as pa
 FORMAT_VERSION = 1
 CROP_UM = 12.0
 CROP_PX = 48
-# As stored: rotated by any angle, the 12 um in the middle are whole.
+# Size of a stored crop: after rotation by any angle, the 12 um in the middle are whole.
 STORED_CROP_UM = 18.0
 STORED_CROP_PX = 72
-# Of runs that do not say: those of the first releases, by a ResNet-50.
+# Length of embeddings if a run does not say it: the first releases used a ResNet-50.
 EMBEDDING_DIM = 2048
 HIDDEN_DIM = 256
 
-# A segmentation network's maps as they leave its device, one uint32 a pixel: bits 0-24 the edge
-# energy in steps of 2^-24 (0 to MAP_LEVEL), bit 25 set in nuclei, bits 26-31 the nucleus type.
+# Maps of a segmenting network, one uint32 per pixel. Bits 0-24: edge energy in steps of 2^-24, from
+# 0 to MAP_LEVEL. Bit 25: set in nuclei. Bits 26-31: nucleus type.
 MAP_LEVEL = 1 << 24
 MAP_NUCLEUS = 1 << 25
 MAP_TYPE_SHIFT = 26
@@ -30,7 +30,7 @@ _BOX_FIELDS = [
     for axis in ("x0", "y0", "w0", "h0")
 ]
 
-# A slide that could not be planned, or has no tissue, is one row: tile_id -1 and num_tiles 0.
+# A slide that could not be planned, or has no tissue, is one row with tile_id -1 and num_tiles 0.
 TILES = pa.schema(
     [
         pa.field("slide_id", pa.string(), nullable=False),
@@ -91,9 +91,10 @@ CELL_FIELDS = [
     pa.field("type_prob", pa.float32()),
     pa.field("polygon", pa.binary(), nullable=False),
 ]
-# What a tile hands over: nuclei near its border carry bits that say how (see nuclei/seams.py).
+# Columns of a shard. `seam` holds bits that say how near a nucleus is to a border of its tile (see
+# nuclei/seams.py).
 SHARD_FIELDS = [*CELL_FIELDS, pa.field("seam", pa.uint8(), nullable=False)]
-# From the cells the head was trained on (runs/domain_shift.py).
+# Distance from the cells that the head was trained on (runs/domain_shift.py).
 DISTANCE = pa.field("distance", pa.float16(), nullable=False)
 
 CROPS = pa.schema(
@@ -107,7 +108,7 @@ CROPS = pa.schema(
 
 
 def vector(name: str, dim: int) -> pa.Field:
-    """Return a stored vector column: float16 [dim] per cell."""
+    """Return the field of a stored vector column, float16 [dim] per cell."""
     return pa.field(name, pa.list_(pa.field("item", pa.float16()), dim), nullable=False)
 
 
@@ -118,20 +119,20 @@ def cells_schema(embedding_dim: int | None) -> pa.Schema:
 
 
 def expression_schema(hidden_dim: int = HIDDEN_DIM, *, with_distance: bool = False) -> pa.Schema:
-    """Return the EXPRESSION schema: the head's last hidden layer, float16 [256] per cell.
+    """Return the EXPRESSION schema, with the head's last hidden layer, float16 [256] per cell.
 
-    An ensemble has one after another: `hidden_dim` is a multiple of 256 then. Tables of the first
-    releases have no `distance`.
+    In an ensemble the layers of the networks follow each other, so `hidden_dim` is a multiple of
+    256. Tables of the first releases have no `distance`.
     """
     extra = [DISTANCE] if with_distance else []
     return pa.schema([*CELL_FIELDS[:2], vector("hidden", hidden_dim), *extra])
 
 
 def bags_schema(embedding_dim: int, *, with_counts: bool = False) -> pa.Schema:
-    """Return the BAGS schema: one row per spot with its cells' embeddings and its target.
+    """Return the BAGS schema: one row per spot with the embeddings of its cells and its target.
 
-    A bag has as many vectors as the spot has cells: offsets, no padding. Losses on counts need
-    two more columns: `with_counts`.
+    A bag has one vector for each cell of the spot, without padding. `with_counts` adds the two
+    columns that losses on counts need.
     """
     embedding = pa.list_(pa.field("item", pa.float16()), embedding_dim)
     counts = [
@@ -160,7 +161,7 @@ def conform(table: pa.Table, schema: pa.Schema, name: str, run_digest: str = "")
     """
     missing = [column for column in schema.names if column not in table.column_names]
     if missing:
-        message = f"{name}: column(s) {', '.join(missing)} missing; it has {table.column_names}"
+        message = f"{name}: columns {', '.join(missing)} are missing; it has {table.column_names}"
         raise ValueError(message)
     return table.select(schema.names).cast(signed(schema, name, run_digest))
 
@@ -181,7 +182,8 @@ def check(schema: pa.Schema, name: str, source: str) -> None:
     """Check that a stored schema is table `name` in a version this release reads.
 
     Raises:
-        ValueError: another table, no signature, or a newer version; the message names `source`.
+        ValueError: the schema is of another table, unsigned, or of a newer version. The message
+            names `source`.
     """
     metadata = schema.metadata or {}
     found = metadata.get(b"scellst_ray.table", b"").decode()

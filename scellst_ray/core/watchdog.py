@@ -1,4 +1,4 @@
-"""Ends this process if work takes too long: no thread can interrupt a call into C."""
+"""Watchdog: ends this process if work takes too long, since no thread can interrupt a C call."""
 
 import faulthandler
 import os
@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# After this the process ends without a word to `expired`, in C: whatever holds the interpreter.
+# After this further time faulthandler ends the process from C, without calling `expired`. That
+# also works while a C call holds the interpreter.
 GRACE_S = 30.0
 LOOK_EVERY_S = 1.0
 STDERR = 2
@@ -15,17 +16,17 @@ Expired = Callable[[float], None]
 
 
 class Watchdog:
-    """Watches one piece of work after another, which costs them nothing.
+    """Watch of one piece of work after another; it costs the work no time.
 
-    A thread looks once a second, and each time postpones what faulthandler does when the thread
-    does not come to look again.
+    A thread looks at the work once a second. Each look postpones faulthandler, which ends the
+    process if the thread does not look again.
     """
 
     def __init__(self, expired: Expired) -> None:
-        """Watch nothing yet.
+        """Start without work to watch.
 
         Args:
-            expired: Called, with the seconds there were, before the process ends.
+            expired: Called with the limit in seconds before the process ends.
         """
         self.expired = expired
         self._limit: tuple[float, float] | None = None
@@ -34,10 +35,10 @@ class Watchdog:
 
     @contextmanager
     def limit(self, seconds: float | None) -> Iterator[None]:
-        """End the process, with the stacks of its threads on stderr, if the block takes longer.
+        """End the process, with the stacks of its threads on stderr, if the block takes too long.
 
         Args:
-            seconds: How long it may take; None: for ever.
+            seconds: Time that the block may take; None: no limit.
         """
         if seconds is None:
             yield

@@ -1,8 +1,12 @@
 """Export to AnnData, laid out so that scanpy and squidpy plot it without further work.
 
-One row per cell. `obs`: cell_id, region, cell_type, area (um2), slide_id. `obsm["spatial"]`: (x, y)
-in level-0 px. `uns["spatial"]` has one library per slide, named after it. `X` is the expression of
-the genes asked for; a run of `extract` has no genes and its embeddings in `obsm["X_embedding"]`.
+The table has one row per cell.
+
+- `obs`: cell_id, region, cell_type, area (um2), slide_id.
+- `obsm["spatial"]`: (x, y) in level-0 px.
+- `uns["spatial"]`: one library per slide, named after it.
+- `X`: expression of the chosen genes. A run of `extract` has no genes; its embeddings are in
+  `obsm["X_embedding"]`.
 """
 
 import logging
@@ -31,7 +35,7 @@ logger = logging.getLogger(__name__)
 THUMBNAIL_PX = 2000
 BLANK_PX = 500
 COLUMNS = ("slide_id", "cell_id", "x0", "y0", "area_um2", "nucleus_type")
-# The colours of PanNuke's classes in its paper's figures; any other name takes the next spare one.
+# Colours of PanNuke's classes in the figures of its paper. Other types take the next spare colour.
 COLORS = {
     "neoplastic": "#ff0000",
     "inflammatory": "#22dd4d",
@@ -55,18 +59,18 @@ class Thumbnail(NamedTuple):
 
 
 def read_thumbnail(run: Run, slide_id: str, longest_px: int = THUMBNAIL_PX) -> Thumbnail | None:
-    """Read a slide's picture; None, with a warning, if the slide is no longer where it was.
+    """Read a slide's picture; return None and log a warning if the slide's file is gone.
 
     Args:
-        run: The run, which knows the slide's uri and resolution.
+        run: The run, which knows the slide's URI and resolution.
         slide_id: The slide.
-        longest_px: Size of the picture's longer side.
+        longest_px: Length of the picture's longer side, px.
     """
     record, uri = run.records[slide_id], run.sources[slide_id]["uri"]
     try:
         held = hold(uri)
     except FileNotFoundError:
-        text = "slide %s: %s is gone; exported with a blank picture"
+        text = "slide %s: %s is gone; it is exported with a blank picture"
         logger.warning(text, slide_id, uri, extra=log_fields(slide_id))
         return None
     with held, Slide(held.path, held.name, record["mpp"]) as slide:
@@ -86,22 +90,22 @@ def to_anndata(
 
     Args:
         run: The run.
-        slide_ids: Which slides, in this order; all that did not fail if None.
-        genes: Which genes, in this order; the whole panel if None.
-        thumbnails: Pictures by slide_id (see read_thumbnail); white for slides left out.
+        slide_ids: The slides, in this order; all that did not fail if None.
+        genes: The genes, in this order; the whole panel if None.
+        thumbnails: Pictures by slide_id (see read_thumbnail). Slides without one get a white one.
 
     Raises:
-        ValueError: unknown slides or genes, a slide that failed, genes asked of a run without
-            expression, or no cells at all.
+        ValueError: a slide or gene is unknown, a slide failed, genes are named but the run has no
+            expression, or there are no cells.
     """
     chosen = run.choose(slide_ids)
     cells = run.cells_frame(chosen, COLUMNS)
     if cells.is_empty():
-        message = f"{run.uri}: slides {chosen[:5]} hold no cells; there is nothing to export"
+        message = f"{run.uri}: slides {chosen[:5]} have no cells; choose slides with cells"
         raise ValueError(message)
     for slide_id in chosen:
         if run.records[slide_id]["status"] == "partial":
-            text = "slide %s is partial: its failed tiles have no cells here"
+            text = "slide %s is partial: the export has no cells of its failed tiles"
             logger.warning(text, slide_id, extra=log_fields(slide_id))
     wants_genes = genes is not None or run.has_expression
     names = run.choose_genes(genes) if wants_genes else []
@@ -127,33 +131,34 @@ def write_anndata(
     *,
     thumbnail_px: int | None = THUMBNAIL_PX,
 ) -> ad.AnnData:
-    """Write cells and expression as AnnData; what is there under `out` is replaced.
+    """Write cells and expression as AnnData; an existing file or store is replaced.
 
     Args:
         run: The run.
         out: Local path or fsspec URI ending in `.h5ad` or `.zarr`.
-        slide_ids: Which slides; all that did not fail if None.
-        genes: Which genes; the whole panel if None.
-        thumbnail_px: Longer side of each slide's picture; None for blank ones (a slide on object
-            storage is downloaded to make its picture).
+        slide_ids: The slides; all that did not fail if None.
+        genes: The genes; the whole panel if None.
+        thumbnail_px: Longer side of each slide's picture, px; None for blank pictures. A slide on
+            object storage is downloaded to make its picture.
 
     Returns:
-        What was written.
+        The table that was written.
 
     Raises:
-        ValueError: another suffix, a folder there that is no Zarr store, or see to_anndata.
+        ValueError: `out` has another suffix or is a folder that is no Zarr store, or to_anndata
+            refuses slides or genes.
     """
     suffix = Path(out.rstrip("/")).suffix
     if suffix not in {".h5ad", ".zarr"}:
-        message = f"{out}: cannot tell the format from {suffix!r}; end it in .h5ad or .zarr"
+        message = f"{out}: unknown suffix {suffix!r}; end the name in .h5ad or .zarr"
         raise ValueError(message)
     chosen = run.choose(slide_ids)
-    found: dict[str, Thumbnail] = {}
+    pictures: dict[str, Thumbnail] = {}
     for slide_id in chosen if thumbnail_px is not None else ():
         if run.records[slide_id]["num_cells"]:
             picture = read_thumbnail(run, slide_id, thumbnail_px or THUMBNAIL_PX)
-            found |= {} if picture is None else {slide_id: picture}
-    adata = to_anndata(run, chosen, genes, thumbnails=found)
+            pictures |= {} if picture is None else {slide_id: picture}
+    adata = to_anndata(run, chosen, genes, thumbnails=pictures)
     if suffix == ".h5ad":
         storage.publish(out, adata.write_h5ad)
     else:
@@ -175,8 +180,9 @@ def _expression(
             rows = slice(start, start + len(block))
             if not np.array_equal(ids["cell_id"].to_numpy(), ids_N[rows]):
                 message = (
-                    f"{run.uri}: CELLS and EXPRESSION of slide {slide_id!r} differ; it is being "
-                    "written, or files were exchanged. Export when the run has ended."
+                    f"{run.uri}: CELLS and EXPRESSION of slide {slide_id!r} have different cells. "
+                    "The slide is being written, or files were exchanged: export when the run has "
+                    "ended"
                 )
                 raise ValueError(message)
             values_NG[rows] = block
@@ -185,15 +191,15 @@ def _expression(
 
 
 def _obs(cells: pl.DataFrame) -> pd.DataFrame:
-    """Return the cells' columns under the names of the AnnData convention."""
-    # Categories in the order of the slides, not of the alphabet.
+    """Return `obs`: the columns of the cells, under the names that scanpy and squidpy use."""
+    # Categories are in the order of the slides, not of the alphabet.
     names = cells["slide_id"].unique(maintain_order=True).to_list()
     slide_id = pd.Categorical(cells["slide_id"].to_list(), categories=names)
     index = cells.select(pl.format("{}_{}", "slide_id", "cell_id"))
     return pd.DataFrame(
         {
             "cell_id": cells["cell_id"].to_numpy(),
-            # The library of uns["spatial"]: squidpy's library_key.
+            # Name of the library in uns["spatial"], for squidpy's library_key.
             "region": slide_id,
             "cell_type": pd.Categorical(cells["nucleus_type"].to_list()),
             "area": cells["area_um2"].to_numpy(),
@@ -204,7 +210,7 @@ def _obs(cells: pl.DataFrame) -> pd.DataFrame:
 
 
 def _uns(run: Run, cells: pl.DataFrame, thumbnails: Mapping[str, Thumbnail]) -> dict[str, Any]:
-    """Return `uns`: one spatial library per slide, and where the data come from."""
+    """Return `uns`: one spatial library per slide, and the release and run of the data."""
     libraries = {
         str(slide_id): _library(run, str(slide_id), part, thumbnails.get(str(slide_id)))
         for (slide_id,), part in cells.group_by("slide_id", maintain_order=True)
@@ -236,7 +242,7 @@ def _library(
 
 
 def _blank(width0: int, height0: int) -> Thumbnail:
-    """Return a white picture of a slide: scanpy and squidpy refuse to plot without one."""
+    """Return a white picture of a slide. Without a picture, scanpy and squidpy do not plot."""
     ratio = max(width0, height0) / BLANK_PX
     shape = (max(1, round(height0 / ratio)), max(1, round(width0 / ratio)), 3)
     return Thumbnail(np.full(shape, 255, np.uint8), ratio)
@@ -250,14 +256,14 @@ def _colors(categories: list[str]) -> list[str]:
 
 
 def _publish_zarr(out: str, adata: ad.AnnData) -> None:
-    """Write a Zarr store beside its place, then put it there.
+    """Write a Zarr store under a temporary name, then move it to `out`.
 
-    On object storage, where a folder cannot be renamed, the root's metadata is uploaded last: a
-    store cut off on the way does not open.
+    On object storage a folder cannot be renamed. There the root's metadata is uploaded last, so
+    that an incomplete store does not open.
     """
     marks = ("zarr.json", ".zgroup")
     if storage.exists(out) and not any(storage.exists(storage.join(out, m)) for m in marks):
-        message = f"{out}: is there and is no Zarr store; give another name"
+        message = f"{out}: exists and is no Zarr store; give another name"
         raise ValueError(message)
     path = Path(storage.resolve(out)[1])
     local = storage.is_local(out)
@@ -266,7 +272,7 @@ def _publish_zarr(out: str, adata: ad.AnnData) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent if local else None))
     try:
         store = folder / "new"
-        # Zarr format 2: every reader knows it. anndata announces that its default will change.
+        # Every reader knows Zarr format 2. anndata warns that its default will change.
         with ad.settings.override(zarr_write_format=2), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Writing zarr v2", UserWarning)
             adata.write_zarr(store)
@@ -281,7 +287,7 @@ def _publish_zarr(out: str, adata: ad.AnnData) -> None:
 
 
 def _upload(store: Path, out: str) -> None:
-    """Replace the folder `out` on object storage by a local Zarr store, root metadata last."""
+    """Replace the folder `out` on object storage by a local Zarr store; root metadata last."""
     fs, path = storage.resolve(out)
     storage.remove_tree(out)
     files = [file for file in store.rglob("*") if file.is_file()]

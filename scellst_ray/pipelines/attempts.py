@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import ray
 
 from scellst_ray import storage
-from scellst_ray.core.logs import named_tiles
+from scellst_ray.core.logs import tile_fields
 from scellst_ray.core.memory_limit import limit_memory
 from scellst_ray.core.watchdog import Watchdog
 from scellst_ray.runs.folder import RunFolder
@@ -184,7 +184,7 @@ class Attempts:
         """Note why the process is about to end."""
         self.reason = f"took longer than {seconds:g} s"
         told = (_named(self.begun), self.reason, self.stage or "unknown")
-        logger.error("%s: %s in stage %s", *told, extra=named_tiles(self.begun, self.stage))
+        logger.error("%s: %s in stage %s", *told, extra=tile_fields(self.begun, self.stage))
         self._write()
 
     def _count(self, note: dict[str, Any], *, on_lost_host: bool) -> None:
@@ -199,7 +199,7 @@ class Attempts:
         what = "was lost with its host" if on_lost_host else "ended"
         why = note["reason"] or "no reason known"
         told = (_named(keys), what, why)
-        extra = named_tiles(keys, note["stage"])
+        extra = tile_fields(keys, note["stage"])
         logger.warning("%s: the worker's process %s meanwhile: %s", *told, extra=extra)
 
     def _is_given_up(self, ended: Ended) -> bool:

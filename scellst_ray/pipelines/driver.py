@@ -106,7 +106,7 @@ class Driver:
             Rows as `plan_slide` takes them.
         """
         self.imported = spec.segmenter == "imported"
-        log = self.run.receipts(besides=finished)
+        log = self.run.receipts(without=finished)
         log = log.filter(pc.and_(pc.is_null(log["error"]), pc.greater_equal(log["tile_id"], 0)))
         found = dict(split_by_slide(self._with_shards(log).sort_by("slide_id")))
         wanted = {slide.slide_id for slide in pending}

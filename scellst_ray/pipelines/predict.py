@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from scellst_ray import storage
@@ -54,12 +53,8 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
         slides,
         replace(networks, identity=identity, head_uri=kept),
         report,
-        prepare=lambda: storage.publish(kept, lambda path: _write(path, content)),
+        prepare=lambda: storage.publish_bytes(kept, content),
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _warn_of_changes(

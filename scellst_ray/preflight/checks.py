@@ -23,8 +23,8 @@ from pathlib import Path
 from scellst_ray import storage
 from scellst_ray.core.geometry import check_mpp
 from scellst_ray.slides.manifest import SlideRow
-from scellst_ray.storage.credentials import redacted
-from scellst_ray.storage.retries import retried
+from scellst_ray.storage.credentials import redact
+from scellst_ray.storage.retries import call_with_retries
 
 # Slides asked for at a time: on object storage each takes a round trip.
 NUM_ASKERS = 32
@@ -128,7 +128,7 @@ def _asked(slide: SlideRow, *, imported: bool) -> tuple[int | None, str | None]:
             num_bytes = size if uri == slide.uri else num_bytes
     if slide.mpp is None and not reasons and slide.uri.lower().endswith(PLAIN):
         try:
-            check_mpp(None, redacted(slide.uri))
+            check_mpp(None, redact(slide.uri))
         except ValueError as error:
             reasons.append(str(error))
     return num_bytes, "; ".join(reasons) or None
@@ -144,7 +144,7 @@ def size_of(uri: str) -> int:
     """
     fs, path = storage.resolve(uri)
     if not storage.is_local(uri):
-        told = retried(lambda: fs.info(path), redacted(uri)).get("size")
+        told = call_with_retries(lambda: fs.info(path), redact(uri)).get("size")
         if told is None:
             return 0
         num_bytes = int(told)
@@ -159,7 +159,7 @@ def size_of(uri: str) -> int:
     else:
         num_bytes = Path(path).stat().st_size
     if not num_bytes:
-        message = f"{redacted(uri)}: the file is empty"
+        message = f"{redact(uri)}: the file is empty"
         raise OSError(message)
     return num_bytes
 

@@ -28,7 +28,7 @@ from scellst_ray.models.weights.catalogue import is_catalogued, weights_path
 from scellst_ray.models.weights.digests import file_digest
 from scellst_ray.preflight.checks import Problem
 from scellst_ray.storage.cache_space import DIR_VARIABLE, cache_root
-from scellst_ray.storage.credentials import redacted
+from scellst_ray.storage.credentials import redact
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "opencv-python-headless")
 # Ray stores no more objects on a disk that is 95 % full.
@@ -101,10 +101,10 @@ def _check_out(asked: NodeRequirements) -> None:
         if seen:
             write_probe(asked.out, keep=False)
     except OSError as error:
-        message = f"{redacted(asked.out)} cannot be written ({error}); {remedy}"
+        message = f"{redact(asked.out)} cannot be written ({error}); {remedy}"
         raise OSError(message) from error
     if not seen:
-        message = f"{redacted(asked.out)} is not the folder the driver writes to; {remedy}"
+        message = f"{redact(asked.out)} is not the folder the driver writes to; {remedy}"
         raise OSError(message)
 
 
@@ -128,7 +128,7 @@ def _check_weights(asked: NodeRequirements) -> None:
         found = file_digest(Path(path))
         if found != digest:
             message = (
-                f"weights {redacted(weights)} are {found} here, and {digest} where the driver is; "
+                f"weights {redact(weights)} are {found} here, and {digest} where the driver is; "
                 "give every node the same file"
             )
             raise ValueError(message)

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from scellst_ray import storage
-from scellst_ray.core.isolated import Died, each_isolated
+from scellst_ray.core.isolated import ProcessDeath, map_isolated
 from scellst_ray.preflight.checks import size_of
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
@@ -108,8 +108,8 @@ def plan_slides(
     kept: list[SampledTile] = []
     rows = (slide_row(slide) for slide in slides)
     one = partial(plan_one, spec=spec, keep=keep)
-    for row, plan in each_isolated(one, rows, processes, timeout_s):
-        if isinstance(plan, Died):
+    for row, plan in map_isolated(one, rows, processes, timeout_s):
+        if isinstance(plan, ProcessDeath):
             error = f"ProcessDied: {row['uri']}: {plan.reason}"
             planned[row["slide_id"]] = SlidePlan(row["slide_id"], error=error)
         else:

@@ -21,8 +21,8 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.crop_files import Colours, ColourSums, decode_into, file_uri, index_uri
 from scellst_ray.runs.records import CropIndex
-from scellst_ray.storage.credentials import redacted
-from scellst_ray.storage.retries import retried
+from scellst_ray.storage.credentials import redact
+from scellst_ray.storage.retries import call_with_retries
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class CropFiles:
 
     def read(self, file: CropFile, groups: list[int], columns: list[str]) -> pa.Table:
         """Return row groups of a file; only their bytes are read from object storage."""
-        return retried(partial(self._read, file, groups, columns), redacted(file.uri))
+        return call_with_retries(partial(self._read, file, groups, columns), redact(file.uri))
 
     def _read(self, file: CropFile, groups: list[int], columns: list[str]) -> pa.Table:
         fs, path = storage.resolve(file.uri)

@@ -113,14 +113,14 @@ class RunFolder:
         table = schemas.conform(receipts, schemas.RECEIPTS, "RECEIPTS", self.digest)
         storage.publish_table(storage.join(self.receipts_uri, name), table)
 
-    def receipts(self, besides: Collection[str] = ()) -> pa.Table:
+    def receipts(self, without: Collection[str] = ()) -> pa.Table:
         """Read the receipts log: the last receipt of each tile, errors included.
 
         Args:
-            besides: slide_ids whose receipts are left out.
+            without: slide_ids whose receipts are left out.
         """
         uris = storage.list_files(self.receipts_uri)
-        unwanted = pa.array(list(besides), pa.string())
+        unwanted = pa.array(list(without), pa.string())
 
         def read(uri: str) -> pa.Table:
             table = storage.read_table(uri)

@@ -21,7 +21,7 @@ from scellst_ray.core.version import __version__
 from scellst_ray.runs.folder import DATA_FOLDERS, SUMMARY_FILE, SUMMARY_PAGE, read_config
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.runs.state import RunState, read_state
-from scellst_ray.storage.credentials import redacted
+from scellst_ray.storage.credentials import redact
 
 NUM_SLOWEST = 5
 LIBRARIES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "openslide-python", "openslide-bin")
@@ -50,7 +50,7 @@ def progress_of(state: RunState) -> dict[str, Any]:
     slides, rate = state.slides, state.rate()
     known = int(slides["num_tiles"].sum())
     return {
-        "run": redacted(state.run.uri),
+        "run": redact(state.run.uri),
         "job": state.run.info.get("identity", {}).get("job"),
         "digest": state.run.folder.digest,
         "slides": {"total": len(slides), **state.counts()},
@@ -96,8 +96,8 @@ def summarise_state(state: RunState) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "scellst_ray": __version__}
         | _libraries(),
         "releases": dict(releases),
-        "identity": _redacted(state.run.info.get("identity", {})),
-        "config": _redacted(read_config(state.run.uri)),
+        "identity": _redact(state.run.info.get("identity", {})),
+        "config": _redact(read_config(state.run.uri)),
     }
 
 
@@ -120,7 +120,7 @@ def failure_groups(state: RunState) -> list[dict[str, Any]]:
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     slides: dict[tuple[str, ...], set[str]] = {}
     for row in state.failures.iter_rows(named=True):
-        error = redacted(str(row["error"]))
+        error = redact(str(row["error"]))
         kind = {name: str(row[name]) for name in ("stage", "error_type")}
         # A message may name the slide without quotes.
         key = (*kind.values(), PARTICULARS.sub("*", error.replace(row["slide_id"], "*")))
@@ -235,10 +235,10 @@ def _libraries() -> dict[str, str]:
     return versions
 
 
-def _redacted(value: Any) -> Any:  # noqa: ANN401 - any value of a configuration
+def _redact(value: Any) -> Any:  # noqa: ANN401 - any value of a configuration
     """Return a configuration without credentials in its URIs."""
     if isinstance(value, dict):
-        return {key: _redacted(part) for key, part in value.items()}
+        return {key: _redact(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_redacted(part) for part in value]
-    return redacted(value) if isinstance(value, str) else value
+        return [_redact(part) for part in value]
+    return redact(value) if isinstance(value, str) else value

@@ -10,8 +10,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from scellst_ray.core.geometry import check_mpp
-from scellst_ray.storage.credentials import redacted, secret_in
-from scellst_ray.storage.retries import retried
+from scellst_ray.storage.credentials import redact, secret_in
+from scellst_ray.storage.retries import call_with_retries
 
 if TYPE_CHECKING:
     import polars as pl
@@ -114,7 +114,7 @@ def _read_frame(uri: str) -> "pl.DataFrame":
     def read() -> bytes:
         return bytes(fs.cat_file(path))
 
-    content = read() if is_local else retried(read, redacted(uri))
+    content = read() if is_local else call_with_retries(read, redact(uri))
     try:
         if uri.endswith((".parquet", ".pq")):
             return pl.read_parquet(content)

@@ -1,14 +1,11 @@
-"""Files and URIs."""
+"""Files and URIs: published whole, retried, cached on each node.
+
+This file hands on the names of files.py, so that the package says `storage.publish`.
+"""
 
 from scellst_ray.storage.files import (
-    CHOOSE_PARTS,
     COMPRESSION,
     DICTIONARY,
-    FEW_ROWS,
-    LOCAL,
-    MOST_PARTS,
-    OBJECT_STORES,
-    PART_BYTES,
     TEMPORARY_NAME,
     absolute,
     content_size,
@@ -19,6 +16,7 @@ from scellst_ray.storage.files import (
     local_copy,
     open_parquet,
     publish,
+    publish_bytes,
     publish_json,
     publish_table,
     publish_text,
@@ -35,14 +33,8 @@ from scellst_ray.storage.files import (
 )
 
 __all__ = [
-    "CHOOSE_PARTS",
     "COMPRESSION",
     "DICTIONARY",
-    "FEW_ROWS",
-    "LOCAL",
-    "MOST_PARTS",
-    "OBJECT_STORES",
-    "PART_BYTES",
     "TEMPORARY_NAME",
     "absolute",
     "content_size",
@@ -53,6 +45,7 @@ __all__ = [
     "local_copy",
     "open_parquet",
     "publish",
+    "publish_bytes",
     "publish_json",
     "publish_table",
     "publish_text",

@@ -1,6 +1,6 @@
-"""The room of the node's cache: where it is, how much it may take, and what goes first.
+"""Space of the node's cache: its folder, its highest size, and the order of dropping.
 
-node_cache.py says what lies where and which locks keep what from being dropped.
+node_cache.py explains the files of the cache and the locks that keep entries from being dropped.
 """
 
 import errno
@@ -20,14 +20,14 @@ from pathlib import Path
 logger = logging.getLogger("scellst_ray")
 
 DIR_VARIABLE, GB_VARIABLE = "SCELLST_RAY_CACHE_DIR", "SCELLST_RAY_CACHE_GB"
-# Unless told otherwise: this much, but no more than half of what the disk could give. Ray stores
-# no more objects on a disk that is 95 % full.
+# Default size: 50 GB, but at most half of the disk's space. Ray stores no more objects on a disk
+# that is 95 % full.
 DEFAULT_BYTES, DISK_SHARE = 50 * 10**9, 0.5
 _BLOCK = 512  # the unit of st_blocks
 
 
 def cache_root() -> Path:
-    """Return the cache's folder, which is this user's alone; made if need be."""
+    """Return the cache's folder, which belongs to this user alone. It is made if it is absent."""
     parent = os.environ.get(DIR_VARIABLE) or tempfile.gettempdir()
     root = Path(parent) / f"scellst_ray_cache_{os.getuid()}"
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -35,65 +35,65 @@ def cache_root() -> Path:
 
 
 def lock_path(root: Path, identity: str) -> Path:
-    """Return the file whose locks say who uses an entry."""
+    """Return the lock file of an entry: its locks say who uses the entry."""
     return root / "locks" / identity
 
 
 def entry_folder(root: Path, identity: str, num_bytes: int) -> Path:
-    """Return the folder of an entry's copy, which tells what there is or is to come."""
+    """Return the folder of an entry's copy. Its name holds the bytes that it will take."""
     return root / "files" / f"{identity}-{num_bytes}"
 
 
-def opened(lock: Path) -> int:
-    """Open a lock file, and make it if need be; return its descriptor."""
+def open_lock(lock: Path) -> int:
+    """Open a lock file, making it if it is absent; return its descriptor."""
     lock.parent.mkdir(exist_ok=True)
     return os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
 
 
-def take(lock: int, how: int, path: Path) -> None:
-    """Lock an open file, waiting if need be.
+def lock_file(lock: int, how: int, path: Path) -> None:
+    """Lock an open file, waiting for the locks of other processes.
 
     Args:
-        lock: Its descriptor.
-        how: fcntl.LOCK_SH or LOCK_EX; a lock there is gives way to it.
-        path: Its name, for messages.
+        lock: Descriptor of the file.
+        how: fcntl.LOCK_SH or LOCK_EX. It replaces a lock that this descriptor has.
+        path: Name of the file, for messages.
 
     Raises:
-        OSError: the filesystem knows no locks.
+        OSError: the filesystem has no locks.
     """
     try:
         fcntl.flock(lock, how)
     except OSError as error:
         message = (
             f"{path}: cannot be locked ({error.strerror}); set {DIR_VARIABLE} to a folder on a "
-            "disk of each node's own"
+            "local disk of each node"
         )
         raise OSError(message) from error
 
 
 def mark_used(lock: int) -> None:
-    """Note that an entry is used now; left to itself, the kernel would round to its own ticks."""
+    """Set the time of an entry's last use to now, in ns; the kernel would round to its ticks."""
     now = time.time_ns()
     os.utime(lock, ns=(now, now))
 
 
 def make_room(root: Path, identity: str, num_bytes: int, name: str, *, drop_all: bool) -> None:
-    """Drop what was used least recently until an entry fits, and make its folder.
+    """Drop the entries used least recently until a new entry fits, and make its folder.
 
-    What is in use stays, even beyond the bound: a slide larger than the cache can still be read.
+    Entries in use stay, even beyond the limit: a slide larger than the cache can still be read.
 
     Args:
-        root: The cache.
-        identity: The entry; its lock must be held alone.
-        num_bytes: What is to come; 0 if the store does not tell.
-        name: What it is, for messages.
-        drop_all: Whether to keep nothing that is not in use.
+        root: The cache's folder.
+        identity: The new entry. The caller must hold its lock alone.
+        num_bytes: Bytes of the new entry; 0 if the store does not say.
+        name: Name of the entry, for messages.
+        drop_all: Whether to drop all entries that are not in use.
 
     Raises:
-        OSError: the disk has not enough room for it.
-        ValueError: $SCELLST_RAY_CACHE_GB is no size.
+        OSError: the disk has not enough space for the entry.
+        ValueError: $SCELLST_RAY_CACHE_GB is not a size.
     """
-    with _alone(root / "lock"):
+    with _hold_alone(root / "lock"):
         copies = [copy for copy in _copies(root) if copy.identity != identity]
         used = sum(copy.num_bytes for copy in copies)
         room = shutil.disk_usage(root).free - sum(copy.to_come for copy in copies)
@@ -101,30 +101,30 @@ def make_room(root: Path, identity: str, num_bytes: int, name: str, *, drop_all:
         for copy in sorted(copies, key=lambda copy: (copy.is_whole, copy.last_use)):
             if not drop_all and used + num_bytes <= bound and num_bytes <= room:
                 break
-            if _dropped(root, copy):
+            if _drop(root, copy):
                 used, room = used - copy.num_bytes, room + copy.num_bytes
         if num_bytes > room:
             raise disk_full(root, num_bytes, name)
         if used + num_bytes > bound:
-            beside = f" beside {_gb(used)} in use" if used else ""
-            text = "%s: %s%s are more than the %s that %s may take; set %s"
-            logger.warning(text, name, _gb(num_bytes), beside, _gb(bound), root, GB_VARIABLE)
+            in_use = f", next to {_gb(used)} in use," if used else ""
+            text = "%s: its %s%s exceed the %s that %s may take; set %s to a larger size"
+            logger.warning(text, name, _gb(num_bytes), in_use, _gb(bound), root, GB_VARIABLE)
         entry_folder(root, identity, num_bytes).mkdir(parents=True, exist_ok=True)
 
 
 def disk_full(root: Path, num_bytes: int, name: str) -> OSError:
-    """Return the error that says so."""
+    """Return the error that says that the cache's disk is full."""
     free = shutil.disk_usage(root).free
     message = (
         f"{name}: {root} has {_gb(free)} free for its {_gb(num_bytes)} ({num_bytes:,} bytes), and "
-        f"all else in this cache is in use or on its way; make room, or set {DIR_VARIABLE} to a "
-        "folder on a larger disk"
+        f"all other files of this cache are in use or being downloaded; free disk space, or set "
+        f"{DIR_VARIABLE} to a folder on a larger disk"
     )
     return OSError(errno.ENOSPC, message)
 
 
 def _bound(possible: int) -> float:
-    """Return the bytes the cache may take, of those its disk could give."""
+    """Return the bytes that the cache may take, given the bytes that its disk could provide."""
     text = os.environ.get(GB_VARIABLE)
     if not text:
         return min(DEFAULT_BYTES, DISK_SHARE * possible)
@@ -144,15 +144,15 @@ def _gb(num_bytes: float) -> str:
 
 @dataclass(frozen=True)
 class _Copy:
-    """What lies in an entry's folder.
+    """Content of an entry's folder.
 
     Attributes:
-        identity: Of the entry.
-        folder: Where it lies.
-        num_bytes: What it takes, or will take.
-        to_come: How many of these are not on the disk yet.
-        is_whole: Whether it is complete; if not, it is coming or its downloader died.
-        last_use: ns since the epoch.
+        identity: Identity of the entry.
+        folder: Its folder.
+        num_bytes: Bytes that it takes, or will take.
+        to_come: Number of these bytes that are not on the disk yet.
+        is_whole: Whether it is complete. If not, it is being downloaded, or its downloader died.
+        last_use: Time of its last use, ns since the epoch.
     """
 
     identity: str
@@ -165,12 +165,12 @@ class _Copy:
 
 def _copies(root: Path) -> list[_Copy]:
     folder = root / "files"
-    found = [_described(root, path) for path in folder.iterdir()] if folder.is_dir() else []
-    return [copy for copy in found if copy is not None]
+    copies = [_describe(root, path) for path in folder.iterdir()] if folder.is_dir() else []
+    return [copy for copy in copies if copy is not None]
 
 
-def _described(root: Path, folder: Path) -> _Copy | None:
-    """Describe an entry's folder; None if it is none, or was removed just now."""
+def _describe(root: Path, folder: Path) -> _Copy | None:
+    """Describe an entry's folder; None if it is no such folder, or was just removed."""
     match = re.fullmatch(r"([0-9a-f]+)-(\d+)", folder.name)
     if not match:
         return None
@@ -181,8 +181,8 @@ def _described(root: Path, folder: Path) -> _Copy | None:
         paths = [path for path in folder.rglob("*") if path.is_file()]
         stats = [path.stat() for path in paths]
     except FileNotFoundError:
-        # A download has just failed, or was renamed: it will look otherwise now.
-        return _described(root, folder) if folder.exists() else None
+        # A download has just failed or got its name, so look again.
+        return _describe(root, folder) if folder.exists() else None
     is_whole = any(path.parent == folder and not path.name.startswith(".") for path in paths)
     written = sum(stat.st_blocks * _BLOCK for stat in stats)
     num_bytes = max(promised, sum(stat.st_size for stat in stats))
@@ -190,9 +190,9 @@ def _described(root: Path, folder: Path) -> _Copy | None:
     return _Copy(identity, folder, num_bytes, to_come, is_whole, last_use)
 
 
-def _dropped(root: Path, copy: _Copy) -> bool:
-    """Drop an entry unless it is in use; return whether that was done."""
-    lock = opened(lock_path(root, copy.identity))
+def _drop(root: Path, copy: _Copy) -> bool:
+    """Drop an entry unless it is in use; return whether it is gone."""
+    lock = open_lock(lock_path(root, copy.identity))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -205,11 +205,11 @@ def _dropped(root: Path, copy: _Copy) -> bool:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Be the only one on this node in the `with` block."""
+def _hold_alone(path: Path) -> Iterator[None]:
+    """Hold a lock file alone inside a `with`: one process of this node at a time."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        take(lock, fcntl.LOCK_EX, path)
+        lock_file(lock, fcntl.LOCK_EX, path)
         yield
     finally:
         os.close(lock)

@@ -1,27 +1,26 @@
-"""Credentials in URIs: found, refused, and left out of messages."""
+"""Credentials in URIs: find them, refuse them, and leave them out of messages."""
 
 import re
 from collections.abc import Mapping
 
-# Queries that open an object to whoever has them: how S3, Google and Azure sign, and common words.
+# Queries that give access to an object: signatures of S3, Google and Azure, and common words.
 SECRET_QUERY = re.compile(
     r"[?&](x-amz-|x-goog-|awsaccesskeyid|googleaccessid|sig=|signature|key=|api[_-]?key|"
     r"access[_-]?key|account[_-]?key|secret|(\w*[_-])?token|sas|password|credential)",
     re.IGNORECASE,
 )
 
-
-# In Azure's addresses what stands before the @ is the container.
+# In Azure's addresses the part before the @ is the container.
 CONTAINER_FIRST = ("abfs", "abfss", "wasb", "wasbs")
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """Return a URI, or a text with URIs in it, without user names, passwords and queries.
 
-    A query may be a signature that opens the object to anyone.
+    A query may be a signature that gives anyone access to the object.
     """
     text = re.sub(r"([A-Za-z0-9+.-]+://)([^/\s?#]*@)", _without_user, text)
-    # What comes before the query may hold spaces and quotes, as object names do.
+    # The part before the query may hold spaces and quotes, as object names do.
     return re.sub(r"(://[^?\n]*)\?[^\s'\"<>]*", r"\1", text)
 
 
@@ -32,18 +31,18 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 def secret_in(text: str) -> str | None:
-    """Return why a URI may not be given, fit to print; None if it holds no secret.
+    """Return the reason why a URI is refused, without its secret; None if it holds no secret.
 
-    What is given is stored beside the results, for others to read: so it may hold no user name,
-    with or without a password, and no signature.
+    URIs are stored with the results, where other people read them. So a URI may hold no user name
+    (with or without a password) and no signature.
     """
     user = re.search(r"([A-Za-z0-9+.-]+://)([^/\s?#]*@)", text)
     query = "://" in text and SECRET_QUERY.search(text)
     if not query and (user is None or _without_user(user).endswith("@")):
         return None
     return (
-        f"{redacted(text)} was given with credentials, which would be stored with the results; "
-        "take them out, and set them on every node by the store's own means: a role or service "
+        f"{redact(text)} was given with credentials, which would be stored with the results; "
+        "remove them, and set them on every node as the store expects: a role or service "
         "account, or the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
         "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING)"
     )
@@ -53,7 +52,7 @@ def refuse_credentials(config: Mapping[str, object]) -> None:
     """Refuse a configuration with a secret in any of its texts or lists of texts.
 
     Raises:
-        ValueError: there is one.
+        ValueError: the configuration holds a secret.
     """
     for key, value in config.items():
         texts = value if isinstance(value, list | tuple) else [value]

@@ -1,12 +1,13 @@
 """Files and URIs: one way to read, list and publish, local or through fsspec.
 
-Nothing is ever visible half-written: a file is written in full to a local temporary name, then
-renamed (local) or uploaded, large ones in parts that become an object at the end (object storage).
+No file is ever visible half-written. It is written in full to a local temporary name, then renamed
+(local disk) or uploaded (object storage). Large uploads go in parts that become an object at the
+end.
 
-A request that an object store fails to answer is sent again: a few times at once by the store's own
-library, which tells parts of a file from each other, then by `remote.retried`, which outlasts an
-outage. All that is done here can be done twice: an upload that came through but whose answer was
-lost puts the same bytes under the same name again.
+A request that an object store fails to answer is sent again. The store's own library repeats it a
+few times at once, and knows the parts of a file. After that `retries.call_with_retries` repeats it,
+which outlasts an outage. Every call can be repeated safely: an upload whose answer was lost puts
+the same bytes under the same name again.
 """
 
 import json
@@ -28,24 +29,24 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from scellst_ray.storage import node_cache
-from scellst_ray.storage.credentials import redacted
-from scellst_ray.storage.retries import retried
+from scellst_ray.storage.credentials import redact
+from scellst_ray.storage.retries import call_with_retries
 
 T = TypeVar("T")
 
-# What a file is called until it is whole: see _publish_here.
+# Name of a file until it is whole, see _publish_here.
 TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}")
 COMPRESSION = "zstd"
-# Dictionaries pay for names only; on float16 vectors they cost twice the reading time.
+# Columns with dictionaries: names. On float16 vectors dictionaries double the reading time.
 DICTIONARY = ["slide_id", "nucleus_type", "spot_id"]
-# Have no folders: to make one would cost a request and, on S3, may make the bucket.
+# Stores without folders: making one would cost a request and, on S3, may make the bucket.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
-# Bytes of a part of an upload, where the store's library lets them be chosen (by default 50 MiB,
-# ten at once): what is sent again when one fails, and a tenth of what is held in memory.
+# Bytes of a part of an upload, if the store's library lets us choose (its default is 50 MiB). A
+# part is sent again when it fails; ten parts are in memory at once.
 PART_BYTES = 16 * 2**20
-MOST_PARTS = 10_000  # that S3 takes
+MOST_PARTS = 10_000  # the limit of S3
 LOCAL = LocalFileSystem()
-# Up to here it takes longer to hand columns to threads than to read them.
+# Up to this number of rows, threads take longer than they save.
 FEW_ROWS = 16_384
 CHOOSE_PARTS = {"s3", "s3a", "gs", "gcs"}
 
@@ -71,45 +72,45 @@ def absolute(uri: str) -> str:
 def content_size(uri: str) -> int | None:
     """Return the bytes of a local file, to notice another file under the same name.
 
-    None where there is no file, and for object storage, where asking takes a request per slide.
+    None if there is no file, and for object storage, which would take a request per slide.
     """
     path = Path(resolve(uri)[1])
     return path.stat().st_size if is_local(uri) and path.is_file() else None
 
 
 def is_local(uri: str) -> bool:
-    """Tell whether a URI names the local filesystem."""
+    """Return whether a URI names the local filesystem."""
     return isinstance(resolve(uri)[0], LocalFileSystem)
 
 
-def _tried(uri: str, call: Callable[[], T]) -> T:
-    """Call; for a remote URI again as long as the error may pass, and with nothing remembered.
+def _retry(uri: str, call: Callable[[], T]) -> T:
+    """Call a function; for a remote URI call it again while the error may pass, without caches.
 
     Raises:
-        OSError: as `remote.retried` does.
+        OSError: as `retries.call_with_retries` does.
     """
     fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
         return call()
 
     def ask() -> T:
-        fs.invalidate_cache(path)  # others write there too
+        fs.invalidate_cache(path)  # other processes write to the store too
         return call()
 
-    return retried(ask, redacted(uri))
+    return call_with_retries(ask, redact(uri))
 
 
 def exists(uri: str) -> bool:
-    """Tell whether a file or folder is there.
+    """Return whether a file or folder exists.
 
     Raises:
-        OSError: the store does not say. fsspec's own answer to any error would be that it is not.
+        OSError: the store does not answer. fsspec itself would then say that it does not exist.
     """
     fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
         return bool(fs.exists(path))
     try:
-        _tried(uri, partial(fs.info, path))
+        _retry(uri, partial(fs.info, path))
     except FileNotFoundError:
         return False
     return True
@@ -118,14 +119,14 @@ def exists(uri: str) -> bool:
 def list_files(uri: str) -> list[str]:
     """List the files directly below a folder as URIs, sorted; empty if there is no folder.
 
-    Temporary names (a leading dot) are left out: they are unpublished.
+    Temporary names (with a leading dot) are left out: they are unpublished.
     """
     fs, path = resolve(uri)
     try:
-        entries = _tried(uri, partial(fs.ls, path, detail=True))
+        entries = _retry(uri, partial(fs.ls, path, detail=True))
     except FileNotFoundError:
         return []
-    # Of a file, and of an object that stands for an empty folder, itself is listed.
+    # A file, or an object that stands for an empty folder, lists itself.
     paths = {str(entry["name"]).rstrip("/") for entry in entries} - {path.rstrip("/")}
     names = sorted(path.rsplit("/", 1)[-1] for path in paths)
     return [join(uri, name) for name in names if not name.startswith(".")]
@@ -134,24 +135,24 @@ def list_files(uri: str) -> list[str]:
 def sizes(uri: str) -> dict[str, int]:
     """Return the bytes of a file, or of every file below a folder, by path, sorted.
 
-    Paths are those within the filesystem. Unpublished files are among them; empty if nothing is
-    there.
+    Paths are those within the filesystem. Unpublished files are included. The result is empty if
+    there is nothing under `uri`.
     """
     fs, path = resolve(uri)
 
     def ask() -> dict[str, dict[str, Any]]:
-        fs.invalidate_cache()  # also of what was listed below
+        fs.invalidate_cache()  # folders below may be cached too
         return dict(fs.find(path, detail=True))
 
-    found = _tried(uri, ask)
-    return {name: int(found[name].get("size") or 0) for name in sorted(found)}
+    files = _retry(uri, ask)
+    return {name: int(files[name].get("size") or 0) for name in sorted(files)}
 
 
 def publish(uri: str, write: Callable[[Path], None]) -> None:
     """Publish one file: `write` fills a local temporary file, which then appears under `uri`.
 
     Args:
-        uri: Where the file shall appear; an existing file is replaced.
+        uri: URI of the file; an existing file is replaced.
         write: Called with the path of the temporary file.
     """
     fs, path = resolve(uri)
@@ -161,7 +162,7 @@ def publish(uri: str, write: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "upload"
         write(temporary)
-        _tried(uri, partial(_upload, fs, temporary, path))
+        _retry(uri, partial(_upload, fs, temporary, path))
 
 
 def _publish_here(target: Path, write: Callable[[Path], None]) -> None:
@@ -182,25 +183,30 @@ def _upload(fs: fsspec.AbstractFileSystem, file: Path, path: str) -> None:
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     options = {}
     if protocols & CHOOSE_PARTS:
-        # Google takes multiples of 256 KiB.
+        # Google needs multiples of 256 KiB.
         least = math.ceil(file.stat().st_size / MOST_PARTS / 2**18) * 2**18
         options["chunksize"] = max(PART_BYTES, least)
     fs.put_file(str(file), path, **options)
 
 
-def publish_json(uri: str, value: Any) -> None:  # noqa: ANN401 - whatever JSON can say
+def publish_json(uri: str, value: Any) -> None:  # noqa: ANN401 - any value of JSON
     """Publish a JSON document."""
     text = json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"
-    publish(uri, lambda path: _write_text(path, text))
+    publish_text(uri, text)
 
 
 def publish_text(uri: str, text: str) -> None:
-    """Publish a text file."""
-    publish(uri, lambda path: _write_text(path, text))
+    """Publish a text file in UTF-8."""
+    publish_bytes(uri, text.encode())
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def publish_bytes(uri: str, content: bytes) -> None:
+    """Publish a file with this content."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    publish(uri, write)
 
 
 def publish_table(uri: str, table: pa.Table) -> None:
@@ -212,14 +218,14 @@ def publish_table(uri: str, table: pa.Table) -> None:
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """Read a whole file, or the bytes from `start` to before `end` of it.
+    """Read a whole file, or its bytes from `start` up to but not including `end`.
 
     Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be read.
+        FileNotFoundError: the file does not exist.
+        OSError: the file cannot be read.
     """
     fs, path = resolve(uri)
-    return _tried(uri, lambda: bytes(fs.cat_file(path, start=start, end=end)))
+    return _retry(uri, lambda: bytes(fs.cat_file(path, start=start, end=end)))
 
 
 def read_text(uri: str) -> str:
@@ -227,18 +233,18 @@ def read_text(uri: str) -> str:
     return read_bytes(uri).decode()
 
 
-def read_json(uri: str) -> Any:  # noqa: ANN401 - whatever the document holds
+def read_json(uri: str) -> Any:  # noqa: ANN401 - any JSON document
     """Read a JSON document."""
     return json.loads(read_bytes(uri))
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file; the file's own schema metadata is kept."""
-    return _tried(uri, lambda: _read_parquet(uri, partial(_read_columns, columns=columns)))
+    return _retry(uri, lambda: _read_parquet(uri, partial(_read_columns, columns=columns)))
 
 
 def read_small_table(uri: str, most_rows: int) -> pa.Table | None:
-    """Read one Parquet file, or return None if it has more than so many rows."""
+    """Read one Parquet file; return None if it has more than `most_rows` rows."""
 
     def read(source: Any) -> pa.Table | None:  # noqa: ANN401 - path or file
         with pq.ParquetFile(source, pre_buffer=not isinstance(source, str)) as file:
@@ -246,11 +252,11 @@ def read_small_table(uri: str, most_rows: int) -> pa.Table | None:
                 return None
             return file.read(use_threads=False)
 
-    return _tried(uri, lambda: _read_parquet(uri, read))
+    return _retry(uri, lambda: _read_parquet(uri, read))
 
 
 def _read_columns(source: Any, columns: list[str] | None) -> pa.Table:  # noqa: ANN401 - path or file
-    # `pq.read_table` looks for partitions first, which takes longer than to read a small file.
+    # `pq.read_table` first looks for partitions, which takes longer than reading a small file.
     with pq.ParquetFile(source, pre_buffer=not isinstance(source, str)) as file:
         threads = file.metadata.num_rows > FEW_ROWS
         if columns is None:
@@ -264,21 +270,21 @@ def _read_columns(source: Any, columns: list[str] | None) -> pa.Table:  # noqa: 
 
 def read_schema(uri: str) -> pa.Schema:
     """Read the Arrow schema of a Parquet file, metadata included."""
-    return _tried(uri, lambda: _read_parquet(uri, pq.read_schema))
+    return _retry(uri, lambda: _read_parquet(uri, pq.read_schema))
 
 
 def _read_parquet(uri: str, read: Callable[[Any], T]) -> T:
     if is_local(uri):
         return read(resolve(uri)[1])
-    with _opened(uri) as handle:
+    with _open_remote(uri) as handle:
         return read(handle)
 
 
-def _opened(uri: str) -> Any:  # noqa: ANN401 - fsspec's files have no common type
+def _open_remote(uri: str) -> Any:  # noqa: ANN401 - fsspec's files have no common type
     """Return an open remote file for pyarrow.
 
-    Opened here: pyarrow takes a store that does not answer for a file that is not there. It asks
-    for whole columns at once, so nothing need be read ahead.
+    pyarrow itself would take a store that does not answer for an absent file. pyarrow asks for
+    whole columns at once, so nothing is read ahead.
     """
     fs, path = resolve(uri)
     return fs.open(path, "rb", cache_type="none")
@@ -286,31 +292,31 @@ def _opened(uri: str) -> Any:  # noqa: ANN401 - fsspec's files have no common ty
 
 @contextmanager
 def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file whose parts are read as they are needed.
+    """Open a Parquet file whose parts are read when they are needed.
 
     Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be read.
+        FileNotFoundError: the file does not exist.
+        OSError: the file cannot be read.
     """
     with ExitStack() as stack:
         if is_local(uri):
             yield stack.enter_context(pq.ParquetFile(resolve(uri)[1]))
             return
 
-        def opened() -> pq.ParquetFile:
-            return pq.ParquetFile(stack.enter_context(_opened(uri)), pre_buffer=True)
+        def open_file() -> pq.ParquetFile:
+            return pq.ParquetFile(stack.enter_context(_open_remote(uri)), pre_buffer=True)
 
-        yield stack.enter_context(_tried(uri, opened))
+        yield stack.enter_context(_retry(uri, open_file))
 
 
 def remove_tree(uri: str) -> None:
-    """Remove a folder and all below it, if it is there."""
+    """Remove a file, or a folder and all files below it, if it exists."""
     fs, path = resolve(uri)
-    # Gone already: by another, or by a request whose answer was lost.
+    # Another process, or a request whose answer was lost, may have removed it.
     with suppress(FileNotFoundError):
         if not isinstance(fs, LocalFileSystem):
             if exists(uri):
-                _tried(uri, partial(fs.rm, path, recursive=True))
+                _retry(uri, partial(fs.rm, path, recursive=True))
         elif Path(path).is_dir():
             shutil.rmtree(path)
         else:
@@ -318,7 +324,7 @@ def remove_tree(uri: str) -> None:
 
 
 def remove_files(uris: Collection[str]) -> None:
-    """Remove files of one filesystem, many with a request, that may be gone already."""
+    """Remove files of one filesystem, many with one request; absent files are no error."""
     if not uris:
         return
     first = next(iter(uris))
@@ -332,17 +338,17 @@ def remove_files(uris: Collection[str]) -> None:
         with suppress(FileNotFoundError):
             fs.rm([resolve(uri)[1] for uri in uris])
 
-    _tried(first, remove)
+    _retry(first, remove)
 
 
 def local_copy(uri: str) -> Path:
     """Return a local path with the content of `uri`, downloading it once per node if remote.
 
-    It stays until this process ends: right for a few files, such as weights. What is opened and
-    closed again, such as a slide, is better held for that long: see `node_cache.hold`.
+    The copy stays until this process ends. Use it for a few files, such as weights. Files that are
+    opened and closed again, such as slides, are better held with `node_cache.hold`.
 
     Raises:
         FileNotFoundError: there is nothing under `uri`.
-        OSError: it cannot be fetched: see `node_cache.hold`.
+        OSError: the file cannot be fetched, see `node_cache.hold`.
     """
-    return node_cache.pinned(uri)
+    return node_cache.pin(uri)

@@ -1,31 +1,32 @@
-"""Files on object storage, copied once to this node and dropped when others need the room.
+"""The node's cache: copies of files on object storage, dropped when new ones need the space.
 
-Below `scellst_ray_cache_UID` in $SCELLST_RAY_CACHE_DIR (the temporary folder where unset) lie
+The cache is the folder `scellst_ray_cache_UID` in $SCELLST_RAY_CACHE_DIR (by default the temporary
+folder). An entry is the copy of one object.
 
-    lock                         held, for moments, by whoever counts bytes and makes room
-    locks/IDENTITY               one per object ever fetched, empty, never removed; its time is
-                                 that of the last use
-    files/IDENTITY-BYTES/NAME    the copy; .NAME.part while it comes
-    files/IDENTITY-BYTES/STEM/   of a slide in MRXS, NAME being STEM.mrxs, the folder that holds its
-                                 pixels; .STEM.part while it comes
+    lock                         held for a moment by a process that counts bytes and drops entries
+    locks/IDENTITY               the entry's lock file. It is empty and never removed; its time is
+                                 that of the entry's last use
+    files/IDENTITY-BYTES/NAME    the copy; .NAME.part while it is downloaded
+    files/IDENTITY-BYTES/STEM/   only for a slide in MRXS, NAME being STEM.mrxs: the folder with its
+                                 pixels; .STEM.part while it is downloaded
 
-IDENTITY is made from the URI and the store's own mark of the content (its ETag; size and times
-where it gives none; for MRXS of all its files), so a changed object is another entry. The protocol,
+IDENTITY is a hash of the URI and the store's own mark of the content: its ETag, or size and times
+if it has none; for MRXS those of all its files. So a changed object is another entry. The protocol,
 in terms of flock(2):
 
-- A reader holds locks/IDENTITY shared for as long as it has the file open, since OpenSlide opens
-  some formats bit by bit. Several processes and threads may.
-- Whoever finds no whole copy takes that lock alone, looks again, and downloads; the others wait
-  there, and find the copy when they get it. A copy gets its name once its size is the object's and
-  the object is still the same.
-- To make room, the least recently used entries go whose lock can be had alone at once: what is
-  being read or is just coming refuses. The folder made before a download tells in its name what
-  is to come, so downloads at the same time do not promise themselves the same room.
-- The kernel drops the locks of a process that dies. What it leaves is an incomplete entry, which
-  the next reader begins anew, and which is the first to go when room is needed.
+1. A reader holds the entry's lock shared as long as the file is open, since OpenSlide reads some
+   formats bit by bit. Several processes and threads may hold it.
+2. A process that finds no whole copy takes the lock alone, looks again, and downloads. Further
+   processes wait for the lock and then find the copy. A copy gets its name when its size is that of
+   the object and the object has not changed.
+3. To make space, the least recently used entries are dropped whose lock can be taken alone at once.
+   Entries that are being read or downloaded stay. The name of an entry's folder, which is made
+   before the download, holds its size. So two downloads do not count on the same space.
+4. The kernel releases the locks of a process that dies. It leaves an incomplete entry, which the
+   next reader downloads from the start. Such entries are the first to be dropped.
 
-No entry's lock is waited for while `lock` is held, so nobody waits in a circle. All this needs a
-folder on a disk of this node's own, or at least one where flock works. cache_space.py makes room.
+No process waits for an entry's lock while it holds `lock`, so there is no deadlock. The folder must
+be on a disk of this node, or at least on one where flock works. cache_space.py makes space.
 """
 
 import fcntl
@@ -43,37 +44,37 @@ from typing import Any, Self
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from scellst_ray.storage import cache_space as cache_room
-from scellst_ray.storage.credentials import redacted
-from scellst_ray.storage.retries import DISK_FULL, TRIES, retried
+from scellst_ray.storage import cache_space
+from scellst_ray.storage.credentials import redact
+from scellst_ray.storage.retries import DISK_FULL, TRIES, call_with_retries
 
-# Of an object's name: a file name has at most 255 bytes, a character up to 4.
+# Characters kept of an object's name: a file name has at most 255 bytes, a character up to 4.
 LONGEST_NAME = 48
 MRXS = ".mrxs"
 
 
 class Held:
-    """A local file that stays as it is until closed, or until this object or the process ends.
+    """A local file that is kept until `close`, or until this object or the process ends.
 
     Attributes:
         path: The file.
-        name: Its URI as messages may show it, without credentials.
+        name: Its URI without credentials, for messages.
     """
 
     def __init__(self, path: Path, name: str, lock: int | None = None) -> None:
-        """Take over the descriptor of a lock file; None for a file that is local anyway."""
+        """Take over the descriptor of a lock file; None for a local file, which has no lock."""
         self.path, self.name = path, name
-        self._let_go = None if lock is None else weakref.finalize(self, _let_go, lock)
+        self._release = None if lock is None else weakref.finalize(self, _release, lock)
 
     @property
     def is_copy(self) -> bool:
-        """Whether the file lies in the cache."""
-        return self._let_go is not None
+        """Whether the file is in the cache."""
+        return self._release is not None
 
     def close(self) -> None:
-        """Let the file go: from now on it may be dropped. Closing twice is no error."""
-        if self._let_go is not None:
-            self._let_go()
+        """Release the file: from now on it may be dropped. Closing twice is no error."""
+        if self._release is not None:
+            self._release()
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -85,30 +86,30 @@ class Held:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Let the file go."""
+        """Release the file."""
         self.close()
 
 
-def _let_go(lock: int) -> None:
-    cache_room.mark_used(lock)
+def _release(lock: int) -> None:
+    cache_space.mark_used(lock)
     os.close(lock)
 
 
 def hold(uri: str) -> Held:
     """Return a local file with the content of `uri`, and keep it from being dropped.
 
-    A remote file is downloaded unless this node has it; a local one is itself. Close the file
-    first, then what this returns.
+    A remote file is downloaded unless this node has a copy. A local file is returned itself. Close
+    the file first, then the result of this function.
 
     Args:
         uri: Local path or fsspec URI of a file.
 
     Raises:
         FileNotFoundError: there is nothing under `uri`.
-        PermissionError: it may not be read.
-        ConnectionError: the store kept failing, or the object kept changing.
+        PermissionError: the file may not be read.
+        ConnectionError: the store failed, or the object changed, at every try.
         OSError: the disk is full, the cache's folder cannot be used, or another error of the store.
-        ValueError: $SCELLST_RAY_CACHE_GB is no size.
+        ValueError: $SCELLST_RAY_CACHE_GB is not a size.
     """
     fs, path = fsspec.core.url_to_fs(uri)
     if isinstance(fs, LocalFileSystem):
@@ -116,20 +117,20 @@ def hold(uri: str) -> Held:
             message = f"{uri}: no such file"
             raise FileNotFoundError(message)
         return Held(Path(path), uri)
-    entry = _asked(fs, str(path), uri)
+    entry = _ask_store(fs, str(path), uri)
     for _ in range(TRIES):
         with ExitStack() as stack:
-            lock = cache_room.opened(entry.lock)
+            lock = cache_space.open_lock(entry.lock)
             held = stack.enter_context(Held(entry.file, entry.name, lock))
-            cache_room.take(lock, fcntl.LOCK_SH, entry.lock)
+            cache_space.lock_file(lock, fcntl.LOCK_SH, entry.lock)
             if entry.is_whole():
-                cache_room.mark_used(lock)
+                cache_space.mark_used(lock)
                 stack.pop_all()
                 return held
-            cache_room.take(lock, fcntl.LOCK_EX, entry.lock)
+            cache_space.lock_file(lock, fcntl.LOCK_EX, entry.lock)
             if not entry.is_whole():
-                entry = _fetched(entry)
-        # Let go for a moment: it may be dropped again, and the object may be another one.
+                entry = _fetch(entry)
+        # The lock is released for a moment: the copy may be dropped, and the object may change.
     message = f"{entry.name}: changed, or was dropped, {TRIES} times while it was copied"
     raise ConnectionError(message)
 
@@ -137,10 +138,10 @@ def hold(uri: str) -> Held:
 _PINNED: dict[Path, Held] = {}
 
 
-def pinned(uri: str) -> Path:
+def pin(uri: str) -> Path:
     """Return a local file with the content of `uri` that stays until this process ends.
 
-    For the few files, such as weights, whose readers cannot be asked to close them.
+    Use it for few files, such as weights, whose readers do not close them.
 
     Raises:
         OSError: as `hold` does.
@@ -152,23 +153,23 @@ def pinned(uri: str) -> Path:
 
 
 def identity(uri: str) -> str | None:
-    """Return what changes when the content of `uri` does; None if it cannot be told.
+    """Return a text that changes when the content of `uri` changes; None if it is not known.
 
-    Whoever reads the file is told why.
+    A later read of the file raises the reason.
     """
     fs, path = fsspec.core.url_to_fs(uri)
     try:
         if isinstance(fs, LocalFileSystem):
-            found = Path(path).stat()
-            return f"{found.st_size}-{found.st_mtime_ns}"
-        return _asked(fs, str(path), uri).identity
+            stat = Path(path).stat()
+            return f"{stat.st_size}-{stat.st_mtime_ns}"
+        return _ask_store(fs, str(path), uri).identity
     except OSError:
         return None
 
 
 @dataclass(frozen=True)
 class _File:
-    """One of an entry's files: its path in the store, its name below the entry, and its bytes."""
+    """One file of an entry: its path in the store, its name below the entry, and its bytes."""
 
     remote: str
     local: str
@@ -177,10 +178,10 @@ class _File:
 
 @dataclass(frozen=True)
 class _Entry:
-    """An object as its store describes it now, and where its copy lies.
+    """An object as its store describes it now, and the place of its copy.
 
     Attributes:
-        beside: What else it consists of, in a folder beside it.
+        extra: Further files of the object, in a folder next to it (MRXS only).
     """
 
     fs: fsspec.AbstractFileSystem
@@ -188,25 +189,25 @@ class _Entry:
     uri: str
     identity: str
     main: _File
-    beside: tuple[_File, ...]
+    extra: tuple[_File, ...]
     root: Path
 
     @property
     def name(self) -> str:
-        return redacted(self.uri)
+        return redact(self.uri)
 
     @property
     def lock(self) -> Path:
-        return cache_room.lock_path(self.root, self.identity)
+        return cache_space.lock_path(self.root, self.identity)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all its files; what the store does not tell counts as none."""
-        return sum(file.num_bytes or 0 for file in (self.main, *self.beside))
+        """Return the bytes of all its files; a size that the store does not say counts as 0."""
+        return sum(file.num_bytes or 0 for file in (self.main, *self.extra))
 
     @property
     def folder(self) -> Path:
-        return cache_room.entry_folder(self.root, self.identity, self.num_bytes)
+        return cache_space.entry_folder(self.root, self.identity, self.num_bytes)
 
     @property
     def file(self) -> Path:
@@ -217,59 +218,59 @@ class _Entry:
         return self.file.with_name(f".{self.file.name}.part")
 
     @property
-    def beside_part(self) -> Path:
+    def folder_part(self) -> Path:
         return self.file.with_name(f".{self.file.stem}.part")
 
     def is_whole(self) -> bool:
-        # It gets its name last, after the folder beside it.
+        # The main file gets its name last, after the folder next to it.
         return self.file.is_file() and self.main.num_bytes in (None, self.file.stat().st_size)
 
     def parts(self) -> list[tuple[_File, Path]]:
-        """Return its files and where they lie while it comes."""
-        beside = [(file, self.beside_part / file.local) for file in self.beside]
-        return [*beside, (self.main, self.part)]
+        """Return its files and their places while they are downloaded."""
+        extra = [(file, self.folder_part / file.local) for file in self.extra]
+        return [*extra, (self.main, self.part)]
 
     def give_names(self) -> None:
-        """Make what came the copy."""
-        if self.beside:
-            self.beside_part.replace(self.file.with_suffix(""))
+        """Give the downloaded files their names, which makes them the copy."""
+        if self.extra:
+            self.folder_part.replace(self.file.with_suffix(""))
         self.part.replace(self.file)
 
 
-def _asked(fs: fsspec.AbstractFileSystem, path: str, uri: str) -> _Entry:
+def _ask_store(fs: fsspec.AbstractFileSystem, path: str, uri: str) -> _Entry:
     """Ask the store for an object: one request, or two for MRXS."""
 
     def ask() -> dict[str, Any]:
         fs.invalidate_cache(path)
         return dict(fs.info(path))
 
-    info = retried(ask, redacted(uri))
+    info = call_with_retries(ask, redact(uri))
     if info.get("type") == "directory":
-        message = f"{redacted(uri)}: a folder; give a file"
+        message = f"{redact(uri)}: a folder; give a file"
         raise IsADirectoryError(message)
-    beside = _beside(fs, path) if path.endswith(MRXS) else {}
-    marks = [_mark(info), *(f"{name} {_mark(beside[name])}" for name in sorted(beside))]
+    extra = _list_pixels(fs, path) if path.endswith(MRXS) else {}
+    marks = [_mark(info), *(f"{name} {_mark(extra[name])}" for name in sorted(extra))]
     identity = hashlib.sha256("\n".join([uri, *marks]).encode()).hexdigest()[:32]
-    name = redacted(path).rsplit("/", 1)[-1][-LONGEST_NAME:].lstrip(".") or "file"
-    files = [_File(str(beside[name]["name"]), name, beside[name].get("size")) for name in beside]
+    name = redact(path).rsplit("/", 1)[-1][-LONGEST_NAME:].lstrip(".") or "file"
+    files = [_File(str(extra[name]["name"]), name, extra[name].get("size")) for name in extra]
     main = _File(path, name, info.get("size"))
-    return _Entry(fs, path, uri, identity, main, tuple(files), cache_room.cache_root())
+    return _Entry(fs, path, uri, identity, main, tuple(files), cache_space.cache_root())
 
 
 def _mark(info: dict[str, Any]) -> str:
-    """Return what tells the content of an object from another's."""
-    # Not fsspec's own `ukey`: it is the same for all versions of an http file, and for S3 depends
-    # on how the object was asked for. Redirects are often signed, so to another url each time.
+    """Return the store's mark of an object's content: another content has another mark."""
+    # Not fsspec's own `ukey`: it is the same for all versions of an http file, and depends on the
+    # request for S3. `url` is left out, since redirects often carry a new signature each time.
     mark = info.get("ETag") or info.get("etag")
     return str(mark or sorted((key, str(info[key])) for key in info if key not in ("name", "url")))
 
 
-def _beside(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
-    """List the folder that an MRXS slide's pixels lie in, by name below it.
+def _list_pixels(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    """List the folder that holds the pixels of an MRXS slide, by name below the folder.
 
     Raises:
-        FileNotFoundError: it is not there, or is empty.
-        OSError: a name in it would lie elsewhere on a disk.
+        FileNotFoundError: the folder does not exist or is empty.
+        OSError: a name in it points outside the folder.
     """
     folder = path.removesuffix(MRXS) + "/"
 
@@ -277,27 +278,27 @@ def _beside(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any
         fs.invalidate_cache(folder)
         return dict(fs.find(folder, detail=True))
 
-    listed = retried(ask, redacted(folder)).items()
-    found = {name[len(folder) :]: info for name, info in listed if name.startswith(folder)}
-    if not found:
-        message = f"{redacted(folder)}: nothing there; it holds the pixels of the .mrxs beside it"
+    listed = call_with_retries(ask, redact(folder)).items()
+    files = {name[len(folder) :]: info for name, info in listed if name.startswith(folder)}
+    if not files:
+        message = f"{redact(folder)}: no files; copy the pixels of the .mrxs file into this folder"
         raise FileNotFoundError(message)
-    for name in found:
+    for name in files:
         if ".." in name.split("/") or name.startswith("/"):
-            message = f"{redacted(folder)}: {name!r} cannot be a file below it; rename the object"
+            message = f"{redact(folder)}: {name!r} cannot be a file below it; rename the object"
             raise OSError(message)
-    return found
+    return files
 
 
-def _fetched(entry: _Entry) -> _Entry:
+def _fetch(entry: _Entry) -> _Entry:
     """Download an entry whose lock is held alone; return it as the store describes it afterwards.
 
-    If that is another one, the object changed meanwhile, and what came is thrown away.
+    If the result is another entry, the object has changed, and the download is thrown away.
     """
-    shutil.rmtree(entry.folder, ignore_errors=True)  # what a killed download left
+    shutil.rmtree(entry.folder, ignore_errors=True)  # left by a killed download
     try:
         _download(entry)
-        now = _asked(entry.fs, entry.remote, entry.uri)
+        now = _ask_store(entry.fs, entry.remote, entry.uri)
         if now.identity == entry.identity:
             entry.give_names()
         return now
@@ -307,13 +308,13 @@ def _fetched(entry: _Entry) -> _Entry:
 
 
 def _download(entry: _Entry) -> None:
-    """Fill the parts; if the disk runs full, once more with nothing else kept."""
+    """Download the files; if the disk is full, drop all unused entries and download again."""
     promise = (entry.root, entry.identity, entry.num_bytes, entry.name)
     for drop_all in (False, True):
-        cache_room.make_room(*promise, drop_all=drop_all)
+        cache_space.make_room(*promise, drop_all=drop_all)
         try:
             for file, part in entry.parts():
-                retried(partial(_copy, entry.fs, file, part), entry.name)
+                call_with_retries(partial(_copy, entry.fs, file, part), entry.name)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -321,14 +322,14 @@ def _download(entry: _Entry) -> None:
                 part.unlink(missing_ok=True)
         else:
             return
-    raise cache_room.disk_full(entry.root, entry.num_bytes, entry.name)
+    raise cache_space.disk_full(entry.root, entry.num_bytes, entry.name)
 
 
 def _copy(fs: fsspec.AbstractFileSystem, file: _File, part: Path) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)
     fs.get_file(file.remote, str(part))
-    came = part.stat().st_size
-    if file.num_bytes not in (None, came):
-        message = f"{came:,} of {file.num_bytes:,} bytes came"
+    num_bytes = part.stat().st_size
+    if file.num_bytes not in (None, num_bytes):
+        message = f"only {num_bytes:,} of {file.num_bytes:,} bytes arrived"
         raise ConnectionError(message)

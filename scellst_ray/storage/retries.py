@@ -1,8 +1,8 @@
-"""Calls to object storage: which errors pass by themselves, how long to try, names fit to print.
+"""Calls to object storage: which errors pass by themselves, and how long to try.
 
-Each storage library has errors of its own and wraps those of the libraries below it. Two things
-tell whether another try may help: the kind of error, and the HTTP status, anywhere along the chain
-of causes. Messages leave here without credentials, and without the causes that would show them.
+Each storage library has its own errors and wraps those of the libraries below it. Two things say
+whether another try may help: the class of the error, and the HTTP status. Both are looked for along
+the chain of causes. Errors are raised without credentials, and without causes that would show them.
 """
 
 import errno
@@ -13,25 +13,25 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from scellst_ray.storage.credentials import redacted
+from scellst_ray.storage.credentials import redact
 
 logger = logging.getLogger("scellst_ray")
 
 T = TypeVar("T")
 
-# With the waits below: an outage of half a minute is survived.
+# With the waits below, calls survive an outage of half a minute.
 TRIES = 6
-# Before the second try, doubled for each further one; each wait is shortened by up to a half.
+# Wait before the second try. It doubles for each further one, and is shortened by up to a half.
 FIRST_WAIT_S = 1.5
-RETRIED_STATUSES = {408, 425, 429}  # besides 500 and above
+RETRIED_STATUSES = {408, 425, 429}  # and all from 500 up
 RETRIED_ERRNOS = {
     getattr(errno, name)
     for name in ("EBUSY", "EAGAIN", "EREMOTEIO", "EPIPE", "EHOSTUNREACH", "ENETUNREACH", "ENETDOWN")
-    if hasattr(errno, name)  # EREMOTEIO, s3fs's word for an internal error, is Linux's alone
+    if hasattr(errno, name)  # only Linux has EREMOTEIO, which s3fs takes for internal errors
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# By name, since a library that is not installed cannot be imported: how aiohttp, botocore, Azure,
-# Google and requests call an error of the connection.
+# Connection errors of aiohttp, botocore, Azure, Google and requests. They are given by name, since
+# not all of these libraries are installed.
 RETRIED_KINDS = {
     "ConnectionError",
     "ClientConnectionError",
@@ -45,7 +45,7 @@ RETRIED_KINDS = {
     "ChecksumError",
     "ChunkedEncodingError",
 }
-# The root of each library's errors that are no OSError. Only a loaded one can have raised.
+# Base class of each library's errors that are no OSError. Only a loaded library can raise.
 ROOTS = (
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "BotoCoreError"),
@@ -58,7 +58,7 @@ ROOTS = (
 
 
 def is_transient(error: BaseException) -> bool:
-    """Tell whether another try may help: a cut connection, a timeout, a throttled or ill server."""
+    """Return whether another try may help: after a cut connection, a timeout, a server error."""
     links = list(_causes(error))
     if any(_is_of_connection(link) for link in links):
         return True
@@ -81,31 +81,31 @@ def _is_of_connection(error: BaseException) -> bool:
 
 
 def _status(links: list[BaseException]) -> int | None:
-    """Return the first HTTP status along a chain of causes: each library keeps it elsewhere."""
+    """Return the first HTTP status along a chain of causes; None if there is none."""
     for link in links:
         response = getattr(link, "response", None)
-        if isinstance(response, dict):  # botocore's
-            told = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
+        if isinstance(response, dict):  # an error of botocore
+            values = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
         else:
-            told = [vars(link).get(name) for name in ("status", "status_code", "code")]
-        for value in told:
+            values = [vars(link).get(name) for name in ("status", "status_code", "code")]
+        for value in values:
             if str(value).isdecimal():
                 return int(value)
     return None
 
 
-def retried(call: Callable[[], T], name: str) -> T:
-    """Call until it works, waiting longer each time, as long as the error may pass.
+def call_with_retries(call: Callable[[], T], name: str) -> T:
+    """Call a function until it works, as long as the error may pass, with growing waits.
 
     Args:
-        call: What to do; must be safe to repeat.
-        name: What it is about, for messages: fit to print (see `redacted`).
+        call: The function. It must be safe to repeat.
+        name: Name of the object for messages, without credentials (see `redact`).
 
     Raises:
-        FileNotFoundError: there is no such object.
-        PermissionError: it may not be read.
-        ConnectionError: it kept failing.
-        OSError: another error of the store, or of the local disk, which is passed on as it is.
+        FileNotFoundError: the object does not exist.
+        PermissionError: the object may not be read.
+        ConnectionError: the last try failed too.
+        OSError: another error of the store, or an unchanged error of the local disk.
     """
     failures = 0
     while True:
@@ -116,19 +116,19 @@ def retried(call: Callable[[], T], name: str) -> T:
             if failures == TRIES or not is_transient(error):
                 raise _plain(error, name) from None
             wait_s = FIRST_WAIT_S * 2 ** (failures - 1) * random.uniform(0.5, 1.0)  # noqa: S311
-            logger.warning("%s: %s; again in %.1f s", name, _text(error), wait_s)
+            logger.warning("%s: %s; will try again in %.1f s", name, _text(error), wait_s)
         time.sleep(wait_s)
 
 
 def _raised_by_stores() -> tuple[type[Exception], ...]:
-    found = [getattr(sys.modules.get(module), name, None) for module, name in ROOTS]
-    return (OSError, *(kind for kind in found if kind is not None))
+    kinds = [getattr(sys.modules.get(module), name, None) for module, name in ROOTS]
+    return (OSError, *(kind for kind in kinds if kind is not None))
 
 
 def _plain(error: Exception, name: str) -> Exception:
-    """Return an error as one of Python's own, without credentials."""
+    """Return an error as one of Python's built-in errors, without credentials."""
     if isinstance(error, OSError) and (error.errno in DISK_FULL or error.filename is not None):
-        return error  # of a local file
+        return error  # an error of a local file
     links = list(_causes(error))
     status = _status(links)
     if is_transient(error):
@@ -142,6 +142,6 @@ def _plain(error: Exception, name: str) -> Exception:
 
 
 def _text(error: BaseException) -> str:
-    """Return what went wrong first, in a line."""
+    """Return the first cause of an error as one line."""
     *_, first = _causes(error)
-    return redacted(f"{type(first).__name__}: {first}".replace("\n", " ")).removesuffix(": ")
+    return redact(f"{type(first).__name__}: {first}".replace("\n", " ")).removesuffix(": ")

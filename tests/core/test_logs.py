@@ -14,10 +14,10 @@ from scellst_ray.core import logs
 from scellst_ray.core.logs import (
     JsonLines,
     TextLines,
-    formatter,
     log_context,
     log_fields,
-    named_tiles,
+    make_formatter,
+    tile_fields,
 )
 
 
@@ -84,8 +84,8 @@ def test_text_does_not_say_it_twice(written):
 def test_a_call_may_name_other_tiles_than_those_around_it(written):
     def log(logger):
         with log_context("P1", 3):
-            logger.error("one", extra=named_tiles([("P2", 7)], "embed"))
-            logger.error("two", extra=named_tiles([("P2", 7), ("P3", 8)]))
+            logger.error("one", extra=tile_fields([("P2", 7)], "embed"))
+            logger.error("two", extra=tile_fields([("P2", 7), ("P3", 8)]))
 
     one, two = map(json.loads, written(JsonLines(), log))
     assert (one["slide_id"], one["tile_id"], one["stage"]) == ("P2", 7, "embed")
@@ -134,12 +134,12 @@ def test_an_error_leaves_nothing_behind(written):
 
 def test_the_environment_chooses(monkeypatch):
     monkeypatch.delenv(logs.VARIABLE, raising=False)
-    assert type(formatter()) is TextLines
+    assert type(make_formatter()) is TextLines
     monkeypatch.setenv(logs.VARIABLE, "json")
-    assert type(formatter()) is JsonLines
+    assert type(make_formatter()) is JsonLines
     monkeypatch.setenv(logs.VARIABLE, "xml")
     with pytest.raises(ValueError, match=r"SCELLST_RAY_LOG is 'xml'; set it to text or json"):
-        formatter()
+        make_formatter()
 
 
 def test_a_process_of_its_own_logs_to_stderr(monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from scellst_ray.core import memory_limit
-from scellst_ray.core.isolated import each_isolated
+from scellst_ray.core.isolated import map_isolated
 
 GIB = 2**30
 CODE = """
@@ -54,4 +54,4 @@ def ask(size):
 
 def test_isolated_processes_are_limited():
     with pytest.raises(MemoryError):
-        list(each_isolated(ask, [40 * GIB], 1))
+        list(map_isolated(ask, [40 * GIB], 1))

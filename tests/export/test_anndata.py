@@ -200,18 +200,18 @@ def test_partial_slides_are_said_to_be_so(predicted, caplog):
 
 def test_what_cannot_be_exported_is_refused(predicted, tmp_path):
     for out in ("cells.csv", "cells"):
-        with pytest.raises(ValueError, match=r"end it in \.h5ad or \.zarr"):
+        with pytest.raises(ValueError, match=r"end the name in \.h5ad or \.zarr"):
             write_anndata(predicted, str(tmp_path / out))
     (tmp_path / "mine.zarr").mkdir()
     (tmp_path / "mine.zarr" / "thesis.doc").touch()
-    with pytest.raises(ValueError, match="is there and is no Zarr store"):
+    with pytest.raises(ValueError, match="exists and is no Zarr store"):
         write_anndata(predicted, str(tmp_path / "mine.zarr"))
     assert (tmp_path / "mine.zarr" / "thesis.doc").exists()
     with pytest.raises(ValueError, match="'ERBB3'; did you mean 'ERBB2'"):
         to_anndata(predicted, genes=["ERBB3"])
     with pytest.raises(ValueError, match="'zz'"):
         write_anndata(predicted, str(tmp_path / "x.h5ad"), ["zz"])
-    with pytest.raises(ValueError, match="hold no cells"):
+    with pytest.raises(ValueError, match="have no cells; choose slides"):
         to_anndata(predicted, [])
 
 

@@ -158,7 +158,7 @@ def test_an_ensemble_has_a_mean_and_a_deviation_for_every_cell(tmp_path):
 
 
 def test_one_network_has_no_deviation(predicted):
-    with pytest.raises(ValueError, match="this head is one network; train with ensemble above 1"):
+    with pytest.raises(ValueError, match="this head is one network: for a deviation train with ensemble above 1"):
         open_run(predicted[0]).expression_numpy(None, "a", None, "sd")
 
 
@@ -210,7 +210,7 @@ def test_unknown_names_are_refused_with_hints(predicted):
     run = open_run(predicted[0])
     with pytest.raises(ValueError, match=r"1 of 2 not found, such as 'EPCAN'; .* 'EPCAM'\?"):
         run.expression(["EPCAN", "CD3E"], "a")
-    with pytest.raises(ValueError, match=r"\['CD3E'\] asked for more than once"):
+    with pytest.raises(ValueError, match=r"\['CD3E'\] named more than once"):
         run.expression(["CD3E", "CD3E"], "a")
     with pytest.raises(ValueError, match=r"slides with a record: .*'slide_a'"):
         run.cells("slide_a")

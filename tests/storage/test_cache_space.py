@@ -39,8 +39,8 @@ def test_what_is_held_stays_and_the_bound_gives_way(put, cache, monkeypatch, cap
     limit(monkeypatch, 1000)
     held = [hold(put(name, name.encode() * 400)) for name in "abc"]
     assert copies(cache) == ["a", "b", "c"]
-    assert "are more than the 1e-06 GB" in caplog.text
-    assert "beside 8e-07 GB in use" in caplog.text
+    assert "exceed the 1e-06 GB" in caplog.text
+    assert "next to 8e-07 GB in use" in caplog.text
     use(put("d", b"d" * 400))
     assert [one.path.read_bytes()[:1] for one in held] == [b"a", b"b", b"c"]
     for one in held:
@@ -56,7 +56,7 @@ def test_a_use_counts_from_its_start_in_case_its_end_is_a_kill(put, cache, monke
     use(uris[0])
     use(uris[1])
     held = hold(uris[0])
-    _, _, (lock,), _ = held._let_go.detach()
+    _, _, (lock,), _ = held._release.detach()
     os.close(lock)  # as the kernel does
     use(uris[2])
     assert copies(cache) == ["a", "c"]
@@ -85,7 +85,7 @@ def test_an_object_larger_than_the_cache_can_still_be_read(put, cache, monkeypat
     assert not caplog.records
     assert use(put("large", b"l" * 5000)) == b"l" * 5000
     assert copies(cache) == ["large"]
-    assert "large: 5e-06 GB are more than the 1e-06 GB" in caplog.text
+    assert "large: its 5e-06 GB exceed the 1e-06 GB" in caplog.text
     assert "set SCELLST_RAY_CACHE_GB" in caplog.text
     use(put("b", b"b" * 400))
     assert copies(cache) == ["b"]
@@ -149,8 +149,8 @@ def test_a_full_disk_makes_room_first_and_then_says_so(put, cache, monkeypatch):
     use(put("c", b"c" * 4 * 4096))
     assert copies(cache) == ["b", "c"]
     message = (
-        rf"d: {cache} has .* GB free for its .* GB \(20,480 bytes\), and all else in this cache "
-        "is in use or on its way; make room, or set SCELLST_RAY_CACHE_DIR"
+        rf"d: {cache} has .* GB free for its .* GB \(20,480 bytes\), and all other files of this "
+        "cache are in use or being downloaded; free disk space, or set SCELLST_RAY_CACHE_DIR"
     )
     with pytest.raises(OSError, match=message) as error:
         hold(put("d", b"d" * 5 * 4096))
@@ -178,7 +178,7 @@ def test_a_disk_that_runs_full_meanwhile(put, cache, monkeypatch):
     assert seen == [[".c.part", "a", "b"], [".c.part", "b"]]  # the second time with more room
     seen.clear()
     times = 2
-    with pytest.raises(OSError, match="make room, or set SCELLST_RAY_CACHE_DIR"):
+    with pytest.raises(OSError, match="free disk space, or set SCELLST_RAY_CACHE_DIR"):
         hold(put("d", b"d"))
     assert copies(cache) == ["b"]
     held.close()
@@ -194,7 +194,7 @@ def test_two_downloads_are_not_promised_the_same_room(monkeypatch, cache):
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(use, f"{address}/a")
             told.half_sent.wait(20)
-            with pytest.raises(OSError, match="on its way"):
+            with pytest.raises(OSError, match="being downloaded"):
                 hold(f"{address}/b")
             told.go_on.set()
             assert first.result() == content

@@ -11,7 +11,7 @@ from s3fs import S3FileSystem
 
 from scellst_ray import storage
 from scellst_ray.nuclei.imported.tiles import read_tile
-from scellst_ray.storage import retries
+from scellst_ray.storage import files, retries
 from scellst_ray.storage.node_cache import hold
 from tests.support.s3_server import BUCKET, KINDS, serving_s3
 
@@ -104,7 +104,7 @@ def test_what_another_process_wrote_is_seen():
 
 def test_a_large_file_goes_in_parts_and_appears_at_the_end(s3, monkeypatch):
     content = os.urandom(MB) * 11
-    monkeypatch.setattr(storage, "PART_BYTES", 5 * MB)
+    monkeypatch.setattr(files, "PART_BYTES", 5 * MB)
     fs, path = storage.resolve(f"{ROOT}/large.bin")
     storage.publish_text(f"{ROOT}/large.bin", "old")
     s3.asked.clear()
@@ -245,5 +245,5 @@ def test_a_slide_in_mrxs_comes_with_its_folder(s3):
 @pytest.mark.usefixtures("s3")
 def test_a_slide_in_mrxs_without_its_folder_is_refused():
     write_mrxs({"s.mrxs": "jpeg", "s2/Slidedat.ini": "another's"})
-    with pytest.raises(FileNotFoundError, match=r"run/s/: nothing there; it holds the pixels"):
+    with pytest.raises(FileNotFoundError, match=r"run/s/: no files; copy the pixels"):
         hold(f"{ROOT}/s.mrxs")

@@ -118,14 +118,14 @@ def test_several_processes_download_once():
 
 
 def test_who_waited_for_a_download_looks_again(monkeypatch):
-    both, take = threading.Barrier(2), cache_space.take
+    both, lock_file = threading.Barrier(2), cache_space.lock_file
 
     def together(lock, how, path):
-        take(lock, how, path)
+        lock_file(lock, how, path)
         if how == fcntl.LOCK_SH and not told.gets():
             both.wait(20)  # both have seen that there is no copy
 
-    monkeypatch.setattr(cache_space, "take", together)
+    monkeypatch.setattr(cache_space, "lock_file", together)
     with serving({"s.svs": b"s" * KB}) as (address, told), ThreadPoolExecutor(2) as pool:
         assert list(pool.map(use, [f"{address}/s.svs"] * 2)) == [b"s" * KB] * 2
         assert told.gets() == 1
@@ -188,7 +188,7 @@ def test_passing_errors_are_survived(caplog):
         assert told.gets() == 6
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 5
-    assert all("/s.svs: " in line and "; again in 0.0 s" in line for line in lines)
+    assert all("/s.svs: " in line and "; will try again in 0.0 s" in line for line in lines)
     assert "503" in lines[0]
 
 
@@ -212,7 +212,7 @@ def test_a_cut_that_no_library_noticed(put, monkeypatch, cache):
     uri = put("s.svs", b"s" * 10)
     assert use(uri) == b"s" * 10
     cuts.extend([5] * 6)
-    with pytest.raises(ConnectionError, match=r"ConnectionError: 5 of 11 bytes came\)"):
+    with pytest.raises(ConnectionError, match=r"ConnectionError: only 5 of 11 bytes arrived\)"):
         hold(put("s.svs", b"s" * 11))
     assert copies(cache) == ["s.svs"]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from scellst_ray.storage import retries
-from scellst_ray.storage.credentials import redacted
-from scellst_ray.storage.retries import is_transient, retried
+from scellst_ray.storage.credentials import redact
+from scellst_ray.storage.retries import call_with_retries, is_transient
 
 SIGNED = "https://me:pa@ss@host:8/a%20b.svs?sig=secret&x=secret"
 
@@ -90,11 +90,11 @@ def test_passing_errors_are_tried_again_and_longer_each_time(error, waits):
             raise outcomes.pop()
         return "done"
 
-    assert retried(call, "s3://b/a.svs") == "done"
+    assert call_with_retries(call, "s3://b/a.svs") == "done"
     assert [0.5 <= wait / 1.5 / 2**i <= 1 for i, wait in enumerate(waits)] == [True] * 3
     outcomes.extend([error] * 99)
     with pytest.raises(ConnectionError, match=r"^s3://b/a.svs: still failing after 6 tries \(\w+"):
-        retried(call, "s3://b/a.svs")
+        call_with_retries(call, "s3://b/a.svs")
     assert len(outcomes) == 93
 
 
@@ -104,7 +104,7 @@ def test_lasting_errors_are_not(error, kind, waits):
         raise error
 
     with pytest.raises(OSError, match=r"^s3://b/a.svs: ") as raised:
-        retried(call, "s3://b/a.svs")
+        call_with_retries(call, "s3://b/a.svs")
     assert type(raised.value) is kind
     assert "secret" not in str(raised.value)
     assert raised.value.__suppress_context__
@@ -132,7 +132,7 @@ def test_answers_of_s3(code, status, kind, waits):
         raise error
 
     with pytest.raises(OSError, match=r"^s3://b/a.svs: ") as raised:
-        retried(call, "s3://b/a.svs")
+        call_with_retries(call, "s3://b/a.svs")
     assert type(raised.value) is kind
     assert len(waits) == (5 if kind is ConnectionError else 0)
     assert "secret" not in str(raised.value)
@@ -150,7 +150,7 @@ def test_errors_before_s3_answers():
         raise exceptions.NoCredentialsError
 
     with pytest.raises(OSError, match="NoCredentialsError: Unable to locate credentials"):
-        retried(call, "s3://b/a.svs")
+        call_with_retries(call, "s3://b/a.svs")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_errors_of_libraries_known_by_name(library, transient, monkeypatch):
         raise error
 
     with pytest.raises(ConnectionError if transient else OSError) as raised:
-        retried(call, "gs://b/a.svs")
+        call_with_retries(call, "gs://b/a.svs")
     assert "secret" not in str(raised.value)
 
 
@@ -187,14 +187,14 @@ def test_errors_of_local_files_pass_as_they_are(error, waits):
         raise error
 
     with pytest.raises(OSError, match=r"full|no") as raised:
-        retried(call, "s3://b/a.svs")
+        call_with_retries(call, "s3://b/a.svs")
     assert raised.value is error
     assert waits == []
 
 
 def test_programming_errors_pass():
     with pytest.raises(ZeroDivisionError):
-        retried(lambda: 1 // 0, "x")
+        call_with_retries(lambda: 1 // 0, "x")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_programming_errors_pass():
     ],
 )  # fmt: skip
 def test_credentials_are_left_out(text, shown):
-    assert redacted(text) == shown
+    assert redact(text) == shown
 
 
 WORD = st.text("abcXYZ019-_.~%+=&:@", min_size=1)
@@ -224,5 +224,5 @@ WORD = st.text("abcXYZ019-_.~%+=&:@", min_size=1)
 def test_no_secret_survives(user, password, query, scheme):
     secrets = [f"SECRET{word}" for word in (user, password, query)]
     text = f"{scheme}://{secrets[0]}:{secrets[1]}@host/a/b.svs?{secrets[2]}"
-    assert redacted(text) == f"{scheme}://host/a/b.svs"
-    assert redacted(f"no '{text}' here, nor {text} there").count("SECRET") == 0
+    assert redact(text) == f"{scheme}://host/a/b.svs"
+    assert redact(f"no '{text}' here, nor {text} there").count("SECRET") == 0
