@@ -158,7 +158,7 @@ def test_an_ensemble_has_a_mean_and_a_deviation_for_every_cell(tmp_path):
 
 
 def test_one_network_has_no_deviation(predicted):
-    with pytest.raises(ValueError, match="this head is one network: for a deviation train with ensemble above 1"):
+    with pytest.raises(ValueError, match="this head is one network: for a deviation train"):
         open_run(predicted[0]).expression_numpy(None, "a", None, "sd")
 
 
