@@ -70,10 +70,7 @@ def absolute(uri: str) -> str:
 
 
 def content_size(uri: str) -> int | None:
-    """Return the bytes of a local file, to notice another file under the same name.
-
-    None if there is no file, and for object storage, which would take a request per slide.
-    """
+    """Return the bytes of a local file; None if it is absent, or remote (a request per slide)."""
     path = Path(resolve(uri)[1])
     return path.stat().st_size if is_local(uri) and path.is_file() else None
 
@@ -135,8 +132,7 @@ def list_files(uri: str) -> list[str]:
 def sizes(uri: str) -> dict[str, int]:
     """Return the bytes of a file, or of every file below a folder, by path, sorted.
 
-    Paths are those within the filesystem. Unpublished files are included. The result is empty if
-    there is nothing under `uri`.
+    Paths are those within the filesystem. Unpublished files are included.
     """
     fs, path = resolve(uri)
 
@@ -344,8 +340,7 @@ def remove_files(uris: Collection[str]) -> None:
 def local_copy(uri: str) -> Path:
     """Return a local path with the content of `uri`, downloading it once per node if remote.
 
-    The copy stays until this process ends. Use it for a few files, such as weights. Files that are
-    opened and closed again, such as slides, are better held with `node_cache.hold`.
+    The copy stays until this process ends. For files that are closed again use `node_cache.hold`.
 
     Raises:
         FileNotFoundError: there is nothing under `uri`.
