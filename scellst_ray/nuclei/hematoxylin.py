@@ -63,7 +63,7 @@ def segment(
     work_HWC, work_mpp = _work_image(image_HWC, mpp)
     labels_HW = _labels(work_HWC, work_mpp, stain_threshold)
     ratio_y, ratio_x = np.array(image_HWC.shape[:2]) / np.maximum(work_HWC.shape[:2], 1)
-    return nuclei_from_labels(labels_HW).scaled(float(ratio_x), float(ratio_y))
+    return nuclei_from_labels(labels_HW).resize(float(ratio_x), float(ratio_y))
 
 
 def segment_labels(

@@ -42,11 +42,11 @@ def pack_maps(
 ) -> NDArray[np.uint32]:
     """Pack the parts of a tile's raw maps that determine its nuclei.
 
-    The published edge energy is 1 - x, where x is the smaller of the two Sobel slopes, each scaled
-    to 0 to 1 between its minimum and maximum over the tile. As a float32, 1 - x is a multiple of
-    2^-24, so 25 bits hold it exactly. With `window_px`, minimum and maximum are those within
-    window_px // 2 rows and columns inside the tile. The published scaling before Sobel is then left
-    out, since the scaling after it cancels its effect.
+    The published edge energy is 1 - x, where x is the smaller of the two scaled Sobel slopes. A
+    slope is scaled to 0 at its minimum and 1 at its maximum over the tile. As a float32, 1 - x is a
+    multiple of 2^-24, so 25 bits hold it exactly. With `window_px`, minimum and maximum are those
+    within window_px // 2 rows and columns inside the tile. The published scaling before Sobel is
+    then left out, since the scaling after it cancels its effect.
 
     Args:
         binary_CHW: Background and nucleus, logits or probabilities, float32 [2, H, W].

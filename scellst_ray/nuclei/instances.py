@@ -55,7 +55,7 @@ class Nuclei:
             type_prob=self.type_prob[index],
         )
 
-    def scaled(self, ratio_x: float, ratio_y: float) -> "Nuclei":
+    def resize(self, ratio_x: float, ratio_y: float) -> "Nuclei":
         """Return the same nuclei in px of an image that is resized by these factors."""
         scale = np.array([ratio_x, ratio_y])
         return Nuclei(

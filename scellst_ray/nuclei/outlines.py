@@ -48,8 +48,8 @@ def pixel_chains(
 ) -> tuple[list[NDArray[np.int32]], NDArray[np.bool_]]:
     """Return the outer boundary pixels of each label's largest part.
 
-    The function reads only the label's box, so the cost grows with the area of the nuclei, and not
-    with the area of the map times their number.
+    The function reads only the label's box. So the cost grows with the area of the nuclei, not with
+    the area of the map times their number.
 
     Args:
         compact_HW: Label map that holds every label from 1 to N, int32 [H, W].

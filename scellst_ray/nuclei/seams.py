@@ -1,8 +1,8 @@
 """Settle nuclei at the seams between tiles: which a tile offers, and which of them are kept.
 
 A seam is the border between two cores. A tile reads its core and a halo around it, and owns the
-nuclei whose centroid lies in its half-open core. Ownership alone loses and doubles nuclei at seams:
-a nucleus that reaches beyond the halo is cut and has another centroid in each tile, and a network
+nuclei whose centroid lies in its half-open core. Ownership alone loses and doubles nuclei at seams.
+A nucleus that reaches beyond the halo is cut and has another centroid in each tile, and a network
 finds slightly different nuclei in two tiles. So a tile also offers candidates: nuclei whose
 centroid lies a little outside its core. Once all tiles of a slide are complete:
 
@@ -28,11 +28,11 @@ from scellst_ray.core.geometry import Box
 
 NEAR, CANDIDATE, CUT = 1, 2, 4
 TILE_BITS = 20  # cell_id = (tile_id << TILE_BITS) + index in the tile
-# Two equal discs overlap by 0.39 if each centre lies on the other's rim. Touching nuclei stay far
-# below; one nucleus found twice lies far above, even a small one shifted by 2 px in each tile.
+# Two equal discs overlap by 0.39 if the centre of each lies on the rim of its partner. Touching
+# nuclei overlap far less. A nucleus found twice, even small and shifted by 2 px, overlaps far more.
 SAME = 0.4
-# Low enough to prefer a complete, owned nucleus to a similar one. High enough that one of two
-# nuclei does not win over a neighbour's outline of both, which would lose the other.
+# Low enough to prefer a complete, owned nucleus to a similar candidate. High enough that a single
+# nucleus does not win over a neighbouring tile's outline of two, which would lose the second.
 DISCOUNT = 0.8
 BAND = 8192  # boxes per search tree, which bounds the number of geometry objects in memory
 
@@ -42,7 +42,7 @@ class SeamCells(NamedTuple):
 
     Attributes:
         cell_id: Cell ids, ascending, int64 [N].
-        seam: Bits NEAR, CANDIDATE and CUT, uint8 [N] (see `offered`).
+        seam: Bits NEAR, CANDIDATE and CUT, uint8 [N] (see `select_offered`).
         polygon_wkb: Outlines in level-0 px, WKB bytes [N].
     """
 
@@ -66,7 +66,7 @@ class Resolution:
     num_adopted: int
 
 
-def offered(
+def select_offered(
     centroid_x0y0: NDArray[np.floating],
     box_x0y0x1y1: NDArray[np.floating],
     core: Box,

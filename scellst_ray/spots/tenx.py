@@ -38,8 +38,8 @@ def read_matrix(
 def find_file(fs: fsspec.AbstractFileSystem, root: str, names: Iterable[str]) -> str:
     """Return the path of the first of the names that exists in the folder.
 
-    If none exists, a single file whose name ends in "_" and one of the names is returned, since
-    10x's downloads put the name of the data set before it.
+    10x's downloads put the name of the data set and "_" before the name. A single file with such a
+    name is returned if no plain name exists.
 
     Args:
         fs: File system of the folder.

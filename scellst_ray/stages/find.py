@@ -88,7 +88,7 @@ def _offered(nuclei: Nuclei, row: TileRow, margin_um: float) -> tuple[Nuclei, ND
     frame: Frame = row["frame"]
     boxes = nuclei.boxes_px().astype(np.float64)
     corners = [frame.to_level0(boxes[:, :2]), frame.to_level0(boxes[:, 2:])]
-    index, seam = seams.offered(
+    index, seam = seams.select_offered(
         frame.to_level0(nuclei.centroid_px),
         np.concatenate(corners, axis=1),
         box_of(row, "core"),

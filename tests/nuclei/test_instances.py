@@ -132,7 +132,7 @@ def test_wkb_is_the_closed_outline_in_level_0_px():
 
 def test_scaled_is_the_frame_s_ratio():
     nuclei = nuclei_from_labels(_disc_grid(2, 5, 16))
-    scaled = nuclei.scaled(2.0, 3.0)
+    scaled = nuclei.resize(2.0, 3.0)
     np.testing.assert_allclose(scaled.area_px, nuclei.area_px * 6)
     np.testing.assert_allclose(scaled.centroid_px, nuclei.centroid_px * (2, 3))
     assert (scaled.polygon_wkb(IDENTITY) == nuclei.polygon_wkb(Frame(0, 0, 2, 3))).all()
@@ -190,7 +190,7 @@ def test_boxes_are_those_of_the_pixels():
     assert nuclei.boxes_px().dtype == np.int64
     assert sorted(map(tuple, nuclei.boxes_px().tolist())) == sorted(expected)
     assert empty_nuclei().boxes_px().shape == (0, 4)
-    larger = nuclei.scaled(2.0, 3.0).boxes_px()
+    larger = nuclei.resize(2.0, 3.0).boxes_px()
     np.testing.assert_array_equal(larger, nuclei.boxes_px() * [2, 3, 2, 3])
 
 

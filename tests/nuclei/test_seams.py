@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from scellst_ray.core.geometry import Box
 from scellst_ray.nuclei import seams
-from scellst_ray.nuclei.seams import CANDIDATE, CUT, NEAR, SeamCells, offered, resolve
+from scellst_ray.nuclei.seams import CANDIDATE, CUT, NEAR, SeamCells, resolve, select_offered
 
 CORE, HALO, MARGIN0 = 200, 32, 8
 EDGES = [0, 200, 400, 410]  # the last core is narrower than the halo, and than most nuclei
@@ -72,7 +72,9 @@ def test_bits(centre, radius, expected):
     x, y = centre
     box = [[x - radius, y - radius, x + radius, y + radius]]
     core = Box(0, 0, CORE, CORE)
-    index, seam = offered(np.array([centre]), np.array(box), core, core.grown(HALO), MARGIN0, 1.0)
+    index, seam = select_offered(
+        np.array([centre]), np.array(box), core, core.grown(HALO), MARGIN0, 1.0
+    )
     assert seam.dtype == np.uint8
     assert seam.tolist() == ([] if expected is None else [expected])
     assert index.tolist() == ([] if expected is None else [0])
@@ -80,7 +82,7 @@ def test_bits(centre, radius, expected):
 
 def test_a_tile_without_nuclei_offers_none():
     core = Box(0, 0, CORE, CORE)
-    index, seam = offered(np.zeros((0, 2)), np.zeros((0, 4)), core, core.grown(4), 2.0, 1.0)
+    index, seam = select_offered(np.zeros((0, 2)), np.zeros((0, 4)), core, core.grown(4), 2.0, 1.0)
     assert len(index) == len(seam) == 0
 
 
@@ -95,7 +97,7 @@ def test_what_has_no_bits_is_read_by_no_neighbour(corner, size, rounding):
     box = np.array([[x, y, x + size[0], y + size[1]]])
     core = Box(0, 0, CORE, CORE)
     centre = (box[:, :2] + box[:, 2:]) / 2
-    _, seam = offered(centre, box, core, core.grown(HALO), MARGIN0, 1.0)
+    _, seam = select_offered(centre, box, core, core.grown(HALO), MARGIN0, 1.0)
     if seam.tolist() == [0]:
         steps = [s for s in itertools.product((-CORE, 0, CORE), repeat=2) if any(s)]
         others = [Box(a, b, CORE, CORE).grown(HALO + rounding) for a, b in steps]
@@ -270,7 +272,9 @@ def see(discs_N3, jitter_px=0.0, seed=0):
         shapes = shapely.intersection(shapes, window)
         there = np.flatnonzero(shapely.area(shapes) > 10)
         centre = shapely.get_coordinates(shapely.centroid(shapes[there]))
-        index, seam = offered(centre, shapely.bounds(shapes[there]), core, read, MARGIN0, 1.0)
+        index, seam = select_offered(
+            centre, shapely.bounds(shapes[there]), core, read, MARGIN0, 1.0
+        )
         for number, (n, bits) in enumerate(zip(there[index], seam, strict=True)):
             cells.append(((tile << 20) + number, int(bits), shapes[n]))
             sources.append(int(n))

@@ -19,10 +19,10 @@ from scellst_ray.nuclei.imported.table import (
     UNTYPED,
     Rings,
     Tally,
+    attach_report,
     class_name,
-    table_of,
+    make_table,
     type_names,
-    with_report,
 )
 
 # Type numbers of PanNuke, on which CellViT's weights are trained; its files use them.
@@ -175,7 +175,7 @@ def _cellvit_table(document: dict[str, Any], collector: _Collector) -> pa.Table:
     names = _cellvit_names(collector.types, document.get("type_map"), source)
     probs = np.frombuffer(collector.probs, np.float32)
     rings = collector.rings(np.arange(num_cells), np.full(num_cells, "no_outline", REASON))
-    return with_report(table_of(rings, names, probs, tally), tally)
+    return attach_report(make_table(rings, names, probs, tally), tally)
 
 
 def _cellvit_names(types: list[float | str | None], type_map: object, source: str) -> pa.Array:
@@ -240,4 +240,4 @@ def _geojson_table(collector: _Collector, *, crs: object, is_list: bool) -> pa.T
     tally.changed["cell_outline"] = int((bare_cell & (num_rings > 0)).sum())
     names = pa.array(collector.names, pa.string()).take(pa.array(feature, pa.int64()))
     probs = np.full(len(feature), np.nan, np.float32)
-    return with_report(table_of(rings, type_names(names, source), probs, tally), tally)
+    return attach_report(make_table(rings, type_names(names, source), probs, tally), tally)

@@ -20,10 +20,10 @@ from scellst_ray.nuclei.imported.table import (
     UNTYPED,
     Rings,
     Tally,
+    attach_report,
     class_name,
-    table_of,
+    make_table,
     type_names,
-    with_report,
 )
 
 ENCODINGS = ("wkb", "polygon", "multipolygon")
@@ -50,7 +50,7 @@ def read_geoparquet(path: Path, source: str) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         message = f"{source}: not a readable Parquet file ({error}); copy or export it again"
         raise ValueError(message) from error
-    return with_report(pa.concat_tables([SEGMENTATION.empty_table(), *tables]), tally)
+    return attach_report(pa.concat_tables([SEGMENTATION.empty_table(), *tables]), tally)
 
 
 def _geometry_column(schema: pa.Schema, tally: Tally) -> tuple[str, str]:
@@ -140,7 +140,7 @@ def _tables(
         centroid = None
         if tally.format == "CELLS":  # stored centroids keep a nucleus in its tile
             centroid = np.column_stack([batch["x0"], batch["y0"]]).astype(np.float64)
-        yield table_of(rings, names, probs, tally, centroid)
+        yield make_table(rings, names, probs, tally, centroid)
 
 
 def _names(values: pa.Array) -> pa.Array:

@@ -45,9 +45,9 @@ class Tally:
         source: Name of the file in errors.
         format: Format as which the file was read.
         num_objects: Number of nuclei, and of objects that could be nuclei, in the file.
-        dropped: Number of objects left out, by reason: `no_outline` (no geometry, an unreadable
-            one, or fewer than 3 points), `not_finite`, `no_area`, `not_polygon`, `other_object`
-            (QuPath's tiles, and annotations in a file with cells), `outside` (of the slide).
+        dropped: Number of objects left out, by reason. `no_outline`: no readable geometry, or
+            fewer than 3 points. `other_object`: QuPath's tiles, and annotations in a file with
+            cells. `outside`: not on the slide. Further: `not_finite`, `no_area`, `not_polygon`.
         changed: Number of objects kept with changes: `repaired` (was invalid), `hole_filled`,
             `largest_part` (further parts left out), `cell_outline` (a cell without its nucleus).
         lonlat: Whether the file declares its coordinates as longitude and latitude.
@@ -77,7 +77,7 @@ class Rings:
     owner: NDArray[np.int64]
     missing: NDArray[np.str_]
 
-    def of(self, start: int, stop: int) -> "Rings":
+    def select(self, start: int, stop: int) -> "Rings":
         """Return the rings of objects `start` to `stop` (exclusive), numbered from 0 again."""
         first, last = np.searchsorted(self.owner, [start, stop])
         offset = self.lengths[:first].sum()
@@ -86,7 +86,7 @@ class Rings:
         return Rings(points, lengths, self.owner[first:last] - start, self.missing[start:stop])
 
 
-def table_of(
+def make_table(
     rings: Rings,
     names: pa.Array,
     probs: NDArray[np.float32],
@@ -108,7 +108,7 @@ def table_of(
     batches = []
     for start in range(0, len(names), BATCH):
         stop = min(start + BATCH, len(names))
-        kept, polygons = _outlines(rings.of(start, stop), tally)
+        kept, polygons = _outlines(rings.select(start, stop), tally)
         rows = start + kept
         if centroid_x0y0 is None:
             centroids = shapely.get_coordinates(shapely.centroid(polygons))
@@ -126,7 +126,7 @@ def table_of(
     return pa.concat_tables([SEGMENTATION.empty_table(), *batches])
 
 
-def with_report(table: pa.Table, tally: Tally) -> pa.Table:
+def attach_report(table: pa.Table, tally: Tally) -> pa.Table:
     """Return the table with the tally in its schema metadata.
 
     Raises:

@@ -6,7 +6,7 @@
    that workers process at once; its core is the part that belongs to no other tile.
 4. `read_tile` and `nuclei_in_frame` give a worker the nuclei of its tile in place of a segmenter.
 
-Coordinates are level-0 px and stay unchanged. CellViT writes the indices of contour pixels, so its
+Coordinates are level-0 px and stay unchanged. CellViT writes the indices of contour pixels. So its
 outlines pass through the middles of the outermost pixels and lie half a pixel up and left.
 """
 

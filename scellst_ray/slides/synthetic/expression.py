@@ -46,7 +46,7 @@ class GeneProgramme:
     stain_slope_G: NDArray[np.float64]
 
 
-def gene_programme(num_genes: int, programme_seed: int) -> GeneProgramme:
+def draw_programme(num_genes: int, programme_seed: int) -> GeneProgramme:
     """Return a random programme. The first genes of a longer panel equal a shorter panel."""
     names, roles = _panel(num_genes)
     log_rate = np.empty((4, num_genes))
@@ -82,7 +82,7 @@ def expected_rates(
     return np.asarray(np.exp(log_rate_NG + config.unseen_sd * unseen * varying), np.float32)
 
 
-def cell_counts(config: SyntheticConfig, expected_NG: NDArray[np.float32]) -> NDArray[np.int32]:
+def draw_counts(config: SyntheticConfig, expected_NG: NDArray[np.float32]) -> NDArray[np.int32]:
     """Draw each cell's molecules, int32 [N, G]: negative binomial with a library size per cell."""
     rng = config.stream("counts")
     library_N = np.exp(rng.normal(0, config.library_sd, len(expected_NG)))

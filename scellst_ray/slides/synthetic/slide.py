@@ -22,9 +22,9 @@ from scellst_ray.core.geometry import Box
 from scellst_ray.slides.synthetic.config import NUCLEUS_TYPES, SyntheticConfig
 from scellst_ray.slides.synthetic.expression import (
     GeneProgramme,
-    cell_counts,
+    draw_counts,
+    draw_programme,
     expected_rates,
-    gene_programme,
 )
 from scellst_ray.slides.synthetic.layout import TissueLayout, make_layout
 from scellst_ray.slides.synthetic.render import SlidePainter
@@ -98,9 +98,9 @@ class SyntheticPaths:
 def make_tissue(config: SyntheticConfig) -> Tissue:
     """Return the truth of one slide: nuclei, expression, spots."""
     layout = make_layout(config)
-    programme = gene_programme(config.num_genes, config.programme_seed)
+    programme = draw_programme(config.num_genes, config.programme_seed)
     expected_NG = expected_rates(config, programme, layout.nuclei)
-    counts_NG = cell_counts(config, expected_NG)
+    counts_NG = draw_counts(config, expected_NG)
     return Tissue(layout, programme, expected_NG, counts_NG, make_spots(layout, counts_NG))
 
 

@@ -2,7 +2,7 @@ import numpy as np
 
 from scellst_ray.slides.synthetic import slide as synthetic
 from scellst_ray.slides.synthetic.config import SyntheticConfig
-from scellst_ray.slides.synthetic.expression import gene_programme
+from scellst_ray.slides.synthetic.expression import draw_programme
 
 
 def test_expression_follows_what_can_be_seen():
@@ -33,7 +33,7 @@ def test_expression_follows_what_can_be_seen():
 
 
 def test_programmes_of_different_lengths_agree():
-    short, long = gene_programme(9, 3), gene_programme(64, 3)
+    short, long = draw_programme(9, 3), draw_programme(64, 3)
     assert long.gene_names[:9] == short.gene_names
     np.testing.assert_array_equal(long.log_rate_TG[:, :9], short.log_rate_TG)
     assert len(set(long.gene_names)) == 64
