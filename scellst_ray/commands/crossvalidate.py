@@ -23,7 +23,7 @@ from scellst_ray.evaluation.crossvalidation.trial import (
     run_trial,
 )
 from scellst_ray.pipelines.session import ray_session
-from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.folder import RunFolder, open_embedded_run
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.supervision import Rules, TrainingSlide, training_slides
 from scellst_ray.training.grid import (
@@ -92,7 +92,7 @@ def crossvalidate(config: CrossvalidateConfig, say: Callable[[str], None] = prin
         ValueError: slides or spots cannot be used; all such slides are listed at once.
     """
     cells, out = storage.absolute(config.cells), storage.absolute(config.out)
-    run = open_cells(cells)
+    run, _ = open_embedded_run(cells)
     slides = training_slides(read_manifest(config.manifest, ("spots",)), run, config.slides)
     patients = {s.row.slide_id: _text(s.row.columns.get("patient_id")) for s in slides}
     folds = make_folds(config.protocol, patients)
@@ -141,23 +141,6 @@ def _run_missing(
             if error:
                 failures[name] = error
     return failures, num_slots
-
-
-def open_cells(cells: str) -> RunFolder:
-    """Return a run of `extract` with embeddings.
-
-    Raises:
-        ValueError: there is none, or it stores no embeddings.
-    """
-    uri = storage.join(cells, "run.json")
-    if not storage.exists(uri):
-        message = f"{cells}: no run of scellst_ray there; run `scellst-ray extract` first"
-        raise ValueError(message)
-    info = storage.read_json(uri)
-    if not info["identity"].get("store_embeddings"):
-        message = f"{cells}: its cells have no embeddings; extract with store_embeddings"
-        raise ValueError(message)
-    return RunFolder(cells, info["digest"])
 
 
 def _preparer(

@@ -21,28 +21,11 @@ from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.bags import build_bags
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.domain_shift import domain_of_bags
-from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.folder import RunFolder, open_embedded_run
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.bags import choose_panel, provenance
 from scellst_ray.stages.supervision import training_slides
 from scellst_ray.training.fit_mil import Workers, fit
-
-
-def _embedded_run(cells: str) -> dict[str, Any]:
-    """Return what run.json of a run with embeddings says.
-
-    Raises:
-        ValueError: there is no run, or it kept no embeddings.
-    """
-    run_uri = storage.join(cells, "run.json")
-    if not storage.exists(run_uri):
-        message = f"{cells}: no run of scellst_ray there; run `scellst-ray extract` first"
-        raise ValueError(message)
-    run_json: dict[str, Any] = storage.read_json(run_uri)
-    if not run_json["identity"].get("store_embeddings"):
-        message = f"{cells}: its cells have no embeddings; extract with store_embeddings"
-        raise ValueError(message)
-    return run_json
 
 
 def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -53,12 +36,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     """
     # Absolute, so that they mean the same in every process.
     cells, out = storage.absolute(config.cells), storage.absolute(config.out)
-    run_json = _embedded_run(cells)
+    run, run_json = open_embedded_run(cells)
     head_uri = storage.join(out, HEAD_FILE)
     if storage.exists(head_uri):
         message = f"{head_uri}: there is a head already; give another --out"
         raise ValueError(message)
-    run = RunFolder(cells, run_json["digest"])
     slides = training_slides(read_manifest(config.manifest, ("spots",)), run, config.slides)
     rules = config.rules()
     chosen = choose_panel(slides, config.genes, run, rules)

@@ -205,6 +205,23 @@ def begin_run(
     return run
 
 
+def open_embedded_run(uri: str) -> tuple[RunFolder, RunInfo]:
+    """Open a run of `extract` whose cells have embeddings; return it and its run.json.
+
+    Raises:
+        ValueError: the folder holds no run, or the run stores no embeddings.
+    """
+    run_uri = storage.join(uri, RUN_FILE)
+    if not storage.exists(run_uri):
+        message = f"{uri}: holds no run of scellst_ray; run `scellst-ray extract` first"
+        raise ValueError(message)
+    info: RunInfo = storage.read_json(run_uri)
+    if not info["identity"].get("store_embeddings"):
+        message = f"{uri}: its cells have no embeddings; extract with store_embeddings"
+        raise ValueError(message)
+    return RunFolder(uri, info["digest"]), info
+
+
 def read_config(run_uri: str) -> dict[str, Any]:
     """Return the configuration of the last command on a run; empty if the run has none."""
     uri = storage.join(run_uri, CONFIG_FILE)

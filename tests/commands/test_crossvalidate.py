@@ -9,10 +9,11 @@ from rich.console import Console
 
 from scellst_ray import storage
 from scellst_ray.commands import crossvalidate_report
-from scellst_ray.commands.crossvalidate import crossvalidate, make_trials, open_cells
+from scellst_ray.commands.crossvalidate import crossvalidate, make_trials
 from scellst_ray.commands.crossvalidate_report import results_table, run_crossvalidate, summary
 from scellst_ray.evaluation.crossvalidation.folds import make_folds
 from scellst_ray.evaluation.crossvalidation.trial import run_trial
+from scellst_ray.runs.folder import open_embedded_run
 from tests.support.crossvalidation import prepared_slides, small_config, trial_of
 from tests.support.small_run import write_small_run
 
@@ -71,14 +72,6 @@ def test_settings_that_cannot_work_are_refused(make_config, changes, words):
         make_config(**changes)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no run of scellst_ray there"):
-        open_cells(str(tmp_path))
-    storage.publish_json(str(tmp_path / "run.json"), {"digest": "d", "identity": {}})
-    with pytest.raises(ValueError, match="its cells have no embeddings"):
-        open_cells(str(tmp_path))
-
-
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_the_grid_is_a_loop_and_is_taken_up_again(slides, make_config, monkeypatch):
@@ -92,7 +85,7 @@ def test_the_grid_is_a_loop_and_is_taken_up_again(slides, make_config, monkeypat
     results = pl.read_parquet(f"{out}/results.parquet")
     assert len(results) == 8 * 3
     folds = make_folds("leave-one-slide-out", {"s0": None, "s1": None})
-    trials, _ = make_trials(config, folds, open_cells(config.cells).digest)
+    trials, _ = make_trials(config, folds, open_embedded_run(config.cells)[0].digest)
     for trial in trials:
         plain = run_trial(trial.settings, slides[0])
         mine = results.filter(pl.col("trial") == trial.name)

@@ -108,7 +108,7 @@ def test_what_cannot_train_is_refused_before_ray_starts(small, tmp_path):
     bare = write_small_run(tmp_path / "bare", IDENTITY | {"store_embeddings": False})
     with pytest.raises(ValueError, match="no embeddings; extract with store_embeddings"):
         train(config_of(bare, tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"no run of scellst_ray there; run `scellst-ray extract`"):
+    with pytest.raises(ValueError, match=r"holds no run of scellst_ray; run `scellst-ray extract`"):
         train(config_of(small, tmp_path / "out", cells=str(tmp_path)))
     plain = tmp_path / "plain.csv"
     plain.write_text("slide_id,uri,spotz\ns0,s0.tiff,outs\n")

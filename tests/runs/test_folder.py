@@ -4,7 +4,12 @@ import yaml
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.runs.folder import RunFolder, begin_run, check_manifest_unchanged
+from scellst_ray.runs.folder import (
+    RunFolder,
+    begin_run,
+    check_manifest_unchanged,
+    open_embedded_run,
+)
 from tests.support.run_folders import Settings
 
 IDENTITY = Settings({"encoder": "random:0", "read_mpp": 0.5, "shape": (1, 2)})
@@ -81,6 +86,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert begin_run(str(tmp_path / "empty"), "extract", IDENTITY, {})
 
 
+def test_a_run_with_embeddings_is_told_from_other_folders(tmp_path):
+    uri = str(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no run of scellst_ray; run `scellst-ray extract`"):
+        open_embedded_run(uri)
+    info = {"digest": "d", "identity": {}}
+    storage.publish_json(f"{uri}/run.json", info)
+    with pytest.raises(ValueError, match="its cells have no embeddings"):
+        open_embedded_run(uri)
+    storage.publish_json(f"{uri}/run.json", info | {"identity": {"store_embeddings": True}})
+    run, found = open_embedded_run(uri)
+    assert run == RunFolder(uri, "d")
+    assert found["identity"] == {"store_embeddings": True}
+
+
 def test_the_last_receipt_of_a_tile_wins(run):
     assert run.receipts().schema.names == schemas.RECEIPTS.names
     assert len(run.receipts()) == 0
@@ -146,7 +165,7 @@ def test_a_manifest_may_grow_but_not_change(run):
 
 
 @pytest.mark.parametrize("status", ["done", "empty", "partial", "failed"])
-def test_only_a_failed_slide_may_be_mended(run, status):
+def test_only_a_failed_slide_may_be_fixed(run, status):
     before, after = {"uri": "/typo.tif", "mpp": 0.5}, {"uri": "/a.tif", "mpp": 0.5}
     check_manifest_unchanged(run, {"a": before})
     record = {"slide_id": "a", "status": status, "num_cells": 0}
