@@ -38,7 +38,7 @@ from scellst_ray.runs.crop_store import CropFiles, CropStore, image_bytes, open_
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tiling import default_read_mpp
 from scellst_ray.stages.cut_crops import cut_window, windows
-from scellst_ray.training.crop_order import CropOrder, prefetched
+from scellst_ray.training.crop_order import CropOrder, prefetch
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
 SLIDES = {
@@ -257,7 +257,7 @@ def measure_training(store: CropStore, batch: int) -> dict[str, Any]:
     order = CropOrder(store, batch, seed=0, threads=2)
 
     def ahead() -> Iterator[Any]:
-        with prefetched(order.batches(0, 0, range(order.num_lanes)), depth=2) as batches:
+        with prefetch(order.batches(0, 0, range(order.num_lanes)), depth=2) as batches:
             yield from batches
 
     found: dict[str, Any] = {"ours": rates(ahead, batch)}

@@ -30,7 +30,7 @@ from scellst_ray.training.grid import (
     Prepare,
     Trial,
     TrialResources,
-    pending,
+    list_pending,
     prepare_inputs,
     run_trials,
     trial_uri,
@@ -98,7 +98,7 @@ def crossvalidate(config: CrossvalidateConfig, say: Callable[[str], None] = prin
     folds = make_folds(config.protocol, patients)
     trials, about = make_trials(config, folds, run.digest)
     folder = storage.join(out, "trials")
-    missing = pending(folder, trials)
+    missing = list_pending(folder, trials)
     say(f"{len(trials)} trials, {len(trials) - len(missing)} of them done before")
     failures: dict[str, str] = {}
     num_slots = 0

@@ -1,1 +1,1 @@
-"""Before a run: what it will find, need and cost, and what is wrong."""
+"""Checks and plans before a run: its tiles, its costs, and problems of slides and nodes."""

@@ -1,4 +1,4 @@
-"""Rates of a short sample: some tiles of the cohort through the stages of the run, here and now."""
+"""Calibration: rates measured on a sample of tiles, with the stages of the run in this process."""
 
 import resource
 import subprocess
@@ -26,29 +26,41 @@ from scellst_ray.stages.read import Read
 from scellst_ray.stages.rows import Outcome, TileRow
 from scellst_ray.stages.tiles import CellsSpec, guarded
 
-WORKER = "from scellst_ray.pipelines import find, networks, read, receipts, write"
-# What the command does before its workers start. A cluster it would join is there already.
-COMMAND = """
-import os, scellst_ray.commands.table
-from scellst_ray.pipelines.session import ray_session
+# Modules of higher rooms that a worker and the command import. They are imported in processes of
+# their own, since preflight/ may not import them.
+WORKER_MODULES = (
+    "scellst_ray.pipelines.receipts",
+    "scellst_ray.stages.find",
+    "scellst_ray.stages.networks",
+    "scellst_ray.stages.read",
+    "scellst_ray.stages.write",
+)
+SESSION_MODULE = "scellst_ray.pipelines.session"
+COMMAND_MODULES = (SESSION_MODULE, "scellst_ray.commands.cli", "scellst_ray.commands.extract")
+IMPORT_MODULES = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+# The work of the command before its workers start. It joins a cluster that already runs.
+START_RAY = f"""
+{IMPORT_MODULES}
+import os
 if "RAY_ADDRESS" in os.environ:
-    print("there", flush=True)
+    print("started", flush=True)
 else:
-    with ray_session():
-        print("there", flush=True)
+    with sys.modules["{SESSION_MODULE}"].ray_session():
+        print("started", flush=True)
 """
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a sample told.
+    """Measurements on a sample of tiles.
 
     Attributes:
-        rates: As in `plan_costs.DEFAULTS`, those it tells of.
-        densities: Cells of a mm2 of tissue of the slides it is of.
-        num_tiles: That were worked on without an error.
-        errors: Those of the others.
-        share: Of a CPU that this process got while it computed; seconds are scaled to a whole one.
+        rates: Measured rates, named as in `costs.DEFAULTS`.
+        densities: Cells per mm2 of tissue by slide_id, for the slides of the sample.
+        num_tiles: Number of tiles that had no error.
+        errors: One text per tile with an error.
+        share: Share of a CPU that this process got while it computed. Seconds are scaled to a
+            whole CPU.
     """
 
     rates: dict[str, float]
@@ -61,19 +73,20 @@ class Sample:
 def calibrate(
     tiles: Iterable[SampledTile], spec: CellsSpec, tiles_per_task: int, *, on_gpu: bool
 ) -> Sample:
-    """Measure the stages on a sample of tiles; the first task is done twice and counted once.
+    """Measure the stages on a sample of tiles, after one task as warm-up.
 
-    Other work on this machine must not count. What computes waits for nothing but a CPU, so its
-    CPU seconds for each second tell the share of one that was had; all seconds are scaled by it.
+    Other work on this machine must not count. A stage that only computes waits for nothing but a
+    CPU, so its CPU seconds per second are the share of a CPU that it got. All seconds are scaled
+    by this share.
 
     Args:
-        tiles: Rows of TILES, those of a slide together, as `plan_slides` samples them.
-        spec: What the run computes.
-        tiles_per_task: Tiles to take at a time, as the run does.
+        tiles: Rows of TILES, sorted by slide, as `plan_slides` samples them.
+        spec: Results to compute, as in the run.
+        tiles_per_task: Tiles per task, as in the run.
         on_gpu: Whether networks run on this machine's GPU.
 
     Raises:
-        ValueError: there is no tile, or all failed.
+        ValueError: there is no tile, or all tiles failed.
     """
     of_slide = {key: list(rows) for key, rows in groupby(tiles, lambda row: str(row["slide_id"]))}
     if not of_slide:
@@ -81,28 +94,31 @@ def calibrate(
         raise ValueError(message)
     with tempfile.TemporaryDirectory() as folder:
         worker = _Worker(spec, RunFolder(str(Path(folder) / "run"), "plan"), on_gpu=on_gpu)
-        worker.done(next(iter(of_slide.values()))[:tiles_per_task])
+        worker.process(next(iter(of_slide.values()))[:tiles_per_task])
         worker.clocks = [0.0, 0.0]
         receipts, open_s = [], []
         for rows in of_slide.values():
-            open_s.append(worker.open_s(rows[0]))
+            open_s.append(worker.time_open(rows[0]))
             starts = range(0, len(rows), tiles_per_task)
-            receipts += [worker.done(rows[start : start + tiles_per_task]) for start in starts]
+            receipts += [worker.process(rows[start : start + tiles_per_task]) for start in starts]
         table = pa.concat_tables(receipts)
         good = table.filter(pc.is_null(table["error"]))
         errors = [f"{row['slide_id']}: {row['error']}" for row in table.to_pylist() if row["error"]]
         if not len(good):
-            message = f"none of {len(table)} tiles could be worked on; the first: {errors[0]}"
+            message = (
+                f"all {len(table)} tiles of the sample failed, the first with: {errors[0]}; plan "
+                "without calibrate"
+            )
             raise ValueError(message)
         sampled = {(t["slide_id"], t["tile_id"]): t for rows in of_slide.values() for t in rows}
-        done = [sampled[row["slide_id"], row["tile_id"]] for row in good.to_pylist()]
+        processed = [sampled[row["slide_id"], row["tile_id"]] for row in good.to_pylist()]
         share = min(1.0, worker.clocks[1] / worker.clocks[0])
-        seconds = _seconds(good, done, spec, on_gpu=on_gpu)
+        seconds = _stage_rates(good, processed, spec, on_gpu=on_gpu)
         seconds["open"] = sum(open_s) / len(open_s)
         rates = {name: value * share for name, value in seconds.items()}
-        density, densities = _density(good, done)
+        density, densities = _density(good, processed)
         rates |= (
-            {"start": share * _command_s(), "start_worker": worker.start_s}
+            {"start": share * _time_command(), "start_worker": worker.start_s}
             | density
             | _cell_bytes(worker.run, good)
         )
@@ -113,9 +129,9 @@ class _Worker:
     """The stages of a worker of the run, in this process.
 
     Attributes:
-        run: Where it writes.
-        start_s: CPU seconds until such a worker can begin.
-        clocks: Seconds and CPU seconds spent in stages that only compute.
+        run: Run folder that the worker writes to.
+        start_s: CPU seconds until such a worker is ready: imports and networks.
+        clocks: [seconds, CPU seconds] spent in stages that only compute.
     """
 
     def __init__(self, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> None:
@@ -127,12 +143,13 @@ class _Worker:
         }
         made_s = time.process_time() - started
         started = _children_s()
-        subprocess.run([sys.executable, "-c", WORKER], check=True)  # noqa: S603 - our own words
+        command = [sys.executable, "-c", IMPORT_MODULES, *WORKER_MODULES]
+        subprocess.run(command, check=True)  # noqa: S603 - constants of this module
         self.start_s = made_s + _children_s() - started
         self.clocks = [0.0, 0.0]
 
-    def done(self, tiles: list[SampledTile]) -> pa.Table:
-        """Return the RECEIPTS of some tiles."""
+    def process(self, tiles: list[SampledTile]) -> pa.Table:
+        """Run all stages on some tiles; return their RECEIPTS."""
         rows: Any = [dict(tile) for tile in tiles]
         for name, stage in self.stages.items():
             started = time.perf_counter(), time.process_time()
@@ -142,45 +159,47 @@ class _Worker:
                 self.clocks[1] += time.process_time() - started[1]
         return rows
 
-    def open_s(self, tile: TileRow) -> float:
-        """Open the slide of a tile anew; return the seconds that takes."""
+    def time_open(self, tile: TileRow) -> float:
+        """Open the slide of a tile again; return the seconds."""
         read = self.stages["read"]
         if not isinstance(read, Read) or read.no_pixels:
             return 0.0
         outcome = Outcome()
         read.slides.drop(tile["uri"], tile["mpp"])
-        with guarded(outcome, "open"):  # what is wrong with it, its tiles will tell
+        with guarded(outcome, "open"):  # an error is reported with the slide's tiles
             read.slides.get(tile["uri"], tile["mpp"])
         return float(outcome["seconds_open"])
 
 
-def _command_s() -> float:
-    """Return the seconds from a command until Ray is there, by starting one.
+def _time_command() -> float:
+    """Start Ray as a command does; return the seconds until it runs.
 
     Raises:
-        ValueError: it does not start.
+        ValueError: Ray does not start.
     """
     started = time.perf_counter()
-    words = [sys.executable, "-c", COMMAND]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own words
-        first = process.stdout.readline() if process.stdout else ""
+    command = [sys.executable, "-c", START_RAY, *COMMAND_MODULES]
+    with subprocess.Popen(  # noqa: S603 - constants of this module
+        command, stdout=subprocess.PIPE, text=True
+    ) as process:
+        first_line = process.stdout.readline() if process.stdout else ""
         seconds = time.perf_counter() - started
-    if first.strip() != "there":
+    if first_line.strip() != "started":
         message = "Ray does not start on this machine, see above; plan without calibrate"
         raise ValueError(message)
     return seconds
 
 
 def _children_s() -> float:
-    """Return the CPU seconds of processes that this one has waited for."""
+    """Return the CPU seconds of all ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def _seconds(
+def _stage_rates(
     receipts: pa.Table, tiles: list[SampledTile], spec: CellsSpec, *, on_gpu: bool
 ) -> dict[str, float]:
-    """Return the seconds of a unit for every stage."""
+    """Return the seconds per unit of work of every stage (see `costs.UNITS`)."""
     num_cells = receipts["num_cells"].to_numpy().astype(np.float64)
     units = {
         "tiles": np.ones(len(tiles)),
@@ -201,34 +220,34 @@ def _seconds(
 def _density(
     receipts: pa.Table, tiles: list[SampledTile]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the cells of a mm2, of cores and of tissue, and of the tissue of each slide sampled.
+    """Return cells per mm2 of cores and of tissue, and cells per mm2 of tissue by slide_id.
 
-    A tile also offers nuclei around its core, which its neighbours offer too. A slide's own density
-    counts as much as it has tiles here, that of all as much as one tile.
+    A tile also reports nuclei in a margin around its core, so areas include this margin. The
+    density of a slide is averaged with the density of all slides, which has the weight of one tile.
     """
     num_cells = receipts["num_cells"].to_numpy().astype(np.float64)
     sides_um = np.array([(t["core_w0"] * t["mpp"], t["core_h0"] * t["mpp"]) for t in tiles])
     core_um2, offered_um2 = sides_um.prod(axis=1), (sides_um + 2 * MARGIN_UM).prod(axis=1)
-    found = {"cells_per_mm2": float(1e6 * num_cells.sum() / offered_um2.sum())}
+    per_core = {"cells_per_mm2": float(1e6 * num_cells.sum() / offered_um2.sum())}
     tissue_mm2 = np.array([tile["tissue_mm2"] or 0.0 for tile in tiles]) * offered_um2 / core_um2
     if not tissue_mm2.any():
-        return found, {}
+        return per_core, {}
     density = float(num_cells.sum() / tissue_mm2.sum())
     one_mm2 = float(tissue_mm2.mean())
     slide_ids = np.array([tile["slide_id"] for tile in tiles])
     of_slide = {}
     for slide_id in np.unique(slide_ids):
-        own = slide_ids == slide_id
-        cells = float(num_cells[own].sum()) + density * one_mm2
-        of_slide[str(slide_id)] = cells / (float(tissue_mm2[own].sum()) + one_mm2)
-    return found | {"cells_per_tissue_mm2": density}, of_slide
+        is_in = slide_ids == slide_id
+        cells = float(num_cells[is_in].sum()) + density * one_mm2
+        of_slide[str(slide_id)] = cells / (float(tissue_mm2[is_in].sum()) + one_mm2)
+    return per_core | {"cells_per_tissue_mm2": density}, of_slide
 
 
 def _cell_bytes(run: RunFolder, receipts: pa.Table) -> dict[str, float]:
-    """Return the bytes of a cell in the shards of a sample, vectors included."""
-    named = receipts.filter(pc.is_valid(receipts["shard"]))
-    num_cells = pc.sum(named["num_cells"]).as_py()
+    """Return the bytes per cell in the shards of the sample, including vectors."""
+    written = receipts.filter(pc.is_valid(receipts["shard"]))
+    num_cells = pc.sum(written["num_cells"]).as_py()
     if not num_cells:
         return {}
-    uris = [run.shard_uri(name) for name in named["shard"].unique().to_pylist()]
+    uris = [run.shard_uri(name) for name in written["shard"].unique().to_pylist()]
     return {"stored_cell_bytes": sum(storage.content_size(uri) or 0 for uri in uris) / num_cells}

@@ -1,14 +1,17 @@
-"""What is checked before anything expensive begins, so that all that is wrong is told at once.
+"""Checks before a run starts, so that all problems are reported at once.
 
-Two kinds of problems. One of a slide (not there, no resolution) never stops a cohort: the slide
-becomes a failed record, as it would without this. One of the run as a whole (output that cannot be
-written, weights that a node lacks, nodes with different versions) stops it before work starts.
+There are two kinds of problems:
 
-The slides are asked for, not opened: the driver must not read what may crash its process, and a
-look into ten thousand headers takes longer than finding out slide by slide. So what a header says
-(its resolution, whether it is whole) is left to the planning of each slide, and to `doctor`.
+- A problem of a slide (the file is missing, the resolution is unknown) never stops a cohort. The
+  slide gets a record with status failed, as it would without the checks.
+- A problem of the whole run stops it before work starts: the output cannot be written, a node lacks
+  weights, nodes have different versions.
 
-preflight/nodes.py says what is asked of nodes, and pipelines/ask_nodes.py asks them.
+Slides are looked up, not opened. A broken slide could crash the driver, and reading ten thousand
+headers takes longer than planning slide by slide. So headers are read by the planning of each
+slide, and by `doctor`.
+
+preflight/nodes.py checks a node, and pipelines/ask_nodes.py runs it on every node.
 """
 
 import logging
@@ -26,26 +29,26 @@ from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.storage.credentials import redact
 from scellst_ray.storage.retries import call_with_retries
 
-# Slides asked for at a time: on object storage each takes a round trip.
+# Slides looked up at the same time; on object storage each takes a round trip.
 NUM_ASKERS = 32
-# All together, at most: a store that is down takes half a minute to say so, each time.
+# Time limit in seconds for all slides, since a store that is down needs 30 s to fail, each time.
 ASK_S = 300.0
-# Of a problem that many slides have, this many are named.
+# Number of problems of slides that are listed one by one.
 NAMED_SLIDES = 20
-# Formats that never tell their resolution.
+# Suffixes of formats that never state their resolution.
 PLAIN = (".jpg", ".jpeg", ".png", ".bmp")
-# Slides that every node is asked to find.
+# Number of slides that every node is asked to find.
 SHOWN_SLIDES = 3
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: where, what, and the remedy, in one line.
+    """A problem of a slide, a node or the run.
 
     Attributes:
-        text: The line.
-        stops: Whether it stops the run.
-        node_id: The node that had better not work because of it, or None.
+        text: One line with place, cause and remedy.
+        stops: Whether the problem stops the run.
+        node_id: Node that should get no work because of the problem, or None.
     """
 
     text: str
@@ -55,14 +58,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class FoundSlides:
-    """What became of asking for all slides.
+    """Results of looking up all slides.
 
     Attributes:
-        reasons: What is wrong with single slides, by slide_id; nothing that stops the run.
-        num_bytes: Of each slide that is there, by slide_id; 0 if its store does not tell.
-        local: Files of slides that are there, on a disk or mount.
+        reasons: Problems of single slides by slide_id; none of them stops the run.
+        num_bytes: Size of each existing slide by slide_id; 0 if its store does not state the size.
+        local: Files of existing slides on a disk or mount.
         largest_remote: Bytes of the largest slide on object storage.
-        num_unasked: Slides that there was no time to ask for.
+        num_unasked: Number of slides that were not looked up before the time limit.
     """
 
     reasons: dict[str, str]
@@ -73,45 +76,45 @@ class FoundSlides:
 
     @property
     def problems(self) -> list[Problem]:
-        """The problems of slides."""
+        """Problems of slides; none of them stops the run."""
         texts = [f"slide {slide_id}: {reason}" for slide_id, reason in self.reasons.items()]
         if self.num_unasked:
             texts.append(
-                f"{self.num_unasked:,} slides were not asked for: others took {ASK_S:g} s; is "
-                "their store up?"
+                f"{self.num_unasked:,} slides were not checked, since the checks before them took "
+                f"{ASK_S:g} s; check that their store is up"
             )
         return [Problem(text, stops=False) for text in texts]
 
 
 def find_slides(slides: Sequence[SlideRow], *, imported: bool = False) -> FoundSlides:
-    """Ask for every slide of a manifest, many at a time; nothing is opened.
+    """Look up every slide of a manifest, many at a time; no slide is opened.
 
     Args:
-        slides: The manifest.
-        imported: Whether each needs the file of its segmentation.
+        slides: Rows of the manifest.
+        imported: Whether each slide also needs the file of its segmentation.
     """
     until = time.monotonic() + ASK_S
 
     def ask(slide: SlideRow) -> tuple[int | None, str | None]:
         if time.monotonic() > until:
             return None, None
-        return _asked(slide, imported=imported)
+        return _look_up(slide, imported=imported)
 
     with ThreadPoolExecutor(NUM_ASKERS) as askers:
-        found = list(askers.map(ask, slides))
-    pairs = [(slide, *told) for slide, told in zip(slides, found, strict=True)]
-    there = [(slide, num_bytes) for slide, num_bytes, _ in pairs if num_bytes is not None]
+        answers = list(askers.map(ask, slides))
+    rows = [(slide, *answer) for slide, answer in zip(slides, answers, strict=True)]
+    existing = [(slide, num_bytes) for slide, num_bytes, _ in rows if num_bytes is not None]
     return FoundSlides(
-        {slide.slide_id: reason for slide, _, reason in pairs if reason is not None},
-        {slide.slide_id: num_bytes for slide, num_bytes in there},
-        [slide.uri for slide, _ in there if storage.is_local(slide.uri)],
-        max((n for slide, n in there if not storage.is_local(slide.uri)), default=0),
-        found.count((None, None)),
+        {slide.slide_id: reason for slide, _, reason in rows if reason is not None},
+        {slide.slide_id: num_bytes for slide, num_bytes in existing},
+        [slide.uri for slide, _ in existing if storage.is_local(slide.uri)],
+        max((n for slide, n in existing if not storage.is_local(slide.uri)), default=0),
+        answers.count((None, None)),
     )
 
 
-def _asked(slide: SlideRow, *, imported: bool) -> tuple[int | None, str | None]:
-    """Return the bytes of a slide that is there, and all that is wrong with it."""
+def _look_up(slide: SlideRow, *, imported: bool) -> tuple[int | None, str | None]:
+    """Return (bytes of the slide, or None if it is missing; all its problems, or None)."""
     reasons = [] if slide.mpp_error is None else [slide.mpp_error]
     num_bytes = None
     uris = [slide.uri]
@@ -123,7 +126,7 @@ def _asked(slide: SlideRow, *, imported: bool) -> tuple[int | None, str | None]:
         try:
             size = size_of(uri)
         except OSError as error:
-            reasons.append(f"{error}; mend the manifest, or put the file there")
+            reasons.append(f"{error}; correct the manifest, or put the file there")
         else:
             num_bytes = size if uri == slide.uri else num_bytes
     if slide.mpp is None and not reasons and slide.uri.lower().endswith(PLAIN):
@@ -135,24 +138,25 @@ def _asked(slide: SlideRow, *, imported: bool) -> tuple[int | None, str | None]:
 
 
 def size_of(uri: str) -> int:
-    """Return the bytes of a file that is there and may be read: on object storage, one request.
+    """Return the bytes of a readable file; on object storage, this takes one request.
 
-    0 for a folder, and where the store does not tell.
+    Returns:
+        Bytes; 0 for a folder, and if the store does not state the size.
 
     Raises:
-        OSError: it is not there, is empty, or cannot be read.
+        OSError: the file is missing or empty, or cannot be read.
     """
     fs, path = storage.resolve(uri)
     if not storage.is_local(uri):
-        told = call_with_retries(lambda: fs.info(path), redact(uri)).get("size")
-        if told is None:
+        size = call_with_retries(lambda: fs.info(path), redact(uri)).get("size")
+        if size is None:
             return 0
-        num_bytes = int(told)
+        num_bytes = int(size)
     elif not Path(path).exists():
         message = f"{uri}: no such file"
         raise FileNotFoundError(message)
     elif not os.access(path, os.R_OK):
-        message = f"{uri}: may not be read by user {os.getuid()} of {socket.gethostname()}"
+        message = f"{uri}: user {os.getuid()} of {socket.gethostname()} may not read it"
         raise PermissionError(message)
     elif Path(path).is_dir():  # some formats are folders
         return 0
@@ -165,7 +169,10 @@ def size_of(uri: str) -> int:
 
 
 def format_problems(problems: Sequence[Problem]) -> list[str]:
-    """Return a line for each problem, those that stop the run first, most of many left out."""
+    """Return one line per problem, those that stop the run first.
+
+    Of the problems that do not stop the run, NAMED_SLIDES are listed and the rest is counted.
+    """
     stopping = [problem.text for problem in problems if problem.stops]
     others = [problem.text for problem in problems if not problem.stops]
     more = len(others) - NAMED_SLIDES
@@ -174,18 +181,18 @@ def format_problems(problems: Sequence[Problem]) -> list[str]:
 
 
 def stop_or_warn(problems: list[Problem], logger: logging.Logger) -> None:
-    """Raise if a problem stops the run, and log them otherwise: all in one message.
+    """Raise one error with all problems if any stops the run, else log them in one warning.
 
     Raises:
-        ValueError: a line for each problem.
+        ValueError: a problem stops the run; the message has a line for each problem.
     """
     lines = "\n".join(f"- {line}" for line in format_problems(problems))
     num = sum(problem.stops for problem in problems)
     if num:
-        message = f"{num} problem(s) must be mended before this run can start:\n{lines}"
+        message = f"{num} problem(s) must be solved before this run can start:\n{lines}"
         if num < len(problems):
-            message += "\n(slides that cannot be reached would not stop it)"
+            message += "\n(problems of single slides would not stop the run)"
         raise ValueError(message)
     if problems:
-        text = "%d slide(s) or node(s) with problems; the run goes on without them:\n%s"
+        text = "%d slide(s) or node(s) have problems; the run goes on without them:\n%s"
         logger.warning(text, len(problems), lines)

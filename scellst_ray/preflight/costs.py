@@ -1,13 +1,15 @@
-"""What a planned run takes: seconds of every stage, bytes, wall time of a cluster, and its price.
+"""Costs of a planned run: seconds of every stage, bytes, and the wall time on a cluster.
 
-A stage's seconds are its rate times what it goes over: pixels for reading and segmenting, cells for
-crops and embeddings, tiles for writing. Rates come from earlier runs, from a measured sample, or
-are defaults; each keeps where it is from.
+The seconds of a stage are its rate times its units of work: pixels for reading and segmenting,
+cells for crops and embeddings, tiles for writing. A rate comes from earlier runs, from a measured
+sample or from the defaults, and its source is kept with it.
 
-The wall time is that of a pipeline whose stages overlap: the start of Ray, that of all workers on
-the CPUs that they share, and the first slide's planning, then whatever is busiest (the workers,
-the CPUs with all that runs on them, the GPUs, the planners), then the last task and the last
-slide's tables.
+The stages of a run overlap. So the wall time is the sum of:
+
+- the start of Ray, and the start of all workers on the CPUs that they share,
+- the planning of the first slide,
+- the time of the busiest part: workers, CPUs, GPUs or planners,
+- the last task, and the tables of the last slide.
 """
 
 import math
@@ -18,10 +20,10 @@ from scellst_ray.preflight.slide_plans import SlidePlan
 from scellst_ray.stages.config import num_planners
 
 DEFAULT = "default"
-# One CPU core at about 3 GHz, encoder ResNet-50 in float32, CellViT-256; GPU: a data-centre card,
-# half precision. Orders of magnitude to begin with: calibrate before paying for anything.
+# Rates of one CPU core at about 3 GHz, with ResNet-50 in float32 and CellViT-256. Rates named _gpu
+# are those of a data-centre GPU in half precision. All are orders of magnitude.
 DEFAULTS: dict[str, float] = {
-    "open": 0.1,  # s for each slide and worker
+    "open": 0.1,  # s per slide and worker
     "read": 0.05,  # s/Mpx
     "network": 58.0,  # s/Mpx
     "network_gpu": 0.15,
@@ -33,15 +35,15 @@ DEFAULTS: dict[str, float] = {
     "write": 0.03,  # s/tile
     "finish": 6e-5,  # s/cell
     "finish_slide": 0.1,  # s
-    "task": 0.02,  # s a task beside its stages: Ray's own work
-    "start": 15.0,  # s from the command until Ray is there
-    "start_worker": 4.0,  # CPU s until a worker works: imports, networks
-    "cells_per_mm2": 1500.0,  # of tiles' cores
+    "task": 0.02,  # s per task for Ray itself, on top of the stages
+    "start": 15.0,  # s from the command until Ray runs
+    "start_worker": 4.0,  # CPU s until a worker is ready: imports, networks
+    "cells_per_mm2": 1500.0,  # cells per mm2 of the tiles' cores
     "cells_per_tissue_mm2": 2500.0,
-    "cell_bytes": 160.0,  # outline, place and type; vectors come on top
-    "stored_cell_bytes": math.nan,  # all of it, where that is known
+    "cell_bytes": 160.0,  # outline, position and type of a cell, without vectors
+    "stored_cell_bytes": math.nan,  # all bytes of a cell including vectors; NaN: unknown
 }
-# What the seconds of a record's stage are divided by.
+# Unit of work that the seconds of each stage in a record are divided by.
 UNITS = {
     "read": "mpx",
     "network": "side_mpx",
@@ -51,20 +53,20 @@ UNITS = {
     "write": "tiles",
 }
 CROP_BYTES = 3000
-# A planner and three actors of Ray Data's own start beside the workers, and load half as much.
+# A planner and three actors of Ray Data start with the workers. Each loads half as much as one.
 STARTED_BESIDE = 2
-# Of values as Parquet stores them compressed: float16 vectors hardly shrink.
+# Bytes per number of a float16 vector in compressed Parquet, which hardly shrinks it.
 VECTOR_BYTES = 2 * 0.95
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds and bytes of a unit of work.
+    """Seconds and bytes per unit of work.
 
     Attributes:
-        values: By name, as in `DEFAULTS`.
-        sources: Where each is from: 'default', what was measured here, or which runs.
-        densities: Cells of a mm2 of tissue of single slides, by slide_id, where something is known.
+        values: Rates by name, as in `DEFAULTS`.
+        sources: Source of each rate: 'default', a measured sample, or earlier runs.
+        densities: Cells per mm2 of tissue by slide_id, for slides where it is known.
     """
 
     values: dict[str, float] = field(default_factory=lambda: dict(DEFAULTS))
@@ -72,24 +74,24 @@ class Rates:
     densities: dict[str, float] = field(default_factory=dict)
 
     def replaced(self, values: Mapping[str, float], source: str) -> "Rates":
-        """Return these rates with others in the place of some."""
+        """Return these rates with some replaced by `values`, which come from `source`."""
         sources = self.sources | dict.fromkeys(values, source)
         return Rates(self.values | dict(values), sources, self.densities)
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """What decides which stages there are, and what they write.
+    """Settings of a run that decide its stages and the amount of data it writes.
 
     Attributes:
-        network: Whether a network segments.
-        pixels: Whether tiles are read at all.
+        network: Whether a network segments the tiles.
+        pixels: Whether the pixels of tiles are read.
         crops: Whether embeddings are made from crops.
-        embed: Whether there are embeddings.
-        side_px: Side of a whole tile in px read.
-        vector_dims: Numbers stored for each cell.
-        tiles_per_task: Tiles a worker takes at a time.
-        kept_crops: Crops kept for pretraining, at most.
+        embed: Whether embeddings are made.
+        side_px: Side of a whole tile, halo included, in px as read.
+        vector_dims: Numbers stored per cell in embedding and hidden vectors.
+        tiles_per_task: Number of tiles in a task.
+        kept_crops: Largest number of crops kept for pretraining.
     """
 
     network: bool
@@ -104,7 +106,7 @@ class RunShape:
 
 @dataclass(frozen=True)
 class PlannedCluster:
-    """What a run will have: CPUs, GPUs (0: networks on CPUs), and workers on the CPUs."""
+    """Cluster of a planned run: CPUs, GPUs (0: networks run on CPUs), and workers on the CPUs."""
 
     cpus: int
     gpus: int
@@ -113,17 +115,17 @@ class PlannedCluster:
 
 @dataclass(frozen=True)
 class Cost:
-    """What is to be done on one slide, or on all.
+    """Cost of one slide, or of all slides.
 
     Attributes:
-        slides: With tiles.
-        tiles: Rows of TILES.
-        cells: Expected.
+        slides: Number of slides with tiles.
+        tiles: Number of tiles.
+        cells: Expected number of cells.
         cpu_s: Seconds of CPU workers by stage.
         gpu_s: Seconds of GPU workers by stage.
-        bytes_read: Of slides, and of shards when tables are made of them.
-        bytes_written: Shards, tables and crops.
-        bytes_kept: What is there in the end.
+        bytes_read: Bytes read of slides, and of shards when tables are made of them.
+        bytes_written: Bytes written to shards, tables and crops.
+        bytes_kept: Bytes that remain at the end of the run.
     """
 
     slides: int
@@ -147,7 +149,7 @@ class Cost:
 
 
 def work_of(plan: SlidePlan, rates: Rates, shape: RunShape, cluster: PlannedCluster) -> Cost:
-    """Return the work on one slide."""
+    """Return the cost of one slide."""
     value, gpu = rates.values, "_gpu" if cluster.gpus else ""
     num_cells = _expected_cells(plan, rates) if plan.num_cells is None else float(plan.num_cells)
     side_mpx = plan.num_tiles * shape.side_px**2 / 1e6
@@ -184,7 +186,7 @@ def work_of(plan: SlidePlan, rates: Rates, shape: RunShape, cluster: PlannedClus
 
 
 def _expected_cells(plan: SlidePlan, rates: Rates) -> float:
-    """Return the cells of a slide: by its tissue, where tissue and its density are known."""
+    """Return the expected cells of a slide: by its tissue if known, else by its tiles' cores."""
     by_tissue = rates.values["cells_per_tissue_mm2"]
     if plan.tissue_mm2 is None or math.isnan(by_tissue):
         return rates.values["cells_per_mm2"] * plan.core_mm2
@@ -192,7 +194,7 @@ def _expected_cells(plan: SlidePlan, rates: Rates) -> float:
 
 
 def total(works: Iterable[Cost], shape: RunShape) -> Cost:
-    """Return the work on all slides, crops for pretraining included."""
+    """Return the cost of all slides, including crops for pretraining."""
     parts = list(works)
     cells = sum(work.cells for work in parts)
     crops = CROP_BYTES * min(cells, shape.kept_crops)
@@ -211,27 +213,27 @@ def total(works: Iterable[Cost], shape: RunShape) -> Cost:
 
 def sum_by_key(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Add up mappings, key by key."""
-    found: dict[str, float] = {}
+    sums: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
-            found[name] = found.get(name, 0.0) + value
-    return found
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
 
 
 def wall_s(work: Cost, rates: Rates, shape: RunShape, cluster: PlannedCluster) -> float:
-    """Return the seconds a cluster takes for all slides, from the command to the last record."""
+    """Return the seconds of the run on a cluster, from the command to the last record."""
     started = cluster.workers + cluster.gpus + STARTED_BESIDE
     start_s = rates.values["start_worker"] * max(1.0, started / cluster.cpus)
     start_s += rates.values["start"]
     if not work.tiles:
         return start_s + work.cpu_s.get("plan", 0.0)
-    beside = ("plan", "finish")  # of processes that hold no CPU slot
+    without_slot = ("plan", "finish")  # run in processes that hold no CPU slot
     write_s = work.cpu_s["write"]
-    stages_s = sum(s for name, s in work.cpu_s.items() if name not in beside)
+    stages_s = sum(s for name, s in work.cpu_s.items() if name not in without_slot)
     planners = num_planners(cluster.cpus)
     busy = [work.cpu_s["plan"] / planners, work.all_cpu_s / cluster.cpus]
     if cluster.gpus:
-        # Embedding and writing are one actor's; both networks share the GPU.
+        # One actor embeds and writes; both networks share the GPU.
         busy += [(stages_s - write_s) / cluster.workers, work.all_gpu_s / cluster.gpus]
         busy += [(work.gpu_s["embed"] + write_s) / cluster.gpus]
     else:
@@ -243,7 +245,7 @@ def wall_s(work: Cost, rates: Rates, shape: RunShape, cluster: PlannedCluster) -
 
 
 def used(shape: RunShape, cluster: PlannedCluster) -> list[str]:
-    """Return the names of the rates that an estimate of seconds rests on."""
+    """Return the names of the rates that the estimate of seconds uses."""
     gpu = "_gpu" if cluster.gpus else ""
     names = ["open", "read"] * shape.pixels + [f"network{gpu}"] * shape.network + ["segment"]
     names += ["crop"] * shape.crops + [f"embed{gpu}"] * shape.embed

@@ -1,7 +1,7 @@
-"""`scellst-ray plan`: what a run will take, before it starts.
+"""`scellst-ray plan`: tiles, cells, bytes, time and price of a run, before it starts.
 
-The tiles are exactly those of the run, since the same function plans them; all else is estimated
-from rates (costs.py): of earlier runs, of a sample measured now, or defaults.
+The tiles are exactly those of the run, since the same function plans them. Everything else is
+estimated from rates (see costs.py): from earlier runs, from a sample measured now, or defaults.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ from scellst_ray.stages.config import (
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
 from scellst_ray.stages.tiles import CellsSpec
 
-# Share of a CPU that a sample got, below which a note is made of it.
+# If a sample got less than this share of a CPU, a note says so.
 BUSY = 0.8
 
 
@@ -55,14 +55,14 @@ class Plan:
 
     Attributes:
         job: 'extract' or 'predict'.
-        slides: What there is to do, a slide each.
-        works: What each slide takes.
-        total: What all take.
-        cluster: What the run will have.
-        rates: What the estimate rests on.
-        wall_s: From the command to the last record.
-        notes: What is to be known of the estimate.
-        price: Of all, in the currency of the prices; None if none is given.
+        slides: Plan of each slide.
+        works: Cost of each slide.
+        total: Cost of all slides.
+        cluster: Cluster of the run.
+        rates: Rates that the estimate uses.
+        wall_s: Seconds from the command to the last record.
+        notes: Remarks a reader needs to interpret the estimate.
+        price: Price of the run, in the currency of the prices given; None without prices.
     """
 
     job: str
@@ -77,14 +77,15 @@ class Plan:
 
 
 def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None) -> Plan:
-    """Plan a run; bad slides are part of the plan.
+    """Plan a run; slides that cannot be planned are part of it, with their errors.
 
     Args:
-        config: The job's configuration, and the cluster's.
+        config: Settings of the job and of the cluster.
         report: Called with the number of slides planned so far.
 
     Raises:
-        ValueError: manifest, head, weights (if calibrating) or earlier runs cannot be used.
+        ValueError: the manifest, the head, the weights (if calibrating) or an earlier run cannot be
+            used.
     """
     slides = select_slides(read_manifest(config.job.manifest), config.job.slides)
     job, hidden_dims, head_uri = _job(config)
@@ -108,7 +109,7 @@ def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None
 
 
 def _job(config: PlanConfig) -> tuple[ExtractConfig, int, str | None]:
-    """Return the job's configuration, its encoder named, and the head's numbers a cell and file."""
+    """Return the job with its encoder, the numbers the head stores per cell, and the head's URI."""
     job = config.job
     if not isinstance(job, PredictConfig):
         return job, 0, None
@@ -122,7 +123,7 @@ def _job(config: PlanConfig) -> tuple[ExtractConfig, int, str | None]:
 def _networks(
     job: ExtractConfig, head_uri: str | None, notes: list[str], *, read: bool
 ) -> CheckedNetworks:
-    """Return what the networks are: read, if they are to be used, else as far as names tell."""
+    """Return the identity of the networks: from their files if `read`, else from their names."""
     if read:
         return replace(check_networks(job), head_uri=head_uri)
     dim: int | None = schemas.EMBEDDING_DIM
@@ -131,7 +132,7 @@ def _networks(
     elif is_named(job.encoder) or (storage.is_local(job.encoder) and storage.exists(job.encoder)):
         dim = encoder_dim(job.encoder)
     else:
-        notes.append(f"{job.encoder} was not read: embeddings are taken to be {dim} numbers long")
+        notes.append(f"{job.encoder} was not read: the plan assumes embeddings of length {dim}")
     identity = NetworkIdentity(
         encoder=job.encoder, embedding_dim=dim if job.store_embeddings else None
     )
@@ -165,7 +166,7 @@ def _rates(
     plans: list[SlidePlan],
     notes: list[str],
 ) -> Rates:
-    """Return the rates: of earlier runs, over those of a sample, over the defaults."""
+    """Return the rates: from earlier runs, else from a sample, else the defaults."""
     rates, gpus = Rates(), config.num_gpus > 0
     identity: StoredIdentity = {"segmenter": spec.segmenter, "precision": spec.precision}
     if config.calibrate is not None:
@@ -180,21 +181,21 @@ def _rates(
         notes += [f"a tile of the sample failed: {error}" for error in sample.errors[:5]]
         if sample.share < BUSY:
             notes.append(
-                f"other work shares this machine: measuring had {sample.share:.0%} of a CPU; "
-                "seconds are those of a whole one"
+                f"other work shares this machine: the sample got {sample.share:.0%} of a CPU, and "
+                "seconds are scaled to a whole CPU"
             )
         if gpus and not on_gpu:
-            notes.append("no GPU here to measure on: seconds of networks on GPUs are defaults")
+            notes.append("no GPU on this machine: seconds of networks on GPUs are defaults")
     if config.from_run:
-        rates, told = with_runs(rates, config.from_run, identity, on_gpu=gpus)
-        notes += told
+        rates, run_notes = with_runs(rates, config.from_run, identity, on_gpu=gpus)
+        notes += run_notes
     return rates
 
 
 def _price(config: PlanConfig, cluster: PlannedCluster, seconds: float) -> float | None:
-    """Return what the cluster costs while the run lasts; None without prices."""
+    """Return the price of the cluster for the seconds of the run; None without prices."""
     prices = (config.cpu_price, config.gpu_price)
     if prices == (None, None):
         return None
-    an_hour = cluster.cpus * (prices[0] or 0.0) + cluster.gpus * (prices[1] or 0.0)
-    return an_hour * seconds / 3600
+    price_per_hour = cluster.cpus * (prices[0] or 0.0) + cluster.gpus * (prices[1] or 0.0)
+    return price_per_hour * seconds / 3600

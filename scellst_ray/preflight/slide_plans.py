@@ -1,6 +1,6 @@
-"""The tiles of every slide, before a run: headers and thumbnails only, by the run's own planning.
+"""Plans of slides before a run: their tiles, from headers and thumbnails, as the run plans them.
 
-Imports no torch, and nothing of Ray: it runs in processes of its own, one a CPU.
+The module imports neither torch nor Ray, since every process that plans slides imports it.
 """
 
 import tempfile
@@ -25,10 +25,10 @@ from scellst_ray.storage.node_cache import hold
 
 
 class SampledTile(TileRow):
-    """A tile of the sample.
+    """A sampled tile.
 
     Attributes:
-        key: Random number of the tile; the sample has the least keys.
+        key: Random number of the tile; tiles with the smallest keys are sampled.
         tissue_mm2: Area of the tissue in its core; None for imported nuclei.
     """
 
@@ -37,7 +37,7 @@ class SampledTile(TileRow):
 
 
 class Header(Outcome, total=False):
-    """What a slide's header says: size in level-0 px, and um per level-0 px."""
+    """Header of a slide: size in level-0 px, and um per level-0 px."""
 
     width0: int
     height0: int
@@ -46,24 +46,24 @@ class Header(Outcome, total=False):
 
 @dataclass(frozen=True)
 class SlidePlan:
-    """What a run will find to do on a slide.
+    """Plan of one slide.
 
     Attributes:
-        slide_id: The slide.
-        num_tiles: Rows of TILES it will have; 0 without tissue.
-        tissue_mm2: Area of the tissue found; None for imported nuclei, where none is looked for.
+        slide_id: slide_id.
+        num_tiles: Number of tiles; 0 without tissue.
+        tissue_mm2: Area of the tissue; None for imported nuclei, which need no tissue.
         core_mm2: Area of the tiles' cores.
-        read_mpx: Million px read, halos included.
-        num_bytes: Of the file; None if unknown.
-        num_cells: Of imported nuclei in its tiles; None where they are still to be found.
-        seconds: CPU seconds of opening it and finding its tissue; with what it takes to come
-            here, if it is on object storage.
+        read_mpx: Million px read, including halos.
+        num_bytes: Size of the file; None if unknown.
+        num_cells: Number of imported nuclei in the tiles; None if nuclei are still to be found.
+        seconds: CPU seconds of opening the slide and finding its tissue. For a slide on object
+            storage, wall seconds, which include the transfer.
         mpp: um per level-0 px.
         read_mpp: um per px read.
-        width0: In level-0 px.
-        height0: In level-0 px.
-        error: Why it cannot be planned; it will be a failed record of the run.
-        sample: Rows of some of its tiles, each with a random `key`, least keys first.
+        width0: Width in level-0 px.
+        height0: Height in level-0 px.
+        error: Error of planning the slide; the run will give it a record with status failed.
+        sample: Rows of some of its tiles, sorted by their random `key`.
     """
 
     slide_id: str
@@ -93,16 +93,16 @@ def plan_slides(
     """Plan all slides of a cohort, in the order given.
 
     Args:
-        slides: The manifest.
-        spec: What the run computes.
-        keep: Tiles of the whole cohort to sample.
-        processes: That open slides at a time; None: one a CPU.
-        timeout_s: Seconds a slide may take.
+        slides: Rows of the manifest.
+        spec: Results to compute in the run.
+        keep: Number of tiles of the whole cohort to sample.
+        processes: Number of processes that open slides; None: one per CPU.
+        timeout_s: Largest number of seconds for a slide; None: no limit.
         report: Called with the number of slides planned so far.
 
     Returns:
-        A plan for each; together their samples have at most `keep` tiles, every tile of the
-        cohort being as likely as any other.
+        One plan per slide. Together their samples have at most `keep` tiles, and every tile of the
+        cohort has the same chance to be among them.
     """
     planned: dict[str, SlidePlan] = {}
     kept: list[SampledTile] = []
@@ -124,7 +124,7 @@ def plan_slides(
 
 
 def slide_row(slide: SlideRow) -> PendingSlide:
-    """Return a slide as `plan_slide` takes it, nothing of it done."""
+    """Return the row of a slide for `plan_slide`, with no tile done."""
     return {
         "slide_id": slide.slide_id,
         "uri": slide.uri,
@@ -137,7 +137,7 @@ def slide_row(slide: SlideRow) -> PendingSlide:
 
 
 def plan_one(row: PendingSlide, spec: CellsSpec, keep: int = 0) -> SlidePlan:
-    """Plan one slide, and sample its tiles: at most `keep`, each with its `tissue_mm2`."""
+    """Plan one slide, with a sample of at most `keep` tiles."""
     started = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         if spec.segmenter == "imported" and row["segmentation"] is not None:
@@ -149,8 +149,8 @@ def plan_one(row: PendingSlide, spec: CellsSpec, keep: int = 0) -> SlidePlan:
     first = tiles[0]
     if first.get("error") is not None:
         return SlidePlan(row["slide_id"], error=f"{first['error_type']}: {first['error']}")
-    tiles[-1].pop("seconds_plan")  # told as `seconds`; a receipt of the sample must not have it
-    there: list[SampledTile] = [
+    tiles[-1].pop("seconds_plan")  # kept as SlidePlan.seconds; receipts of the sample lack it
+    planned: list[SampledTile] = [
         {
             **tile,
             "key": zlib.crc32(f"{tile['slide_id']}/{tile['tile_id']}".encode()),
@@ -159,7 +159,7 @@ def plan_one(row: PendingSlide, spec: CellsSpec, keep: int = 0) -> SlidePlan:
         for tile in tiles
         if tile["num_tiles"]
     ]
-    sample = tuple(sorted(there, key=_key)[:keep])
+    sample = tuple(sorted(planned, key=_key)[:keep])
     outcome = Outcome()
     num_bytes, tissue_mm2 = None, None
     with guarded(outcome, "tissue"):
@@ -168,10 +168,10 @@ def plan_one(row: PendingSlide, spec: CellsSpec, keep: int = 0) -> SlidePlan:
             tissue_mm2 = _tissue_mm2(row, sample)
     return SlidePlan(
         row["slide_id"],
-        len(there),
+        len(planned),
         tissue_mm2,
-        sum(tile["core_w0"] * tile["core_h0"] for tile in there) * first["mpp"] ** 2 / 1e6,
-        sum(read_mpx(tile) for tile in there),
+        sum(tile["core_w0"] * tile["core_h0"] for tile in planned) * first["mpp"] ** 2 / 1e6,
+        sum(read_mpx(tile) for tile in planned),
         num_bytes,
         num_cells,
         cpu_s if storage.is_local(row["uri"]) else wall_s,
@@ -184,18 +184,18 @@ def plan_one(row: PendingSlide, spec: CellsSpec, keep: int = 0) -> SlidePlan:
 
 
 def header_of(row: PendingSlide) -> Header:
-    """Return what a slide's header says, or the error of opening it."""
-    told: Header = {}
-    with guarded(told, "open"):
+    """Return the header of a slide, or the error of opening it."""
+    header: Header = {}
+    with guarded(header, "open"):
         if row["mpp_error"]:
             raise ValueError(row["mpp_error"])
         with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
-            told |= {"width0": slide.width0, "height0": slide.height0, "mpp": slide.mpp}
-    return told
+            header |= {"width0": slide.width0, "height0": slide.height0, "mpp": slide.mpp}
+    return header
 
 
 def read_mpx(tile: TileRow) -> float:
-    """Return how many million px a tile reads."""
+    """Return the million px that a tile reads."""
     scale = float(tile["mpp"] / tile["read_mpp"])
     return float(tile["read_w0"] * tile["read_h0"]) * scale**2 / 1e6
 
@@ -211,7 +211,7 @@ def _imported_cells(row: PendingSlide, tiles: list[TileRow]) -> int | None:
 
 
 def _tissue_mm2(row: PendingSlide, sample: tuple[SampledTile, ...]) -> float:
-    """Return the area of a slide's tissue, as its planning sees it, and put it into the tiles."""
+    """Return the area of a slide's tissue, and set `tissue_mm2` of the sampled tiles."""
     with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
         mpp = max(TISSUE_MPP, slide.mpp)
         image, frame = slide.overview(mpp)
@@ -226,6 +226,6 @@ def _tissue_mm2(row: PendingSlide, sample: tuple[SampledTile, ...]) -> float:
 
 
 def by_slide(plans: list[SlidePlan]) -> Iterator[SampledTile]:
-    """Yield the sampled tiles, those of a slide together, in the order of the slides."""
+    """Yield the sampled tiles slide by slide, in the order of the plans."""
     for plan in plans:
         yield from plan.sample

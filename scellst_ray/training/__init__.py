@@ -1,1 +1,1 @@
-"""Ray Train: from crops and bags to weights."""
+"""Training on Ray Train: encoders from crops, heads from bags."""

@@ -1,8 +1,10 @@
-"""BAGS files as the fit takes them: embeddings in one matrix, in memory or in a file of the node.
+"""Loading of BAGS files (the cells of each spot and its target) for the fit of a head.
 
-A batch is a gather from the matrix, and a bag lies in one piece: where the matrix is a mapped file,
-the system reads what a batch needs, keeps what there is room for, and the fit is the same to the
-last digit. Shape letters: L instances, S spots, D embedding, G genes.
+Embeddings lie in one matrix, in memory or in a memory-mapped file, with the cells of a bag in
+consecutive rows. From a mapped file, the system reads the rows that a batch needs and caches what
+fits into memory. The fit is the same to the last digit.
+
+Shape letters: L instances (cells), S spots, D embedding, G genes.
 """
 
 import tempfile
@@ -22,14 +24,14 @@ from scellst_ray.models.mil.fit import FitConfig
 
 
 def load_bags(uris: Sequence[str], *, counts: bool = False) -> tuple[BagSet, list[str]]:
-    """Read BAGS files, in order, into one set; return it with each spot's slide_id.
+    """Read BAGS files, in order, into one set; return it with the slide_id of each spot.
 
     Args:
-        uris: The files.
-        counts: Take counts and size factors as targets, for a likelihood of counts.
+        uris: BAGS files.
+        counts: Whether targets are counts with size factors, for a loss on counts.
 
     Raises:
-        ValueError: files of an earlier release, which hold no counts.
+        ValueError: an earlier release wrote the files, without counts.
     """
     wanted = ("counts", "size_factor") if counts else ("target",)
     tables = []
@@ -37,8 +39,8 @@ def load_bags(uris: Sequence[str], *, counts: bool = False) -> tuple[BagSet, lis
         missing = set(wanted) - set(storage.read_schema(uri).names)
         if missing:
             message = (
-                f"{uri}: these bags have no {', '.join(sorted(missing))}: an earlier release made "
-                "them. Run `scellst-ray train` again into another folder, or use loss mse."
+                f"{uri}: these bags have no {', '.join(sorted(missing))}, since an earlier release "
+                "made them. Run `scellst-ray train` again into another folder, or use loss mse."
             )
             raise ValueError(message)
         tables.append(storage.read_table(uri, ["slide_id", "embedding", *wanted]))
@@ -58,7 +60,7 @@ def load_bags(uris: Sequence[str], *, counts: bool = False) -> tuple[BagSet, lis
 
 
 def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """Return a column of lists of equal length as a float32 matrix of its own."""
+    """Return a column of lists of equal length as a new float32 matrix."""
     lists = column.combine_chunks()
     return np.array(lists.flatten(), np.float32).reshape(len(lists), -1)
 
@@ -69,13 +71,15 @@ def load_split(
     """Read BAGS files into training and validation bags, file by file.
 
     Args:
-        uris: The files.
-        config: Its seed and val_share split the spots; its loss tells what the targets are.
-        memory_bytes: Embeddings of more than this lie in a file in the temporary folder, which has
-            no name any more: its room is free again when the process ends, however it ends.
+        uris: BAGS files.
+        config: Settings of the fit. seed and val_share split the spots; the loss decides the
+            targets.
+        memory_bytes: Embeddings that take more bytes lie in a file in the temporary folder. The
+            file is unlinked at once, so its space is freed when the process ends, however it ends.
 
     Returns:
-        What load_bags, split_spots and BagSet.take give, without ever holding embeddings twice.
+        (training bags, validation bags), equal to load_bags, split_spots and BagSet.take in turn.
+        Embeddings are never held twice.
 
     Raises:
         ValueError: as load_bags and split_spots.
@@ -90,18 +94,18 @@ def load_split(
     for uri in uris:
         bags, _ = load_bags([uri], counts=counts)
         for number, part in enumerate(parts):
-            mine = part[(part >= first) & (part < first + len(bags))] - first
-            taken, row = bags.take(mine), rows[number]
+            spots_of_file = part[(part >= first) & (part < first + len(bags))] - first
+            taken, row = bags.take(spots_of_file), rows[number]
             rows[number] = row + len(taken.embeddings_LD)
             matrices[number][row : rows[number]] = taken.embeddings_LD
             pieces[number].append(taken)
         first += len(bags)
-    train, val = (_joined(*each) for each in zip(matrices, pieces, strict=True))
+    train, val = (_join_bags(*each) for each in zip(matrices, pieces, strict=True))
     return train, val
 
 
 def _outline(uris: Sequence[str]) -> tuple[list[str], NDArray[np.int64], int]:
-    """Return each spot's slide_id and number of cells, and the length of embeddings."""
+    """Return the slide_id and the number of cells of each spot, and the length of embeddings."""
     slide_ids: list[str] = []
     sizes, dim = [], 0
     for uri in uris:
@@ -113,7 +117,7 @@ def _outline(uris: Sequence[str]) -> tuple[list[str], NDArray[np.int64], int]:
 
 
 def _new_matrix(num_rows: int, dim: int, *, in_memory: bool) -> Tensor:
-    """Return a float16 matrix to be filled, in memory or in a file without a name."""
+    """Return an empty float16 matrix, in memory or in an unlinked file."""
     if in_memory:
         return torch.empty((num_rows, dim), dtype=torch.float16)
     with tempfile.TemporaryDirectory(prefix="scellst_ray_bags_") as folder:
@@ -122,8 +126,8 @@ def _new_matrix(num_rows: int, dim: int, *, in_memory: bool) -> Tensor:
     return flat.view(num_rows, dim)
 
 
-def _joined(embeddings_LD: Tensor, pieces: Sequence[BagSet]) -> BagSet:
-    """Return bags whose embeddings have been put into one matrix as one set."""
+def _join_bags(embeddings_LD: Tensor, pieces: Sequence[BagSet]) -> BagSet:
+    """Return several bag sets as one; their embeddings are the rows of `embeddings_LD`."""
     sizes = torch.cat([piece.offsets.diff() for piece in pieces])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     factors = [p.size_factors_S for p in pieces if p.size_factors_S is not None]

@@ -1,18 +1,19 @@
-"""The order in which training sees crops, and reading them ahead.
+"""The order in which training sees crops, and a reader that reads ahead.
 
-The order depends on the store's content, the seed, the epoch and the size of the batch alone, not
-on how many workers read, nor on where one of them began:
+The order depends only on the content of the store, the seed, the epoch and the size of the batch.
+It does not depend on the number of workers, nor on the step at which a worker begins:
 
-1. An epoch permutes all row groups, and the rows of each, and puts them in a line. The line is cut
-   into `num_lanes` stretches of equal length (a group at a cut is shared), one a lane.
+1. Each epoch permutes all row groups, and the rows of each group, and puts them in a line. The line
+   is cut into `num_lanes` lanes of equal length. A group at a cut belongs to two lanes.
 2. A lane takes `window` row groups at a time and shuffles their rows together. A group is a random
-   part of its slide, and groups are of random slides: no pass over the data is needed.
+   part of its slide, and groups are of random slides. So no pass over all data is needed.
 3. Every global batch has the next batch / num_lanes crops of each lane, in the order of lanes.
-   Worker r of n reads lanes r, r + n, ... What is left when a lane cannot fill its part of another
-   batch is dropped: less than a batch and a lane, and other crops in every epoch.
+   Worker r of n reads lanes r, r + n, ...
+4. At the end of an epoch, crops that fill no whole batch are dropped. These are less than a batch
+   and a lane, and other crops in every epoch.
 
-A worker that begins in the middle of an epoch counts row groups from the index and reads only those
-it still needs.
+A worker that begins in the middle of an epoch counts row groups from the index, and reads only the
+groups that it still needs.
 
 Shapes: N crops, H W px, C channels.
 """
@@ -35,9 +36,9 @@ T = TypeVar("T")
 
 
 class _Piece(NamedTuple):
-    """From `start` to `stop` of the rows of a row group, in the order they have in this epoch."""
+    """Rows `start` to `stop` of a row group, in their order in this epoch."""
 
-    number: int  # among all groups
+    number: int  # number of the group among all groups
     file: CropFile
     group: int
     start: int
@@ -45,11 +46,11 @@ class _Piece(NamedTuple):
 
 
 class CropOrder:
-    """Which crops each batch of each epoch has.
+    """The crops of each batch of each epoch.
 
     Attributes:
-        steps_per_epoch: Whole batches in an epoch.
-        lane_crops: Crops of each lane in a batch.
+        steps_per_epoch: Number of whole batches in an epoch.
+        lane_crops: Number of crops of each lane in a batch.
     """
 
     def __init__(
@@ -61,24 +62,26 @@ class CropOrder:
         window: int = 4,
         threads: int = 2,
     ) -> None:
-        """Plan, without reading.
+        """Plan the order; no crop is read yet.
 
         Args:
-            store: The crops.
-            batch: Crops of a global batch; a multiple of `num_lanes`.
-            seed: Another seed is another order.
-            num_lanes: What workers share: at least as many as there will ever be workers. Part of
-                the order.
-            window: Row groups that a lane shuffles together. Part of the order.
-            threads: That read and decode, for each `batches`.
+            store: Store of the crops.
+            batch: Number of crops in a global batch; a multiple of `num_lanes`.
+            seed: Seed of the order.
+            num_lanes: Number of lanes, at least the largest number of workers. Another number
+                gives another order.
+            window: Number of row groups that a lane shuffles together. Another number gives
+                another order.
+            threads: Number of threads that read and decode, for each call of `batches`.
 
         Raises:
-            ValueError: batch and lanes do not go together, or there are too few crops for a batch.
+            ValueError: the batch is no multiple of the lanes, or there are too few crops for a
+                batch.
         """
         if min(batch, num_lanes, window, threads) < 1 or batch % num_lanes:
             message = (
                 f"batch is {batch}, num_lanes {num_lanes}, window {window}, threads {threads}; "
-                "each must be at least 1, and the batch a multiple of the lanes"
+                "each must be at least 1, and batch must be a multiple of num_lanes"
             )
             raise ValueError(message)
         self.store, self.seed, self.num_lanes = store, seed, num_lanes
@@ -99,15 +102,15 @@ class CropOrder:
     def batches(
         self, epoch: int, first_step: int, lanes: Sequence[int]
     ) -> Iterator[NDArray[np.uint8]]:
-        """Yield what these lanes have of the batches of an epoch, from one step on.
+        """Yield the crops of these lanes in each batch of an epoch.
 
         Args:
-            epoch: From 0.
-            first_step: Of the epoch.
-            lanes: Which lanes, such as `range(rank, num_lanes, num_workers)`.
+            epoch: Number of the epoch, from 0.
+            first_step: First step of the epoch to yield.
+            lanes: Numbers of the lanes, such as `range(rank, num_lanes, num_workers)`.
 
         Yields:
-            RGB uint8 [len(lanes) * lane_crops, 72, 72, 3], a lane after another.
+            RGB uint8 [len(lanes) * lane_crops, 72, 72, 3], lane by lane.
         """
         if first_step >= self.steps_per_epoch:
             return
@@ -131,7 +134,7 @@ class CropOrder:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _blocks(self, order: NDArray[np.int64], lane: int) -> list[list[_Piece]]:
-        """Return what a lane reads, in the order it does; the pieces of a block are shuffled."""
+        """Return the blocks of a lane in order; the rows of a block's pieces are shuffled."""
         ends = np.cumsum(self._rows[order])
         low, high = lane * self._lane_rows, (lane + 1) * self._lane_rows
         places = range(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high) + 1)
@@ -141,7 +144,7 @@ class CropOrder:
             begin = int(ends[place]) - int(self._rows[order[place]])
             stop = min(high, int(ends[place])) - begin
             pieces.append(_Piece(int(order[place]), file, group, max(low - begin, 0), stop))
-        # The first blocks differ in size, so lanes do not all read at the same steps.
+        # First blocks differ in size, so that lanes do not all read at the same steps.
         first = 1 + lane % self.window
         cuts = [0, *range(first, len(pieces), self.window), len(pieces)]
         return [pieces[a:b] for a, b in pairwise(cuts) if b > a]
@@ -152,7 +155,7 @@ def _num_groups(file: CropFile) -> int:
 
 
 class _Lane:
-    """Coded crops of a lane; a block ahead of what is taken is being read."""
+    """Encoded crops of a lane; the next block is read while crops are taken."""
 
     def __init__(
         self,
@@ -162,7 +165,7 @@ class _Lane:
         files: CropFiles,
         pool: ThreadPoolExecutor,
     ) -> None:
-        """Begin reading, without what the first `skip` crops are the whole of."""
+        """Begin reading after the first `skip` crops; blocks within these are not read."""
         self._blocks, self._parts, self._files, self._pool = blocks, parts, files, pool
         self._next = 0
         while skip >= (num := sum(piece.stop - piece.start for piece in blocks[self._next])):
@@ -172,7 +175,7 @@ class _Lane:
         self._coming = self._begin(self._next)
 
     def take(self, num: int) -> list[NDArray[np.uint8]]:
-        """Return the next crops."""
+        """Return the next `num` crops."""
         while len(self._ready) < num:
             images = [image for piece in self._coming for image in piece.result()]
             order = permutation(len(images), *self._parts, self._next)[self._skip :]
@@ -188,16 +191,16 @@ class _Lane:
     def _read(self, piece: _Piece) -> list[NDArray[np.uint8]]:
         table = self._files.read(piece.file, [piece.group], ["image"])
         images = image_bytes(table["image"])
-        # Shuffled before it is cut, so that a small store's lanes have others in every epoch.
+        # Shuffled before the cut, so that lanes of a small store get other crops in every epoch.
         order = permutation(len(images), *self._parts[:2], "group", piece.number)
         return [images[i] for i in order[piece.start : piece.stop]]
 
 
 class Prefetched(Generic[T]):
-    """An iterator whose next items are made ahead by a thread of its own; use it in a `with`.
+    """An iterator whose next items a thread makes ahead; to be used in a `with`.
 
     Attributes:
-        waited_s: Seconds the consumer has waited for items.
+        waited_s: Seconds that the consumer has waited for items.
     """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
@@ -217,7 +220,7 @@ class Prefetched(Generic[T]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop."""
+        """Stop the thread."""
         self.close()
 
     def __iter__(self) -> Self:
@@ -225,17 +228,17 @@ class Prefetched(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """Return the next item; raises here what making it raised."""
+        """Return the next item; an error of making it is raised here."""
         started = time.perf_counter()
-        found = self._coming.popleft().result() if self._coming else []
+        items = self._coming.popleft().result() if self._coming else []
         self.waited_s += time.perf_counter() - started
-        if not found:
+        if not items:
             raise StopIteration
         self._coming.append(self._thread.submit(self._one))
-        return found[0]
+        return items[0]
 
     def close(self) -> None:
-        """Make no more, and end the threads; closing twice is no error."""
+        """Make no more items and stop the thread; may be called twice."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._coming.clear()
         close = getattr(self._items, "close", None)
@@ -243,12 +246,12 @@ class Prefetched(Generic[T]):
             close()
 
     def _one(self) -> list[T]:
-        """Return the next item, or nothing at the end."""
+        """Return a list of the next item; an empty list at the end."""
         for item in self._items:
             return [item]
         return []
 
 
-def prefetched(items: Iterator[T], depth: int = 2) -> Prefetched[T]:
-    """Return an iterator whose next `depth` items are made by a thread; use it in a `with`."""
+def prefetch(items: Iterator[T], depth: int = 2) -> Prefetched[T]:
+    """Return an iterator whose next `depth` items a thread makes ahead; to be used in a `with`."""
     return Prefetched(items, depth)

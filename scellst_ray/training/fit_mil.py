@@ -1,9 +1,11 @@
-"""Fitting the expression head with Ray Train: the plain fit, shared out over workers.
+"""Fit of the expression head with Ray Train: the plain fit, divided over workers.
 
-A file holds all that the next epochs depend on. When a worker dies, Ray Train starts the workers
-again, and when the whole job dies, somebody starts it again: the fit goes on from that file, to the
-result of an undisturbed one. It is a file of our own since Ray Train takes one report every two
-seconds, as often as its controller asks, and an epoch may take a hundredth of that.
+A state file holds everything that later epochs depend on. If a worker dies, Ray Train starts the
+workers again. If the whole job dies, the user starts it again. In both cases the fit continues from
+the state file and gives the result of an undisturbed fit.
+
+Checkpoints of Ray Train are not used. Its controller takes one report every two seconds, and an
+epoch may take a hundredth of that.
 """
 
 import hashlib
@@ -29,22 +31,23 @@ from scellst_ray.models.mil.head import MilHead
 from scellst_ray.training.bag_files import load_split
 
 RESULT = "fit.pt"
-# Storing where a fit is takes at most this share of its time; what was not stored is done again.
+# Storing the state takes at most this share of the time; epochs that were not stored are repeated.
 STORING_SHARE = 0.1
-# Bags go to the GPU whole if they take no more than this share of its free memory.
+# All bags are moved to the GPU if they take no more than this share of its free memory.
 DEVICE_SHARE = 0.6
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What Ray Train may use.
+    """Resources of a fit.
 
     Attributes:
-        num_workers: Processes; the result does not depend on it (but for dropout).
-        cpus_per_worker: CPUs of each.
-        use_gpu: One GPU each.
+        num_workers: Number of processes. The result does not depend on it, except with dropout.
+        cpus_per_worker: CPUs of each worker.
+        use_gpu: Whether each worker has a GPU.
         max_failures: How often workers that died are started again.
-        memory_gb: A worker whose embeddings take more (10^9 bytes) has them in a file.
+        memory_gb: Memory for a worker's embeddings in GB (10^9 bytes). Larger embeddings lie in a
+            file.
     """
 
     num_workers: int
@@ -64,17 +67,19 @@ def fit(
     """Fit a head on BAGS files.
 
     Args:
-        uris: BAGS files, readable from every worker; their order matters to the result's digits.
-        config: How to fit.
-        workers: How many processes; the result does not depend on it, nor on their failures.
-        storage_path: Where the state of the fit is kept meanwhile: local on one node, else shared.
-            A fit of the same bags and settings that died there is taken up.
+        uris: BAGS files, readable from every worker. Another order changes the last digits of the
+            result.
+        config: Settings of the fit.
+        workers: Resources of the fit. The result does not depend on the number of workers, nor on
+            their failures.
+        storage_path: Folder for the state of the fit: local on one node, else shared. A fit of the
+            same bags and settings that died is continued from it.
         each_epoch: Called on every worker after every epoch.
 
     Returns:
-        The head with the weights of the best validation epoch, and what happened.
+        The head with the weights of the best validation epoch, and the losses of all epochs.
     """
-    # A name of its own: Ray Train would take up an earlier run of the same name.
+    # The name is unique, since Ray Train would continue an earlier run of the same name.
     name = f".fit-{uuid.uuid4().hex[:8]}"
     loop: dict[str, Any] = {
         "uris": list(uris),
@@ -90,13 +95,13 @@ def fit(
         state = _load(loop["result"])
     finally:
         storage.remove_tree(storage.join(storage_path, name))
-    tensors, found = state["head"], state["result"]
+    tensors, result = state["head"], state["result"]
     num_genes = len(tensors["last.weight"]) // config.ensemble
     hidden_dim = tensors["last.weight"].shape[1]
     head = MilHead(len(tensors["mean_D"]), num_genes, hidden_dim, config.formula())
     head.load_state_dict(tensors)
-    history = [(train_loss, val_loss) for train_loss, val_loss in found["history"]]
-    return head.eval(), FitResult(found["best_epoch"], found["best_loss"], history)
+    history = [(train_loss, val_loss) for train_loss, val_loss in result["history"]]
+    return head.eval(), FitResult(result["best_epoch"], result["best_loss"], history)
 
 
 def _trainer(loop: dict[str, Any], workers: Workers, storage_path: str, name: str) -> TorchTrainer:
@@ -124,27 +129,29 @@ def _trainer(loop: dict[str, Any], workers: Workers, storage_path: str, name: st
 
 
 def _train_loop(loop: dict[str, Any]) -> None:
-    """What each worker runs: `fit_head` with a rank."""
+    """Run `fit_head` on one worker."""
     config = FitConfig(**loop["config"])
     torch.set_num_threads(loop["num_threads"])
     context, device = ray.train.get_context(), get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     train, val = load_split(loop["uris"], config, loop["memory_bytes"])
     head = new_head(train, config.seed, config.formula()).to(device)
-    kept = Kept(storage.join(loop["storage_path"], f".fit-{_digest(config, train, val)}.pt"))
-    state = kept.load()  # by all workers, before any can go on: the next line waits for all
+    uri = storage.join(loop["storage_path"], f".fit-{_digest(config, train, val)}.pt")
+    state_file = StateFile(uri)
+    # All workers load before any can store a newer state: prepare_model waits for all of them.
+    state = state_file.load()
     model = prepare_model(head, move_to_device=False) if world_size > 1 else head
 
     def each_epoch(fit: Fit) -> None:
         if rank == 0:
-            kept.store_if_due(fit)
+            state_file.store_if_due(fit)
         if loop["each_epoch"] is not None:
             loop["each_epoch"](fit)
 
     fit = fit_head(
         head,
-        _placed(train, device),
-        _placed(val, device),
+        _move_if_room(train, device),
+        _move_if_room(val, device),
         config,
         model=model,
         state=state,
@@ -155,22 +162,22 @@ def _train_loop(loop: dict[str, Any]) -> None:
     )
     if rank == 0:
         _save(loop["result"], {"head": head.state_dict(), "result": asdict(fit)})
-        kept.remove()
+        state_file.remove()
 
 
-class Kept:
-    """The file with the state of a fit under way."""
+class StateFile:
+    """The file with the state of an unfinished fit."""
 
     def __init__(self, uri: str) -> None:
-        """Name the file; nothing is read or written yet."""
+        """Set the address of the file; nothing is read or written yet."""
         self.uri, self.seconds, self.stored = uri, 0.0, -np.inf
 
     def load(self) -> dict[str, Any] | None:
-        """Return the state that was stored, None if nothing was."""
+        """Return the stored state; None if there is none."""
         return _load(self.uri) if storage.exists(self.uri) else None
 
     def store_if_due(self, fit: Fit) -> None:
-        """Store where the fit is, unless that was done so lately that it would slow the fit."""
+        """Store the state of the fit, unless that would exceed STORING_SHARE of the time."""
         start = time.monotonic()
         if (start - self.stored) * STORING_SHARE < self.seconds:
             return
@@ -179,13 +186,13 @@ class Kept:
         self.seconds = self.stored - start
 
     def remove(self) -> None:
-        """Remove the file, if there is one."""
+        """Remove the file if it exists."""
         if storage.exists(self.uri):
             storage.remove_tree(self.uri)
 
 
 def _digest(config: FitConfig, train: BagSet, val: BagSet) -> str:
-    """Return what tells a fit from others of other settings or bags."""
+    """Return a digest of the settings and bags of a fit."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for bags in (train, val):
         for tensor in (bags.embeddings_LD, bags.offsets, bags.targets_SG, bags.size_factors_S):
@@ -194,8 +201,8 @@ def _digest(config: FitConfig, train: BagSet, val: BagSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def _placed(bags: BagSet, device: torch.device) -> BagSet:
-    """Return bags on the device if there is room; batches are moved one by one if not."""
+def _move_if_room(bags: BagSet, device: torch.device) -> BagSet:
+    """Return bags on the GPU if they fit; else unchanged, and batches are moved one by one."""
     if device.type != "cuda":
         return bags
     size = bags.embeddings_LD.nbytes + bags.targets_SG.nbytes
@@ -203,17 +210,18 @@ def _placed(bags: BagSet, device: torch.device) -> BagSet:
 
 
 def _save(uri: str, state: dict[str, Any]) -> None:
-    """Write tensors, numbers, and lists and dicts of them, whole or not at all."""
+    """Write tensors, numbers, and lists and dicts of them; the file is whole or absent."""
     storage.publish(uri, lambda path: torch.save(state, path))
 
 
 def _load(uri: str) -> dict[str, Any]:
-    """Read what _save wrote."""
+    """Read a file that _save wrote."""
     content = io.BytesIO(storage.read_bytes(uri))
     state: dict[str, Any] = torch.load(content, "cpu", weights_only=True)
     return state
 
 
 def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all workers, in place."""
     torch.distributed.all_reduce(tensor)
     return tensor

@@ -1,7 +1,8 @@
-"""Many independent trials as Ray tasks: each a file when done, so that a grid is taken up again.
+"""Grids: many independent trials, each one Ray task that writes its result to a file.
 
-Slides are prepared once and shared by all trials of a node through Ray's object store; a trial is
-one task. What is run comes from above: functions and settings that travel to the workers.
+A grid that was interrupted continues with the trials that have no file. Inputs, such as slides, are
+prepared once and shared by all trials of a node through Ray's object store. The caller gives the
+functions and settings that run on the workers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +20,12 @@ Work = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial.
+    """One trial of a grid.
 
     Attributes:
-        name: Unique, safe as a file name; another name for other settings.
-        settings: What the work is told.
-        inputs: Names of the prepared inputs it is given.
+        name: Unique name, safe as a file name. Other settings must have another name.
+        settings: Settings for the work function.
+        inputs: Names of the prepared inputs for the work function.
     """
 
     name: str
@@ -34,12 +35,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialResources:
-    """What a task takes.
+    """Resources of a task.
 
     Attributes:
-        cpus: Of each task.
-        gpus: Of each trial; a part of one if less than 1.
-        max_retries: How often a task whose process or node died is done again.
+        cpus: CPUs of each task.
+        gpus: GPUs of each trial; a part of a GPU if less than 1.
+        max_retries: How often a task is repeated if its process or node died.
     """
 
     cpus: float = 1
@@ -49,12 +50,12 @@ class TrialResources:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs that lie in the object store.
+    """Inputs in Ray's object store.
 
     Attributes:
-        refs: By name.
-        reports: What `prepare` told of each.
-        errors: Why others could not be prepared.
+        refs: Object reference of each input, by name.
+        reports: Report of each input, by name.
+        errors: Error text of each input that could not be prepared, by name.
     """
 
     refs: dict[str, Any]
@@ -66,10 +67,10 @@ def prepare_inputs(prepare: Prepare, names: Sequence[str], resources: TrialResou
     """Prepare inputs in parallel; they stay on the nodes that made them until they are used.
 
     Args:
-        prepare: Returns (a small report, the input) for a name. An input that is lost with its
-            node is prepared again by Ray.
-        names: Of the inputs.
-        resources: What each takes (no GPU).
+        prepare: Returns (a small report, the input) for a name. If a node is lost, Ray prepares
+            its inputs again.
+        names: Names of the inputs.
+        resources: Resources of each task; its GPUs are not used.
     """
     task: Any = ray.remote(
         num_returns=2, num_cpus=resources.cpus, max_retries=resources.max_retries
@@ -90,12 +91,12 @@ def _prepare(prepare: Prepare, name: str) -> tuple[Any, Any]:
 
 
 def trial_uri(folder: str, name: str) -> str:
-    """Return where a trial's result is, once it is done."""
+    """Return the address of a trial's result."""
     return storage.join(folder, f"{name}.json")
 
 
-def pending(folder: str, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials without a result."""
+def list_pending(folder: str, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that have no result in the folder."""
     done = {uri.rsplit("/", 1)[-1] for uri in storage.list_files(folder)}
     return [trial for trial in trials if f"{trial.name}.json" not in done]
 
@@ -107,24 +108,24 @@ def run_trials(
     folder: str,
     resources: TrialResources,
 ) -> Iterator[tuple[str, str | None]]:
-    """Run trials in parallel; yield each as it ends: its name, and why it failed or None.
+    """Run trials in parallel; yield (name, error text or None) of each trial as it ends.
 
-    A worker publishes its trial's result itself, so that what is done is done also when the driver
-    dies. A trial that failed costs no other; nothing is stored of it, and the next run tries again.
+    Workers publish the results themselves, so finished trials survive the death of the driver. A
+    failed trial does not affect other trials. It leaves no file, so the next run repeats it.
 
     Args:
-        work: Returns a trial's result, as JSON, from its settings and inputs by name.
-        trials: In the order in which they begin.
-        refs: See Prepared.
-        folder: Where results go; on a cluster, where every node sees it.
-        resources: What each takes.
+        work: Returns the result of a trial, for JSON, from its settings and its inputs by name.
+        trials: Trials, in the order in which they begin.
+        refs: Object references of the inputs (see Prepared).
+        folder: Folder for results; every node of a cluster must see it.
+        resources: Resources of each trial.
     """
     task: Any = ray.remote(
         num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.max_retries
     )(_run_trial)
     names = {}
     for trial in trials:
-        # Refs as arguments of their own, so that Ray brings inputs near before it starts a task.
+        # Each ref is an argument, so that Ray moves inputs to the node before it starts a task.
         uri, inputs = trial_uri(folder, trial.name), [refs[name] for name in trial.inputs]
         names[task.remote(work, uri, trial.settings, trial.inputs, *inputs)] = trial.name
     while names:
@@ -143,7 +144,7 @@ def _run_trial(work: Work, uri: str, settings: Any, names: Sequence[str], *input
 
 
 def error_text(error: RayError) -> str:
-    """Return a task's error in one line: its own if it raised one, else what became of it."""
+    """Return the error of a task in one line: the error it raised, else Ray's own error."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[0] if lines else ''}"

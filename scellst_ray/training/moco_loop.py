@@ -1,9 +1,11 @@
-"""Pretraining, epoch by epoch: plain functions, the same for one process and for many workers.
+"""The steps of pretraining: plain functions, the same for one process and for many workers.
 
-Everything random is drawn from (seed, epoch, step), so that a run goes on anywhere as if it had
-never stopped. Worker r of n takes lanes r, r + n, ... of every global batch, and its rows of the
-augmentation drawn for the whole batch: what a step computes does not depend on the number of
-workers, but for the order of sums and, where a batch is cut to fit memory, batch-norm statistics.
+All random numbers are drawn from (seed, epoch, step), so a run continues from any step as if it had
+never stopped.
+
+Worker r of n takes lanes r, r + n, ... of every global batch, and its rows of the augmentation
+drawn for the whole batch. So the result of a step does not depend on the number of workers, with
+two exceptions: the order of sums, and batch-norm statistics where a batch is cut to fit memory.
 
 Shapes: N crops of this worker, H W px.
 """
@@ -21,28 +23,28 @@ from scellst_ray.models.moco.augment import AugmentConfig, apply, draw
 from scellst_ray.models.moco.network import Moco, MocoConfig, learning_rate_at, momentum_at
 from scellst_ray.models.moco.step import Collective, StepResult, moco_step
 from scellst_ray.runs.crop_store import CropStore
-from scellst_ray.training.crop_order import CropOrder, prefetched
+from scellst_ray.training.crop_order import CropOrder, prefetch
 
 MAX_LANES = 64
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a pretraining run computes.
+    """Settings that decide the result of pretraining.
 
     Attributes:
         arch: Backbone: 'resnet18', 'resnet34', 'resnet50' or 'timm:NAME'.
-        moco: The contrastive network.
-        augment: How views are made.
-        batch: Crops of a step, over all workers.
-        epochs: Passes over the crops.
-        warmup_epochs: Of them, with the learning rate rising.
-        base_lr: Learning rate for 256 crops; it grows with the batch.
+        moco: Settings of the contrastive network.
+        augment: Settings of the augmentation that makes views.
+        batch: Number of crops in a step, over all workers.
+        epochs: Number of passes over the crops.
+        warmup_epochs: Number of first epochs in which the learning rate rises.
+        base_lr: Learning rate for a batch of 256 crops; it grows in proportion to the batch.
         optimiser: 'lars' or 'adamw'.
-        weight_decay: Of the optimiser.
-        precision: Of the networks: 'float32' or 'bfloat16'.
-        recompute: Recompute activations in the backward pass, to save memory.
-        seed: Fixes weights, order and augmentation.
+        weight_decay: Weight decay of the optimiser.
+        precision: Precision of the networks: 'float32' or 'bfloat16'.
+        recompute: Whether to recompute activations in the backward pass, which saves memory.
+        seed: Seed of weights, order and augmentation.
     """
 
     arch: str = "resnet50"
@@ -79,14 +81,14 @@ class PretrainIdentity:
 
 
 class Step(NamedTuple):
-    """What one step did.
+    """Result of one step.
 
     Attributes:
-        epoch: From 0.
-        number: Of the step in its epoch, from 0.
-        lr: Learning rate taken.
+        epoch: Number of the epoch, from 0.
+        number: Number of the step in its epoch, from 0.
+        lr: Learning rate of the step.
         result: Loss, gradient and spread of the embeddings.
-        waited_s: Seconds of the epoch so far (of this process) spent waiting for crops.
+        waited_s: Seconds that this process has waited for crops in this epoch so far.
     """
 
     epoch: int
@@ -97,7 +99,7 @@ class Step(NamedTuple):
 
 
 def crop_order(store: CropStore, recipe: Recipe) -> CropOrder:
-    """Return the order of crops of a recipe.
+    """Return the order of crops for a recipe.
 
     Raises:
         ValueError: there are too few crops for a batch.
@@ -115,35 +117,35 @@ def run_steps(
     first_step: int = 0,
     crops_at_once: int | None = None,
 ) -> Iterator[Step]:
-    """Take the steps of a run, one each time the iterator is asked, from any step on.
+    """Take the steps of a run, one each time the iterator is advanced.
 
     Args:
-        model: On its device, with synchronised norms if there are several workers.
-        optimiser: Over its parameters.
-        order: From `crop_order`.
-        recipe: What to do.
-        collective: Which worker this is, and how it talks to the others.
-        first_step: Steps already taken, over all epochs.
-        crops_at_once: Crops a worker's device holds; a share that is larger is done in parts, all
-            of whose keys are negatives.
+        model: Network on its device, with synchronised norms if there are several workers.
+        optimiser: Optimiser of the network's parameters.
+        order: Order of the crops, from `crop_order`.
+        recipe: Settings of the run.
+        collective: Rank of this worker, and its communication with other workers.
+        first_step: Number of steps already taken, over all epochs.
+        crops_at_once: Largest number of crops that a worker's device holds. A larger share of a
+            batch is computed in parts, and the keys of all parts serve as negatives.
 
     Yields:
-        Each step, after it was taken.
+        Each step after it was taken.
 
     Raises:
         ValueError: there are more workers than lanes.
-        FloatingPointError: loss or gradient is not finite; nothing was changed.
+        FloatingPointError: loss or gradient is not finite; the network did not change.
     """
     _check_workers(collective, order, recipe)
     device = next(model.parameters()).device
     num_steps = recipe.epochs * order.steps_per_epoch
     lanes = range(collective.rank, order.num_lanes, collective.world_size)
-    # The same number of parts on every worker, the first of which has most lanes.
+    # Every worker has the same number of parts; the first worker has the most lanes.
     largest = -(-order.num_lanes // collective.world_size) * order.lane_crops
     num_parts = -(-largest // (crops_at_once or largest))
     for epoch in range(first_step // order.steps_per_epoch, recipe.epochs):
         first = max(0, first_step - epoch * order.steps_per_epoch)
-        with prefetched(order.batches(epoch, first, lanes)) as batches:
+        with prefetch(order.batches(epoch, first, lanes)) as batches:
             for number, crops in enumerate(batches, first):
                 step = epoch * order.steps_per_epoch + number
                 lr = learning_rate_at(
@@ -170,8 +172,8 @@ def run_steps(
 def _check_workers(collective: Collective, order: CropOrder, recipe: Recipe) -> None:
     if collective.world_size > order.num_lanes:
         message = (
-            f"there are {collective.world_size} workers, and a batch of {recipe.batch} is shared "
-            f"by at most {order.num_lanes}; use fewer workers, or a batch that 64 divides"
+            f"there are {collective.world_size} workers, and a batch of {recipe.batch} serves at "
+            f"most {order.num_lanes}; use fewer workers, or a batch that is a multiple of 64"
         )
         raise ValueError(message)
 
@@ -184,7 +186,7 @@ def _views(
     step: int,
     num_parts: int,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return two random views of this worker's crops, in so many parts."""
+    """Return two random views of this worker's crops, in `num_parts` parts."""
     seed = np.random.SeedSequence([recipe.seed, step]).generate_state(1, np.uint64)[0] >> 1
     generator = torch.Generator().manual_seed(int(seed))
     drawn = [draw(recipe.batch, recipe.augment, generator) for _ in range(2)]

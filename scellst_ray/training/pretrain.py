@@ -1,7 +1,7 @@
-"""Pretraining the encoder with Ray Train: the plain loop of moco_loop.py, shared out over workers.
+"""Pretraining of the encoder with Ray Train: the plain loop of moco_loop.py on several workers.
 
-Checkpoints are what a run goes on from, after a worker, a node or the driver died, or when workers
-come or go: network, momentum network, optimiser, the step, and the log so far.
+A checkpoint holds network, momentum network, optimiser, step and log. A run continues from it after
+a worker, a node or the driver died, and when the number of workers changes.
 """
 
 import logging
@@ -35,24 +35,25 @@ from scellst_ray.models.moco.step import process_group
 from scellst_ray.models.moco.sync_norm import convert
 from scellst_ray.runs.crop_store import open_store
 from scellst_ray.training.moco_loop import Recipe, Step, crop_order, run_steps
-from scellst_ray.training.pretrain_log import PretrainLog, board
+from scellst_ray.training.pretrain_log import PretrainLog, open_board
 
 STATE, LOG = "state.pt", "log.json"
-# Of a checkpoint in the middle of an epoch, so that it is never the best.
+# Loss reported for a checkpoint in the middle of an epoch, so that it is never the best.
 UNFINISHED = 1e9
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PretrainWorkers:
-    """What Ray Train may use.
+    """Resources of pretraining.
 
     Attributes:
-        num_workers: Workers, or the least and the most there may be.
-        cpus_per_worker: Of each.
-        use_gpu: Whether each has a GPU.
-        max_failures: Times workers may die before the run fails.
-        crops_at_once: Crops a worker's device holds; all of its share if None.
+        num_workers: Number of workers, or the smallest and the largest number.
+        cpus_per_worker: CPUs of each worker.
+        use_gpu: Whether each worker has a GPU.
+        max_failures: Number of times that workers may die before the run fails.
+        crops_at_once: Largest number of crops that a worker's device holds; None: its whole share
+            of a batch.
     """
 
     num_workers: int | tuple[int, int]
@@ -64,12 +65,12 @@ class PretrainWorkers:
 
 @dataclass(frozen=True)
 class Keeping:
-    """What is kept of a run, and where.
+    """Settings of checkpoints.
 
     Attributes:
         uri: Folder of the run, readable from every worker: local on one node, else shared.
-        steps: Steps between checkpoints; one at the end of each epoch in any case.
-        num_best: Epochs of the lowest training loss to keep, beside the latest.
+        steps: Number of steps between checkpoints. The end of each epoch always has one.
+        num_best: Number of epochs with the lowest training loss to keep, besides the latest.
     """
 
     uri: str
@@ -85,18 +86,21 @@ def pretrain(
     keep: Keeping,
     each_step: Callable[[Step], None] | None = None,
 ) -> tuple[Checkpoint, dict[str, Any]]:
-    """Pretrain, or go on where an earlier call on the same folder was stopped.
+    """Pretrain an encoder, or continue an earlier call on the same folder.
 
     Args:
         crops: Run folders of `extract` that have crops.
-        recipe: What to compute.
-        init: An encoder file to begin with, readable from every worker; random if None.
-        workers: Who computes; the result does not depend on it but for rounding.
-        keep: Where checkpoints go.
+        recipe: Settings that decide the result.
+        init: Encoder file with the first weights, readable from every worker; None: random weights.
+        workers: Resources. The result does not depend on them, except for rounding.
+        keep: Settings of checkpoints.
         each_step: Called by every worker after each of its steps.
 
     Returns:
         The checkpoint of the epoch with the lowest mean training loss, and its metrics.
+
+    Raises:
+        RuntimeError: training ended without a checkpoint.
     """
     loop = {
         "crops": list(crops),
@@ -120,7 +124,10 @@ def pretrain(
     ).fit()
     best = min(result.best_checkpoints or [], key=lambda pair: pair[1]["loss"], default=None)
     if best is None:
-        message = f"{keep.uri}: training ended without a checkpoint"
+        message = (
+            f"{keep.uri}: training ended without a checkpoint; see the workers' errors above, and "
+            "run the command again"
+        )
         raise RuntimeError(message)
     return best
 
@@ -129,7 +136,7 @@ def _run_config(workers: PretrainWorkers, keep: Keeping) -> RunConfig:
     fs, path = storage.resolve(keep.uri)
     local = storage.is_local(keep.uri)
     return RunConfig(  # type: ignore[call-arg]
-        # Always the same name: Ray Train takes up the checkpoints it finds there.
+        # The name is always the same, so Ray Train continues from the checkpoints it finds there.
         name="checkpoints",
         storage_path=path,
         storage_filesystem=None if local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)),
@@ -153,8 +160,8 @@ def encoder_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def _train_loop(loop: dict[str, Any]) -> None:
-    """What each worker runs."""
-    # A worker's standard error reaches the driver; without a handler only warnings would.
+    """Run the steps of pretraining on one worker."""
+    # A worker's standard error reaches the driver. Without a handler, only warnings are written.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scellst_ray").setLevel(logging.INFO)
     torch.set_num_threads(loop["workers"].cpus_per_worker)
@@ -184,27 +191,27 @@ def _train_loop(loop: dict[str, Any]) -> None:
         first_step=len(log.steps),
         crops_at_once=loop["workers"].crops_at_once,
     )
-    first = collective.rank == 0
+    is_first = collective.rank == 0
     with ExitStack() as stack:
-        shown = stack.enter_context(board(loop["keep"].uri, log)) if first else None
+        board = stack.enter_context(open_board(loop["keep"].uri, log)) if is_first else None
         for step in steps:
             log.add(step, recipe.batch, collective.world_size)
             if loop["each_step"] is not None:
                 loop["each_step"](step)
-            ended = step.number + 1 == order.steps_per_epoch
-            if not ended and len(log.steps) % loop["keep"].steps:
+            is_last = step.number + 1 == order.steps_per_epoch
+            if not is_last and len(log.steps) % loop["keep"].steps:
                 continue
-            if shown is not None:
-                shown.publish()
-            if first and ended:
-                logger.info("%s", log.line(recipe.epochs))
+            if board is not None:
+                board.publish()
+            if is_first and is_last:
+                logger.info("%s", log.format_epoch(recipe.epochs))
                 log.warn_of_collapse()
-            metrics = log.epoch() if ended else log.epoch() | {"loss": UNFINISHED}
-            _report(metrics, model, optimiser, log if first else None)
+            metrics = log.epoch_means() if is_last else log.epoch_means() | {"loss": UNFINISHED}
+            _report(metrics, model, optimiser, log if is_first else None)
 
 
 def new_model(recipe: Recipe, init: str | None) -> Moco:
-    """Make the network a recipe begins with, on the CPU."""
+    """Return the network with its first weights, on the CPU."""
     model = new_moco(recipe.arch, recipe.seed, recipe.moco, checkpointing=recipe.recompute)
     if init is not None:
         state = load_encoder(str(storage.local_copy(init))).network.state_dict()
@@ -219,7 +226,10 @@ def _report(
     optimiser: torch.optim.Optimizer,
     log: PretrainLog | None,
 ) -> None:
-    """Hand a checkpoint to Ray Train; it is uploaded while training goes on."""
+    """Report metrics to Ray Train; if there is a log, with a checkpoint.
+
+    The checkpoint is uploaded while training continues.
+    """
     if log is None:
         ray.train.report(metrics)
         return

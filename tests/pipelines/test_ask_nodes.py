@@ -59,7 +59,7 @@ def test_nodes_answer_each_for_itself(local_cluster, tmp_path, monkeypatch):
     assert first.name not in problem.text
 
     gone = SlideRow("s", str(tmp_path / "gone.svs"), None)
-    with pytest.raises(ValueError, match=r"^1 problem\(s\) must be mended") as stopped:
+    with pytest.raises(ValueError, match=r"^1 problem\(s\) must be solved") as stopped:
         check_before_run(asked, CLUSTER, [gone])
     assert "- slide s: " in str(stopped.value)
 

@@ -1,5 +1,6 @@
 """A sample's rates are its receipts' seconds over what they went over."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -10,18 +11,29 @@ from scellst_ray.preflight.costs import DEFAULTS
 from scellst_ray.preflight.slide_plans import plan_one, slide_row
 from scellst_ray.slides.manifest import SlideRow
 
+# Read before the fixture below replaces them.
+WORKER_MODULES, COMMAND_MODULES = calibration.WORKER_MODULES, calibration.COMMAND_MODULES
+START_RAY = calibration.START_RAY
+
 
 @pytest.fixture(autouse=True)
 def light_start(monkeypatch):
-    """What workers import, and Ray's start, take processes of their own: not each time here."""
-    monkeypatch.setattr(calibration, "WORKER", "pass")
-    monkeypatch.setattr(calibration, "COMMAND", "print('there')")
+    """Import no modules and start no Ray in child processes, which takes seconds."""
+    monkeypatch.setattr(calibration, "WORKER_MODULES", ())
+    monkeypatch.setattr(calibration, "START_RAY", "print('started')")
 
 
 @pytest.fixture(scope="module")
 def tiles(synthetic_slide, cells_spec):
     plan = plan_one(slide_row(SlideRow("s", str(synthetic_slide.slide), None)), cells_spec, keep=6)
     return list(plan.sample)
+
+
+def test_the_modules_of_child_processes_exist():
+    for name in (*WORKER_MODULES, *COMMAND_MODULES):
+        assert importlib.import_module(name).__name__ == name
+    assert callable(importlib.import_module(COMMAND_MODULES[0]).ray_session)
+    compile(START_RAY, "START_RAY", "exec")
 
 
 def test_rates_of_a_sample(tiles, cells_spec):
@@ -59,13 +71,13 @@ def test_bad_tiles_are_left_out_and_told_of(tiles, cells_spec):
     assert sample.num_tiles == len(tiles)
     assert len(sample.errors) == 2
     assert all("gone.tiff" in error for error in sample.errors)
-    with pytest.raises(ValueError, match="none of 2 tiles could be worked on"):
+    with pytest.raises(ValueError, match="all 2 tiles of the sample failed"):
         calibrate(bad, spec, 2, on_gpu=False)
     with pytest.raises(ValueError, match="no slide of this cohort has a tile"):
         calibrate([], spec, 2, on_gpu=False)
 
 
 def test_a_ray_that_does_not_start_is_told_of(tiles, cells_spec, monkeypatch):
-    monkeypatch.setattr(calibration, "COMMAND", "raise SystemExit('no room')")
+    monkeypatch.setattr(calibration, "START_RAY", "raise SystemExit('no room')")
     with pytest.raises(ValueError, match="Ray does not start on this machine"):
         calibrate(tiles[:1], replace(cells_spec, encoder="none"), 2, on_gpu=False)

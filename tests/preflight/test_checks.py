@@ -44,7 +44,7 @@ def test_every_slide_is_asked_for(files):
     assert set(found.reasons) == {"empty", "gone", "plain", "odd"}
     assert "empty.svs: the file is empty" in found.reasons["empty"]
     assert "the resolution (mpp) is unknown; give the true value" in found.reasons["plain"]
-    for part in ("mpp 9 is outside", "no such file", "mend the manifest"):
+    for part in ("mpp 9 is outside", "no such file", "correct the manifest"):
         assert part in found.reasons["odd"]
     assert len(found.local) == 4
     assert (found.largest_remote, found.num_unasked) == (0, 0)
@@ -54,7 +54,7 @@ def test_every_slide_is_asked_for(files):
 
 def test_a_file_that_may_not_be_read(files, monkeypatch):
     monkeypatch.setattr(preflight.os, "access", lambda *_: False)  # root may read everything
-    with pytest.raises(PermissionError, match="may not be read"):
+    with pytest.raises(PermissionError, match="may not read it"):
         size_of(str(files / "good.svs"))
 
 
@@ -86,7 +86,7 @@ def test_asking_comes_to_an_end(files, monkeypatch):
     monkeypatch.setattr(preflight, "ASK_S", -1.0)
     found = find_slides([row("a", files / "good.svs"), row("b", files / "gone.svs")])
     assert (found.num_unasked, found.reasons) == (2, {})
-    assert "2 slides were not asked for" in found.problems[0].text
+    assert "2 slides were not checked" in found.problems[0].text
 
 
 def test_all_in_one_message_those_that_stop_first():
@@ -95,7 +95,7 @@ def test_all_in_one_message_those_that_stop_first():
     lines = format_problems(problems)
     assert lines[:3] == ["output: full", "node b: no weights", "slide 0: gone"]
     assert lines[-1] == "... and 10 more"
-    with pytest.raises(ValueError, match=r"^2 problem\(s\) must be mended") as stopped:
+    with pytest.raises(ValueError, match=r"^2 problem\(s\) must be solved") as stopped:
         stop_or_warn(problems, logging.getLogger("test"))
     assert [line.removeprefix("- ") for line in str(stopped.value).splitlines()[1:-1]] == lines
 

@@ -68,7 +68,7 @@ def test_everything_that_a_node_lacks_is_told_at_once(tmp_path):
     assert len(wrong) == 3
     output, weights, slides = wrong
     assert "is not the folder the driver writes to; give an --out on object storage" in output
-    assert "other.pth are sha256:" in weights
+    assert "other.pth have digest sha256:" in weights
     assert "give every node the same file" in weights
     assert "such as /mnt/nowhere/a.svs" in slides
     problems = texts(wrong=wrong)

@@ -71,12 +71,12 @@ def test_what_differs_or_is_unknown_is_noted(tmp_path):
     write_run(tmp_path)
     _, notes = with_runs(Rates(), [str(tmp_path)], {"encoder": "imagenet"}, on_gpu=True)
     assert any("encoder was random:0, and now is imagenet" in note for note in notes)
-    assert any("not known whether it had GPUs" in note for note in notes)
+    assert any("unknown whether it used GPUs" in note for note in notes)
 
 
 def test_a_run_with_nothing_done_is_refused(tmp_path):
     write_run(tmp_path, num_slides=0)
-    with pytest.raises(ValueError, match="no slide of it was worked on yet"):
+    with pytest.raises(ValueError, match="no slide of this run is finished"):
         with_runs(Rates(), [str(tmp_path)], {}, on_gpu=False)
     with pytest.raises(FileNotFoundError, match="no run of scellst_ray"):
         with_runs(Rates(), [str(tmp_path / "nothing")], {}, on_gpu=False)

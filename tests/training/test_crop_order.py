@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scellst_ray.runs.crop_files import ROW_GROUP
 from scellst_ray.runs.crop_store import CropFile, CropStore, open_store
 from scellst_ray.training import crop_order
-from scellst_ray.training.crop_order import CropOrder, prefetched
+from scellst_ray.training.crop_order import CropOrder, prefetch
 from tests.support.crop_runs import numbers_of, write_crop_run
 
 COUNTS = {"s0": 900, "s1": 130, "s2": 3, "s3": 777, "s4": 1200}
@@ -166,12 +166,12 @@ def alive():
 
 
 def test_reading_ahead_changes_nothing_and_leaves_no_threads(order, epoch0):
-    with prefetched(order.batches(0, 0, range(LANES)), depth=3) as batches:
+    with prefetch(order.batches(0, 0, range(LANES)), depth=3) as batches:
         found = [numbers_of(batch) for batch in batches]
         assert list(batches) == []
     assert batches.waited_s > 0
     assert np.array_equal(np.concatenate(found), np.concatenate(epoch0))
-    with prefetched(order.batches(0, 0, [0]), depth=3) as batches:
+    with prefetch(order.batches(0, 0, [0]), depth=3) as batches:
         next(batches)
         assert alive()
     batches.close()
@@ -185,7 +185,7 @@ def test_an_error_while_reading_ahead_reaches_the_consumer_in_its_place():
         message = "rotten"
         raise ValueError(message)
 
-    with prefetched(items(), depth=5) as coming:
+    with prefetch(items(), depth=5) as coming:
         assert [next(coming), next(coming)] == [1, 2]
         with pytest.raises(ValueError, match="rotten"):
             next(coming)
@@ -202,7 +202,7 @@ def test_waiting_is_counted_and_no_more_is_made_than_asked_for():
             time.sleep(0.01)
             yield number
 
-    with prefetched(items(), depth=2) as coming:
+    with prefetch(items(), depth=2) as coming:
         next(coming)
     assert coming.waited_s >= 0.009
     assert len(made) <= 4

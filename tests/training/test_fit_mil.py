@@ -17,7 +17,7 @@ from scellst_ray.models.mil.bags import split_spots
 from scellst_ray.models.mil.fit import FitConfig, fit_head, new_head
 from scellst_ray.stages.networks import vectors
 from scellst_ray.training.bag_files import load_bags, load_split
-from scellst_ray.training.fit_mil import Kept, Workers, fit
+from scellst_ray.training.fit_mil import StateFile, Workers, fit
 
 DIM, GENES = 16, 5
 # 32 training spots in batches of 9: the last has 5, which two workers cannot share evenly.
@@ -107,7 +107,7 @@ def test_bags_of_an_earlier_release_have_no_counts(bags, tmp_path):
     uri = str(tmp_path / "old.parquet")
     storage.publish_table(uri, table)
     assert len(load_bags([uri])[0]) == 24
-    with pytest.raises(ValueError, match=r"have no counts: an earlier release.*or use loss mse"):
+    with pytest.raises(ValueError, match=r"have no counts, since an earlier release.*or use loss mse"):
         load_bags([bags[0][1], uri], counts=True)
 
 
@@ -173,17 +173,17 @@ def test_workers_one_of_them_killed_reach_the_head_of_one_process(
 
 
 def test_the_state_is_stored_now_and_then(bags, tmp_path):
-    kept = Kept(str(tmp_path / "state.pt"))
-    assert kept.load() is None
+    state_file = StateFile(str(tmp_path / "state.pt"))
+    assert state_file.load() is None
     whole, slide_ids = load_bags(bags[0])
     train, val = (whole.take(spots) for spots in split_spots(slide_ids, 0.2, 0))
     at, states = [], []
 
     def each_epoch(progress):
-        kept.store_if_due(progress)
-        kept.seconds = 0.0 if len(progress.history) < 3 else 1e6  # as if storing had taken so long
-        at.append(len(kept.load()["history"]))
-        states.append(kept.load())
+        state_file.store_if_due(progress)
+        state_file.seconds = 0.0 if len(progress.history) < 3 else 1e6
+        at.append(len(state_file.load()["history"]))
+        states.append(state_file.load())
 
     config = replace(CONFIG, max_epochs=5, patience=5)
     head = new_head(train, 0)
@@ -194,6 +194,6 @@ def test_the_state_is_stored_now_and_then(bags, tmp_path):
         assert fit_head(again, train, val, config, state=state) == expected
         for name, value in again.state_dict().items():
             assert torch.equal(value, head.state_dict()[name])
-    kept.remove()
-    kept.remove()
-    assert kept.load() is None
+    state_file.remove()
+    state_file.remove()
+    assert state_file.load() is None

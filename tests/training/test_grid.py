@@ -13,7 +13,7 @@ from ray import cloudpickle
 from scellst_ray.training.grid import (
     Trial,
     TrialResources,
-    pending,
+    list_pending,
     prepare_inputs,
     run_trials,
     trial_uri,
@@ -86,10 +86,10 @@ def test_what_fails_is_told_and_tried_again_alone(tmp_path):
     ended = dict(run(trials, refs, folder, TrialResources()))
     assert ended.pop("t2") == "ValueError: trial 2 cannot be fitted"
     assert set(ended.values()) == {None}
-    assert [trial.name for trial in pending(folder, trials)] == ["t2"]
+    assert [trial.name for trial in list_pending(folder, trials)] == ["t2"]
     mended = make_trials()
-    assert dict(run(pending(folder, mended), refs, folder, TrialResources())) == {"t2": None}
-    assert pending(folder, mended) == []
+    assert dict(run(list_pending(folder, mended), refs, folder, TrialResources())) == {"t2": None}
+    assert list_pending(folder, mended) == []
     counts = [len((tmp_path / f"worked_{number}").read_text()) for number in range(6)]
     assert counts == [1, 1, 2, 1, 1, 1]
 
@@ -102,7 +102,7 @@ def test_a_trial_whose_worker_dies_is_done_again(tmp_path):
     assert set(ended.values()) == {None}
     assert (tmp_path / "died").exists()
     assert (tmp_path / "worked_1").read_text() == "xx"
-    assert pending(folder, trials) == []
+    assert list_pending(folder, trials) == []
 
 
 def test_a_trial_that_keeps_dying_is_given_up(tmp_path):
@@ -123,4 +123,4 @@ def test_inputs_that_cannot_be_prepared_are_named(tmp_path):
 
 def test_nothing_is_done_in_an_empty_folder(tmp_path):
     trials = make_trials()
-    assert pending(str(tmp_path / "none"), trials) == trials
+    assert list_pending(str(tmp_path / "none"), trials) == trials
