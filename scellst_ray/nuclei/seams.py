@@ -2,7 +2,7 @@
 
 A seam is the border between two cores. A tile reads its core and a halo around it, and owns the
 nuclei whose centroid lies in its half-open core. Ownership alone loses and doubles nuclei at seams.
-A nucleus that reaches beyond the halo is cut and has another centroid in each tile, and a network
+A nucleus that reaches beyond the halo is cut and has another centroid in each tile. A network also
 finds slightly different nuclei in two tiles. So a tile also offers candidates: nuclei whose
 centroid lies a little outside its core. Once all tiles of a slide are complete:
 

@@ -52,7 +52,7 @@ class Alignment:
     Attributes:
         given: Fit of the spots as given.
         best: Placing with the best agreement; a scaled one only if its agreement is at least 0.5.
-        problem: Description of the problem and its likely cause; None if there is none.
+        problem: Description of the problem and its likely cause; None without a problem.
     """
 
     given: Placing
@@ -144,7 +144,7 @@ def _alternatives(
 
 
 def _problem(given: Placing, best: Placing) -> str | None:
-    """Return the problem of the spots as given and its likely cause; None if there is none."""
+    """Return the problem of the spots as given and its likely cause; None without a problem."""
     share = given.share_on_tissue
     is_better = (
         best.share_on_tissue >= share + LEAST_GAIN

@@ -120,7 +120,7 @@ def test_aws_starts_the_nodes(tmp_path, monkeypatch):
     kinds = {i["InstanceType"]: i.get("InstanceLifecycle") for i in found}
     assert kinds == {"m7i.xlarge": None, "m7i.2xlarge": "spot", "g6.2xlarge": "spot"}
     assert all(i["IamInstanceProfile"]["Arn"].endswith("/scellst-ray") for i in found)
-    # From outside the group there is ssh, and no other way in.
+    # Only ssh is open from outside the group.
     outside = [rule for rule in groups[0]["IpPermissions"] if rule["IpRanges"]]
     assert {(rule["FromPort"], rule["ToPort"]) for rule in outside} == {(22, 22)}
 

@@ -16,7 +16,7 @@ def textured(height, width, seed=0, sigma=1.5):
 
 
 def by_scipy(image, x, y, mpp_x, mpp_y):
-    """Sample a crop's pixel centres one by one."""
+    """Return a crop sampled at each pixel centre in turn."""
     offsets = ((np.arange(SIZE) + 0.5) / SIZE - 0.5) * 12.0  # um
     rows, columns = y + offsets / mpp_y - 0.5, x + offsets / mpp_x - 0.5
     at = np.meshgrid(rows, columns, indexing="ij")
@@ -83,7 +83,7 @@ def test_white_beyond_the_image(mpp):
         image, np.array([(0.0, 0.0), (-3 * reach, 50.0), (130.0, 100.0)]), (1 / mpp, 1 / mpp)
     )
     assert (outside == 255).all()
-    blend = 2 + int(0.25 / mpp)  # px over which black goes over into white
+    blend = 2 + int(0.25 / mpp)  # px of the transition from black to white
     assert (corner[: 24 - blend] == 255).all()
     assert (corner[:, : 24 - blend] == 255).all()
     if reach < 100:

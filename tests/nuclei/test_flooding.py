@@ -8,7 +8,7 @@ from scellst_ray.nuclei.flooding import flood
 
 
 def landscape(seed):
-    """Heights with hollows in hollows, markers of a few pixels anywhere, a mask with holes."""
+    """Return heights with hollows in hollows, markers of a few pixels, and a mask with holes."""
     rng = np.random.default_rng(seed)
     shape = tuple(rng.integers(1, 60, 2))
     height = ndimage.gaussian_filter(rng.normal(size=shape), rng.choice([0, 1, 3]))

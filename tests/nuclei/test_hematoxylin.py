@@ -14,7 +14,7 @@ EOSIN_RGB = (232, 180, 205)
 
 
 def _tissue(seed, size_um=200.0, mpp=0.5, pitch_um=20.0):
-    """Round dark, large pale and elongated nuclei on eosin; return image and label map."""
+    """Return an image of round dark, large pale and elongated nuclei on eosin, and its labels."""
     rng = np.random.default_rng(seed)
     side = round(size_um / mpp)
     fine = 4  # drawn at four times the resolution, then averaged like an optical system does
@@ -118,7 +118,7 @@ def test_neighbouring_tiles_agree_on_nuclei_near_their_seam():
 def test_hematoxylin_is_the_colour_deconvolution_of_scikit_image():
     image_HWC, _ = _tissue(seed=4, size_um=50)
     ours_HW = hematoxylin._hematoxylin(hematoxylin._DENSITY[image_HWC])
-    # Theirs works with natural logarithms over -log(1e-6), and clips; ours adds 1 to each value.
+    # The reference uses natural logarithms over -log(1e-6) and clips; ours adds 1 to each value.
     theirs_HW = rgb2hed(image_HWC)[..., 0]
     assert np.corrcoef(ours_HW.ravel(), theirs_HW.ravel())[0, 1] > 0.99
 
@@ -132,7 +132,7 @@ def test_threshold_separates_nuclei_from_eosin():
 
 
 def _climb(height_HW, y, x, radius):
-    """Follow the steepest ascent from one pixel to its end, a step at a time."""
+    """Return the end of the steepest ascent from one pixel, followed step by step."""
     near = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     reach = range(-int(radius), int(radius) + 1)
     wide = [(dy, dx) for dy in reach for dx in reach if dy * dy + dx * dx <= radius * radius]

@@ -16,7 +16,7 @@ NAMES = [f"type {k}" for k in range(6)]
 
 
 def oracle(name):
-    """Raw maps, the published instance map and the published cells."""
+    """Return raw maps, the published label map and the published cells."""
     path = ORACLE / f"{name}.npz"
     if not path.is_file():
         pytest.skip(f"needs the published outputs in {ORACLE}")
@@ -47,13 +47,13 @@ def smooth(rng, shape, sigma):
 
 
 def pack(nucleus, energy, types):
-    """The layout of schemas, from its parts."""
+    """Return packed maps, joined from their parts as core/schemas.py says."""
     level = np.rint((1 - energy.astype(np.float64)) * MAP_LEVEL).astype(np.uint32)
     return level + nucleus.astype(np.uint32) * MAP_NUCLEUS + (types.astype(np.uint32) << 26)
 
 
 def assert_published(packed, nucleus, energy, types):
-    """Compare all that is made of packed maps with the full scan."""
+    """Compare all results of packed maps with the full scan."""
     expected = full_scan.instance_map(nucleus, energy)
     labels = label_packed(packed)
     assert labels.dtype == np.int32
@@ -151,7 +151,7 @@ def test_other_maps_equal_the_full_scan(seed, kind):
 
 @pytest.mark.parametrize("seed", range(45))
 def test_packed_maps_equal_the_full_scan(seed):
-    """Blobs with holes, lines and single pixels, tiles a pixel wide; every third in few steps."""
+    """Return maps of blobs with holes, lines and single pixels, also of tiles one pixel wide."""
     rng = np.random.default_rng(seed)
     shape = tuple(rng.integers(1, 70, 2))
     noise = smooth(rng, shape, rng.choice([0.6, 1, 2, 4]))
@@ -166,7 +166,7 @@ def test_packed_maps_equal_the_full_scan(seed):
 
 
 def drawn(shape, *boxes, energy=0.0):
-    """Nuclei in boxes (rows, columns), of one energy; edges and types of type 1."""
+    """Return a packed map of nuclei of type 1 in boxes (rows, columns), of one energy."""
     nucleus = np.zeros(shape, np.uint8)
     for rows, columns in boxes:
         nucleus[slice(*rows), slice(*columns)] = 1

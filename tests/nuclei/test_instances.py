@@ -13,7 +13,7 @@ EIGHT = np.ones((3, 3))
 
 
 def _disc_grid(num, radius, pitch):
-    """A square map of discs on a grid, labels 1..num^2 by row."""
+    """Return a square map of discs on a grid, labels 1..num^2 by row."""
     size = num * pitch
     y, x = np.mgrid[:size, :size]
     inside = (y % pitch - pitch // 2) ** 2 + (x % pitch - pitch // 2) ** 2 <= radius**2
@@ -27,7 +27,7 @@ def _blobs(seed, sigma):
 
 
 def _polygons(nuclei, frame=IDENTITY):
-    """Plain slow twin of polygon_wkb: one shapely polygon at a time."""
+    """Return the result of polygon_wkb, slowly: one shapely polygon at a time."""
     polygons = []
     for i in range(len(nuclei)):
         start, stop = nuclei.contour_offsets[i : i + 2]

@@ -8,7 +8,7 @@ from scellst_ray.nuclei.outlines import edge_middles, pixel_chains, pixel_contou
 
 
 def blobs(seed, structure=None):
-    """A label map with parts that touch, of 4- or 8-connected labels."""
+    """Return a label map with touching parts, of 4- or 8-connected labels."""
     rng = np.random.default_rng(seed)
     noise = ndimage.gaussian_filter(rng.random((30, 40)), rng.choice([0, 0.7, 1.5]))
     return ndimage.label(noise > np.quantile(noise, 0.6), structure)[0].astype(np.int32)

@@ -1,4 +1,4 @@
-"""Closed cases of what tiles offer and what is kept, then discs as a grid of tiles sees them."""
+"""Closed cases of offered and kept nuclei, then discs as a grid of tiles sees them."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def disc(x, y, radius):
 
 
 def parts_of(cells, size=2):
-    """Return what gives cells [(cell_id, seam, polygon)] in parts, and its ascending order."""
+    """Return a source of cells [(cell_id, seam, polygon)] in parts, and its ascending order."""
     cells = sorted(cells, key=lambda cell: cell[0])
     columns = (
         np.array([cell[0] for cell in cells], np.int64),
@@ -47,14 +47,14 @@ def kept(*cells):
     return "".join("abcdef"[n] for n, i in enumerate(ids) if i not in found.dropped)
 
 
-# --- what a tile offers ---------------------------------------------------------------------
+# --- offered nuclei --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("centre", "radius", "expected"),
     [
         ((100, 100), 10, 0),
-        ((100, 100), 70, NEAR),  # owned, but it reaches into the part neighbours read
+        ((100, 100), 70, NEAR),  # owned, but it reaches into the halos of neighbours
         ((43, 100), 10, NEAR),  # a neighbour's halo may be rounded up
         ((44, 100), 10, 0),
         ((0, 100), 10, NEAR),
@@ -107,7 +107,7 @@ def test_what_has_no_bits_is_read_by_no_neighbour(corner, size, rounding):
             assert not shapely.intersects(mine, theirs)
 
 
-# --- what is kept ---------------------------------------------------------------------------
+# --- kept nuclei -----------------------------------------------------------------------------
 
 
 def test_nothing_to_resolve():
@@ -123,9 +123,9 @@ def test_the_more_complete_one_is_kept_whichever_tile_comes_first(tiles):
         shapely.intersection(disc(0, 0, 30), shapely.box(-18, -50, 50, 50)),
     )
     assert kept((tiles[0], NEAR, whole), (tiles[1], NEAR | CUT, part)) == "a"
-    # Even if the tile that owns it sees less of it than one that does not.
+    # This holds even if the owning tile sees less of it than another tile.
     assert kept((tiles[0], CANDIDATE, whole), (tiles[1], NEAR | CUT, part)) == "a"
-    # Of two alike, the one that is whole, then the one owned, whatever the noise of outlines.
+    # Of two similar nuclei a complete one wins, then an owned one, in spite of noisy outlines.
     larger = disc(0, 0, 31)
     assert kept((tiles[0], NEAR, whole), (tiles[1], CANDIDATE, larger)) == "a"
     assert kept((tiles[0], NEAR, whole), (tiles[1], NEAR | CUT, larger)) == "a"
@@ -169,7 +169,7 @@ def test_two_nuclei_seen_as_one_by_the_neighbour():
     """Tile 1 owns neither half: dropping what it saw as one would lose the right half."""
     whole, (left, _) = disc(0, 0, 20), HALVES
     assert kept((0, NEAR, left), (1, CANDIDATE, whole)) == "b"
-    # But a fragment beside a nucleus does not make the neighbour's version better.
+    # A fragment next to a nucleus does not make the neighbour's version better.
     most = shapely.intersection(disc(0, 0, 20), shapely.box(-20, -20, 14, 20))
     assert kept((0, NEAR, most), (1, CANDIDATE, whole)) == "a"
 
@@ -178,9 +178,9 @@ def test_candidates_are_adopted_only_where_nobody_has_them():
     cells = [
         (0, NEAR, disc(0, 0, 10)),
         (1, CANDIDATE, disc(3, 2, 10)),  # seen by its owner, elsewhere
-        (1, CANDIDATE, disc(60, 0, 10)),  # owned by nobody, offered by two
+        (1, CANDIDATE, disc(60, 0, 10)),  # offered by two tiles, owned by no tile
         (2, CANDIDATE, disc(61, 1, 10)),
-        (2, NEAR, disc(100, 0, 10)),  # owned by two
+        (2, NEAR, disc(100, 0, 10)),  # owned by two tiles
         (3, NEAR, disc(101, 0, 10)),
     ]
     assert kept(*cells) == "ace"
@@ -191,7 +191,7 @@ def test_candidates_are_adopted_only_where_nobody_has_them():
 
 @pytest.mark.parametrize(("radius", "shift"), [(10, 4.0), (5, 2.8)])
 def test_lymphocytes_seen_in_different_places(radius, shift):
-    """5 um across at 0.25 and 0.5 um/px: 2 px apart in each tile, 1 px along both axes."""
+    """Nuclei of 5 um at 0.25 and 0.5 um/px differ by 2 px in each tile, 1 px along both axes."""
     assert kept((0, NEAR, disc(0, 0, radius)), (1, NEAR, disc(shift, 0, radius))) == "a"
 
 
@@ -206,7 +206,7 @@ def test_an_outline_that_crosses_itself():
 
 
 def resolve_slowly(cells):
-    """Drop as the rule reads: all pairs, largest first."""
+    """Drop nuclei by the rule as written: compare all pairs, largest first."""
     shapes = {i: polygon for i, _, polygon in cells}
     size = {
         i: polygon.area * 0.8 ** bool(seam & CANDIDATE) * 0.8 ** bool(seam & CUT)
@@ -257,7 +257,7 @@ def discs(draw, largest):
 
 
 def see(discs_N3, jitter_px=0.0, seed=0):
-    """Return cells [(cell_id, seam, polygon)] as the tiles offer them, and which disc each is."""
+    """Return cells [(cell_id, seam, polygon)] as tiles offer them, and the disc of each."""
     rng = np.random.default_rng(seed)
     slide = shapely.box(0, 0, EDGES[-1], EDGES[-1])
     cells, sources = [], []
@@ -318,7 +318,7 @@ def test_a_nucleus_wider_than_the_overlap_at_a_corner_of_four_tiles(offset):
 
 
 def test_ownership_alone_loses_and_doubles():
-    """What the candidates are for: the same discs, seen with jitter, before and after."""
+    """Candidates save discs that are seen with jitter: compare without and with them."""
     places = itertools.product((100, 200, 300), np.arange(20, 400, 24), (10.0,))
     cells, sources = see(np.array(list(places)), jitter_px=2.0, seed=1)
     owned = [n for c, n in zip(cells, sources, strict=True) if not c[1] & CANDIDATE]

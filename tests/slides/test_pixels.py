@@ -1,4 +1,4 @@
-"""Files that claim what no slide has are refused before memory is asked for."""
+"""Files with impossible sizes are refused before memory is allocated."""
 
 import os
 import struct

@@ -49,13 +49,13 @@ def pyramids(tmp_path_factory, helpers, full):
 
 
 def exactly(image, frame, box):
-    """Return the part of an image read at the slide's own resolution that the box asked for."""
+    """Return the part of an image, read at the slide's resolution, that lies in the box."""
     x, y = box.x0 - int(frame.origin_x0), box.y0 - int(frame.origin_y0)
     return image[y : y + box.h0, x : x + box.w0]
 
 
 def centroid(image, frame, background, box):
-    """Return the level-0 centre of brightness of what stands out within the box and the slide."""
+    """Return the level-0 centre of brightness of the dot within the box and the slide."""
     y, x = np.mgrid[: image.shape[0], : image.shape[1]] + 0.5
     at = frame.to_level0(np.stack([x.ravel(), y.ravel()], axis=1))
     weight = image.astype(float).sum(axis=2).ravel() - sum(background)
@@ -66,7 +66,7 @@ def centroid(image, frame, background, box):
     return (weight[:, None] * at).sum(axis=0) / weight.sum()
 
 
-# Coarser than 2 um/px a dot is smaller than a pixel and tells no place.
+# At more than 2 um/px a dot is smaller than a pixel and has no exact position.
 @pytest.mark.parametrize("read_mpp", [0.25, 0.31, 0.5, 0.687, 1.0, 2.0])
 @pytest.mark.parametrize("name", ["fours", "twos", "fours rounded up", "odd", "one level"])
 def test_dots_land_where_they_are_drawn(pyramids, helpers, name, read_mpp):
@@ -80,7 +80,7 @@ def test_dots_land_where_they_are_drawn(pyramids, helpers, name, read_mpp):
                 box = Box(int(x) - 52 + dx, int(y) - 44 + dy, 103, 91)
                 image, frame = slide.read(box, read_mpp)
                 error = np.abs(centroid(image, frame, helpers.BACKGROUND, box) - (x, y)).max()
-                # A dot seen in px of 2 um and more is itself measured less well.
+                # The position of a dot is less exact in px of 2 um and more.
                 exact = 0.2 if read_mpp < 2 else 0.75
                 assert error < (exact if downsample == 1 else 0.5 * downsample)
                 assert error < 0.75 or downsample > 4 or read_mpp > 2 or name == "odd"
@@ -146,7 +146,7 @@ def test_white_beyond_the_slide_at_every_level(pyramids, helpers, name, read_mpp
     y, x = np.mgrid[: image.shape[0], : image.shape[1]] + 0.5
     at = frame.to_level0(np.stack([x.ravel(), y.ravel()], axis=1))
     pixels = image.reshape(-1, 3)
-    reach = 12  # level-0 px that resampling spreads the border over
+    reach = 12  # level-0 px over which resampling spreads the border
     assert (pixels[(at[:, 0] < -reach) | (at[:, 1] > HEIGHT + reach)] == 255).all()
     inside = (at[:, 0] > reach) & (at[:, 1] < HEIGHT - reach) & (at[:, 0] < 30)
     assert np.abs(pixels[inside].astype(int) - helpers.BACKGROUND).max() <= 1

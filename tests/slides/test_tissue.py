@@ -73,7 +73,7 @@ def test_a_small_image_may_be_all_tissue():
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    # Looked at by eye: a strip of skin, and a core in the middle of glass.
+    # Expected by eye: a strip of skin, and a core in the middle of glass.
     [("cmu-1-small-region.svs", 0.3, 0.98), ("instanseg_tma.tiff", 0.1, 1.0)],
 )
 def test_real_slides(data_dir, name, low, high):

@@ -1,4 +1,4 @@
-"""Spots on tissue, and mistakes that take them off it."""
+"""Check spots on tissue, and the mistakes that move them off it."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ WIDTH0, HEIGHT0 = 6000, 4000
 
 
 def in_tissue(xy0):
-    """Tell what lies in a tissue without symmetry: an ellipse in the upper left, and a tail."""
+    """Return which points lie in a tissue without symmetry: an ellipse with a tail."""
     x, y = np.asarray(xy0, float).T
     ellipse = ((x - 1900) / 1500) ** 2 + ((y - 1200) / 900) ** 2 <= 1
     return ellipse | ((x > 1500) & (x < 5200) & (y > 1300) & (y < 1800))
@@ -44,7 +44,7 @@ def test_sound_spots_have_no_problem():
         (lambda x, y: (WIDTH0 - x, y), "mirrored left to right"),
         (lambda x, y: (x, HEIGHT0 - y), "mirrored top to bottom"),
         (lambda x, y: (WIDTH0 - x, HEIGHT0 - y), "turned by 180 degrees"),
-        # As measured on the image turned by 90 degrees, which is as wide as ours is high.
+        # Positions on the image turned by 90 degrees, which is as wide as ours is high.
         (lambda x, y: (HEIGHT0 - y, x), "turned by 90 degrees anticlockwise"),
         (lambda x, y: (y, WIDTH0 - x), "turned by 90 degrees clockwise"),
         (lambda x, y: (HEIGHT0 - y, WIDTH0 - x), "mirrored along the other diagonal"),

@@ -1,4 +1,4 @@
-"""Spots from AnnData files: where counts may be, what is missing, what contradicts."""
+"""Spots from AnnData files: places of counts, missing parts, contradictions."""
 
 import logging
 from pathlib import Path

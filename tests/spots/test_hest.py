@@ -1,4 +1,4 @@
-"""A folder in the HEST layout: rows of a manifest, and what its files disagree on."""
+"""A folder in the HEST layout: rows of a manifest, and conflicts of its files."""
 
 import json
 

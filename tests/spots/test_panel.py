@@ -39,7 +39,7 @@ def random_spots(num_spots=57, num_genes=40, seed=0) -> Spots:
 
 
 def scanpy_filtered(spots: Spots) -> anndata.AnnData:
-    """The published order of filters, by scanpy."""
+    """Return the counts that scanpy's filters leave in the published order."""
     adata = anndata.AnnData(spots.counts.copy())
     adata.obs_names, adata.var_names = spots.spot_id, spots.genes
     num_spots = adata.n_obs
@@ -120,7 +120,7 @@ def test_panel_targets_use_the_library_of_surviving_genes():
     kept, values = targets.kept, targets.values_KP
     assert spots.spot_id[kept].tolist() == adata.obs_names.tolist()
     np.testing.assert_allclose(values, adata[:, panel].X.toarray(), rtol=2e-6)
-    # A gene too rare to pass is still read, and does not change the others.
+    # A gene too rare to pass is still read, and does not change the values of further genes.
     rare = next(gene for gene in spots.genes if gene not in adata.var_names)
     with_rare = make_targets(spots, [*panel, rare], "here")
     assert with_rare.kept.tolist() == kept.tolist()

@@ -1,4 +1,4 @@
-"""Rules for gene panels: what they mean, what they answer, what they refuse."""
+"""Rules for gene panels: their meaning, their panels, their errors."""
 
 import json
 
@@ -118,7 +118,7 @@ def test_order_of_slides_does_not_matter_and_shorter_panels_begin_longer_ones(se
     panel = choose_genes(rule, sections)
     assert choose_genes(rule, sections[::-1]).genes == panel.genes
     assert len(set(panel.genes)) == panel.info["num_genes"] == len(panel.genes)
-    if not rule.startswith("hvg"):  # whose ranks depend on the number asked for
+    if not rule.startswith("hvg"):  # ranks of hvg depend on the number of genes
         kind = rule.partition(":")[0]
         assert choose_genes(f"{kind}:2", sections).genes == panel.genes[:2]
 

@@ -1,4 +1,4 @@
-"""Moran's I and the graph of neighbours against squidpy's; planted spatial genes."""
+"""Compare Moran's I and the graph of neighbours with squidpy's; find planted genes."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from scellst_ray.spots.spatial import morans_i, neighbour_graph, spatially_varia
 from tests.support.paths import SHARED
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of libraries squidpy imports
+    warnings.simplefilter("ignore")  # libraries that squidpy imports warn
     import squidpy
 
 HER2ST = SHARED / "data" / "st_her2st"

@@ -1,4 +1,4 @@
-"""Variable genes against scanpy's, and against a slow loop."""
+"""Compare variable genes with scanpy's, and with a slow loop."""
 
 import warnings
 from functools import partial
@@ -90,7 +90,7 @@ def test_highly_variable_equals_scanpy_as_it_is_where_nothing_ties(sizes):
 def test_highly_variable_equals_scanpy(sizes, num_genes, num_chosen, dropout):
     slides = [slide_counts(size, num_genes, seed, dropout) for seed, size in enumerate(sizes)]
     columns, table = check_equals_scanpy(slides, num_chosen)
-    # The best first, as scanpy ranks them.
+    # Best genes come first, as scanpy ranks them.
     ranks = table["highly_variable_rank"].to_numpy()[columns]
     assert (np.diff(ranks) >= 0).all()
 

@@ -20,7 +20,7 @@ def _closed(x, y, side=10):
 
 
 def _cell(x, y, **fields):
-    """A cell as CellViT writes it: bbox row first, contour x first and not closed."""
+    """Return a cell as CellViT writes it: bbox row first, contour x first and not closed."""
     return {
         "bbox": [[y, x], [y + 10, x + 10]],
         "centroid": [x + 5.1, y + 4.9],
@@ -185,7 +185,7 @@ def test_closed_contours_and_heights_change_nothing():
 
 
 def _per_class(shapes_by_class):
-    """As CellViT and HEST write: a bare list, one MultiPolygon per class."""
+    """CellViT and HEST write a bare list with one MultiPolygon per class."""
     return [
         _feature(
             {"type": "MultiPolygon", "coordinates": [[ring] for ring in rings]},

@@ -72,7 +72,7 @@ def test_parts_holes_heights_and_gaps(tmp_path, encoding):
 
 
 def test_interleaved_points_are_read(tmp_path):
-    """GeoArrow's other layout, which geopandas makes in memory but does not store."""
+    """GeoArrow has a second layout, which geopandas makes in memory but does not store."""
     series = geopandas.GeoSeries(POLYGONS)
     column = pa.array(series.to_arrow(geometry_encoding="geoarrow", interleaved=True))
     geo = {"primary_column": "g", "columns": {"g": {"encoding": "geoarrow.polygon", "crs": None}}}

@@ -17,7 +17,7 @@ RINGS = st.lists(
 @settings(deadline=None, max_examples=150)
 @given(RINGS)
 def test_any_rings_give_valid_polygons_and_nothing_is_lost_uncounted(rings):
-    """Points on a small grid: touching, crossing and degenerate outlines of every kind."""
+    """Points on a small grid give touching, crossing and degenerate outlines of every kind."""
     document = json.dumps({"cells": [{"contour": ring} for ring in rings]})
     expected = [polygon for ring in rings for polygon in _slow_twin(ring)]
     if rings and not expected:
@@ -35,7 +35,7 @@ def test_any_rings_give_valid_polygons_and_nothing_is_lost_uncounted(rings):
 
 
 def _slow_twin(ring):
-    """One ring at a time: the filled exterior of the largest part of its valid form, if any."""
+    """Return the filled exterior of the largest part of a ring's valid form, or None."""
     if len(ring) < 3 or (ring[0] == ring[-1] and len(ring) < 4):
         return []
     valid = shapely.make_valid(shapely.Polygon(ring))

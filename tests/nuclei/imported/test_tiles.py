@@ -32,7 +32,7 @@ def _discs(centres, radius=8.0):
 
 
 def _written(path, polygons, **columns):
-    """Written by geopandas, the independent writer."""
+    """Return the path of a file that geopandas, an independent writer, wrote."""
     geopandas.GeoDataFrame(columns, geometry=polygons).to_parquet(path)
     return path
 
@@ -256,7 +256,7 @@ def test_another_parquet_file_is_no_sorted_segmentation(tmp_path):
 
 
 def _star(draw, points):
-    """A simple polygon: angles ascending around a centre, any radius."""
+    """Return a simple polygon: ascending angles around a centre, any radius."""
     x, y = draw(st.tuples(st.floats(30, 5e4), st.floats(30, 5e4)))
     turns = np.sort(draw(st.lists(st.integers(0, 999), min_size=3, max_size=points, unique=True)))
     radii = draw(st.lists(st.floats(1, 30), min_size=len(turns), max_size=len(turns)))

@@ -11,7 +11,7 @@ NAMES = ["background", *"abcde"]
 
 
 def crowd(seed, num, side, shortest=8, longest=18):
-    """Ellipses (semi-axes in px) that touch but do not overlap."""
+    """Return labels of ellipses (semi-axes in px) that touch but do not overlap."""
     rng = np.random.default_rng(seed)
     labels = np.zeros((side, side), np.int32)
     while labels.max() < num:

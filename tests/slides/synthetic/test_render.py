@@ -12,7 +12,7 @@ from tests.support.small_tissue import SMALL
 
 
 def _outside(tissue, points_um):
-    """Tell which points lie in no nucleus."""
+    """Return which points lie in no nucleus."""
     polygons = shapely.STRtree(shapely.polygons(tissue.layout.nuclei.outline_um))
     hit = polygons.query(shapely.points(points_um), predicate="intersects")[0]
     return ~np.isin(np.arange(len(points_um)), hit)
