@@ -107,7 +107,7 @@ def test_bags_of_an_earlier_release_have_no_counts(bags, tmp_path):
     uri = str(tmp_path / "old.parquet")
     storage.publish_table(uri, table)
     assert len(load_bags([uri])[0]) == 24
-    with pytest.raises(ValueError, match=r"have no counts, since an earlier release.*or use loss mse"):
+    with pytest.raises(ValueError, match=r"no counts, since an earlier release.*or use loss mse"):
         load_bags([bags[0][1], uri], counts=True)
 
 
