@@ -13,6 +13,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scellst_ray import storage
+from scellst_ray.pipelines.ray_internals import live_nodes
 from scellst_ray.pipelines.session import Cluster
 from scellst_ray.preflight.checks import (
     SHOWN_SLIDES,
@@ -155,11 +156,10 @@ def ask_nodes(asked: NodeRequirements, timeout_s: float) -> list[tuple[Node, Fac
 def working_nodes() -> list[Node]:
     """Return the nodes that are alive and take work: not a head without CPUs."""
     found = []
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
-        resources = node["Resources"]
-        if node["Alive"] and (resources.get("CPU") or resources.get("GPU")):
-            name = f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
-            found.append(Node(node["NodeID"], name, int(resources.get("GPU", 0))))
+    for node in live_nodes():
+        if node.resources.get("CPU") or node.resources.get("GPU"):
+            name = f"{node.address} ({node.node_id[:8]})"
+            found.append(Node(node.node_id, name, int(node.resources.get("GPU", 0))))
     return found
 
 

@@ -33,12 +33,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
-
 from scellst_ray import storage
 from scellst_ray.core.logs import tile_fields
 from scellst_ray.core.memory_limit import limit_memory
 from scellst_ray.core.watchdog import Watchdog
+from scellst_ray.pipelines.ray_internals import live_nodes, place_of_actor
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.gpu_watch import GpuWatch
 from scellst_ray.stages.rows import AttemptedRow, Outcome
@@ -312,16 +311,13 @@ def attempts_of_actor(
         timeout_s: Seconds a tile may take; None: for ever.
         on_gpu: Whether the actor has a GPU.
     """
-    context = ray.get_runtime_context()
+    place = place_of_actor()
     if not on_gpu:
-        resources = context.get_assigned_resources()  # type: ignore[no-untyped-call]
-        limit_memory(resources.get("memory"))
-    uri = storage.join(folder, f"{context.get_actor_id()}.json")
-    node_id = context.get_node_id()
-    return Attempts(uri, max_attempts, timeout_s, node_id, _is_lost, on_gpu=on_gpu)
+        limit_memory(place.memory)
+    uri = storage.join(folder, f"{place.actor_id}.json")
+    return Attempts(uri, max_attempts, timeout_s, place.node_id, _is_lost, on_gpu=on_gpu)
 
 
 def _is_lost(node_id: str) -> bool:
     """Tell whether Ray counts a node as gone."""
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    return all(node["NodeID"] != node_id for node in nodes if node["Alive"])
+    return all(node.node_id != node_id for node in live_nodes())

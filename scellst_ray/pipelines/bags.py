@@ -5,8 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 
+from scellst_ray.pipelines.ray_internals import hide_progress_bars
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.bags import RESULT, make_bags
 from scellst_ray.stages.supervision import DEFAULT_RULES, Rules, TrainingSlide
@@ -49,7 +50,7 @@ def build_bags(
             such slides are listed at once. No head is trained on the others alone: who wants that
             leaves those slides out.
     """
-    DataContext.get_current().enable_progress_bars = False
+    hide_progress_bars()
     by_id = {slide.row.slide_id: slide for slide in slides}
     names = [pa.table({"slide_id": [slide.row.slide_id]}) for slide in slides]
     results = ray.data.from_arrow(names).map_batches(

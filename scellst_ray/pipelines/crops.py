@@ -18,12 +18,13 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.logs import log_fields
 from scellst_ray.pipelines import attempts
+from scellst_ray.pipelines.ray_internals import configure_slide_pass
 from scellst_ray.pipelines.receipts import Resources
 from scellst_ray.pipelines.session import Cluster
 from scellst_ray.runs.crop_files import (
@@ -116,10 +117,7 @@ def make_crops(
     index = _index(run)
     if index is not None and index["set"] != crops.set_id:
         logger.warning("%s: its cells are others now; all crops are made anew", run.uri)
-    DataContext.get_current().enable_progress_bars = False
-    DataContext.get_current().execution_options.preserve_order = False
-    # A large slide takes its time: silence is not a fault.
-    DataContext.get_current().execution_no_progress_timeout_s = -1
+    configure_slide_pass()
     rows: list[CropSlide] = [
         _crop_slide(slide, cells[slide.slide_id]) for slide in slides if slide.slide_id in cells
     ]

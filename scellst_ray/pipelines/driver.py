@@ -27,6 +27,7 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.logs import log_fields
 from scellst_ray.pipelines.finishing import CompleteSlide, RemoteFinisher
+from scellst_ray.pipelines.ray_internals import total_resources
 from scellst_ray.pipelines.shard_uses import ShardUses
 from scellst_ray.runs.compaction import unfinished_record
 from scellst_ray.runs.folder import FINISHED, RunFolder, last_of_each_tile, split_by_slide
@@ -227,7 +228,7 @@ class Driver:
 
     def _tend_until(self, ended: threading.Event) -> None:
         """Log receipts and have slides finished, until there is no more to come."""
-        at_first = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        at_first = total_resources()
         while not ended.wait(TEND_EVERY_S):
             now = time.monotonic()
             if now - self.heard_at > SILENT_S:
@@ -256,7 +257,7 @@ class Driver:
         """Start tasks that finish slides, a few at a time."""
         if not self.waiting:
             return
-        cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
+        cpus = total_resources().get("CPU", 1)
         most = max(2, int(cpus) // 4)
         while self.waiting and len(self.finishing) < most:
             share = math.ceil(len(self.waiting) / (most - len(self.finishing)))
@@ -320,7 +321,7 @@ class Driver:
 
 def _say_silent(at_first: Mapping[str, float]) -> None:
     """Say that nothing comes in, and what there is of the cluster that the run began with."""
-    now = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    now = total_resources()
     kinds = [kind for kind in ("GPU", "CPU") if kind in at_first]
     left = ", ".join(f"{now.get(k, 0):g} of {at_first[k]:g} {k}s" for k in kinds)
     logger.warning(

@@ -11,13 +11,10 @@ from ray.data import ActorPoolStrategy
 from scellst_ray.core.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.packing import PADDING, stamp_queued
+from scellst_ray.pipelines.ray_internals import padding_bytes
 from scellst_ray.stages.rows import AttemptedSlide, PendingSlide, TileRow
 from scellst_ray.stages.tiles import PLANNED, CellsSpec
 
-# Ray Data cuts blocks by bytes, and takes work to where a block lies only if that is the object
-# store, not if it is so small that it travels with the message (100 KiB). So blocks of tiles are
-# padded: each is what one task takes, and stays where its slides were planned, and are cached.
-LEAST_BLOCK_BYTES, TILE_BYTES = 100 * 2**10, 256
 SLIDES_PER_PLAN, TASKS_PER_PLANNER = 64, 8
 SLIDES = pa.schema(
     [
@@ -28,11 +25,6 @@ SLIDES = pa.schema(
     ]
 )
 Plan = Callable[[PendingSlide, CellsSpec], list[TileRow]]
-
-
-def block_bytes(tiles_per_task: int) -> int:
-    """Return the bytes at which Ray Data shall cut blocks, so that a task's tiles are one."""
-    return max(LEAST_BLOCK_BYTES, TILE_BYTES * tiles_per_task)
 
 
 def plan_dataset(
@@ -122,7 +114,6 @@ class PlanTiles:
 
     def _padded(self, rows: list[TileRow]) -> pa.Table:
         tiles = pa.Table.from_pylist(stamp_queued(rows), schema=PLANNED)
-        # More than where blocks are cut, and less than half of it more, which is cut again.
-        num_bytes = block_bytes(self.tiles_per_task) * 6 // 5 - tiles.nbytes
-        padding = [bytes(max(0, num_bytes)), *[b""] * (len(tiles) - 1)]
+        num_bytes = padding_bytes(self.tiles_per_task, tiles.nbytes)
+        padding = [bytes(num_bytes), *[b""] * (len(tiles) - 1)]
         return tiles.append_column(PADDING, pa.array(padding, pa.binary()))

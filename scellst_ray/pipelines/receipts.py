@@ -8,21 +8,21 @@ actor's process is kept to the tile it happened on: see pipelines/attempts.py.
 """
 
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 
 from scellst_ray.core.logs import log_to_stderr
 from scellst_ray.models.device import uses_cluster_gpus
 from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.metrics import WorkerMetrics
 from scellst_ray.pipelines.packing import add_waiting_time, pack, stamp_queued, unpack
-from scellst_ray.pipelines.planned_tiles import Plan, block_bytes, plan_dataset
+from scellst_ray.pipelines.planned_tiles import Plan, plan_dataset
+from scellst_ray.pipelines.ray_internals import configure_tile_pass, select_other_nodes
 from scellst_ray.pipelines.session import Cluster
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.config import num_planners, tiles_of_task
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 # A task stays with its actor, so actors of a lost node must find room: of the second group beside
 # others, at once; of the first when others have no more to do, which they give up their places for.
 GPU_SHARES = {1: (1.0,), 2: (0.6, 0.2)}
-PLANNED_AHEAD = 8
 
 
 class MakeStage(Protocol):
@@ -84,8 +83,7 @@ class Resources:
     @property
     def elsewhere(self) -> dict[str, str] | None:
         """Ray's label selector for all other nodes."""
-        nodes = ",".join(self.without_nodes)
-        return {"ray.io/node-id": f"!in({nodes})"} if nodes else None
+        return select_other_nodes(self.without_nodes)
 
 
 def receipts_dataset(
@@ -108,7 +106,7 @@ def receipts_dataset(
     """
     gpus = uses_cluster_gpus(resources.gpus, cluster.num_gpus)
     per_task = tiles_of_task(resources.tiles_per_task, gpus=gpus)
-    _set_context(per_task)
+    configure_tile_pass(per_task)
     session = attempts.new_session(run)
     how = {"spec": spec, "session": session, "limits": resources.limits}
     planners = num_planners(cluster.num_cpus, len(cluster.node_memory))
@@ -190,28 +188,6 @@ def _place(
     first = max(1, min(num_gpus, most // len(beside)))
     pool = ActorPoolStrategy(min_size=1, max_size=max(1, most), initial_size=first)
     return _Place(pool, share, 0)
-
-
-def _set_context(tiles_per_task: int) -> None:
-    """Set what Ray Data takes from its context and not from arguments."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.target_max_block_size = block_bytes(tiles_per_task)
-    # It would look at all of a worker's memory before and after each task, and say nothing.
-    context.memory_usage_poll_interval_s = None
-    context.execution_options.preserve_order = False
-    # Tasks come to readers and finders in bursts: a pool that shrinks at half its use, as is Ray's
-    # habit, ends and starts a process for every other one.
-    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.1
-    # A planner waits while this many of its task's blocks have not been fetched; they are ten times
-    # a second. Other stages give one block a task.
-    context._max_num_blocks_in_streaming_gen_buffer = PLANNED_AHEAD  # noqa: SLF001
-    # A block of dense tiles can take half an hour on a slow CPU: silence is not a fault.
-    context.execution_no_progress_timeout_s = -1
-    # A worker that cannot start may have met a fault that passes; one that never can fails the run.
-    context.max_consecutive_actor_init_deaths = 2
-    # Said of every slide smaller than the pool.
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
 
 
 class Stages:

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 import ray
 
-from scellst_ray.core.signals import catch_sigterm, clean_exit_on_sigterm
+from scellst_ray.core.signals import clean_exit_on_sigterm
+from scellst_ray.pipelines.ray_internals import (
+    hide_ray_data_logs,
+    live_nodes,
+    restore_sigterm_handler,
+    total_resources,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,7 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
         dashboard: Whether a local cluster has a dashboard, on loopback (Ray Train logs errors
             without one).
     """
-    # Below errors Ray Data tells of its progress bars and operators; ours is shown instead.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    hide_ray_data_logs()
     joined = ray.is_initialized()
     address = os.environ.get("RAY_ADDRESS", "")
     if not joined and address.startswith("http"):
@@ -59,8 +64,7 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
     with clean_exit_on_sigterm():
         if not joined:
             _init(address, num_cpus, dashboard=dashboard)
-        # Ray's own handler aborts the process three seconds after SIGTERM.
-        catch_sigterm()
+        restore_sigterm_handler()
         try:
             yield _cluster(may_grow=bool(address))
         finally:
@@ -84,9 +88,8 @@ def _init(address: str, num_cpus: int | None, *, dashboard: bool) -> None:
 
 
 def _cluster(*, may_grow: bool) -> Cluster:
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    resources = total_resources()
+    alive = [node.resources for node in live_nodes()]
     return Cluster(
         int(resources.get("CPU", 1)),
         int(resources.get("GPU", 0)),

@@ -1,0 +1,182 @@
+"""All that rests on how Ray works inside, or on what its documentation does not promise.
+
+Each function names its assumption. tests/pipelines/test_ray_internals.py tests every assumption,
+and pyproject.toml bounds the version of Ray: raise that bound only with these tests green.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import ray
+from ray.data import DataContext
+
+from scellst_ray.core.signals import catch_sigterm
+
+# Results up to this size travel with a message and lie in no object store.
+INLINE_BYTES = 100 * 2**10
+# Bytes that the row of a tile takes in a block, at least.
+TILE_BYTES = 256
+# Blocks that a planning task may have ready before anybody fetches them.
+PLANNED_AHEAD = 8
+NODE_LABEL = "ray.io/node-id"
+POOL_WARNING = "The minimum number of concurrent actors"
+
+
+class LiveNode(NamedTuple):
+    """A node that is alive.
+
+    Attributes:
+        node_id: Ray's id of the node.
+        address: Its IP address.
+        resources: What Ray hands out there: CPU, GPU, and memory in bytes.
+    """
+
+    node_id: str
+    address: str
+    resources: dict[str, float]
+
+
+def live_nodes() -> list[LiveNode]:
+    """Return the nodes that are alive.
+
+    Assumption: `ray.nodes()` has the keys Alive, NodeID, NodeManagerAddress and Resources.
+    """
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [
+        LiveNode(node["NodeID"], node["NodeManagerAddress"], node["Resources"])
+        for node in nodes
+        if node["Alive"]
+    ]
+
+
+def total_resources() -> dict[str, float]:
+    """Return the resources of all nodes together.
+
+    Assumption: `ray.cluster_resources()` has the keys CPU and GPU, and lacks those of count 0.
+    """
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+def select_other_nodes(node_ids: Sequence[str]) -> dict[str, str] | None:
+    """Return the label selector of all nodes but these; None if all may be used.
+
+    Assumption: Ray labels every node with `ray.io/node-id`, and a selector may say `!in(a,b)`.
+    """
+    return {NODE_LABEL: f"!in({','.join(node_ids)})"} if node_ids else None
+
+
+class ActorPlace(NamedTuple):
+    """Which actor a process runs.
+
+    Attributes:
+        actor_id: Ray's id of the actor.
+        node_id: Ray's id of its node.
+        memory: Bytes that the actor declares; None if it declares none.
+    """
+
+    actor_id: str
+    node_id: str
+    memory: float | None
+
+
+def place_of_actor() -> ActorPlace:
+    """Return which actor this process runs.
+
+    Assumption: an actor that Ray restarts keeps its id, so its processes share a note. Its assigned
+    resources hold the declared memory.
+    """
+    context = ray.get_runtime_context()
+    resources = context.get_assigned_resources()  # type: ignore[no-untyped-call]
+    return ActorPlace(
+        str(context.get_actor_id()), context.get_node_id(), resources.get("memory", None)
+    )
+
+
+def restore_sigterm_handler() -> None:
+    """Set our handler of SIGTERM again, after Ray has been initialised.
+
+    Assumption: `ray.init` replaces the handler by its own, which ends the process three seconds
+    after SIGTERM, whether or not the clean-up is done.
+    """
+    catch_sigterm()
+
+
+def hide_ray_data_logs() -> None:
+    """Show nothing of Ray Data below errors: the commands show their own progress.
+
+    Assumption: all its log lines, those of progress bars included, come from logger `ray.data`.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def block_bytes(tiles_per_task: int) -> int:
+    """Return the bytes at which Ray Data shall cut blocks, so that a task's tiles are one block.
+
+    Work on a planned block must run where its slides were planned, since they are cached there.
+
+    Assumption: Ray Data cuts blocks by bytes alone. It sends work to the node of a block only if
+    the block lies in the object store, so beyond 100 KiB.
+    """
+    return max(INLINE_BYTES, TILE_BYTES * tiles_per_task)
+
+
+def padding_bytes(tiles_per_task: int, num_bytes: int) -> int:
+    """Return how many bytes a block of planned tiles needs to be one block.
+
+    Assumption: a block ends once it is larger than `block_bytes`. One that is more than half larger
+    is cut again.
+
+    Args:
+        tiles_per_task: Tiles a task takes at a time.
+        num_bytes: Bytes of the block without padding.
+    """
+    return max(0, block_bytes(tiles_per_task) * 6 // 5 - num_bytes)
+
+
+def hide_progress_bars() -> None:
+    """Show no progress bars of Ray Data.
+
+    Assumption: DataContext.enable_progress_bars decides it.
+    """
+    DataContext.get_current().enable_progress_bars = False
+
+
+def configure_slide_pass() -> None:
+    """Set Ray Data's context for a pass with one row a slide.
+
+    Assumption: these attributes of DataContext have the meaning that is written next to each.
+    """
+    hide_progress_bars()
+    context = DataContext.get_current()
+    # Blocks may come in any order.
+    context.execution_options.preserve_order = False
+    # Seconds without a finished block after which a run fails; -1: never. A large slide, or a block
+    # of dense tiles on a slow CPU, can take half an hour.
+    context.execution_no_progress_timeout_s = -1
+
+
+def configure_tile_pass(tiles_per_task: int) -> None:
+    """Set Ray Data's context for the pass over the tiles.
+
+    Assumption: these attributes of DataContext have the meaning that is written next to each.
+    """
+    configure_slide_pass()
+    context = DataContext.get_current()
+    # Bytes at which blocks are cut.
+    context.target_max_block_size = block_bytes(tiles_per_task)
+    # Seconds between looks at a worker's memory; None: never. A look before and after each task
+    # takes longer than a small tile, and nothing uses the result.
+    context.memory_usage_poll_interval_s = None
+    # Share of busy actors below which a pool shrinks, by default 0.5. Tasks come to readers and
+    # finders in bursts: by default every other task would end and start a process.
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.1
+    # Blocks of a task that wait to be fetched before the task is paused. Blocks are fetched ten
+    # times a second. Only planners have more than one block a task.
+    context._max_num_blocks_in_streaming_gen_buffer = PLANNED_AHEAD  # noqa: SLF001
+    # Workers in a row that may die while they start, before the run fails. The fault may pass once.
+    context.max_consecutive_actor_init_deaths = 2
+    # Ray Data warns of every cohort with fewer tasks than actors.
+    warnings.filterwarnings("ignore", message=POOL_WARNING)
