@@ -1,6 +1,7 @@
-"""Asking every node of a cluster, before work starts, whether it has what the run needs.
+"""Asks every node of a cluster, before work starts, whether it has what the run needs.
 
-One tiny task a node, without a CPU slot; a node that does not answer is told of and not waited for.
+Each node answers in one small task without a CPU slot. A node that does not answer in time is
+reported, and the run starts without its answer.
 """
 
 import logging
@@ -32,14 +33,20 @@ from scellst_ray.preflight.nodes import (
 )
 from scellst_ray.slides.manifest import SlideRow
 
-# Starting a process, and fetching weights from object storage.
+# Seconds for an answer: a node starts a process and may fetch weights from object storage.
 ANSWER_S = 300.0
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster: its id and name, and the GPUs Ray counts there."""
+    """A node of the cluster.
+
+    Attributes:
+        node_id: Ray's id of the node.
+        name: Its address and the start of its id, for messages.
+        num_gpus: Number of GPUs that Ray counts on it.
+    """
 
     node_id: str
     name: str
@@ -53,7 +60,7 @@ def asked_for(
 
     Args:
         out: The run's folder.
-        weights: As given, and what identifies them: those that are files, by their digest.
+        weights: Pairs of a setting and the digest found for it. Only files are asked for.
         gpus: Whether networks run on GPUs.
     """
     files = tuple((w, d) for w, d in weights if w and d and d.startswith("sha256:"))
@@ -68,22 +75,21 @@ def check_before_run(
     imported: bool = False,
     timeout_s: float = ANSWER_S,
 ) -> tuple[str, ...]:
-    """Stop a run that cannot succeed, and tell of what will go wrong in one that can.
-
-    Returns:
-        Ids of the nodes to leave out: those whose disk has no room for the largest slide, where
-        others have.
+    """Stop a run that cannot succeed; otherwise warn of slides and nodes with problems.
 
     Args:
-        asked: What nodes must offer; its probe and slides are filled in here.
-        cluster: What there is.
-        slides: Those still to do.
-        imported: Whether each needs the file of its segmentation.
+        asked: What nodes must offer; this function adds a probe and slides.
+        cluster: The resources of the cluster.
+        slides: Slides that still need work.
+        imported: Whether each slide needs a file of imported nuclei.
         timeout_s: Seconds a node may take to answer.
 
+    Returns:
+        Ids of nodes to leave out: their disk has no room for the largest slide, and that of another
+        node has.
+
     Raises:
-        ValueError: something is wrong with the run as a whole; the message lists everything, a
-            line each.
+        ValueError: the run as a whole has problems; the message lists each on a line.
     """
     found = find_slides(slides, imported=imported)
     of_nodes = node_problems(asked, cluster, found, timeout_s)
@@ -97,12 +103,10 @@ def check_before_run(
 def node_problems(
     asked: NodeRequirements, cluster: Cluster, found: FoundSlides, timeout_s: float = ANSWER_S
 ) -> list[Problem]:
-    """Return what is wrong with the cluster and its nodes."""
+    """Return the problems of the cluster and of its nodes."""
     problems = []
     if asked.gpus and not cluster.num_gpus:
-        text = (
-            "gpus are asked for, and the cluster has none; add nodes with GPUs or say gpus: false"
-        )
+        text = "gpus is true, and the cluster has none; add nodes with GPUs, or set gpus to false"
         problems.append(Problem(text, stops=not cluster.may_grow))
     if asked.out is not None:
         try:
@@ -125,18 +129,18 @@ def node_problems(
         else:
             gpus = node.num_gpus if asked.gpus else 0
             largest = found.largest_remote
-            told = problems_of_node(node.name, answer, versions(), span, gpus, largest)
+            of_node = problems_of_node(node.name, answer, versions(), span, gpus, largest)
             if answer.get("cache_free", largest) < largest:
-                told = [replace(p, node_id=None if p.stops else node.node_id) for p in told]
-            problems += told
+                of_node = [replace(p, node_id=None if p.stops else node.node_id) for p in of_node]
+            problems += of_node
     return problems
 
 
 def ask_nodes(asked: NodeRequirements, timeout_s: float) -> list[tuple[Node, Facts | str]]:
-    """Return what each node that can work says, or why it says nothing."""
+    """Return the answer of each node that takes work, or why it gave none."""
     nodes = working_nodes()
     if len(nodes) == 1 and _is_here(nodes[0]):
-        # Only the node of this process, which has read the weights already.
+        # The only node is that of this process, which has read the weights already.
         return [(nodes[0], node_facts(replace(asked, weights=())))]
     refs = {_sent(asked, node): node for node in nodes}
     ready, late = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
@@ -154,13 +158,13 @@ def ask_nodes(asked: NodeRequirements, timeout_s: float) -> list[tuple[Node, Fac
 
 
 def working_nodes() -> list[Node]:
-    """Return the nodes that are alive and take work: not a head without CPUs."""
-    found = []
+    """Return the nodes that are alive and take work, so no head without CPUs."""
+    nodes = []
     for node in live_nodes():
         if node.resources.get("CPU") or node.resources.get("GPU"):
             name = f"{node.address} ({node.node_id[:8]})"
-            found.append(Node(node.node_id, name, int(node.resources.get("GPU", 0))))
-    return found
+            nodes.append(Node(node.node_id, name, int(node.resources.get("GPU", 0))))
+    return nodes
 
 
 def _is_here(node: Node) -> bool:

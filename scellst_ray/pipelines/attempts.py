@@ -1,26 +1,26 @@
-"""Which tiles end the process that works on them, and how often.
+"""Counts the attempts at tiles that end the worker's process, and gives such tiles up.
 
-A segmentation fault inside a decoder, the kernel's out-of-memory killer and a read that never
-returns cannot be caught. They end the worker's process; Ray starts the worker anew, under the same
-id, and hands it the same batch, for ever. So a worker keeps a note outside its process, and its
-successor reads there what it died of:
+A segmentation fault in a decoder, the kernel's out-of-memory killer and a read that never returns
+cannot be caught. They end the worker's process. Ray starts the worker again under the same id and
+gives it the same batch, forever. So a worker keeps a note outside its process, and its successor
+reads it:
 
-1. Before a batch a worker writes `attempts/<session>/<worker>.json`: which tiles it begins. That is
-   one small write a batch, over the batch's before. The driver removes all in the end.
-2. A worker reads its note when it starts. Tiles found there as begun had an attempt that ended with
-   the process. If its host is gone too, that says little of the tiles: four such ends count as one.
-3. A batch with such a tile is taken one tile at a time, with a note for each tile and stage: the
-   neighbours in the batch are tried alone and cleared, and it is known which stage it was.
+1. Before each batch the worker writes the tiles it begins to `attempts/<session>/<worker>.json`,
+   over the note of the batch before. The driver removes all notes at the end.
+2. A worker reads its note when it starts. Each tile noted there had an attempt that ended with the
+   process. If the host is lost, too, the tile is rarely the cause: four such ends count as one.
+3. A batch with such a tile is taken one tile at a time, with a note for each tile and stage. So the
+   other tiles of the batch are cleared, and the stage at fault is known.
 4. A tile that ended `max_attempts` processes, the last of them alone, is not tried again: its row
-   gets an error, `ProcessDied`. After three such tiles of one slide, or `max_attempts` if that is
-   more, the worker leaves the slide's other tiles too: a rotten slide would keep it for days.
-5. A batch that takes longer than `timeout_s` for each of its tiles ends its own process: no thread
-   can interrupt a call into C. The note then says so, and the attempt counts like any other.
-6. Slides that fail one after another on one GPU are its fault: see stages/gpu_watch.py.
-7. A session is one pipeline of one driver: a driver that takes up a run begins with fresh counts.
+   gets the error `ProcessDied`. After three such tiles of a slide, or `max_attempts` if that is
+   more, the worker gives up the slide's other tiles, too: the slide would cost days.
+5. A batch that takes longer than `timeout_s` for each of its tiles ends its own process, since no
+   thread can interrupt a call into C. The note says so, and the attempt counts like any other.
+6. Slides that fail one after another on one GPU are the GPU's fault: see stages/gpu_watch.py.
+7. A session is one pipeline of one driver. A driver that continues a run starts with new counts.
 
-Planning a slide is guarded in the same way, as the slide's tile -1. What succeeds at a later
-attempt is what would have come of the first.
+Planning a slide is guarded in the same way, as the slide's tile -1. A later attempt gives the same
+results as the first.
 """
 
 import json
@@ -54,12 +54,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """How often and how long workers try; nothing here changes what succeeds.
+    """How often and how long workers try. Results of tiles that succeed do not depend on it.
 
     Attributes:
-        max_attempts: Processes a tile, or the planning of a slide, may end.
-        tile_timeout_s: Seconds a tile may take; None: for ever.
-        plan_timeout_s: Seconds planning a slide may take; None: for ever.
+        max_attempts: Number of processes that a tile, or the planning of a slide, may end.
+        tile_timeout_s: Seconds a tile may take; None: no limit.
+        plan_timeout_s: Seconds the planning of a slide may take; None: no limit.
     """
 
     max_attempts: int = 3
@@ -72,11 +72,11 @@ class Ended:
     """The attempts at one tile that ended with the process.
 
     Attributes:
-        num_processes: How many.
-        num_hosts: How many more ended with their host.
-        alone: Whether the last one was at this tile alone.
-        stage: Where that one was, if known.
-        reason: Why it ended, if known.
+        num_processes: Number of attempts whose process ended, and whose host did not.
+        num_hosts: Number of attempts that ended with their host.
+        alone: Whether the last attempt was at this tile alone.
+        stage: Stage at which the last attempt ended; None if unknown.
+        reason: Reason for which the last attempt ended; None if unknown.
     """
 
     num_processes: int = 0
@@ -86,12 +86,12 @@ class Ended:
     reason: str | None = None
 
     def attempts(self) -> int:
-        """Return how many attempts this counts as."""
+        """Return the number of attempts that count against the tile."""
         return self.num_processes + self.num_hosts // HOSTS_PER_ATTEMPT
 
 
 class Attempts:
-    """What one worker knows of its own attempts and of those of its dead predecessors."""
+    """The attempts of one worker, and of the earlier processes of the same worker."""
 
     def __init__(
         self,
@@ -103,14 +103,14 @@ class Attempts:
         *,
         on_gpu: bool = False,
     ) -> None:
-        """Take up what the predecessors left.
+        """Read the note of the worker's earlier process.
 
         Args:
-            uri: The worker's note; the same for its successors, and no other worker's.
+            uri: File of the worker's note: the same for all its processes, and no other worker's.
             max_attempts: As in `Limits`.
-            timeout_s: Seconds a tile may take; None: for ever.
-            host: Where this process runs.
-            is_lost: Tells whether a host is gone.
+            timeout_s: Seconds a tile may take; None: no limit.
+            host: Host on which this process runs.
+            is_lost: Tells whether a host is lost.
             on_gpu: Whether this worker has a GPU.
         """
         self.gpu = GpuWatch(on_gpu=on_gpu)
@@ -133,17 +133,17 @@ class Attempts:
         self.gpu.failed_slides = note.get("failed_slides", [])
         if note.get("begun"):
             self._count(note, on_lost_host=is_lost(note["host"]))
-            # Written down at once: this process, too, may end before its first batch.
+            # Written at once: this process, too, may end before its first batch.
             self._write()
 
     def run_guarded(self, rows: list[Row], work: Work[Row, Done]) -> list[Done]:
-        """Do `work` on rows, all at once, or one at a time where one of them is suspected.
+        """Do `work` on rows: all at once, or one at a time if a tile among them ended a process.
 
-        Rows of tiles that have ended too many processes get an error; `work` sees them too.
+        A tile that ended too many processes gets an error in its row. `work` gets that row, too.
 
         Args:
-            rows: Of tiles; those with an error or without a tile are nobody's fault.
-            work: Takes rows, and a function to call with the name of each stage it begins.
+            rows: Tiles. Rows with an error, and slides without tiles, are never counted.
+            work: Takes rows, and a function to call with the name of each stage that begins.
         """
         if not self.ended:
             return [self._attempt(rows, work)]
@@ -153,7 +153,7 @@ class Attempts:
         self.gpu.look([row for row in live if row.get("error") is not None])
         if not any(_is_live(row) and _key(row) in self.ended for row in rows):
             return [self._attempt(rows, work)]
-        # In the order of the rows: Ray takes what a retried batch gives by its place.
+        # In the order of the rows: Ray identifies the results of a repeated batch by their order.
         return [self._attempt([row], work) for row in rows]
 
     def _attempt(self, rows: list[Row], work: Work[Row, Done]) -> Done:
@@ -180,14 +180,14 @@ class Attempts:
         self._write()
 
     def _expired(self, seconds: float) -> None:
-        """Note why the process is about to end."""
+        """Note the reason for which the process is about to end."""
         self.reason = f"took longer than {seconds:g} s"
-        told = (_named(self.begun), self.reason, self.stage or "unknown")
-        logger.error("%s: %s in stage %s", *told, extra=tile_fields(self.begun, self.stage))
+        log_args = (_named(self.begun), self.reason, self.stage or "unknown")
+        logger.error("%s: %s in stage %s", *log_args, extra=tile_fields(self.begun, self.stage))
         self._write()
 
     def _count(self, note: dict[str, Any], *, on_lost_host: bool) -> None:
-        """Count the attempt that a predecessor's note tells of as ended."""
+        """Count the attempt in the note of the worker's earlier process, which has ended."""
         keys = [(slide_id, tile_id) for slide_id, tile_id in note["begun"]]
         for key in keys:
             ended = self.ended.setdefault(key, Ended())
@@ -197,9 +197,9 @@ class Attempts:
             ended.stage, ended.reason = note["stage"], note["reason"]
         what = "was lost with its host" if on_lost_host else "ended"
         why = note["reason"] or "no reason known"
-        told = (_named(keys), what, why)
+        log_args = (_named(keys), what, why)
         extra = tile_fields(keys, note["stage"])
-        logger.warning("%s: the worker's process %s meanwhile: %s", *told, extra=extra)
+        logger.warning("%s: the worker's process %s: %s", *log_args, extra=extra)
 
     def _is_given_up(self, ended: Ended) -> bool:
         return ended.alone and ended.attempts() >= self.max_attempts
@@ -208,15 +208,17 @@ class Attempts:
         """Turn a row into an error if its tile, or too much of its slide, ended processes."""
         slide_id = row["slide_id"]
         ended = self.ended.get(_key(row), Ended())
-        others = [e for (s, _), e in self.ended.items() if s == slide_id and self._is_given_up(e)]
+        given_up = [e for (s, _), e in self.ended.items() if s == slide_id and self._is_given_up(e)]
         if self._is_given_up(ended):
             num = ended.num_processes + ended.num_hosts
             why = f", the last in stage {ended.stage}" if ended.stage else ""
             why += f": it {ended.reason}" if ended.reason else ""
-            told = f"{num} attempts ended with the worker's process{why}"
-        elif len(others) >= max(self.max_attempts, TILES_OF_ROTTEN_SLIDE):
-            ended = others[-1]
-            told = f"not tried, after {len(others)} tiles of this slide ended the worker's process"
+            cause = f"{num} attempts ended with the worker's process{why}"
+        elif len(given_up) >= max(self.max_attempts, TILES_OF_ROTTEN_SLIDE):
+            ended = given_up[-1]
+            cause = (
+                f"not tried, after {len(given_up)} tiles of this slide ended the worker's process"
+            )
         else:
             return
         remedy = (
@@ -226,11 +228,11 @@ class Attempts:
         row |= {
             "stage": ended.stage,
             "error_type": "ProcessDied",
-            "error": f"{_named([_key(row)])}: {told}; {remedy}",
+            "error": f"{_named([_key(row)])}: {cause}; {remedy}",
         }
 
     def _write(self) -> None:
-        """Write the note; a worker goes on without one rather than fail."""
+        """Write the note. If that fails, the worker continues without one."""
         note = {
             "host": self.host,
             "begun": self.begun,
@@ -241,7 +243,7 @@ class Attempts:
         }
         outcome = Outcome()
         with self._writing, guarded(outcome, "note"):
-            # Blanks over what an earlier note had more: JSON does not mind them.
+            # Blanks overwrite the end of a longer earlier note; JSON ignores them.
             content = json.dumps(note).encode().ljust(self._written)
             _overwrite(self.uri, content)
             self._written = len(content)
@@ -257,7 +259,7 @@ def _key(row: AttemptedRow) -> Key:
 
 
 def _named(keys: list[Key]) -> str:
-    """Return slides and tiles as messages name them."""
+    """Return the names of slides and tiles for a message."""
     return ", ".join(f"slide {s!r}" + (f" tile {t}" if t >= 0 else "") for s, t in keys)
 
 
@@ -267,10 +269,10 @@ def _warn(outcome: Outcome, what: str) -> None:
 
 
 def _overwrite(uri: str, content: bytes) -> None:
-    """Write over a small file of this process's own, at least as long as before.
+    """Overwrite a small file of this process with content that is at least as long as before.
 
-    Nothing waits for the disk: what a lost host knew does not matter here. A new file in its place
-    would, on file systems that keep whole what they rename.
+    Nothing waits for the disk, since the note of a lost host is not needed. To rename a new file
+    into place would wait, on file systems that write a file before they rename it.
     """
     fs, path = storage.resolve(uri)
     if not storage.is_local(uri):
@@ -289,26 +291,26 @@ def _overwrite(uri: str, content: bytes) -> None:
 
 
 def new_session(run: RunFolder) -> str:
-    """Return a folder for the notes of one pipeline's workers."""
+    """Return a new folder for the notes of one pipeline's workers."""
     return storage.join(run.attempts_uri, uuid.uuid4().hex[:12])
 
 
 def forget_attempts(run: RunFolder) -> None:
-    """Remove the notes of all sessions: of those that are over, nothing is wanted."""
+    """Remove the notes of all sessions. Nobody reads the notes of a session that has ended."""
     storage.remove_tree(run.attempts_uri)
 
 
 def attempts_of_actor(
     folder: str, max_attempts: int, timeout_s: float | None, *, on_gpu: bool = False
 ) -> Attempts:
-    """Return the attempts of the Ray actor this is called in, its earlier processes' included.
+    """Return the attempts of the calling Ray actor, those of its earlier processes included.
 
-    From now on its process is refused memory far beyond what it declared to Ray.
+    From now on the process cannot allocate much more memory than the actor declared to Ray.
 
     Args:
-        folder: The session's.
+        folder: Folder of the session.
         max_attempts: As in `Limits`.
-        timeout_s: Seconds a tile may take; None: for ever.
+        timeout_s: Seconds a tile may take; None: no limit.
         on_gpu: Whether the actor has a GPU.
     """
     place = place_of_actor()
@@ -319,5 +321,5 @@ def attempts_of_actor(
 
 
 def _is_lost(node_id: str) -> bool:
-    """Tell whether Ray counts a node as gone."""
+    """Tell whether Ray counts a node as dead."""
     return all(node.node_id != node_id for node in live_nodes())

@@ -1,4 +1,4 @@
-"""BAGS: spots with their cells' embeddings and their target expression, one file per slide."""
+"""BAGS: the embeddings of a spot's cells, and its target expression. One file holds one slide."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,7 +30,7 @@ class _Bags:
                 result = make_bags(self.slides[slide_id], *self.how)
             except ValueError as error:
                 result = {"slide_id": slide_id, "error": str(error)}
-            except OSError as error:  # some say no more than the path
+            except OSError as error:  # the message of some is only the path
                 result = {"slide_id": slide_id, "error": f"{type(error).__name__}: {error}"}
             yield pa.Table.from_pylist([result], schema=RESULT)
 
@@ -46,9 +46,8 @@ def build_bags(
     """Write the BAGS of all slides, in parallel; return `RESULT` rows by slide_id.
 
     Raises:
-        ValueError: some slide's spots cannot be used, such as one without any linked cell; all
-            such slides are listed at once. No head is trained on the others alone: who wants that
-            leaves those slides out.
+        ValueError: spots of a slide cannot be used, for example because no spot has a cell. The
+            message lists all such slides. To train on the other slides, leave those out.
     """
     hide_progress_bars()
     by_id = {slide.row.slide_id: slide for slide in slides}

@@ -1,10 +1,13 @@
 """CROPS: a second pass over the pixels, around a sample of the cells that a run has found.
 
-Reading pixels is a few percent of `extract`, and which cells are sampled is known only when all are
-found: so crops are no stage of the tiles. A slide is a row, drawn twice: first the random numbers
-of its candidates, from which the driver finds the one up to which cells of all slides fit the
-total; then the crops. Done means a record, and `crops.json`, published last, makes a set of crops
-one that readers see.
+Crops are no stage of the tiles, since the sample is known only when all cells are found. A second
+reading of the pixels takes a few percent of `extract`. A slide is a row of the pass:
+
+1. Each slide gives the random numbers of its candidates, the cells that it would add to the sample
+   if it were alone. The driver finds the cutoff: the number up to which the cells of all slides fit
+   the total.
+2. Each slide is cut into crops. It is done once its record is published.
+3. The driver publishes `crops.json` last. Readers see a set of crops from then on.
 """
 
 import hashlib
@@ -75,10 +78,10 @@ def check_sample(run: RunFolder, sample: CropSample) -> None:
     wanted = asdict(sample)
     stored = wanted if index is None else {**index["sample"]}
     if stored != wanted:
-        differences = (f"{k} {stored.get(k)} there, {v} now" for k, v in wanted.items())
+        differences = (f"{k} {stored.get(k)} before, {v} now" for k, v in wanted.items())
         message = (
             f"{run.uri}: its crops are another sample ({', '.join(differences)}); give the "
-            "settings they were made with, or remove its folder `crops` to make others"
+            "settings of that sample, or remove the folder `crops` of the run"
         )
         raise ValueError(message)
 
@@ -100,23 +103,23 @@ def make_crops(
     cluster: Cluster,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, CropRecord]:
-    """Make what is missing of the crops of a run; return the records of crops by slide_id.
+    """Make the crops that a run lacks; return the records of crops by slide_id.
 
     Args:
         run: The run.
         slides: The manifest.
         records: The records of its slides.
-        sample: How many crops.
-        resources: What the workers may use.
-        cluster: What there is.
-        check: Raises if the run is no longer this driver's.
+        sample: The sample of cells.
+        resources: The resources that workers may use.
+        cluster: The resources of the cluster.
+        check: Raises if another driver has taken over the run.
     """
     check_sample(run, sample)
     cells = _with_cells(records)
     crops = CropSet(run, _set_id(run, cells, sample), sample, NO_CUTOFF)
     index = _index(run)
     if index is not None and index["set"] != crops.set_id:
-        logger.warning("%s: its cells are others now; all crops are made anew", run.uri)
+        logger.warning("%s: its cells have changed, so all crops are made again", run.uri)
     configure_slide_pass()
     rows: list[CropSlide] = [
         _crop_slide(slide, cells[slide.slide_id]) for slide in slides if slide.slide_id in cells
@@ -135,9 +138,9 @@ def make_crops(
 
 
 def with_crops(records: SlideRecords, crops: CropRecords) -> dict[str, SlideRecord]:
-    """Return the records of slides with what became of their crops.
+    """Return the records of slides with the outcome of their crops.
 
-    A slide whose crops failed is partial: it needs the same command once more.
+    A slide whose crops failed is partial: the same command tries them again.
     """
     joined = {slide_id: record.copy() for slide_id, record in records.items()}
     for slide_id, of_crops in crops.items():
@@ -158,7 +161,7 @@ def _crop_slide(slide: SlideRow, record: SlideRecord) -> CropSlide:
 
 
 def _index(run: RunFolder) -> CropIndex | None:
-    """Return which crops the run has; None if none are finished."""
+    """Return the content of `crops.json`; None if the run has no finished crops."""
     uri = index_uri(run.uri)
     if not storage.exists(uri):
         return None
@@ -171,7 +174,7 @@ def _with_cells(records: SlideRecords) -> SlideRecords:
 
 
 def _set_id(run: RunFolder, cells: SlideRecords, sample: CropSample) -> str:
-    """Return what identifies the sample and the cells it is drawn from."""
+    """Return a hash of the sample and of the cells from which it is drawn."""
     stamps = {s: [r["num_cells"], r.get("finished")] for s, r in sorted(cells.items())}
     text = json.dumps([run.digest, asdict(sample), stamps], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -180,7 +183,7 @@ def _set_id(run: RunFolder, cells: SlideRecords, sample: CropSample) -> str:
 def _cutoff(
     crops: CropSet, rows: list[CropSlide], cells: SlideRecords
 ) -> tuple[int, dict[str, CropRecord]]:
-    """Return the priority up to which cells are in, and records of slides it could not count."""
+    """Return the priority up to which cells are in, and records of slides without candidates."""
     uri = storage.join(set_uri(crops.run.uri, crops.set_id), "set.json")
     if storage.exists(uri):
         return int(storage.read_json(uri)["cutoff"]), {}
@@ -222,7 +225,7 @@ def _candidates(batch: pa.Table, run: RunFolder, sample: CropSample) -> Iterable
 
 
 def _done(crops: CropSet, rows: list[CropSlide]) -> dict[str, CropRecord]:
-    """Return the records of slides that need nothing more."""
+    """Return the records of slides whose crops are cut already."""
     folder = crops.record_uri("").rsplit("/", 1)[0]
     records: list[CropRecord] = [storage.read_json(u) for u in storage.list_files(folder)]
     wanted = {row["slide_id"] for row in rows}
@@ -266,12 +269,11 @@ def _table(row: CropSlide) -> pa.Table:
 
 
 class CutCrops:
-    """Slides to crops: what Ray Data maps over them."""
+    """Cuts the crops of slides; Ray Data maps it over them."""
 
     def __init__(self, crops: CropSet, session: str, max_attempts: int) -> None:
-        """Cut this set; notes of attempts go below `session`."""
-        # First, so that it is known what ended the process before. Slides differ too much in size
-        # for a limit on their time.
+        """Take the set of crops, and the folder `session` for the notes of attempts."""
+        # Slides differ too much in size for a limit on their time.
         self.attempts = attempts.attempts_of_actor(session, max_attempts, None)
         self.crops = crops
         cv2.setNumThreads(1)
@@ -302,16 +304,18 @@ def _failed_record(crops: CropSet, row: AttemptedRow) -> CropRecord:
 
 
 def _publish_index(crops: CropSet, found: CropRecords) -> None:
-    """Make a set the one that readers see, and remove the others.
+    """Publish `crops.json` for this set, and remove other sets.
 
-    Slides whose crops failed have no record: the same command tries them again.
+    Slides whose crops failed have no record, so the same command tries them again.
     """
     run_uri = crops.run.uri
     done = {s: r for s, r in sorted(found.items()) if r["status"] == "done"}
     failed = {s: r for s, r in sorted(found.items()) if r["status"] == "failed"}
     for slide_id, record in failed.items():
-        told = (slide_id, record["error"])
-        logger.error("no crops of slide %s: %s", *told, extra=log_fields(slide_id, None, "crops"))
+        log_args = (slide_id, record["error"])
+        logger.error(
+            "no crops of slide %s: %s", *log_args, extra=log_fields(slide_id, None, "crops")
+        )
     index: CropIndex = {
         "format_version": schemas.FORMAT_VERSION,
         "run_digest": crops.run.digest,

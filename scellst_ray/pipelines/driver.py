@@ -1,8 +1,8 @@
-"""The driver's side of a run: log receipts, finish slides, take up what an earlier driver left.
+"""The driver's side of a run: logs receipts, finishes slides, continues what another driver began.
 
-Receipts come in on the caller's thread. A second one writes them to the log every few seconds,
-and has those slides finished that are whole in the log: many at a time where they are small, by as
-many tasks as the cluster has cores to spare. So a slow disk, and a slow slide, hold nobody up.
+The caller's thread takes receipts. A second thread writes them to the log every few seconds. Then
+it starts tasks that finish the slides whose receipts are complete in the log, several small slides
+in one task. So neither a slow disk nor a slow slide delays the pipeline.
 """
 
 import logging
@@ -37,17 +37,19 @@ from scellst_ray.stages.plan_slide import imported_name
 from scellst_ray.stages.rows import PendingSlide
 from scellst_ray.stages.tiles import CellsSpec
 
-# A dead driver's successor redoes what came in meanwhile; in long runs fewer files are worth more.
+# Seconds between files of the log, at the start and in long runs. If the driver dies, the next one
+# repeats the tiles that are not in the log; in long runs fewer files are worth more.
 LOG_EVERY_S = (5.0, 30.0)
 LONG_RUN_S = 3600.0
 TEND_EVERY_S = 0.2
-# Said after so long without a receipt: a tile may take that, or the run waits for lost nodes.
+# Warn when no receipt has arrived for 10 minutes. Either one tile is slow, or workers are waiting
+# for lost nodes to return.
 SILENT_S = 600.0
-# What one finishing task takes, at most: small slides share its start, large ones their nodes.
+# Limits of one finishing task: small slides share its start, and large slides go to many nodes.
 SLIDES_PER_TASK, CELLS_PER_TASK = 64, 200_000
-# Receipts of slides to be finished, in memory: beyond it the pipeline waits.
+# The pipeline waits while more receipts than this wait in memory for their slide to be finished.
 MAX_WAITING_TILES = 200_000
-# Tables of receipts of one slide, before they are joined: each takes ten kilobytes of its own.
+# Tables of receipts of one slide are joined beyond this number: each takes ten kilobytes.
 MAX_PARTS = 32
 Report = Callable[["Progress"], None]
 logger = logging.getLogger(__name__)
@@ -55,7 +57,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Where a run stands, for whoever shows it."""
+    """The progress of a run: counts of tiles with a receipt, and records of finished slides.
+
+    Attributes:
+        num_tiles_known: Number of tiles of the slides planned so far.
+        num_cells_before: The part of `num_cells` that an earlier driver found.
+        started: When this driver started, in seconds of the monotonic clock.
+    """
 
     num_slides: int
     records: dict[str, SlideRecord] = field(default_factory=dict)
@@ -67,7 +75,7 @@ class Progress:
 
 
 class Driver:
-    """What the driver keeps while receipts come in."""
+    """Takes the receipts of a run, and has its slides finished."""
 
     def __init__(
         self,
@@ -76,13 +84,13 @@ class Driver:
         report: Report,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start with nothing received; `check` raises if the run is no longer this driver's."""
+        """Start without receipts; `check` raises if another driver has taken over the run."""
         self.run, self.progress, self.report, self.check = run, progress, report, check
-        # Of slides that are not whole; both threads work on what is below, with the lock.
+        # Receipts of incomplete slides. Both threads use the fields below, under the lock.
         self.receipts: dict[str, list[pa.Table]] = {}
-        self.whole: set[str] = set()
+        self.complete: set[str] = set()
         self.unlogged: list[pa.Table] = []
-        self.unlogged_whole: list[CompleteSlide] = []
+        self.unlogged_complete: list[CompleteSlide] = []
         self.waiting: deque[CompleteSlide] = deque()
         self.num_waiting = 0
         self.alone: set[str] = set()
@@ -96,15 +104,12 @@ class Driver:
     def resume(
         self, pending: list[SlideRow], spec: CellsSpec, finished: Collection[str] = ()
     ) -> list[PendingSlide]:
-        """Take up the receipts of an earlier driver; return the slides that still need work.
+        """Read the receipts of an earlier driver; return the slides that still need work.
 
         Args:
-            pending: The slides to finish.
-            spec: What is computed.
-            finished: All slides of this run that are. Those that are neither keep their shards.
-
-        Returns:
-            Rows as `plan_slide` takes them.
+            pending: The slides to finish. Shards of slides neither pending nor finished stay.
+            spec: What the run computes.
+            finished: slide_ids of all finished slides of this run.
         """
         self.imported = spec.segmenter == "imported"
         log = self.run.receipts(without=finished)
@@ -118,7 +123,7 @@ class Driver:
         for slide in pending:
             done = found.get(slide.slide_id, log.slice(0, 0))
             self._add(slide.slide_id, done)
-            if slide.slide_id not in self.whole:
+            if slide.slide_id not in self.complete:
                 segmentation, imported_uri = self._imported(slide, spec)
                 rows.append(
                     {
@@ -136,17 +141,17 @@ class Driver:
         return rows
 
     def _with_shards(self, receipts: pa.Table) -> pa.Table:
-        """Return those receipts whose shard is there: others are worth nothing."""
+        """Return the receipts whose shard exists, and those of tiles without cells."""
         uris = storage.list_files(self.run.shards_uri)
         names = pa.array([uri.rsplit("/", 1)[-1] for uri in uris], pa.string())
-        there = pc.is_in(receipts["shard"], value_set=names)
-        return receipts.filter(pc.or_(there, pc.equal(receipts["num_cells"], 0)))
+        exists = pc.is_in(receipts["shard"], value_set=names)
+        return receipts.filter(pc.or_(exists, pc.equal(receipts["num_cells"], 0)))
 
     def _use(self, slide_id: str, receipts: pa.Table) -> None:
         self.uses.add(slide_id, receipts["shard"].drop_null().unique().to_pylist())
 
     def _imported(self, slide: SlideRow, spec: CellsSpec) -> tuple[str | None, str | None]:
-        """Return where a slide's imported nuclei are, and where they shall lie sorted by tile."""
+        """Return the file of a slide's imported nuclei, and the file for them sorted by tile."""
         source = slide.columns.get("segmentation")
         if spec.segmenter != "imported" or source is None:
             return None, None
@@ -165,7 +170,7 @@ class Driver:
                     self._take(receipts.cast(schemas.RECEIPTS))
                     while self.num_waiting > MAX_WAITING_TILES and not tending.done():
                         time.sleep(TEND_EVERY_S)
-                    if tending.done():  # it ends early only if it failed
+                    if tending.done():  # the second thread ends early only if it failed
                         break
             finally:
                 ended.set()
@@ -173,32 +178,30 @@ class Driver:
                 self._log()
 
     def finish(self) -> None:
-        """Wait for the slides being finished; remove what then is left of all shards."""
+        """Wait until all slides are finished; then remove the shards that are left."""
         self._log()
         while self.waiting or self.finishing:
             self._submit()
             self._collect(timeout=1)
         if not self.uses:
-            # Of workers and drivers that died before they could tell of them.
+            # Left by workers and drivers that died before they reported them.
             _tidy(partial(storage.remove_tree, self.run.shards_uri))
 
     def _take(self, receipts: pa.Table) -> None:
-        """Take receipts as they come; what comes late of a slide that is whole is dropped."""
+        """Take receipts; drop repeated ones of a slide that is complete already."""
         self.heard_at = time.monotonic()
         with self.lock:
             for slide_id, part in split_by_slide(receipts):
-                if slide_id in self.whole:
-                    told = (slide_id, len(part))
-                    logger.warning(
-                        "slide %s: %d receipts came twice", *told, extra=log_fields(slide_id)
-                    )
+                if slide_id in self.complete:
+                    text, extra = "slide %s: %d receipts came twice", log_fields(slide_id)
+                    logger.warning(text, slide_id, len(part), extra=extra)
                     continue
                 self.unlogged.append(part)
                 self._add(slide_id, part)
         self.report(self.progress)
 
     def _add(self, slide_id: str, receipts: pa.Table) -> None:
-        """Take receipts of one slide; if they are all there now, it can be finished."""
+        """Take receipts of one slide; if all are present now, the slide can be finished."""
         if not len(receipts):
             return
         parts = self.receipts.setdefault(slide_id, [])
@@ -212,28 +215,28 @@ class Driver:
             joined = pa.concat_tables(parts).combine_chunks() if len(parts) > 1 else receipts
             parts[:] = [joined]
             if len(np.unique(joined["tile_id"].to_numpy())) < num:
-                # A tile that came twice is one tile.
+                # A tile that came twice counts once.
                 parts[:] = [last_of_each_tile(joined)]
                 self._count(joined, -1)
                 self._count(parts[0], 1)
         if len(parts[0]) >= max(1, num_tiles):
-            self.whole.add(slide_id)
-            self.unlogged_whole.append((slide_id, *self.receipts.pop(slide_id)))
+            self.complete.add(slide_id)
+            self.unlogged_complete.append((slide_id, *self.receipts.pop(slide_id)))
 
     def _count(self, receipts: pa.Table, sign: int) -> None:
-        """Add receipts to what is shown, or take them back."""
+        """Add receipts to the progress, or with sign -1 subtract them."""
         num_tiles, num_cells = (receipts[n].to_numpy() for n in ("num_tiles", "num_cells"))
         self.progress.num_tiles += sign * int(np.count_nonzero(num_tiles))
         self.progress.num_cells += sign * int(num_cells.sum())
 
     def _tend_until(self, ended: threading.Event) -> None:
-        """Log receipts and have slides finished, until there is no more to come."""
+        """Log receipts and have slides finished, until the event is set."""
         at_first = total_resources()
         while not ended.wait(TEND_EVERY_S):
             now = time.monotonic()
             if now - self.heard_at > SILENT_S:
                 self.heard_at = now
-                _say_silent(at_first)
+                _warn_of_silence(at_first)
             least, most = LOG_EVERY_S
             if now - self.logged_at > min(most, least * (1 + (now - self.started) / LONG_RUN_S)):
                 self._log()
@@ -241,20 +244,20 @@ class Driver:
             self._collect(timeout=0)
 
     def _log(self) -> None:
-        """Write the log; slides that are whole in it may be finished from then on."""
+        """Write receipts to the log; complete slides may be finished afterwards."""
         self.check()
         with self.lock:
             tables, self.unlogged = self.unlogged, []
-            whole, self.unlogged_whole = self.unlogged_whole, []
+            slides, self.unlogged_complete = self.unlogged_complete, []
         if tables:
             self.run.log_receipts(pa.concat_tables(tables))
         self.logged_at = time.monotonic()
-        # The tables are named in the log before they are used up.
-        self.waiting.extend(whole)
-        self.num_waiting += sum(len(receipts) for _, receipts in whole)
+        # Shards are removed only after the log names them.
+        self.waiting.extend(slides)
+        self.num_waiting += sum(len(receipts) for _, receipts in slides)
 
     def _submit(self) -> None:
-        """Start tasks that finish slides, a few at a time."""
+        """Start tasks that finish slides: one for four CPUs, at least two."""
         if not self.waiting:
             return
         cpus = total_resources().get("CPU", 1)
@@ -262,14 +265,14 @@ class Driver:
         while self.waiting and len(self.finishing) < most:
             share = math.ceil(len(self.waiting) / (most - len(self.finishing)))
             slides = self._next_slides(min(SLIDES_PER_TASK, share))
-            # In one piece: a table of many takes far longer to send.
+            # A table of many chunks takes far longer to send than one of a single chunk.
             receipts = pa.concat_tables([table for _, table in slides]).combine_chunks()
             finisher = self.finishers.pop() if self.finishers else RemoteFinisher.remote()
             task = finisher.finish.remote(self.run, receipts, self.imported)
             self.finishing[task] = finisher, slides
 
     def _next_slides(self, most: int) -> list[CompleteSlide]:
-        """Return the next slides that one task shall finish."""
+        """Return the slides that the next task finishes."""
         slides = [self.waiting.popleft()]
         num_cells = _num_cells(slides[0])
         while self.waiting and len(slides) < most and slides[0][0] not in self.alone:
@@ -280,7 +283,7 @@ class Driver:
         return slides
 
     def _collect(self, timeout: float) -> None:
-        """Take the records of slides that have been finished meanwhile."""
+        """Take the records of slides that tasks have finished."""
         if not self.finishing:
             return
         refs = list(self.finishing)
@@ -292,7 +295,7 @@ class Driver:
                 records = ray.get(ref)
             except ray.exceptions.RayError as error:
                 if len(slides) > 1:
-                    # One of them ended the process: each by itself, then.
+                    # One of them ended the process, so each is tried in a task of its own.
                     self.alone |= {slide_id for slide_id, _ in slides}
                     self.waiting.extendleft(slides)
                     continue
@@ -301,17 +304,17 @@ class Driver:
             self._remove_shards(records)
             for record in records:
                 if record.get("stage") == "finish":
-                    told = (record["slide_id"], record["error_type"], record["error"])
-                    text, extra = "slide %s could not be finished: %s: %s", log_fields(told[0])
-                    logger.error(text, *told, extra=extra)
+                    names = (record["slide_id"], record["error_type"], record["error"])
+                    text, extra = "slide %s could not be finished: %s: %s", log_fields(names[0])
+                    logger.error(text, *names, extra=extra)
                 self.progress.records[record["slide_id"]] = record
         if ready:
             self.report(self.progress)
 
     def _remove_shards(self, records: list[SlideRecord]) -> None:
-        """Remove the shards that were needed only by slides that are finished now.
+        """Remove the shards that only finished slides needed.
 
-        A partial slide keeps its own: a later run adds only the tiles that failed.
+        The shards of a partial slide stay: a later run adds only the tiles that failed.
         """
         with self.lock:
             finished = [r["slide_id"] for r in records if r["status"] in FINISHED]
@@ -319,27 +322,27 @@ class Driver:
         _tidy(partial(storage.remove_files, [self.run.shard_uri(name) for name in useless]))
 
 
-def _say_silent(at_first: Mapping[str, float]) -> None:
-    """Say that nothing comes in, and what there is of the cluster that the run began with."""
+def _warn_of_silence(at_first: Mapping[str, float]) -> None:
+    """Warn that no receipt has arrived, and say which part of the first cluster is left."""
     now = total_resources()
     kinds = [kind for kind in ("GPU", "CPU") if kind in at_first]
     left = ", ".join(f"{now.get(k, 0):g} of {at_first[k]:g} {k}s" for k in kinds)
     logger.warning(
-        "no tile was finished for %g minutes; of the cluster at the beginning %s are there. What "
-        "lost nodes had begun waits until there is room for it; a run that is ended goes on with "
-        "the same command",
+        "no tile was finished for %g minutes; of the cluster at the beginning %s are left. Tiles "
+        "of lost nodes wait until other nodes have room. You may stop the run: the same command "
+        "continues it",
         SILENT_S / 60,
         left,
     )
 
 
 def _tidy(remove: Callable[[], None]) -> None:
-    """Remove what nothing will read. If it stays it takes room and no more."""
+    """Remove files that nobody will read. A failure costs only disk space."""
     try:
         remove()
     except OSError as error:
-        logger.warning("shards are left, for `scellst-ray gc` to remove: %s", error)
+        logger.warning("shards could not be removed (%s); remove them with `scellst-ray gc`", error)
 
 
-def _num_cells(whole: CompleteSlide) -> int:
-    return int(whole[1]["num_cells"].to_numpy().sum())
+def _num_cells(slide: CompleteSlide) -> int:
+    return int(slide[1]["num_cells"].to_numpy().sum())

@@ -9,7 +9,7 @@ from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.attempts import Limits, forget_attempts
 from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
 from scellst_ray.pipelines.driver import Driver, Progress, Report
-from scellst_ray.pipelines.metrics import watched
+from scellst_ray.pipelines.metrics import report_with_metrics
 from scellst_ray.pipelines.receipts import Resources, WorkFunctions, receipts_dataset
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_files import CropSample
@@ -50,34 +50,34 @@ def run_cells(
     prepare: Callable[[], None] = lambda: None,
     work: WorkFunctions = OWN_WORK,
 ) -> dict[str, SlideRecord]:
-    """Open the run, do what is missing, and return the record of every slide.
+    """Open the run, do the work that is missing, and return the record of every slide.
 
     Args:
         job: 'extract' or 'predict'.
         config: The job's configuration.
         slides: The manifest.
-        networks: From `check_networks`, and for `predict` the head's digest in its identity.
+        networks: From `check_networks`; for `predict` its identity holds the head's digest, too.
         report: Called with the progress after every change.
-        prepare: Called once the folder is known to be this run's.
-        work: What is done to slides and tiles, where that is not the pipeline's own.
+        prepare: Called once this driver holds the run folder.
+        work: The functions that do the work; simulations give their own.
     """
     config, slides = resolve_config(config), select_slides(slides, config.slides)
     colours = None if config.colours_from is None else colours_by_slide(config.colours_from)
-    identity = _identity(config, networks)
+    identity = _make_identity(config, networks)
     run = begin_run(config.out, job, identity)
-    # Nothing else is written, and Ray does not start, before other drivers are kept out.
+    # Before this driver holds the lease, it writes nothing else and does not start Ray.
     with hold_lease(run.uri) as lease:
         run.write_config(asdict(config))
         prepare()
         sources = sources_of(slides, colours, imported=config.segmenter == "imported")
         check_manifest_unchanged(run, sources)
-        sample = _sample(config)
+        sample = _make_sample(config)
         if sample is not None:
             check_sample(run, sample)
         progress = Progress(len(slides))
         driver = Driver(run, progress, report, lease.check)
-        finished = _finished(run)
-        pending = _largest_first(_pending(slides, finished, progress), sources)
+        finished = _read_finished(run)
+        pending = _sort_by_size(_select_pending(slides, finished, progress), sources)
         report(progress)
         if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
             return progress.records
@@ -86,9 +86,9 @@ def run_cells(
             if work is OWN_WORK:
                 unfit = _check_nodes(config, networks.identity, run, cluster, pending)
             forget_attempts(run)
-            driver.report = watched(run, report)
+            driver.report = report_with_metrics(run, report)
             spec = replace(cells_spec(config, networks), colours=colours)
-            resources = replace(_resources(config, networks), without_nodes=unfit)
+            resources = replace(_make_resources(config, networks), without_nodes=unfit)
             rows = driver.resume(pending, spec, finished)
             if rows:
                 driver.consume(receipts_dataset(rows, spec, run, resources, cluster, work))
@@ -102,7 +102,7 @@ def run_cells(
     return progress.records
 
 
-def _identity(config: ExtractConfig, networks: CheckedNetworks) -> RunIdentity:
+def _make_identity(config: ExtractConfig, networks: CheckedNetworks) -> RunIdentity:
     """Return every setting that changes results; a run folder has one such identity."""
     return RunIdentity(
         networks=networks.identity,
@@ -124,7 +124,7 @@ def _check_nodes(
     cluster: Cluster,
     slides: list[SlideRow],
 ) -> tuple[str, ...]:
-    """Stop a run that cannot succeed here, before its work starts; return nodes to leave out."""
+    """Stop a run that cannot succeed, before its work starts; return nodes to leave out."""
     weights = [
         (config.encoder, identity.encoder),
         (config.segmenter_weights, identity.segmenter_weights),
@@ -134,12 +134,12 @@ def _check_nodes(
     return check_before_run(asked, cluster, slides, imported=config.segmenter == "imported")
 
 
-def _finished(run: RunFolder) -> dict[str, SlideRecord]:
+def _read_finished(run: RunFolder) -> dict[str, SlideRecord]:
     """Return the records of all slides of this run that are finished."""
     return {s: r for s, r in run.records().items() if r["status"] in FINISHED}
 
 
-def _pending(
+def _select_pending(
     slides: list[SlideRow], finished: Mapping[str, SlideRecord], progress: Progress
 ) -> list[SlideRow]:
     """Return the slides that are not finished; the records of the others go into `progress`."""
@@ -148,26 +148,29 @@ def _pending(
     return [slide for slide in slides if slide.slide_id not in finished]
 
 
-def _largest_first(slides: list[SlideRow], sources: Mapping[str, SlideSource]) -> list[SlideRow]:
-    """Return slides by size, so that no large one is begun when the others are done.
+def _sort_by_size(slides: list[SlideRow], sources: Mapping[str, SlideSource]) -> list[SlideRow]:
+    """Return slides by size, so that no large slide begins when all other slides are done.
 
-    Where sizes are not known, the order of the manifest stays.
+    Slides of unknown size come last, in the order of the manifest.
     """
     return sorted(slides, key=lambda slide: -(sources[slide.slide_id].get("bytes") or 0))
 
 
-def _sample(config: ExtractConfig) -> CropSample | None:
+def _make_sample(config: ExtractConfig) -> CropSample | None:
     if config.crops is None:
         return None
     if config.slides is not None:
-        # They would take the place of those of all slides.
-        logger.warning("crops are of all slides: run the same command without slides for them")
+        # A sample of some slides would replace the sample of all slides.
+        logger.warning(
+            "no crops are made, since they are a sample of all slides: run the same command "
+            "without `slides`"
+        )
         return None
     caps = (config.crops_per_slide, config.crops_per_type)
     return CropSample(config.crops, *caps, seed=config.crops_seed)
 
 
-def _resources(config: ExtractConfig, networks: CheckedNetworks) -> Resources:
+def _make_resources(config: ExtractConfig, networks: CheckedNetworks) -> Resources:
     return Resources(
         config.workers,
         config.gpus,

@@ -1,4 +1,4 @@
-"""Finishing slides: receipts and shards to tables and records, in processes beside the workers."""
+"""Finishing slides: receipts and shards to tables and records, in processes of their own."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,18 +14,18 @@ from scellst_ray.runs.records import SlideRecord
 from scellst_ray.stages.rows import Outcome
 from scellst_ray.stages.tiles import guarded
 
-# On a local disk threads take each other's turn in Python; a request to a store is mostly waiting.
+# On a local disk more threads only wait for Python's lock. A request to a store is mostly waiting.
 THREADS_HERE, THREADS_REMOTE = 2, 16
 CompleteSlide = tuple[str, pa.Table]
 
 
 def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list[SlideRecord]:
-    """Finish some slides; return their records, unpublished ones of those that failed.
+    """Finish slides; return their records. The record of a slide that failed is not published.
 
     Args:
         run: The run.
-        receipts: RECEIPTS of whole slides, one slide after another.
-        imported: As `finish_slide` takes it.
+        receipts: RECEIPTS of complete slides, one slide after another.
+        imported: Whether the nuclei are imported, as `finish_slide` takes it.
     """
     shards = Shards(run)
 
@@ -46,14 +46,14 @@ def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list
 
 
 class Finisher:
-    """A process that finishes slides: tasks of no core would get a new one each."""
+    """A process that finishes slides. Ray would start a process for each task without a CPU."""
 
     def finish(self, run: RunFolder, receipts: pa.Table, imported: bool) -> list[SlideRecord]:  # noqa: FBT001 - by position through Ray
-        """Do as `finish_slides` does."""
+        """Call `finish_slides`."""
         return finish_slides(run, receipts, imported=imported)
 
 
-# Anywhere, beside the workers: they have all the cores.
+# Without a CPU slot, on any node: the workers hold all slots.
 _remote: Any = ray.remote(
     num_cpus=0, max_restarts=-1, max_task_retries=3, scheduling_strategy="SPREAD"
 )

@@ -1,8 +1,8 @@
-"""Metrics for Prometheus, through Ray: what workers have done, and where the driver stands.
+"""Metrics for Prometheus, through Ray: the work of workers and the progress of the driver.
 
-Ray serves them on every node, under names that begin with ray_scellst_ray_. A worker counts what
-its receipts say: all that is wanted of a tile stands in its receipt, so one call after the last
-stage is enough. A tile that Ray has done again is counted again: the records are the truth.
+Ray serves them on every node, under names that begin with ray_scellst_ray_. A worker counts
+receipts: a receipt holds everything that is counted of a tile, so one call after the last stage is
+enough. A tile that Ray repeats counts again, so only the records hold exact numbers.
 """
 
 import time
@@ -25,7 +25,7 @@ STATUSES = ("done", "empty", "partial", "failed")
 
 
 class Standing(Protocol):
-    """What of the driver's progress is shown."""
+    """The part of the driver's progress that is shown."""
 
     num_slides: int
     num_tiles: int
@@ -35,7 +35,7 @@ class Standing(Protocol):
 
 
 def run_name(run: RunFolder) -> str:
-    """Return what tells runs on one cluster apart: the folder's name, which holds no secrets."""
+    """Return the name of the run's folder, which tells runs apart and holds no secrets."""
     return run.uri.rstrip("/").rsplit("/", 1)[-1].partition("?")[0]
 
 
@@ -46,8 +46,8 @@ def _tags(run: RunFolder) -> dict[str, str]:
 class WorkerMetrics:
     """Counters of one worker that writes receipts.
 
-    They are raised once a second, since that takes as long as a small tile; what comes in the last
-    second of a worker's life may be missing.
+    To raise them takes as long as a small tile, so that happens once a second. Receipts of the last
+    second before a worker ends may be missing.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -66,7 +66,7 @@ class WorkerMetrics:
         self.seconds = counter("worker_seconds", "Seconds workers spent, by stage.", "stage")
 
     def count(self, receipts: pa.Table) -> None:
-        """Add receipts as the last stage gives them."""
+        """Count receipts of the last stage."""
         self.waiting.append(receipts)
         now = time.monotonic()
         if now - self.raised_at >= SHOW_EVERY_S:
@@ -74,7 +74,7 @@ class WorkerMetrics:
             self._raise(pa.concat_tables(waiting))
 
     def _raise(self, receipts: pa.Table) -> None:
-        """Raise the counters by what receipts say."""
+        """Raise the counters by receipts."""
         tiles = receipts.filter(pc.greater(receipts["num_tiles"], 0))
         failed = receipts.filter(pc.is_valid(receipts["error"]))
         num_done = len(tiles) - pc.sum(pc.is_valid(tiles["error"])).as_py() if len(tiles) else 0
@@ -109,7 +109,7 @@ class DriverMetrics:
         self.shown_at = -SHOW_EVERY_S
 
     def show(self, progress: Standing) -> None:
-        """Show where the run stands, but not more often than anyone looks."""
+        """Show the progress of the run, at most once a second."""
         now = time.monotonic()
         if now - self.shown_at < SHOW_EVERY_S and len(progress.records) < progress.num_slides:
             return
@@ -126,12 +126,12 @@ class DriverMetrics:
         self.cells.set(progress.num_cells)
 
 
-def watched(run: RunFolder, report: Callable[[Any], None]) -> Callable[[Any], None]:
+def report_with_metrics(run: RunFolder, report: Callable[[Any], None]) -> Callable[[Any], None]:
     """Return a report that also shows a run's progress as metrics.
 
     Args:
         run: The run.
-        report: What is called with the progress anyway.
+        report: Report to call with the progress, too.
     """
     metrics = DriverMetrics(run)
 

@@ -1,4 +1,4 @@
-"""Rows between two stages of different actors, as Ray Data carries them."""
+"""Rows of tiles as Ray Data carries them from one actor to the next."""
 
 import time
 from typing import Any, Literal
@@ -20,15 +20,15 @@ ARRAYS: dict[Literal["image", "maps", "tokens", "crops", "boxes"], Any] = {
 }
 
 
-# A column that only fills a block, and one that holds what `pack` makes of all tiles of a task.
+# PADDING is a column that fills a block; PACKED is a column that holds all tiles of a task.
 PADDING, PACKED = "padding", "packed"
 
 
 def pack(rows: list[TileRow]) -> pa.Table:
     """Put rows of tiles into a table of one row.
 
-    Ray Data cuts blocks between rows, and every block costs its driver milliseconds, whatever is in
-    it: a task's tiles as one row are one block, and an eighth of the work.
+    Ray Data cuts blocks between rows, and each block costs its driver milliseconds. The tiles of a
+    task as one row are one block: with 8 tiles an eighth of the work.
     """
     table = _as_table(rows)
     sink = pa.BufferOutputStream()
@@ -41,7 +41,7 @@ def pack(rows: list[TileRow]) -> pa.Table:
 
 
 def _as_table(rows: list[TileRow]) -> pa.Table:
-    """Return one row per tile, cells as a nested column."""
+    """Return a table of one row per tile, with the cells as a nested column."""
     timing = [pa.field(f"seconds_{stage}", pa.float32()) for stage in schemas.STAGES]
     waiting = [pa.field("waited_s", pa.float32()), pa.field("queued_at", pa.float64())]
     fields = [*schemas.TILES, *timing, *waiting]
@@ -61,7 +61,8 @@ def _as_table(rows: list[TileRow]) -> pa.Table:
 def unpack(table: pa.Table) -> list[TileRow]:
     """Undo `pack`, or read a table of plain rows. Arrays are read-only.
 
-    What no row has is in none: most tiles have no error, and a row of few columns is made sooner.
+    A column without values gives no field: most tiles have no error, and short rows are quicker to
+    make.
     """
     if PACKED not in table.column_names:
         return _as_rows(table)
@@ -95,7 +96,7 @@ def _is_empty(column: pa.ChunkedArray) -> bool:
 
 
 def stamp_queued(rows: list[TileRow]) -> list[TileRow]:
-    """Note in rows when they are put down for another process; return them."""
+    """Note in rows the time at which they leave for another process; return the rows."""
     now = time.time()
     for row in rows:
         row["queued_at"] = now
@@ -103,9 +104,9 @@ def stamp_queued(rows: list[TileRow]) -> list[TileRow]:
 
 
 def add_waiting_time(rows: list[TileRow]) -> list[TileRow]:
-    """Add to the `waited_s` of rows how long they have been put down; return them.
+    """Add to `waited_s` of rows the seconds since they left the last process; return the rows.
 
-    By the clocks of both processes: where the later one is behind, a wait counts as none.
+    The clocks of both processes count. Where the later clock is behind, the wait counts as 0.
     """
     now = time.time()
     for row in rows:
@@ -116,11 +117,11 @@ def add_waiting_time(rows: list[TileRow]) -> list[TileRow]:
 
 
 def _nested(tables: list[pa.Table | None]) -> pa.ListArray:
-    """Return one table of cells per row, None where there is none, as a column."""
+    """Return the cells of each row as one nested column, null where a row has no table."""
     sizes = [0 if table is None else len(table) for table in tables]
-    # Every block has the same columns, whether or not any of its tiles came this far.
-    there = [table for table in tables if table is not None]
-    joined = pa.concat_tables(there or [pa.schema(schemas.SHARD_FIELDS).empty_table()])
+    # Every block has the same columns, even if none of its tiles has cells.
+    present = [table for table in tables if table is not None]
+    joined = pa.concat_tables(present or [pa.schema(schemas.SHARD_FIELDS).empty_table()])
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
     structs = joined.combine_chunks().to_struct_array()
     values = structs.chunk(0) if structs.num_chunks else pa.array([], structs.type)

@@ -1,4 +1,4 @@
-"""TILES: the first part of the Ray Data pipeline, slides to the tiles that workers take."""
+"""TILES: the first part of the Ray Data pipeline, from slides to the tiles that workers take."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -36,9 +36,9 @@ def plan_dataset(
     """Return the lazy first part of the pipeline: slides to TILES.
 
     Args:
-        rows: One dict per slide, as `plan_slide` takes it.
-        planners: Actors at most.
-        how: What `PlanTiles` takes.
+        rows: Slides, as `plan_slide` takes them.
+        planners: Largest number of actors.
+        how: Arguments of `PlanTiles`.
         elsewhere: Ray's label selector of the nodes that may be used; None: all.
     """
     slides = [_slide_table(part) for part in _planned_together(rows, planners)]
@@ -48,14 +48,17 @@ def plan_dataset(
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=planners),
-        # No CPU slot: the workers hold them all, and planning would wait for one for ever.
+        # Without a CPU slot: the workers hold all slots, and planning would wait forever.
         num_cpus=0,
         label_selector=elsewhere,
     )
 
 
 def _planned_together(rows: list[PendingSlide], planners: int) -> Iterator[list[PendingSlide]]:
-    """Yield the slides of each planning task: few enough to share them out, and to lose."""
+    """Yield the slides of each planning task.
+
+    They are few enough that all planners have work, and that little is lost with a planner.
+    """
     size = max(1, min(SLIDES_PER_PLAN, len(rows) // (TASKS_PER_PLANNER * planners)))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
@@ -66,7 +69,7 @@ def _slide_table(rows: list[PendingSlide]) -> pa.Table:
 
 
 class PlanTiles:
-    """Slides to TILES, a slide at a time: what Ray Data maps over the manifest."""
+    """Plans slides one at a time; Ray Data maps it over the manifest."""
 
     def __init__(
         self,
@@ -76,7 +79,15 @@ class PlanTiles:
         plan: Plan,
         tiles_per_task: int,
     ) -> None:
-        """Plan for these settings; notes of attempts go below `session`."""
+        """Take the settings.
+
+        Args:
+            spec: What the run computes.
+            session: Folder for the notes of attempts.
+            limits: How often and how long a slide is tried.
+            plan: Plans one slide, as `plan_slide`.
+            tiles_per_task: Number of tiles that a worker takes at a time.
+        """
         log_to_stderr(logging.WARNING)
         self.spec, self.plan, self.tiles_per_task = spec, plan, tiles_per_task
         self.attempts = attempts.attempts_of_actor(
@@ -84,7 +95,7 @@ class PlanTiles:
         )
 
     def __call__(self, batch: pa.Table) -> Iterable[pa.Table]:
-        """Yield the tiles of a batch of `plan_slide` rows, as many as a task takes at a time."""
+        """Yield the tiles of a batch of slides, in blocks of one task each."""
         waiting: list[TileRow] = []
         for slide in batch.to_pylist():
             row: AttemptedSlide = slide | {"tile_id": -1}

@@ -1,4 +1,4 @@
-"""EXPRESSION: the fused pass, pixels to the head's hidden factor of every cell."""
+"""EXPRESSION: one pass from pixels to the last hidden layer of the head, for every cell."""
 
 import hashlib
 import logging
@@ -23,8 +23,8 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
     """Run `predict`; return the record of every slide of the manifest.
 
     Raises:
-        ValueError: manifest, head, encoder or output folder cannot be used, or head and encoder do
-            not belong together.
+        ValueError: the manifest, the head, the encoder or the output folder cannot be used, or the
+            head was trained with another encoder.
     """
     slides = read_manifest(config.manifest)
     uri = head_file(config.head)
@@ -45,7 +45,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
         raise ValueError(message)
     _warn_of_changes(config, networks.identity, info)
     identity = replace(networks.identity, head=hashlib.sha256(content).hexdigest())
-    # The head is part of the run: what reads the run needs nothing else.
+    # A copy of the head lies in the run, so that readers of the run need no other file.
     kept = storage.join(storage.absolute(config.out), HEAD_FILE)
     return run_cells(
         "predict",
@@ -60,7 +60,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
 def _warn_of_changes(
     config: PredictConfig, identity: NetworkIdentity, info: dict[str, Any]
 ) -> None:
-    """Say so when cells are cut out differently from those the head was trained on."""
+    """Warn if cells are found in another way than those the head was trained on."""
     settings = {
         "segmenter": config.segmenter,
         "segmenter_weights": identity.segmenter_weights or config.segmenter_weights,

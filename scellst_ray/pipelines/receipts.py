@@ -2,9 +2,9 @@
 
     slides -> plan -> [read] -> [network] -> [find nuclei] -> [embed, head] -> [write] -> receipts
 
-On CPUs the bracketed stages are fused in one actor, so pixels never cross a process; with GPUs
-the networks have actors of their own. Stages that a run does not need are left out. What ends an
-actor's process is kept to the tile it happened on: see pipelines/attempts.py.
+Without GPUs one actor runs all stages in brackets, so pixels never cross a process. With GPUs the
+networks have actors of their own. Stages that a run does not need are left out. A tile that ends
+its actor's process costs no other tile: see pipelines/attempts.py.
 """
 
 import logging
@@ -31,15 +31,15 @@ from scellst_ray.stages.rows import PendingSlide
 from scellst_ray.stages.tiles import CellsSpec
 
 logger = logging.getLogger(__name__)
-# Shares of a GPU, by how many groups of stages are on GPUs. Ray fills one GPU before it takes the
-# next: with halves two segmenting networks would come upon one, and two embedding ones on another.
-# A task stays with its actor, so actors of a lost node must find room: of the second group beside
-# others, at once; of the first when others have no more to do, which they give up their places for.
+# GPU share per actor, by the number of GPU stages. With two: segmentation 0.6, embedding 0.2. Ray
+# fills one GPU before the next, so with halves two segmentation actors would share a GPU. With 0.6
+# they never do. After a node is lost, its embedding actors fit on a GPU in use; its segmentation
+# actors wait for a free one.
 GPU_SHARES = {1: (1.0,), 2: (0.6, 0.2)}
 
 
 class MakeStage(Protocol):
-    """Makes one stage of a worker."""
+    """The type of functions that make one stage of a worker."""
 
     def __call__(self, name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Stage:
         """Return the stage of this name."""
@@ -47,10 +47,10 @@ class MakeStage(Protocol):
 
 @dataclass(frozen=True)
 class WorkFunctions:
-    """What is done to slides and tiles; simulations put something else in its place.
+    """The functions that do the work on slides and tiles; simulations use others.
 
     Attributes:
-        plan: Takes a slide to its tiles, as `plan_slide`.
+        plan: Returns the tiles of a slide, as `plan_slide`.
         stage: Makes a stage of a worker, as `make_stage`.
     """
 
@@ -60,16 +60,16 @@ class WorkFunctions:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the workers may use; nothing here changes results.
+    """The resources that workers may use. They do not change results.
 
     Attributes:
-        workers: Actors per stage; None: as many as CPUs and memory allow, or one per GPU.
-        gpus: Whether networks run on GPUs; None: if there are any.
-        memory_gb: Memory each worker declares.
-        tiles_per_task: Tiles a worker takes at a time, at least.
-        network_gb: Memory the segmenting network takes on top where it runs on a CPU.
-        limits: How often and how long they try.
-        without_nodes: Ids of nodes where nothing shall run.
+        workers: Number of actors of each stage; None: as CPUs and memory allow, or one for a GPU.
+        gpus: Whether networks run on GPUs; None: if the cluster has any.
+        memory_gb: GiB of memory that each worker declares.
+        tiles_per_task: Least number of tiles that a worker takes at a time.
+        network_gb: GiB that the segmenting network takes in addition if it runs on a CPU.
+        limits: How often and how long workers try.
+        without_nodes: Ids of nodes on which nothing may run.
     """
 
     workers: int | None
@@ -97,12 +97,12 @@ def receipts_dataset(
     """Build the lazy pipeline from slides still to do to RECEIPTS.
 
     Args:
-        rows: One dict per slide, as `plan_slide` takes it.
-        spec: What to compute.
-        run: Where to write.
-        resources: What the workers may use.
-        cluster: What there is.
-        work: What is done to slides and tiles.
+        rows: Slides, as `plan_slide` takes them.
+        spec: What the run computes.
+        run: The run folder.
+        resources: The resources that workers may use.
+        cluster: The resources of the cluster.
+        work: The functions that do the work on slides and tiles.
     """
     gpus = uses_cluster_gpus(resources.gpus, cluster.num_gpus)
     per_task = tiles_of_task(resources.tiles_per_task, gpus=gpus)
@@ -128,7 +128,8 @@ def receipts_dataset(
             num_cpus=place.num_cpus,
             num_gpus=place.num_gpus or None,
             memory=memory,
-            # Blocks are tasks: as they were planned, then packed in one row.
+            # A block is a task. The first group takes blocks as they were planned; the later ones
+            # take blocks of one row, into which all tiles of a task are packed.
             batch_size=None if names == groups[0] else 1,
             batch_format="pyarrow",
             label_selector=resources.elsewhere,
@@ -137,7 +138,7 @@ def receipts_dataset(
 
 
 class _Place(NamedTuple):
-    """What a group of stages runs on: its actors, and what each of them takes."""
+    """The actors of a group of stages, and the CPU and GPU shares of each."""
 
     pool: ActorPoolStrategy
     num_cpus: float
@@ -156,19 +157,19 @@ def _place(
     """Choose the actors of one group of stages; each declares `memory` bytes.
 
     Raises:
-        ValueError: a cluster that cannot grow does not hold the fewest actors that the groups
-            need: they would wait for memory for ever, and without a word.
+        ValueError: the cluster cannot grow, and its memory does not hold the fewest actors that
+            the groups need. They would wait forever without a message.
     """
     on_gpus = [group for group in groups if gpus and group[0] in NETWORKS]
-    beside = [group for group in groups if group not in on_gpus]
+    on_cpus = [group for group in groups if group not in on_gpus]
     num_gpus = workers or max(1, cluster.num_gpus)
     fitting = cluster.num_fitting(memory)
-    least = len(beside) + num_gpus * len(on_gpus) if gpus else workers or 1
+    least = len(on_cpus) + num_gpus * len(on_gpus) if gpus else workers or 1
     if fitting < least:
         message = (
             f"{least} worker(s) of {memory / 2**30:.1f} GiB are needed, and the cluster's memory "
-            f"holds {fitting}; give a smaller memory_gb if they need less, fewer workers, smaller "
-            "tiles (core_px), a smaller network, or nodes with more memory"
+            f"holds {fitting}; give a smaller memory_gb if workers need less, fewer workers, "
+            "smaller tiles (core_px), a smaller network, or nodes with more memory"
         )
         if not cluster.may_grow:
             raise ValueError(message)
@@ -177,21 +178,21 @@ def _place(
         size = workers or max(1, min(cluster.num_cpus, fitting))
         return _Place(ActorPoolStrategy(size=size), 1, 0)
     if names in on_gpus:
-        # The CPU it uses now and then is left by the others, not asked for.
+        # It declares no CPU: the other stages leave it the little that it needs.
         share = GPU_SHARES[len(on_gpus)][on_gpus.index(names)]
         return _Place(ActorPoolStrategy(size=num_gpus), 0, share)
-    # All pools at their largest ask for half of the CPUs, so none waits for places that another
-    # holds, also when a node is lost. What they really use the system shares out.
-    share = 1 / (2 * len(beside))
-    most = min(cluster.num_cpus, (fitting - num_gpus * len(on_gpus)) // len(beside))
-    # Pools grow by one actor at a time, and GPUs wait meanwhile: one for each GPU from the start.
-    first = max(1, min(num_gpus, most // len(beside)))
+    # All pools at their largest declare half of the CPUs. So no pool waits for slots of another,
+    # even after a node is lost. The operating system shares out the CPUs that they really use.
+    share = 1 / (2 * len(on_cpus))
+    most = min(cluster.num_cpus, (fitting - num_gpus * len(on_gpus)) // len(on_cpus))
+    # Pools grow by one actor at a time, and GPUs would wait: they start with one for each GPU.
+    first = max(1, min(num_gpus, most // len(on_cpus)))
     pool = ActorPoolStrategy(min_size=1, max_size=max(1, most), initial_size=first)
     return _Place(pool, share, 0)
 
 
 class Stages:
-    """Some stages in one actor: what a worker does with a batch of tiles."""
+    """One or more stages in one actor: the work of a worker on a batch of tiles."""
 
     def __init__(
         self,
@@ -204,17 +205,27 @@ class Stages:
         *,
         on_gpu: bool,
     ) -> None:
-        """Make the stages; notes of attempts go below `session`."""
+        """Make the stages.
+
+        Args:
+            names: Names of the stages, in order.
+            spec: What the run computes.
+            run: The run folder.
+            session: Folder for the notes of attempts.
+            limits: How often and how long a tile is tried.
+            make: Makes a stage, as `make_stage`.
+            on_gpu: Whether Ray gave this actor a GPU.
+        """
         log_to_stderr(logging.WARNING)
         self.metrics = WorkerMetrics(run)
-        # First, so that it is known what ended the process before.
+        # Before the stages: making them may end the process, and the note must count that.
         self.attempts = attempts.attempts_of_actor(
             session, limits.max_attempts, limits.tile_timeout_s, on_gpu=on_gpu
         )
         self.stages = {name: make(name, spec, run, on_gpu=on_gpu) for name in names}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Take tiles as they come from the stage before to the form the next one takes."""
+        """Return the tiles of a batch for the next actor; after the last stage their receipts."""
         done = self.attempts.run_guarded(add_waiting_time(unpack(batch)), self._run)
         if isinstance(done[0], pa.Table):
             receipts = pa.concat_tables(done)
@@ -223,9 +234,9 @@ class Stages:
         return pack(stamp_queued([row for rows in done for row in rows]))
 
     def _run(self, rows: Any, begins: Callable[[str], None]) -> Any:  # noqa: ANN401
-        """Return what the last stage makes of rows: rows, or receipts."""
+        """Run all stages; return rows, or receipts after the last stage."""
         for name, stage in self.stages.items():
-            # Finding nuclei is segmenting and cropping; the first is where it can go wrong.
+            # Stage `find` is segmenting and cropping; only segmenting is likely to fail.
             begins("segment" if name == "find" else name)
             rows = stage(rows)
         return rows

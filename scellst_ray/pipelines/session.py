@@ -1,4 +1,4 @@
-"""Connecting to Ray: join the cluster we run in, or start one here, and stop what we started."""
+"""The connection to Ray: joins the cluster that this process belongs to, or starts a local one."""
 
 import logging
 import os
@@ -22,11 +22,11 @@ class Cluster:
     """What the connected cluster offers.
 
     Attributes:
-        num_cpus: Of all nodes.
-        num_gpus: Of all nodes.
-        node_memory: Bytes of each node that Ray hands out.
-        num_cpus_of_largest_node: Of the node that has most.
-        may_grow: Whether it was there before us: it may have an autoscaler that adds nodes.
+        num_cpus: Number of CPUs of all nodes.
+        num_gpus: Number of GPUs of all nodes.
+        node_memory: Bytes of memory that Ray hands out, for each node.
+        num_cpus_of_largest_node: Number of CPUs of the node that has most.
+        may_grow: Whether an autoscaler may add nodes: the cluster ran before this process joined.
     """
 
     num_cpus: int
@@ -44,13 +44,17 @@ class Cluster:
 def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterator[Cluster]:
     """Use Ray inside a `with`.
 
-    Joins the cluster that RAY_ADDRESS names (`ray job submit` and KubeRay set it) or this process
-    is connected to already; otherwise starts a local one, its own, and stops it at the end.
+    The function joins the cluster to which this process is connected, or that RAY_ADDRESS names:
+    `ray job submit` and KubeRay set it. Otherwise it starts a local cluster and stops it at the
+    end.
 
     Args:
-        num_cpus: CPUs of a local cluster; all cores if None. Ignored when joining.
-        dashboard: Whether a local cluster has a dashboard, on loopback (Ray Train logs errors
-            without one).
+        num_cpus: CPUs of a local cluster; None: all cores. Ignored when joining.
+        dashboard: Whether a local cluster has a dashboard, on the loopback address. Ray Train logs
+            errors without one.
+
+    Raises:
+        ValueError: RAY_ADDRESS names a job server.
     """
     hide_ray_data_logs()
     joined = ray.is_initialized()
@@ -77,7 +81,7 @@ def _init(address: str, num_cpus: int | None, *, dashboard: bool) -> None:
     if address:
         ray.init(address="auto", logging_level=logging.WARNING)
         return
-    # "local": whatever else runs or ran on this machine is none of ours.
+    # "local" never joins another cluster on this machine.
     ray.init(
         address="local",
         num_cpus=num_cpus,

@@ -1,28 +1,28 @@
-"""Which slides still need which shards: one has the cells of a task, so of one slide or many."""
+"""Which slides still need which shards. A shard holds the cells of one or many slides."""
 
 from collections.abc import Iterable
 
 
 class ShardUses:
-    """The shards of slides that are not finished; a driver keeps it."""
+    """The shards of slides that are not finished; the driver keeps one."""
 
     def __init__(self) -> None:
-        """Begin without slides."""
+        """Start without slides."""
         self._shards_of: dict[str, set[str]] = {}
         self._slides_of: dict[str, set[str]] = {}
 
     def __len__(self) -> int:
-        """Return how many shards are needed."""
+        """Return the number of shards that are needed."""
         return len(self._slides_of)
 
     def add(self, slide_id: str, shards: Iterable[str]) -> None:
-        """Take note of shards with cells of a slide."""
+        """Note that these shards hold cells of a slide."""
         for shard in shards:
             self._shards_of.setdefault(slide_id, set()).add(shard)
             self._slides_of.setdefault(shard, set()).add(slide_id)
 
     def finished(self, slide_id: str) -> list[str]:
-        """Take note that a slide is finished; return the shards that none needs any more."""
+        """Note that a slide is finished; return the shards that no slide needs any more."""
         useless = []
         for shard in sorted(self._shards_of.pop(slide_id, ())):
             slides = self._slides_of[shard]

@@ -90,7 +90,7 @@ def test_a_cohort_with_a_bad_slide_resumed_and_changed(cohort, local_ray, tmp_pa
         record = cut_slide(CropSet(plain, "set", sample, last), values)
         assert record["digest"] == made[row.slide_id]["digest"]
         assert record["centre"] == made[row.slide_id]["centre"]
-    with pytest.raises(ValueError, match=r"another sample .*total 100 there, 5 now"):
+    with pytest.raises(ValueError, match=r"another sample .*total 100 before, 5 now"):
         check_sample(run, CropSample(5, per_slide=70, per_type=32, seed=5))
 
     # The bad slide is mended; and a driver was killed: a record and the index are not there. A file

@@ -79,7 +79,7 @@ def take(driver, *tables):
 
 def whole(driver):
     """Return the tiles of the slides that may be finished."""
-    return {s: sorted(t["tile_id"].to_pylist()) for s, t in driver.unlogged_whole}
+    return {s: sorted(t["tile_id"].to_pylist()) for s, t in driver.unlogged_complete}
 
 
 def test_a_tile_that_comes_twice_is_one_tile(run):
@@ -91,7 +91,7 @@ def test_a_tile_that_comes_twice_is_one_tile(run):
     # Its last receipt counts, as in the log.
     first, last = receipts("b", [0, 1], 2, "old"), receipts("b", [1], 2, "new")
     driver = take(driver_of(run), first.slice(1), last, first.slice(0, 1))
-    ((_, table),) = driver.unlogged_whole
+    ((_, table),) = driver.unlogged_complete
     shards = dict(zip(table["tile_id"].to_pylist(), table["shard"].to_pylist(), strict=True))
     assert shards == {0: "old", 1: "new"}
 

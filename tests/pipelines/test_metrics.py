@@ -8,7 +8,12 @@ import pytest
 from scellst_ray.core import schemas
 from scellst_ray.pipelines import metrics as run_metrics
 from scellst_ray.pipelines.driver import Progress
-from scellst_ray.pipelines.metrics import DriverMetrics, WorkerMetrics, run_name, watched
+from scellst_ray.pipelines.metrics import (
+    DriverMetrics,
+    WorkerMetrics,
+    report_with_metrics,
+    run_name,
+)
 from scellst_ray.runs.folder import RunFolder
 
 RUN = RunFolder("s3://bucket/cohort/run7/", "0123")
@@ -86,7 +91,7 @@ def test_the_driver_shows_its_progress_now_and_then(values, monkeypatch):
     monkeypatch.setattr(run_metrics.time, "monotonic", lambda: now[0])
     shown = []
     progress = Progress(3, {"a": {"status": "done"}}, num_tiles=4, num_tiles_known=9, num_cells=50)
-    report = watched(RUN, shown.append)
+    report = report_with_metrics(RUN, shown.append)
     report(progress)
     expected = {
         ("slides", "done"): 1, ("slides", "empty"): 0, ("slides", "partial"): 0,

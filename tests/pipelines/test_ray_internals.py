@@ -128,8 +128,8 @@ class TestOnACluster:
         (node,) = ray_internals.live_nodes()
         elsewhere = ray_internals.select_other_nodes(["0" * 56])
         here = ray_internals.select_other_nodes([node.node_id, "0" * 56])
-        task = ray.remote(num_cpus=0)(lambda: os.getpid())
-        assert ray.get(task.options(label_selector=elsewhere).remote(), timeout=60)
+        task = ray.remote(num_cpus=0)(lambda: "done")
+        assert ray.get(task.options(label_selector=elsewhere).remote(), timeout=60) == "done"
         waiting = task.options(label_selector=here).remote()
         assert ray.wait([waiting], timeout=2.0)[0] == []
         ray.cancel(waiting)
