@@ -78,7 +78,7 @@ def check_before_run(
     """Stop a run that cannot succeed; otherwise warn of slides and nodes with problems.
 
     Args:
-        asked: What nodes must offer; this function adds a probe and slides.
+        asked: Requirements of nodes; this function adds a probe and slides.
         cluster: The resources of the cluster.
         slides: Slides that still need work.
         imported: Whether each slide needs a file of imported nuclei.

@@ -107,7 +107,7 @@ class Attempts:
 
         Args:
             uri: File of the worker's note: the same for all its processes, and no other worker's.
-            max_attempts: As in `Limits`.
+            max_attempts: Number of processes that a tile may end.
             timeout_s: Seconds a tile may take; None: no limit.
             host: Host on which this process runs.
             is_lost: Tells whether a host is lost.
@@ -309,7 +309,7 @@ def attempts_of_actor(
 
     Args:
         folder: Folder of the session.
-        max_attempts: As in `Limits`.
+        max_attempts: Number of processes that a tile may end.
         timeout_s: Seconds a tile may take; None: no limit.
         on_gpu: Whether the actor has a GPU.
     """

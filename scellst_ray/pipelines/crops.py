@@ -124,17 +124,17 @@ def make_crops(
     rows: list[CropSlide] = [
         _crop_slide(slide, cells[slide.slide_id]) for slide in slides if slide.slide_id in cells
     ]
-    cutoff, found = _cutoff(crops, rows, cells)
+    cutoff, made = _cutoff(crops, rows, cells)
     crops = replace(crops, cutoff=cutoff)
-    found |= _done(crops, rows)
-    rows = [row for row in rows if row["slide_id"] not in found]
+    made |= _done(crops, rows)
+    rows = [row for row in rows if row["slide_id"] not in made]
     if rows:
         for result in _cut(crops, rows, resources, cluster):
             check()
-            found[result["slide_id"]] = result
+            made[result["slide_id"]] = result
     check()
-    _publish_index(crops, found)
-    return found
+    _publish_index(crops, made)
+    return made
 
 
 def with_crops(records: SlideRecords, crops: CropRecords) -> dict[str, SlideRecord]:
@@ -191,12 +191,12 @@ def _cutoff(
     failed: dict[str, CropRecord] = {}
     cutoff = Cutoff(crops.sample.total)
     if rows and sum(min(r["num_cells"], most) for r in cells.values()) > crops.sample.total:
-        found = ray.data.from_arrow([_table(row) for row in rows]).map_batches(
+        candidates_of_slides = ray.data.from_arrow([_table(row) for row in rows]).map_batches(
             partial(_candidates, run=crops.run, sample=crops.sample),
             batch_size=1,
             batch_format="pyarrow",
         )
-        for batch in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in candidates_of_slides.iter_batches(batch_size=None, batch_format="pyarrow"):
             table: pa.Table = batch
             for number, row in enumerate(table.drop_columns("priority").to_pylist()):
                 if row["error"] is None:
@@ -217,11 +217,11 @@ def _candidates(batch: pa.Table, run: RunFolder, sample: CropSample) -> Iterable
         with guarded(row, "crops"):
             _, priority_N = candidates(run, slide_id, sample)
         values = pa.ListArray.from_arrays([0, len(priority_N)], pa.array(priority_N))
-        told = [
+        texts = [
             pa.array([value], pa.string())
             for value in (slide_id, row.get("error_type"), row.get("error"))
         ]
-        yield pa.table([told[0], values, *told[1:]], schema=CANDIDATES)
+        yield pa.table([texts[0], values, *texts[1:]], schema=CANDIDATES)
 
 
 def _done(crops: CropSet, rows: list[CropSlide]) -> dict[str, CropRecord]:
@@ -303,14 +303,14 @@ def _failed_record(crops: CropSet, row: AttemptedRow) -> CropRecord:
     return record
 
 
-def _publish_index(crops: CropSet, found: CropRecords) -> None:
+def _publish_index(crops: CropSet, records: CropRecords) -> None:
     """Publish `crops.json` for this set, and remove other sets.
 
     Slides whose crops failed have no record, so the same command tries them again.
     """
     run_uri = crops.run.uri
-    done = {s: r for s, r in sorted(found.items()) if r["status"] == "done"}
-    failed = {s: r for s, r in sorted(found.items()) if r["status"] == "failed"}
+    done = {s: r for s, r in sorted(records.items()) if r["status"] == "done"}
+    failed = {s: r for s, r in sorted(records.items()) if r["status"] == "failed"}
     for slide_id, record in failed.items():
         log_args = (slide_id, record["error"])
         logger.error(

@@ -108,7 +108,7 @@ class Driver:
 
         Args:
             pending: The slides to finish. Shards of slides neither pending nor finished stay.
-            spec: What the run computes.
+            spec: Settings of the computation.
             finished: slide_ids of all finished slides of this run.
         """
         self.imported = spec.segmenter == "imported"

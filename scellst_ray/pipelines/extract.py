@@ -142,7 +142,7 @@ def _read_finished(run: RunFolder) -> dict[str, SlideRecord]:
 def _select_pending(
     slides: list[SlideRow], finished: Mapping[str, SlideRecord], progress: Progress
 ) -> list[SlideRow]:
-    """Return the slides that are not finished; the records of the others go into `progress`."""
+    """Return the slides that are not finished; put the records of finished ones into `progress`."""
     wanted = {slide.slide_id for slide in slides}
     progress.records |= {s: record for s, record in finished.items() if s in wanted}
     return [slide for slide in slides if slide.slide_id not in finished]

@@ -29,8 +29,8 @@ def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list
     """
     shards = Shards(run)
 
-    def finish(whole: CompleteSlide) -> SlideRecord:
-        slide_id, of_slide = whole
+    def finish(slide: CompleteSlide) -> SlideRecord:
+        slide_id, of_slide = slide
         outcome = Outcome()
         with log_context(slide_id), guarded(outcome, "finish"):
             record = finish_slide(run, slide_id, of_slide, shards, imported=imported)

@@ -35,7 +35,7 @@ class Standing(Protocol):
 
 
 def run_name(run: RunFolder) -> str:
-    """Return the name of the run's folder, which tells runs apart and holds no secrets."""
+    """Return the name of the run's folder, which distinguishes runs and holds no secrets."""
     return run.uri.rstrip("/").rsplit("/", 1)[-1].partition("?")[0]
 
 

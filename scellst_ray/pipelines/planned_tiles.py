@@ -82,7 +82,7 @@ class PlanTiles:
         """Take the settings.
 
         Args:
-            spec: What the run computes.
+            spec: Settings of the computation.
             session: Folder for the notes of attempts.
             limits: How often and how long a slide is tried.
             plan: Plans one slide, as `plan_slide`.

@@ -30,7 +30,7 @@ class LiveNode(NamedTuple):
     Attributes:
         node_id: Ray's id of the node.
         address: Its IP address.
-        resources: What Ray hands out there: CPU, GPU, and memory in bytes.
+        resources: Amounts that Ray hands out on the node: CPU, GPU, and memory in bytes.
     """
 
     node_id: str
@@ -69,7 +69,7 @@ def select_other_nodes(node_ids: Sequence[str]) -> dict[str, str] | None:
 
 
 class ActorPlace(NamedTuple):
-    """Which actor a process runs.
+    """The actor that a process runs.
 
     Attributes:
         actor_id: Ray's id of the actor.
@@ -83,7 +83,7 @@ class ActorPlace(NamedTuple):
 
 
 def place_of_actor() -> ActorPlace:
-    """Return which actor this process runs.
+    """Return the actor that this process runs.
 
     Assumption: an actor that Ray restarts keeps its id, so its processes share a note. Its assigned
     resources hold the declared memory.

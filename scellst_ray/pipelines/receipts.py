@@ -47,7 +47,7 @@ class MakeStage(Protocol):
 
 @dataclass(frozen=True)
 class WorkFunctions:
-    """The functions that do the work on slides and tiles; simulations use others.
+    """The functions that do the work on slides and tiles; simulations replace them.
 
     Attributes:
         plan: Returns the tiles of a slide, as `plan_slide`.
@@ -98,7 +98,7 @@ def receipts_dataset(
 
     Args:
         rows: Slides, as `plan_slide` takes them.
-        spec: What the run computes.
+        spec: Settings of the computation.
         run: The run folder.
         resources: The resources that workers may use.
         cluster: The resources of the cluster.
@@ -209,7 +209,7 @@ class Stages:
 
         Args:
             names: Names of the stages, in order.
-            spec: What the run computes.
+            spec: Settings of the computation.
             run: The run folder.
             session: Folder for the notes of attempts.
             limits: How often and how long a tile is tried.

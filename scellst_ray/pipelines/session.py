@@ -19,7 +19,7 @@ from scellst_ray.pipelines.ray_internals import (
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the connected cluster offers.
+    """The resources of the connected cluster.
 
     Attributes:
         num_cpus: Number of CPUs of all nodes.

@@ -1,4 +1,4 @@
-"""The supervision of one slide: spots with the embeddings of their cells and their targets."""
+"""BAGS of one slide: for each spot the embeddings of its cells, and its target expression."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -50,11 +50,11 @@ def choose_panel(
 ) -> Panel:
     """Return the gene panel of a rule (see choose_genes), chosen on these slides only.
 
-    What trains chooses: spots that pass the filters and have cells.
+    Only spots that train choose genes: those that pass the filters and have cells.
 
     Raises:
-        ValueError: slides that cannot be used (all are listed at once), or a panel that cannot be
-            made.
+        ValueError: slides cannot be used (the message lists all of them), or the rule gives no
+            panel.
     """
     given = explicit_panel(genes)
     if given is not None:
@@ -94,7 +94,7 @@ def _xy0(cells: pa.Table) -> NDArray[np.floating]:
 
 
 def _check_some(filled: NDArray[np.bool_], slide_id: str) -> None:
-    """Refuse a slide where no spot is left to train on."""
+    """Refuse a slide without a spot to train on."""
     if not filled.any():
         message = (
             f"slide {slide_id}: none of its {len(filled)} spots that pass the filters has a cell. "
@@ -110,13 +110,13 @@ def make_bags(
     out: str,
     rules: Rules = DEFAULT_RULES,
 ) -> dict[str, Any]:
-    """Write the BAGS of one slide; return what `RESULT` lists.
+    """Write the BAGS of one slide; return the columns of `RESULT`.
 
     A spot without cells has no bag. Targets are log-normalised and scaled per slide.
 
     Raises:
-        ValueError: spots that cannot be read or do not lie on the tissue, no spot has a cell,
-            embeddings are not finite, or counts are needed and not whole.
+        ValueError: spots cannot be read or do not lie on the tissue, no spot has a cell, embeddings
+            are not finite, or a loss on counts gets counts that are not whole numbers.
     """
     slide_id = slide.row.slide_id
     source = f"slide {slide_id}"
@@ -127,7 +127,7 @@ def make_bags(
     targets = make_targets(linked.spots, panel, source, rules.limits)
     filled = linked.links.num_cells[targets.kept] > 0
     _check_some(filled, slide_id)
-    # Scaled over the spots that train, so an empty spot has no say.
+    # Only spots that train decide the scale.
     scaled_SG, scale_G = robust_scale(targets.values_KP[filled])
     table = _bag_table(slide_id, linked, targets, filled, cells)
     table = table.append_column("target", _vectors(scaled_SG))
@@ -163,7 +163,7 @@ def _bag_table(
     filled: NDArray[np.bool_],
     cells: pa.Table,
 ) -> pa.Table:
-    """Return the bags of the spots that train, without what they shall learn."""
+    """Return the bags of the spots that train, without their targets."""
     kept = targets.kept[filled]
     bags = linked.links.select(kept)
     embedding = cells["embedding"].combine_chunks().take(pa.array(bags.cell_index))
@@ -186,22 +186,22 @@ def _check_finite(
 ) -> None:
     """Refuse embeddings that hold NaN or infinity."""
     values_LD = np.asarray(embedding.flatten()).reshape(len(embedding), -1)
-    bad = np.unique(cell_ids[~np.isfinite(values_LD).all(axis=1)])
-    if len(bad):
+    bad_ids = np.unique(cell_ids[~np.isfinite(values_LD).all(axis=1)])
+    if len(bad_ids):
         message = (
-            f"slide {slide_id}: embeddings of {len(bad)} cells under its spots hold NaN or "
-            f"infinity, the first of cell {bad[0]}. Its encoder overflows or is damaged: extract "
-            "again with precision float32, or another encoder."
+            f"slide {slide_id}: embeddings of {len(bad_ids)} cells under its spots hold NaN or "
+            f"infinity, the first of cell {bad_ids[0]}. The encoder overflows or is damaged: "
+            "extract again with precision float32, or another encoder."
         )
         raise ValueError(message)
 
 
 def provenance(panel: Panel, rules: Rules, bags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return how supervision came about, as JSON to be stored in the head.
+    """Return how the supervision was made, as JSON for the head.
 
     Args:
         panel: From choose_panel.
-        rules: What was asked for.
+        rules: How spots became supervision.
         bags: From build_bags.
     """
     left_out = ("slide_id", "error", "scale")  # the scale is in the head already

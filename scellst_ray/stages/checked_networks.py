@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckedNetworks:
-    """What the networks of a run are.
+    """The networks of a run, identified.
 
     Attributes:
         identity: Digests of their weights and the length of embeddings.
         type_names: Nucleus types of the segmenting network, by number; empty without one.
-        bytes_on_cpu: Memory the segmenting network takes where there is no GPU.
-        head_uri: The expression head, or None.
+        bytes_on_cpu: Bytes of memory that the segmenting network takes on a CPU.
+        head_uri: File of the expression head; None without one.
     """
 
     identity: NetworkIdentity
@@ -30,12 +30,12 @@ class CheckedNetworks:
 
 
 def check_networks(config: ExtractConfig) -> CheckedNetworks:
-    """Read the networks' weights, before Ray starts, and return what they are.
+    """Read the networks' weights before Ray starts, and identify them.
 
     Raises:
-        ValueError: weights that are not there, or not what they should be.
+        ValueError: a file of weights does not exist, or does not fit the settings.
     """
-    # Torch takes half a gigabyte, which a driver without networks need not.
+    # Torch takes half a gigabyte, which a driver without networks does not need.
     if config.segmenter != "cellvit" and config.encoder in WITHOUT_FILE:
         return CheckedNetworks(NetworkIdentity(encoder=config.encoder, embedding_dim=None))
     from scellst_ray.models.cellvit.checkpoint import load_cellvit  # noqa: PLC0415
@@ -81,7 +81,7 @@ def segmenter_embedding_dim(encoder: str, model: "CellVit | None" = None) -> int
     """Return the length of embeddings that are made without a network of their own.
 
     Args:
-        encoder: 'none', 'tokens' or 'types'; for others None is returned, too.
+        encoder: 'tokens' or 'types'; for every other encoder the length is None.
         model: The segmenting network; None: the published CellViT-256.
     """
     from scellst_ray.models.cellvit.checkpoint import PANNUKE_TYPES  # noqa: PLC0415
@@ -95,7 +95,7 @@ def segmenter_embedding_dim(encoder: str, model: "CellVit | None" = None) -> int
 
 
 def cells_spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:
-    """Return what to compute, of a settled configuration."""
+    """Return what the workers compute, from a resolved configuration."""
     return CellsSpec(
         segmenter=config.segmenter,
         read_mpp=config.read_mpp,

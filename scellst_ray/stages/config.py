@@ -123,7 +123,7 @@ def num_planners(num_cpus: int, num_nodes: int = 1) -> int:
 def resolve_config(config: ExtractConfig) -> ExtractConfig:
     """Return the configuration with everything decided that must be equal in all processes.
 
-    Files of weights get absolute names, and `auto` precision becomes that of the driver.
+    Files of weights get absolute names, and precision `auto` becomes that of the driver's device.
     """
     if config.encoder not in WITHOUT_FILE and not is_catalogued(config.encoder):
         from scellst_ray.models.encoder.encoder import is_named  # noqa: PLC0415 - as in check_networks
@@ -133,7 +133,7 @@ def resolve_config(config: ExtractConfig) -> ExtractConfig:
     weights = config.segmenter_weights
     if weights is not None and not is_catalogued(weights):
         config = replace(config, segmenter_weights=storage.absolute(weights))
-    # A retry reads it from the run's folder, wherever it is started.
+    # `retry` reads the name from the run folder, and may start in another working folder.
     config = replace(config, manifest=storage.absolute(config.manifest))
     if config.encoder == "none":
         config = replace(config, store_embeddings=False)

@@ -1,6 +1,6 @@
-"""The crops of one slide: drawn from its CELLS, cut from its pixels, written in random order.
+"""Crops of one slide: a sample of its CELLS, cut from its pixels and written in random order.
 
-Plain functions; pipelines/crops.py maps them over slides.
+Plain functions, which pipelines/crops.py maps over slides.
 """
 
 import math
@@ -25,21 +25,21 @@ from scellst_ray.slides.reader import Slide
 from scellst_ray.stages.rows import CropSlide
 from scellst_ray.storage.node_cache import hold
 
-# Cells are cut a square of this many px read at a time; of one with few cells less is read.
+# Cells are cut in squares of this side in px read. Of a square only the part with cells is read.
 WINDOW_PX = 512
-# Beyond the crop, for interpolation.
+# Px read beyond the crop, for interpolation.
 MARGIN_PX = 2
 
 
 @dataclass(frozen=True)
 class CropSet:
-    """What a set of crops is, and where: one sample of the cells that a run had at one time.
+    """A set of crops: one sample of the cells that a run had at one time.
 
     Attributes:
         run: The run.
-        set_id: Identifies sample and cells.
-        sample: How many, and which.
-        cutoff: Cells with a priority up to this are in.
+        set_id: Hash of the sample and of the cells.
+        sample: The size of the sample, and the seed that draws it.
+        cutoff: Highest priority of a cell in the sample.
     """
 
     run: RunFolder
@@ -55,7 +55,7 @@ class CropSet:
 def candidates(
     run: RunFolder, slide_id: str, sample: CropSample
 ) -> tuple[pa.Table, NDArray[np.uint64]]:
-    """Return the cells a slide would give if it were alone, and their priorities, ascending."""
+    """Return the cells that a slide would add if it were alone, and their ascending priorities."""
     uri = run.cells_uri(slide_id)
     cells = storage.read_table(uri, ["slide_id", "cell_id", "x0", "y0", "nucleus_type"])
     schemas.check(cells.schema, "CELLS", uri)
@@ -68,8 +68,8 @@ def cut_slide(crops: CropSet, row: CropSlide) -> CropRecord:
     """Write the crops of a slide; return its record, not yet published.
 
     Args:
-        crops: Which, and where to.
-        row: slide_id, uri, and mpp and read_mpp of the slide's record.
+        crops: The set of crops.
+        row: The slide.
 
     Raises:
         ValueError: the slide or its cells cannot be read.
@@ -100,7 +100,7 @@ def cut_slide(crops: CropSet, row: CropSlide) -> CropRecord:
 
 
 def windows(xy0: NDArray[np.floating], ratio: float) -> Iterator[NDArray[np.int64]]:
-    """Yield the rows of cells that are cut together.
+    """Yield the indices of cells that are cut together.
 
     Args:
         xy0: Centroids [N, 2] (x, y), level-0 px.
@@ -113,12 +113,12 @@ def windows(xy0: NDArray[np.floating], ratio: float) -> Iterator[NDArray[np.int6
 
 
 def cut_window(slide: Slide, xy0: NDArray[np.floating], read_mpp: float) -> NDArray[np.uint8]:
-    """Read what holds some cells and cut their crops, uint8 [N, 72, 72, 3].
+    """Read the pixels around cells and cut their crops, uint8 [N, 72, 72, 3].
 
     Args:
-        slide: Open.
+        slide: The open slide.
         xy0: Centroids [N, 2] (x, y), level-0 px.
-        read_mpp: The um per px at which the cells were found and embedded: the same pixels.
+        read_mpp: The um per px at which the cells were found, so that crops have the same pixels.
     """
     reach0 = (schemas.STORED_CROP_UM / 2 + MARGIN_PX * read_mpp) / slide.mpp
     left, top = (math.floor(value - reach0) for value in xy0.min(axis=0))
@@ -130,10 +130,10 @@ def cut_window(slide: Slide, xy0: NDArray[np.floating], read_mpp: float) -> NDAr
 
 
 def record_of(crops: CropSet, slide_id: str, status: CropStatus) -> CropRecord:
-    """Return what every record of a slide's crops says; without crops, all it does.
+    """Return the fields of every record of a slide's crops; without crops it has no more.
 
     Args:
-        crops: The set.
+        crops: The set of crops.
         slide_id: The slide.
         status: done, empty or failed.
     """

@@ -1,4 +1,4 @@
-"""Finding nuclei: the stage from pixels, or a network's maps, to nuclei and their crops."""
+"""The stage that finds nuclei: from pixels, or a network's maps, to nuclei and their crops."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -19,14 +19,14 @@ from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE, CellsSpec, box_of, guar
 if TYPE_CHECKING:
     from scellst_ray.core.geometry import Frame
 
-# How far outside its core a tile still offers nuclei that no tile may own: see nuclei/seams.py.
+# A tile offers nuclei up to this distance outside its core, in um: see nuclei/seams.py.
 MARGIN_UM = 2.0
 # What no later stage needs.
 USED_UP: tuple[Literal["image", "maps", "frame"], ...] = ("image", "maps", "frame")
 
 
 class FindNuclei:
-    """Pixels, and a network's maps where there was one, to nuclei and their crops."""
+    """Finds nuclei in pixels or in a network's maps, and cuts their crops."""
 
     def __init__(self, spec: CellsSpec) -> None:
         """Prepare a worker."""
@@ -34,10 +34,10 @@ class FindNuclei:
         self.spec = spec
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow]:
-        """Replace the pixels by `cells` (a table without vectors) and what embeds them.
+        """Replace the pixels by `cells`, a table without vectors, and by the input of the encoder.
 
-        That is `crops`, uint8 [N, 48, 48, 3], or for tokens `boxes`, px of the tile, int [N, 4];
-        for types nothing more.
+        An encoder of crops gets `crops`, uint8 [N, 48, 48, 3]. Encoder `tokens` gets `boxes`, int
+        [N, 4] in px of the tile. Encoder `types` needs nothing more.
         """
         for row in todo(rows):
             self._one(row)
@@ -68,14 +68,17 @@ class FindNuclei:
             row["cells"] = table
 
     def _margin_um(self, row: TileRow) -> float:
-        """Return how far outside its core a tile offers nuclei; their crops must lie in it."""
+        """Return the um outside its core up to which a tile offers nuclei.
+
+        The crop of a nucleus must lie in the tile.
+        """
         if not self.spec.needs_crops:
             return MARGIN_UM
         halo_um = self.spec.halo_px * float(row["read_mpp"])
         return max(0.0, min(MARGIN_UM, halo_um - schemas.CROP_UM / 2))
 
     def _nuclei(self, row: TileRow) -> Nuclei:
-        """Return the tile's nuclei in px of its image, those in the halo included."""
+        """Return the tile's nuclei in px of its image, including those in the halo."""
         if self.spec.segmenter == "cellvit":
             return nuclei_from_packed(row["maps"], self.spec.type_names)
         if self.spec.segmenter == "imported":
@@ -84,7 +87,7 @@ class FindNuclei:
 
 
 def _offered(nuclei: Nuclei, row: TileRow, margin_um: float) -> tuple[Nuclei, NDArray[np.uint8]]:
-    """Return the nuclei this tile offers, and what compaction must know of them at seams."""
+    """Return the nuclei that this tile offers, and their bits for the settling of seams."""
     frame: Frame = row["frame"]
     boxes = nuclei.boxes_px().astype(np.float64)
     corners = [frame.to_level0(boxes[:, :2]), frame.to_level0(boxes[:, 2:])]

@@ -1,4 +1,4 @@
-"""When slide after slide fails on one GPU: the run is stopped, rather than turned into failures."""
+"""Stops a run when slide after slide fails on one GPU, so that the cohort does not fail with it."""
 
 import socket
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ STAGES = ("network", "embed")
 
 
 class GpuError(RuntimeError):
-    """A GPU that fails slide after slide."""
+    """A GPU on which slide after slide failed."""
 
 
 class GpuWatch:
-    """Which slides have failed in a network, in a row and on one worker's GPU.
+    """The slides that failed in a network one after another, on one worker's GPU.
 
-    Tiles may be at fault, and slides; hardly three slides without one tile that succeeds between.
+    A tile or a slide may be at fault. Three slides without any tile that succeeds mean the GPU.
     """
 
     def __init__(self, *, on_gpu: bool) -> None:
-        """Start with none; a worker without a GPU never has any."""
+        """Start without failed slides; a worker without a GPU never counts any."""
         self.on_gpu = on_gpu
         self.failed_slides: list[str] = []
 
     def look(self, rows: Sequence[AttemptedRow]) -> None:
-        """Take note of rows that went through a stage, or were given up.
+        """Count the slides of rows that went through a stage, or were given up.
 
         Raises:
-            GpuError: too many slides have failed.
+            GpuError: three slides have failed one after another.
         """
         if any(row.get("error") is None for row in rows):
             self.failed_slides = []
@@ -45,7 +45,7 @@ class GpuWatch:
                 f"{socket.gethostname()}: no tile of {len(self.failed_slides)} slides in a row "
                 f"({', '.join(self.failed_slides)}) got through stage {row['stage']} on its GPU; "
                 f"the last: {row['error_type']}: {row['error']}; check that GPU, leave the node "
-                "out, give it smaller tiles (core_px), or run with gpus: false. Run the same "
-                "command then: what is finished stays"
+                "out, give it smaller tiles (core_px), or run with gpus: false. Then run the same "
+                "command: finished slides stay"
             )
             raise GpuError(message)

@@ -1,12 +1,11 @@
-"""The stages of the pass over the pixels: which a run needs, and how a worker makes them.
+"""The stages of the pass over the pixels: which ones a run needs, and how a worker makes them.
 
-Plain callables on rows, one dict per tile, from tile to receipt. pipelines/receipts.py strings them
-together, fused in one CPU actor or spread over CPU and GPU actors, and a plain loop over them gives
-the same tables. A row that carries an error passes through untouched: an error is a value, never an
-exception that stops the cohort.
+A stage is a plain callable on rows, one row per tile. pipelines/receipts.py chains the stages, in
+one CPU actor or over CPU and GPU actors; a plain loop over them gives the same tables. A row with
+an error passes through unchanged: an error is a value, not an exception that stops the cohort.
 
-Each is imported where it runs: a hundred workers that start on few cores wait for every library
-they load, and torch takes seconds and half a gigabyte, which readers beside a GPU need not.
+Each stage is imported where it runs. Workers that start on few cores wait for every library that
+they load; torch takes seconds and half a gigabyte, and stages without a network do not need it.
 """
 # ruff: noqa: PLC0415 - see above
 
@@ -22,12 +21,12 @@ from scellst_ray.stages.tiles import CellsSpec
 # Raised whenever a segmenter's results change: part of every run's digest.
 SEGMENTER_VERSIONS = {"hematoxylin": 2, "cellvit": 1, "imported": 1}
 NETWORKS = ("network", "embed")
-# The last stage returns RECEIPTS, the others rows.
+# The last stage returns RECEIPTS; all stages before it return rows.
 Stage = Callable[[list[TileRow]], list[TileRow] | pa.Table]
 
 
 def make_stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> Stage:
-    """Return one stage of the pipeline, by its name, as `stage_groups` gives it."""
+    """Return a stage of the pipeline, by its name in `stage_groups`."""
     if name == "read":
         from scellst_ray.stages.read import Read
 
@@ -47,10 +46,10 @@ def make_stage(name: str, spec: CellsSpec, run: RunFolder, *, on_gpu: bool) -> S
 
 
 def stage_groups(spec: CellsSpec, *, gpus: bool) -> list[tuple[str, ...]]:
-    """Return which stages a run needs, those of one actor together.
+    """Return the stages that a run needs, grouped by actor.
 
-    With GPUs the networks are split from the rest, but for the writing, which needs next to
-    nothing.
+    With GPUs the networks have actors of their own. Writing shares an actor with the stage before,
+    since it takes little time.
     """
     network = spec.segmenter == "cellvit"
     embed = spec.encoder != "none"

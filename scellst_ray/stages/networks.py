@@ -1,6 +1,7 @@
 """The stages that run networks: maps of a segmenter, embeddings of crops, the expression head.
 
-On rows, like the other stages (stages/make.py). Letters: N nuclei, D embedding, H hidden.
+They work on rows, like the other stages (stages/make.py). Letters of shapes: N nuclei, D length of
+an embedding, H length of the hidden layer.
 """
 
 import logging
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Network:
-    """Pixels to the maps of the segmenting network."""
+    """Runs the segmenting network: from pixels to its maps."""
 
     def __init__(self, spec: CellsSpec, device: Device) -> None:
         """Load the network."""
@@ -42,9 +43,10 @@ class Network:
         self.pack = _pack_on_cpu if device == "cpu" else pack_maps
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow]:
-        """Add `maps`, uint32 [side, side], and for tokens `tokens`, float16 [side/16, side/16, D].
+        """Add `maps`, uint32 [side, side]; for encoder tokens add float16 [side/16, side/16, D].
 
-        Tiles share a batch; if that fails, each is tried alone, so a tile's fault is its own.
+        Tiles share a batch. If the batch fails, each tile is tried alone, so that only the tile at
+        fault fails.
         """
         waiting = todo(rows)
         outcome = Outcome()
@@ -78,7 +80,7 @@ class Network:
 
 
 class Embed:
-    """Crops, or the network's tokens or types, to embeddings; these to the head's hidden layer."""
+    """Turns crops, tokens or types into embeddings, and these into the head's hidden layer."""
 
     def __init__(self, spec: CellsSpec, device: Device) -> None:
         """Load the networks."""
@@ -94,7 +96,7 @@ class Embed:
             self.head = load_head(spec.head_uri)[0].to(device)
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow]:
-        """Replace `crops`, or `tokens` and `boxes`, if any, by vector columns of `cells`."""
+        """Replace `crops`, or `tokens` and `boxes`, by vector columns of `cells`."""
         for row in todo(rows):
             with guarded(row, "embed"):
                 if self.spec.encoder == "tokens":
@@ -110,10 +112,10 @@ class Embed:
         return rows
 
     def _normalising(self, encoder: Encoder, slide_id: str) -> Encoder:
-        """Return the encoder with the colours of this slide, if slides have their own.
+        """Return the encoder with the colours of this slide, if `colours_from` is given.
 
         Raises:
-            ValueError: this slide's are not known.
+            ValueError: the colours of this slide are not known.
         """
         if self.spec.colours is None:
             return encoder
@@ -144,7 +146,7 @@ class Embed:
 def _pack_on_cpu(
     binary_B2HW: Tensor, hv_B2HW: Tensor, types_BYHW: Tensor, window_px: int | None
 ) -> Tensor:
-    """Return what `pack_maps` does, bit for bit, in a tenth of its time: OpenCV on each tile."""
+    """Return the same bits as `pack_maps` in a tenth of the time, by OpenCV on each tile."""
     binary, hv, types = (m.float().numpy() for m in (binary_B2HW, hv_B2HW, types_BYHW))
     tiles = zip(binary, hv, types, strict=True)
     packed = [hv_maps.pack_maps(b_2HW, hv_2HW, t_YHW, window_px) for b_2HW, hv_2HW, t_YHW in tiles]
@@ -152,10 +154,10 @@ def _pack_on_cpu(
 
 
 def _check_digest(weights: str, found: str, expected: str | None) -> None:
-    """Refuse weights that are not those the run was started with.
+    """Refuse weights other than those with which the run was started.
 
     Raises:
-        ValueError: the file has changed, or this node has another one under its name.
+        ValueError: the file has changed, or this node has another file under its name.
     """
     if expected is not None and found != expected:
         message = (
@@ -168,8 +170,8 @@ def _check_digest(weights: str, found: str, expected: str | None) -> None:
 def end_process_if_broken(device: Device, row: TileRow) -> None:
     """End this process if its GPU no longer works, so that Ray starts a new one.
 
-    After an illegal access or a memory fault every later call on a CUDA context fails, and fast:
-    an actor that went on would turn the rest of the cohort into failures.
+    After an illegal access or a memory fault every later call on a CUDA context fails quickly. An
+    actor that continued would turn the rest of the cohort into failures.
     """
     if device == "cpu" or row.get("error") is None:
         return
@@ -187,9 +189,9 @@ def end_process_if_broken(device: Device, row: TileRow) -> None:
 
 
 def one_hot(types: pa.ChunkedArray, names: tuple[str, ...]) -> NDArray[np.float16]:
-    """Return type names as float16 [N, D], a one in the column of the type.
+    """Return type names as float16 [N, D], with a one in the column of the type.
 
-    The input of the paper's comparison that knows a cell's type and nothing else.
+    The sCellST paper compares its encoder with this input, which knows only a cell's type.
 
     Raises:
         ValueError: a type that is not among the names.
@@ -203,10 +205,10 @@ def one_hot(types: pa.ChunkedArray, names: tuple[str, ...]) -> NDArray[np.float1
 
 
 def stored_distance(head: MilHead, x_ND: Tensor) -> Tensor:
-    """Return how far cells lie from the training instances, float16 [N].
+    """Return the distances of cells from the training instances, float16 [N].
 
-    The root mean square of standardised features (runs/domain_shift.py); what is beyond float16, or
-    not finite, is its largest number: as far as can be.
+    A distance is the root mean square of standardised features (runs/domain_shift.py). A distance
+    beyond float16, or one that is not finite, becomes the largest float16.
     """
     z_ND = (x_ND.float() - head.mean_D) / head.std_D
     most = torch.finfo(torch.float16).max

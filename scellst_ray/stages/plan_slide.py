@@ -1,4 +1,4 @@
-"""TILES: from slides to boxes; no pixels beyond a low-power view."""
+"""TILES: from a slide to the boxes of its tiles. Only a view of low magnification is read."""
 
 import hashlib
 
@@ -26,14 +26,12 @@ def plan_slide(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
     """Plan a slide's tiles.
 
     Args:
-        row: slide_id, uri, mpp and mpp_error of the manifest, and done_tiles (ids not to redo);
-            for imported nuclei also segmentation (where they are) and imported_uri (where they
-            shall lie, sorted by tile).
-        spec: What to compute.
+        row: The slide.
+        spec: Settings of the computation.
 
     Returns:
-        One row per tile still to do; a single row with tile_id -1 and num_tiles 0 if the slide
-        cannot be opened or has nothing to do: no tissue, or no imported nucleus.
+        One row per tile that still needs work. A slide that cannot be opened, or has no tissue or
+        no imported nucleus, is a single row with tile_id -1 and num_tiles 0.
     """
     nothing: TileRow = {
         "slide_id": row["slide_id"],
@@ -80,7 +78,7 @@ def _tiles_of_tissue(slide: Slide, read_mpp: float, spec: CellsSpec) -> list[Til
 
 
 def _imported_files(row: PendingSlide) -> tuple[str, str]:
-    """Return where a slide's imported nuclei are, and where they lie sorted by tile.
+    """Return the file of a slide's imported nuclei, and the file for them sorted by tile.
 
     Raises:
         ValueError: the manifest names no file of imported nuclei.
@@ -118,7 +116,8 @@ def _tiles_of_nuclei(
 def imported_name(source: str, mpp: float | None, spec: CellsSpec) -> str:
     """Return the file name of a slide's imported nuclei sorted by tile.
 
-    It tells by its name what it was made of, so another file or another tiling is another name.
+    The name is a hash of source file, resolution and tile size: if any changes, the table is made
+    again.
     """
     made_of = (source, node_cache.identity(source), mpp, spec.read_mpp, spec.core_px)
     return f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.parquet"

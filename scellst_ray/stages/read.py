@@ -1,4 +1,4 @@
-"""Reading: the stage from tiles to pixels."""
+"""The stage that reads tiles: from boxes to pixels."""
 
 from contextlib import ExitStack
 
@@ -11,14 +11,14 @@ from scellst_ray.storage.node_cache import hold
 
 
 class OpenSlides:
-    """The slides a worker has open: the last two, since opening a plain image decodes it."""
+    """The slides that a worker has open: the last two, since opening a plain image decodes it."""
 
     def __init__(self) -> None:
-        """Start with none open."""
+        """Start without an open slide."""
         self._open: dict[tuple[str, float], tuple[Slide, ExitStack]] = {}
 
     def get(self, uri: str, mpp: float) -> Slide:
-        """Return an open slide, opening it if need be."""
+        """Return an open slide; open it if it is not open yet."""
         key = (uri, mpp)
         if key not in self._open:
             while len(self._open) >= 2:
@@ -30,20 +30,20 @@ class OpenSlides:
         return self._open[key][0]
 
     def drop(self, uri: str, mpp: float) -> None:
-        """Close a slide: OpenSlide refuses all further reads after one failed."""
+        """Close a slide. OpenSlide refuses all reads after one that failed."""
         if (uri, mpp) in self._open:
             _, opened = self._open.pop((uri, mpp))
             opened.close()
 
 
 class Read:
-    """Tiles to pixels."""
+    """Reads the pixels of tiles."""
 
     def __init__(self, spec: CellsSpec) -> None:
         """Prepare a worker."""
         cv2.setNumThreads(spec.num_threads)
         self.slides = OpenSlides()
-        # Nuclei that are given and not embedded need no pixels.
+        # Imported nuclei without embeddings need no pixels.
         self.no_pixels = spec.segmenter == "imported" and spec.encoder == "none"
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow]:

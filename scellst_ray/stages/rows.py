@@ -36,7 +36,7 @@ SECONDS_OF_STAGE: dict[str, Seconds] = {
 
 
 class Outcome(TypedDict, total=False):
-    """How work ended: what `guarded` writes into a row.
+    """The outcome of work, as `guarded` writes it into a row.
 
     Attributes:
         stage: The stage that failed; absent or None if none did.
@@ -84,7 +84,7 @@ class PendingSlide(TypedDict):
         slide_id: The slide.
         uri: Its file.
         mpp: um per level-0 px, as the manifest says; None: the file says it.
-        mpp_error: What is wrong with the manifest's mpp; None if nothing is.
+        mpp_error: Problem of the manifest's mpp; None without one.
         done_tiles: tile_ids that need not be done again.
         segmentation: File of imported nuclei; None without one.
         imported_uri: Where the imported nuclei lie, or will lie, sorted by tile; None without any.
@@ -136,7 +136,7 @@ class AttemptedCropSlide(CropSlide, Outcome):
 
 
 class TileBoxes(TypedDict, total=False):
-    """A tile's core, and what is read for it: left, top, width and height in level-0 px."""
+    """A tile's core, and the box that is read for it: left, top, width and height in level-0 px."""
 
     core_x0: int
     core_y0: int

@@ -1,11 +1,11 @@
-"""Which settings of `extract` go together with which segmenter and encoder."""
+"""Checks which settings of `extract` go together with which segmenter and encoder."""
 
 from typing import Protocol
 
 from scellst_ray.slides.reader import GRID_PX
 from scellst_ray.slides.tiling import NETWORK_NATIVE_MPP
 
-# Encoders that are no weights of their own.
+# Encoders without a file of weights.
 WITHOUT_FILE = ("none", "tokens", "types")
 TYPES_UNKNOWN = {
     "hematoxylin": "encoder 'types' needs nuclei that have types, and segmenter hematoxylin gives "
@@ -16,7 +16,7 @@ TYPES_UNKNOWN = {
 
 
 class Settings(Protocol):
-    """What is checked: a part of ExtractConfig."""
+    """The part of ExtractConfig that is checked."""
 
     @property
     def segmenter(self) -> str:
@@ -48,7 +48,7 @@ class Settings(Protocol):
 
 
 def segmenter_problems(config: Settings) -> list[str]:
-    """Return what is wrong with the settings of the segmenter, a sentence each."""
+    """Return the problems of the segmenter's settings, a sentence each."""
     weights, window_px = config.segmenter_weights, config.segmenter_window_px
     if config.segmenter != "cellvit":
         given = {"segmenter_weights": weights, "segmenter_window_px": window_px}

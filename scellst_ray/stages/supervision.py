@@ -1,4 +1,4 @@
-"""A training slide's spots beside its cells: read, linked, and checked before anything learns."""
+"""The spots and cells of a training slide: read, linked, and checked before the training."""
 
 import logging
 from collections.abc import Sequence
@@ -24,20 +24,21 @@ from scellst_ray.storage.node_cache import hold
 
 logger = logging.getLogger(__name__)
 
-# Tissue is looked at every so many px of its mask, that is every 32 um.
+# Every fourth px of the tissue mask is used, that is one point in 32 um.
 TISSUE_STEP = 4
-# A spot is on tissue if some is so near; between cells there may be more (fat, mucus, stroma).
+# A spot is on tissue if tissue, or a cell, lies within this distance. The distance to cells is
+# larger, since fat, mucus and stroma have few.
 PIXEL_REACH_UM, CELL_REACH_UM = 25.0, 100.0
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How spots become supervision.
+    """The rules by which spots become supervision.
 
     Attributes:
-        limits: Which genes and spots are measured well enough.
-        with_counts: Keep raw counts and size factors, for losses on counts.
-        check_alignment: Refuse slides whose spots do not lie on their tissue.
+        limits: Thresholds of genes and spots that are measured well enough.
+        with_counts: Whether to keep raw counts and size factors, for losses on counts.
+        check_alignment: Whether to refuse slides whose spots do not lie on their tissue.
     """
 
     limits: CountFilter = DEFAULT_FILTER
@@ -53,9 +54,9 @@ class TrainingSlide:
     """A slide with spots, as found in the manifest and in the run that extracted its cells.
 
     Attributes:
-        row: Its row of the manifest.
+        row: The slide's row of the manifest.
         mpp: um per level-0 px.
-        size0: Width and height in level-0 px, as the run found them.
+        size0: Width and height in level-0 px, as the run found them; None if unknown.
     """
 
     row: SlideRow
@@ -73,8 +74,8 @@ class LinkedSpots:
 
     Attributes:
         spots: All spots under tissue.
-        links: Their cells, as rows of CELLS.
-        report: What is to be told: shares, and what tissue they were compared with.
+        links: The cells of each spot, as rows of CELLS.
+        report: Shares of spots and cells for the user, and the kind of tissue compared with.
     """
 
     spots: Spots
@@ -89,12 +90,12 @@ def training_slides(
 
     Args:
         rows: The manifest.
-        run: The run that holds their CELLS.
-        wanted: slide_ids to train on; all manifest rows with spots if None.
+        run: The run that holds the CELLS of the slides.
+        wanted: slide_ids to train on; None: all slides of the manifest with spots.
 
     Raises:
-        ValueError: a slide is not in the manifest, has no spots there, or no CELLS in the run; all
-            such slides are listed at once.
+        ValueError: a slide is not in the manifest, has no spots there, or has no CELLS in the run.
+            The message lists all such slides.
     """
     by_id = {row.slide_id: row for row in rows}
     chosen = wanted or [row.slide_id for row in rows if row.columns.get("spots")]
@@ -107,11 +108,11 @@ def training_slides(
         elif not by_id[slide_id].columns.get("spots"):
             problems.append(f"{slide_id} has no spots in the manifest")
         elif status != "done":
-            problems.append(f"{slide_id} is {status or 'not there'} in {run.uri}, not done")
+            problems.append(f"{slide_id} is {status or 'missing'} in {run.uri}, not done")
     if problems or not chosen:
-        found = "; ".join(problems) or "no row of the manifest has spots"
+        text = "; ".join(problems) or "no row of the manifest has spots"
         message = (
-            f"cannot train: {found}. The manifest needs a `spots` column, and `scellst-ray "
+            f"cannot train: {text}. The manifest needs a `spots` column, and `scellst-ray "
             "extract` must have finished the slides."
         )
         raise ValueError(message)
@@ -136,13 +137,12 @@ def link_slide(
     Args:
         slide: The slide.
         cell_xy0: Centroids of its cells [N, 2], level-0 px.
-        rules: Whether to refuse what does not lie on tissue.
-        see_image: Find tissue in the image (where it is a local file that can be read), else by
-            the cells.
+        rules: Whether to refuse spots that do not lie on tissue.
+        see_image: Whether to find the tissue in the image, if that is a local file that can be
+            read; otherwise the cells show it.
 
     Raises:
-        ValueError: spots that cannot be read, lie outside the image or off the tissue, or no spot
-            has a cell.
+        ValueError: spots cannot be read, lie outside the image or off the tissue, or have no cell.
     """
     source = f"slide {slide.row.slide_id}"
     spots = read_spots(slide.spots_row(), slide.mpp)
@@ -165,7 +165,7 @@ def link_slide(
 
 
 def _refuse_misplaced(source: str, links: Links, found: Alignment, rules: Rules) -> None:
-    """Refuse spots without any cell and, if asked to, those that do not lie on the tissue."""
+    """Refuse spots without any cell; if the rules say so, also spots that lie off the tissue."""
     remedy = (
         "Check the mpp, and that x and y of the spot positions are those of this image, or leave "
         "the slide out"
@@ -183,9 +183,9 @@ def _refuse_misplaced(source: str, links: Links, found: Alignment, rules: Rules)
 
 
 def tissue_points(slide: TrainingSlide) -> NDArray[np.float64] | None:
-    """Return points all over a slide's tissue [T, 2], level-0 px; None if it cannot be looked at.
+    """Return points all over a slide's tissue [T, 2], level-0 px; None if it cannot be seen.
 
-    Images on object storage are not fetched for that: training needs no pixels.
+    Images on object storage are not fetched, since training needs no pixels.
     """
     if not storage.is_local(slide.row.uri):
         return None
@@ -194,8 +194,12 @@ def tissue_points(slide: TrainingSlide) -> NDArray[np.float64] | None:
             mpp = max(TISSUE_MPP, image.mpp)
             view, frame = image.overview(mpp)
     except (OSError, ValueError) as error:
-        told = (slide.row.slide_id, error)
-        logger.info("slide %s: tissue by its cells: %s", *told, extra=log_fields(told[0]))
+        log_args = (slide.row.slide_id, error)
+        logger.info(
+            "slide %s: its cells show the tissue, since the image cannot be read: %s",
+            *log_args,
+            extra=log_fields(slide.row.slide_id),
+        )
         return None
     mask = tissue_mask(view, mpp)[::TISSUE_STEP, ::TISSUE_STEP]
     rows, columns = np.nonzero(mask)

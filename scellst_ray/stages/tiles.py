@@ -1,7 +1,7 @@
-"""Tiles as rows: what is computed of them, and what all stages do with a row.
+"""What a run computes of its tiles, and the functions that all stages share.
 
-A row is a dict, one per tile, from plan to receipt. What goes wrong becomes a value in the row.
-Every worker imports this first, so nothing here takes long to load.
+An error in a tile becomes a value in its row (stages/rows.py). Every worker imports this file
+first, so it loads quickly.
 """
 
 import time
@@ -30,26 +30,26 @@ PLANNED = schemas.TILES.append(pa.field("seconds_plan", pa.float32())).append(
 
 @dataclass(frozen=True)
 class CellsSpec:
-    """All that decides what the stages compute; sent to every worker.
+    """All settings that decide what the stages compute; sent to every worker.
 
     Attributes:
         segmenter: 'hematoxylin', 'cellvit' or 'imported'.
-        read_mpp: um per px to read slides at; None: as the segmenter likes it.
+        read_mpp: um per px to read slides at; None: chosen for the segmenter and the slide.
         core_px: Tile core in px read.
         halo_px: Halo in px read.
         encoder: Weights as `load_encoder` takes them, a URI of a weights file, 'tokens' or
-            'types' (of the segmenting network), or 'none'.
-        precision: 'float32', 'bfloat16' or 'float16', of all networks.
-        head_uri: The expression head, or None.
+            'types' of the segmenting network, or 'none'.
+        precision: Precision of all networks: 'float32', 'bfloat16' or 'float16'.
+        head_uri: File of the expression head; None without one.
         store_embeddings: Whether CELLS get an embedding column.
         num_threads: CPU threads of torch and OpenCV in a worker.
-        type_names: Of the network's types, by number.
-        weights: The segmenting network's checkpoint: a URI or a name of the catalogue, or None.
-        weights_digest: What the network's weights must be; None: not checked.
-        encoder_digest: What the encoder's weights must be; None: not checked.
+        type_names: Nucleus types of the segmenting network, by number.
+        weights: Checkpoint of the segmenting network, a URI or a name of the catalogue; or None.
+        weights_digest: Digest that the segmenting network must have; None: not checked.
+        encoder_digest: Digest that the encoder must have; None: not checked.
         window_px: Neighbourhood for the network's edge maps in px read; None: the whole tile.
-        colours: By slide_id, the mean and deviation that its crops are normalised with; None: the
-            encoder's for all.
+        colours: Mean and deviation of RGB that normalise the crops of a slide, by slide_id; None:
+            those of the encoder for all slides.
     """
 
     segmenter: str
@@ -123,7 +123,7 @@ def box_columns(core: Box, read: Box) -> TileBoxes:
 
 
 def todo(rows: list[TileRow]) -> list[TileRow]:
-    """Return the rows that still stand for a tile without an error."""
+    """Return the rows that are a tile without an error."""
     return [row for row in rows if row.get("error") is None and row["num_tiles"]]
 
 

@@ -1,4 +1,4 @@
-"""Writing: the stage from cells of tiles to shards and receipts."""
+"""The stage that writes: from the cells of tiles to shards and receipts."""
 
 import uuid
 
@@ -12,10 +12,10 @@ from scellst_ray.stages.tiles import guarded
 
 
 class WriteShards:
-    """Tiles to one shard per task, whatever its slides, and to receipts."""
+    """Writes the cells of a task to one shard, also if its tiles are of several slides."""
 
     def __init__(self, run: RunFolder) -> None:
-        """Write below `run`."""
+        """Take the run folder."""
         self.run = run
 
     def __call__(self, rows: list[TileRow]) -> pa.Table:
@@ -32,7 +32,7 @@ class WriteShards:
         return pa.table(columns, schema=schemas.RECEIPTS)
 
     def _publish(self, rows: list[TileRow]) -> None:
-        """Write the cells of tiles that have any; if that fails, all of these tiles failed."""
+        """Write the cells of tiles that have any; if that fails, all these tiles fail."""
         rows = [
             row
             for row in rows
@@ -43,7 +43,7 @@ class WriteShards:
         outcome = Outcome()
         name = f"{uuid.uuid4().hex}.parquet"
         with guarded(outcome, "write"):
-            # One chunk is written in two thirds of the time of one a tile.
+            # To write one chunk takes two thirds of the time of a chunk for each tile.
             table = pa.concat_tables([row["cells"] for row in rows]).combine_chunks()
             storage.publish_table(self.run.shard_uri(name), table)
         start = 0

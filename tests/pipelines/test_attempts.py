@@ -32,7 +32,7 @@ class Died(BaseException):
 
 
 class Worker:
-    """A worker whose processes die, and are started anew, as Ray does it."""
+    """A worker whose processes die and are started again, as Ray does it."""
 
     def __init__(self, note, deadly, max_attempts=3, lost=lambda _: False):
         self.note, self.deadly, self.max_attempts, self.lost = str(note), deadly, max_attempts, lost
@@ -92,8 +92,8 @@ def test_a_deadly_tile_is_given_up_and_its_neighbours_are_not(tmp_path):
     assert worker.num_deaths == 3
     assert rows[2]["error_type"] == "ProcessDied"
     assert rows[2]["stage"] == "write"
-    for told in ("slide 's' tile 2", "3 attempts", "stage write", "memory_gb", "max_attempts"):
-        assert told in rows[2]["error"]
+    for text in ("slide 's' tile 2", "3 attempts", "stage write", "memory_gb", "max_attempts"):
+        assert text in rows[2]["error"]
     # The batches after it go on in one piece.
     worker.tried.clear()
     assert errors(worker.do(4, 5)) == set()
@@ -193,7 +193,7 @@ def test_a_note_that_cannot_be_written_or_read_costs_no_tile(tmp_path, caplog):
 def test_any_pattern_of_deaths_ends_and_blames_only_the_guilty(
     tmp_path_factory, kills, size, max_attempts
 ):
-    """Tile t ends the first kills[t] processes that come to it, whoever else is in its batch."""
+    """Tile t ends the first kills[t] processes that take it, whatever else is in its batch."""
     left = dict(kills)
 
     def deadly(row, stage):
@@ -230,7 +230,7 @@ import ctypes, sys, time
 from scellst_ray.core import watchdog
 from scellst_ray.pipelines import attempts
 watchdog.GRACE_S = 0.5
-# PyDLL keeps the interpreter's lock: no other thread of Python runs meanwhile.
+# PyDLL keeps the lock of the interpreter, so that no other Python thread runs.
 sleep = time.sleep if sys.argv[2] == "free" else ctypes.PyDLL(None).sleep
 rows = [{"slide_id": "s", "tile_id": 7, "num_tiles": 9}]
 attempts.Attempts(sys.argv[1], 3, 0.3).run_guarded(rows, lambda rows, begins: sleep(50))
@@ -244,7 +244,7 @@ def test_what_takes_too_long_ends_its_process(tmp_path, lock, reason):
     note = json.loads((tmp_path / "note").read_text())
     assert note["begun"] == [["s", 7]]
     assert note["reason"] == reason
-    # The stacks are told, in any case.
+    # The stacks are printed in any case.
     assert 'File "<string>", line 9 in <lambda>' in done.stderr
     if reason:
         assert "slide 's' tile 7: took longer than 0.3 s" in done.stderr

@@ -1,4 +1,4 @@
-"""BAGS against a slow loop over spots and cells; what cannot train is said at once."""
+"""BAGS against a slow loop over spots and cells; slides that cannot train are refused at once."""
 
 import csv
 import gzip
@@ -295,13 +295,13 @@ def test_provenance_says_how_supervision_came_about(small, slides, tmp_path):
         slide.row.slide_id: make_bags(slide, panel.genes, small.run, str(tmp_path), rules)
         for slide in slides
     }
-    told = provenance(panel, rules, bags)
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert told["genes"]["rule"] == "svg:3"
-    assert told["genes"]["training_slides"] == ["s0", "s1"]
-    assert len(told["genes"]["scores"]["geometric_mean"]) == 3
-    assert told["filters"]["min_spot_counts"] == 30
-    slide = told["slides"]["s1"]
+    origin = provenance(panel, rules, bags)
+    assert json.loads(json.dumps(origin, allow_nan=False)) == origin
+    assert origin["genes"]["rule"] == "svg:3"
+    assert origin["genes"]["training_slides"] == ["s0", "s1"]
+    assert len(origin["genes"]["scores"]["geometric_mean"]) == 3
+    assert origin["filters"]["min_spot_counts"] == 30
+    slide = origin["slides"]["s1"]
     assert slide["num_spots"] <= slide["num_spots_passing"] <= slide["num_spots_read"]
     assert slide["tissue_from"] == "cells"
     assert slide["share_spots_on_tissue"] > 0.9
@@ -319,7 +319,7 @@ def test_training_slides_lists_all_problems(small, tmp_path):
     for part in (
         "nobody is not in the manifest",
         "bare has no spots in the manifest",
-        f"new is not there in {small.run.uri}, not done",
+        f"new is missing in {small.run.uri}, not done",
         "s0 is asked for twice",
         "`spots` column",
     ):

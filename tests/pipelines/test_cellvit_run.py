@@ -1,4 +1,4 @@
-"""`extract` with a CellViT checkpoint: the distributed pass, and what is refused."""
+"""`extract` with a CellViT checkpoint: the distributed pass, and settings that are refused."""
 
 import pickle
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """From a network's maps to CELLS at slide scale: every nucleus once, at any resolution.
 
-The maps are made from the truth, so that what is tested is everything but the network: tiling,
+The maps are made from the truth, so that everything but the network is tested: tiling,
 resampling, post-processing, ownership, seams, coordinates.
 """
 
@@ -52,7 +52,7 @@ def test_every_nucleus_once_within_a_pixel_at_any_resolution(
     mpp, read_mpp = rows[0]["mpp"], rows[0]["read_mpp"]
     assert read_mpp == (mpp if mpp <= 0.3 else 0.25)
     record, cells = run_slide(tmp_path, rows, Truth(polygons, types), slide_spec)
-    # What the scan cut off cannot be where the whole nucleus would be.
+    # A nucleus cut by the border of the scan has another centroid than the whole nucleus.
     image = shapely.box(0, 0, record["width0"], record["height0"])
     visible = shapely.intersection(polygons, image)
     seen = shapely.area(visible) * mpp**2 > 2
@@ -77,7 +77,7 @@ def test_no_nucleus_is_lost_or_doubled_along_seams(tmp_path, slide_spec, radii0,
     polygons = discs(seed, num, radii0)
     truth = Truth(polygons, 1 + np.arange(num) % 5)
     record, cells = run_slide(tmp_path, square_of_tiles(slide_spec), truth, slide_spec)
-    # A nucleus wider than the halo may be seen whole by no tile: it is still one nucleus.
+    # No tile may hold all of a nucleus wider than the halo: it is still one nucleus.
     whole = radii0[1] < slide_spec.halo_px
     limit0 = 1.0 if whole else radii0[1]
     assert counted(cells, polygons, limit0) == (0, 0)

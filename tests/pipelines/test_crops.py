@@ -25,7 +25,7 @@ NUM_CELLS = {"s0": 90, "s1": 60, "bad": 25}
 
 @pytest.fixture
 def cohort(small_cohort, tmp_path):
-    """Return a run with cells on two slides and on one whose file is not there, and its slides."""
+    """Return a run with cells on two slides and on one whose file is missing, and its slides."""
     run = RunFolder(str(tmp_path / "run"), "0123456789abcdef")
     uris = {row.slide_id: row.uri for row in read_manifest(str(small_cohort))}
     slides, records = [], {"none": {"num_cells": 0, "status": "empty"}}
@@ -93,7 +93,7 @@ def test_a_cohort_with_a_bad_slide_resumed_and_changed(cohort, local_ray, tmp_pa
     with pytest.raises(ValueError, match=r"another sample .*total 100 before, 5 now"):
         check_sample(run, CropSample(5, per_slide=70, per_type=32, seed=5))
 
-    # The bad slide is mended; and a driver was killed: a record and the index are not there. A file
+    # The bad slide is repaired; a driver was killed, so a record and the index are missing. A file
     # without a record is no proof. What has a record is left alone.
     index = storage.read_json(index_uri(run.uri))
     storage.remove_tree(index_uri(run.uri))
@@ -102,8 +102,8 @@ def test_a_cohort_with_a_bad_slide_resumed_and_changed(cohort, local_ray, tmp_pa
         open_store([run.uri])
     assert crops_missing(run, records, sample)
     before = changed_at(store)
-    mended = [*slides[:2], SlideRow("bad", slides[0].uri, 0.5)]
-    make_crops(run, mended, records, sample, RESOURCES, local_ray)
+    repaired = [*slides[:2], SlideRow("bad", slides[0].uri, 0.5)]
+    make_crops(run, repaired, records, sample, RESOURCES, local_ray)
     again = open_store([run.uri])
     assert ids_by_slide(again) == expected
     assert (again.num_crops, again.failed) == (100, {})
@@ -116,7 +116,7 @@ def test_a_cohort_with_a_bad_slide_resumed_and_changed(cohort, local_ray, tmp_pa
     records["s1"] |= {"finished": "2030-01-02", "num_cells": 4}
     write_cells(run, "s1", np.full((4, 2), 99.0))
     assert crops_missing(run, records, sample)
-    make_crops(run, mended, records, sample, RESOURCES, local_ray)
+    make_crops(run, repaired, records, sample, RESOURCES, local_ray)
     expected, _ = expected_ids(CropSample(93, 70, 32, 5), NUM_CELLS | {"s1": 4})
     assert ids_by_slide(open_store([run.uri])) == expected
     assert not storage.exists(store.files[0].uri)
@@ -159,10 +159,10 @@ def test_extract_with_crops(small_cohort, tmp_path):
 
 
 def test_flags_that_cannot_work_are_refused():
-    for flags, told in (
+    for flags, text in (
         ({"crops": 0}, "crops is 0"),
         ({"crops_per_type": 5}, "need crops"),
         ({"colours_from": "run", "encoder": "none"}, "colours_from is for encoders of crops"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=text):
             ExtractConfig(manifest="m.csv", out="o", **flags)

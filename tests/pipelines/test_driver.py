@@ -77,17 +77,17 @@ def take(driver, *tables):
     return driver
 
 
-def whole(driver):
+def complete_slides(driver):
     """Return the tiles of the slides that may be finished."""
     return {s: sorted(t["tile_id"].to_pylist()) for s, t in driver.unlogged_complete}
 
 
 def test_a_tile_that_comes_twice_is_one_tile(run):
     driver = take(driver_of(run), receipts("a", [0, 1], 3), receipts("a", [1], 3))
-    assert whole(driver) == {}
+    assert complete_slides(driver) == {}
     assert driver.progress.num_tiles == driver.progress.num_cells == 2
     take(driver, receipts("a", [2], 3))
-    assert whole(driver) == {"a": [0, 1, 2]}
+    assert complete_slides(driver) == {"a": [0, 1, 2]}
     # Its last receipt counts, as in the log.
     first, last = receipts("b", [0, 1], 2, "old"), receipts("b", [1], 2, "new")
     driver = take(driver_of(run), first.slice(1), last, first.slice(0, 1))
@@ -98,7 +98,7 @@ def test_a_tile_that_comes_twice_is_one_tile(run):
 
 def test_what_comes_after_a_slide_is_whole_is_dropped(run, caplog):
     driver = take(driver_of(run), receipts("a", [0, 1], 2), receipts("a", [1], 2))
-    assert whole(driver) == {"a": [0, 1]}
+    assert complete_slides(driver) == {"a": [0, 1]}
     assert "came twice" in caplog.text
     driver._log()
     assert len(run.receipts()) == 2
@@ -110,14 +110,14 @@ def test_many_small_receipts_of_a_slide_stay_few_tables(run):
     assert len(driver.receipts["a"]) <= MAX_PARTS
     assert sum(map(len, driver.receipts["a"])) == 499
     take(driver, receipts("a", [499], 500))
-    assert whole(driver) == {"a": list(range(500))}
+    assert complete_slides(driver) == {"a": list(range(500))}
     assert driver.progress.num_tiles_known == 500
 
 
 def test_slides_without_tiles_are_whole_at_once(run):
     nothing = receipts("empty", [-1], 0, num_cells=0)
     driver = take(driver_of(run), pa.concat_tables([nothing, receipts("a", [0], 2)]))
-    assert whole(driver) == {"empty": [-1]}
+    assert complete_slides(driver) == {"empty": [-1]}
     assert driver.progress.num_tiles == 1
 
 
@@ -133,7 +133,7 @@ def test_a_slide_that_cannot_be_finished_costs_no_other_anything(run):
     assert (none["status"], none["num_cells"]) == ("empty", 0)
     assert (lost["status"], lost["stage"]) == ("failed", "finish")
     assert "gone.parquet" in lost["error"]
-    # What is not finished has no record: the next run tries again.
+    # An unfinished slide has no record: the next run tries it again.
     assert set(run.records()) == {"good", "none"}
 
 
@@ -156,9 +156,9 @@ def test_resume_takes_up_what_has_a_shard(run, cells_spec):
     rows = driver.resume(slides, cells_spec)
     done = {row["slide_id"]: sorted(row["done_tiles"]) for row in rows}
     assert done == {"gone": [], "half": [0, 1, 3], "new": []}
-    assert whole(driver) == {"whole": [0, 1]}
+    assert complete_slides(driver) == {"whole": [0, 1]}
     assert driver.progress.num_cells_before == driver.progress.num_cells == 4
-    # What is there is not logged again.
+    # Receipts in the log are not logged again.
     driver._log()
     assert len(storage.list_files(f"{run.uri}/receipts")) == 7
 
@@ -247,9 +247,9 @@ class TestWithRay:
         driver.consume(dataset)
         driver.finish()
         assert run.records()["a"]["status"] == "empty"
-        said = [r.message for r in caplog.records if "no tile was finished" in r.message]
-        assert said
-        assert all("2 of 2 CPUs are there" in text for text in said)
+        messages = [r.message for r in caplog.records if "no tile was finished" in r.message]
+        assert messages
+        assert all("2 of 2 CPUs are left" in text for text in messages)
 
     def test_a_batch_of_slides_that_ends_the_process_is_taken_apart(self, run, monkeypatch):
         monkeypatch.setattr(driver_module, "RemoteFinisher", deadly_finisher())
@@ -266,7 +266,7 @@ class TestWithRay:
         }
         assert records["b"]["stage"] == "finish"
         assert set(run.records()) == {"a", "c"}
-        # What is not finished keeps its cells.
+        # Unfinished slides keep their cells.
         left = storage.list_files(run.shards_uri)
         assert left == [run.shard_uri("b.parquet")]
 
@@ -295,7 +295,7 @@ class TestWithRay:
         run.log_receipts(at(receipts("c", [0], 2), "second.parquet", 1))
         driver = take(driver_of(run, 1), whole_a)
         slides = {name: SlideRow(name, f"{name}.svs", None) for name in ("a", "b", "c")}
-        # b and c have cells there, and nobody asks for them now.
+        # b and c have cells in the shard, and this run does not ask for them.
         driver.resume([slides["a"]], cells_spec)
         driver.finish()
         assert {r["status"] for r in run.records().values()} == {"done"}

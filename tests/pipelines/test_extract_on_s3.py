@@ -33,7 +33,7 @@ def store():
 
 @pytest.fixture(scope="module")
 def cluster(store, shared_ray):
-    """Start Ray with what tells workers where S3 is."""
+    """Start Ray with the variables by which workers find S3."""
     names = [name for name in os.environ if name.startswith("AWS_")]
     assert os.environ["AWS_ENDPOINT_URL"] == store.address
     with shared_ray(**{name: os.environ[name] for name in names}) as cluster:
@@ -72,10 +72,10 @@ def test_the_tables_are_those_of_a_local_run(store, small_cohort, tmp_path):
             assert remote_records[slide_id].get(key) == record.get(key), key
     assert len(store.failed) >= 10
     assert set(store.failed) == set(store.kinds)
-    # The same files, and nothing half-uploaded beside them.
-    there = {uri.removeprefix(f"{root}/run/") for uri in files_below(f"{root}/run")}
+    # The same files, and no half-uploaded ones.
+    remote = {uri.removeprefix(f"{root}/run/") for uri in files_below(f"{root}/run")}
     here = {str(p.relative_to(local.uri)) for p in Path(local.uri).rglob("*") if p.is_file()}
-    assert plain_names(there) == plain_names(here)
+    assert plain_names(remote) == plain_names(here)
 
 
 def files_below(uri):
@@ -84,7 +84,7 @@ def files_below(uri):
 
 
 def plain_names(names):
-    """Leave out what is named by chance or by time."""
+    """Leave out the parts of names that are random or a time."""
     return {name for name in names if not name.startswith(("receipts/", "attempts/", "."))}
 
 

@@ -1,4 +1,4 @@
-"""Slides that others have segmented: their nuclei go through the pass, tile by tile, unchanged."""
+"""Slides segmented by other software: their nuclei go through the pass unchanged, by tile."""
 
 import json
 from dataclasses import replace

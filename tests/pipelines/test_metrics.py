@@ -1,4 +1,4 @@
-"""What is counted, against the receipts and the progress it is counted from."""
+"""Counts of metrics, against the receipts and the progress they count."""
 
 from collections import Counter
 

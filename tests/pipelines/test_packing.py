@@ -34,7 +34,7 @@ def test_unpacking_undoes_packing(rows):
             assert found.get(name) == row.get(name)
 
 
-def test_the_first_row_does_not_decide_which_columns_there_are(rows):
+def test_the_first_row_does_not_decide_which_columns_arrived_are(rows):
     # Neither an error nor a box of a later row may get lost.
     bare = {"slide_id": "x", "tile_id": -1, "num_tiles": 0, "uri": "u"}
     found = unpack(pack([bare, *rows]))
@@ -77,18 +77,18 @@ def test_blocks_may_be_cut_joined_and_sent(rows, how):
 def test_waiting_is_summed_over_queues_and_never_negative(rows, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.time", lambda: now[0])
-    there = unpack(pack(stamp_queued(rows)))
+    arrived = unpack(pack(stamp_queued(rows)))
     now[0] = 107.5
-    there = add_waiting_time(there)
-    assert all("queued_at" not in row for row in there)
+    arrived = add_waiting_time(arrived)
+    assert all("queued_at" not in row for row in arrived)
     now[0] = 200.0
-    there = unpack(pack(stamp_queued(there)))
+    arrived = unpack(pack(stamp_queued(arrived)))
     now[0] = 201.25
-    assert [row["waited_s"] for row in add_waiting_time(there)] == [8.75] * 4
+    assert [row["waited_s"] for row in add_waiting_time(arrived)] == [8.75] * 4
     # The clock of the next node is behind.
-    there = unpack(pack(stamp_queued(there)))
+    arrived = unpack(pack(stamp_queued(arrived)))
     now[0] = 150.0
-    assert [row["waited_s"] for row in add_waiting_time(there)] == [8.75] * 4
+    assert [row["waited_s"] for row in add_waiting_time(arrived)] == [8.75] * 4
     # Rows that were in no queue, as in a plain loop.
     assert "waited_s" not in add_waiting_time([{"slide_id": "a"}])[0]
 

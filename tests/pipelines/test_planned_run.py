@@ -52,7 +52,7 @@ def test_tiles_are_those_of_the_run_and_its_records_tell_the_next_plan(
     finished = [record for record in records.values() if record["status"] == "done"]
     for stage in ("read", "segment", "embed", "write"):
         seconds = sum(record["seconds"][stage] for record in finished)
-        # Records do not tell which tiles there were: with so few, those at the edge matter.
+        # Records hold no boxes of tiles. With few tiles, those at the edge matter.
         assert again.total.cpu_s[stage] == pytest.approx(seconds, rel=0.5), stage
     assert again.total.cells == pytest.approx(num_cells, rel=0.5)
     sizes = [(out / "cells" / f"s{number}.parquet").stat().st_size for number in range(2)]

@@ -62,7 +62,7 @@ def manifest(small_cohort, tmp_path):
 
 
 def interrupt(manifest, out):
-    """Run `extract` until some tiles are done; return where it stood, as others saw it."""
+    """Run `extract` until some tiles are done; return its state, read from the folder."""
     seen = []
 
     def report(progress):
@@ -118,7 +118,7 @@ def test_interrupted_looked_at_swept_and_retried(manifest, plain, tmp_path):
     assert summary["failures"][0]["example"]["slide_id"] == "s2"
     assert "| 1 | 0 | plan | s2 |" in Path(run.uri, "SUMMARY.md").read_text()
 
-    # Mended, the slide that is cut off is another s0; the others are not touched.
+    # The damaged slide is repaired, so s0 has another file; the rest is not touched.
     shutil.copy(tmp_path / "s0" / "slide.tiff", tmp_path / "s2.tiff")
     before = {path: path.stat().st_mtime_ns for path in Path(run.uri, "cells").iterdir()}
     only = retry(RetryConfig(run=run.uri, failed=True))

@@ -39,7 +39,7 @@ def test_a_slide_by_windows_equals_cell_by_cell(synthetic_slide, run, read_mpp, 
     rng = np.random.default_rng(0)
     with Slide(synthetic_slide.slide, mpp=0.5) as slide:
         size0 = np.array([slide.width0, slide.height0])
-        # Some beyond the last pixels: their crops are white there.
+        # Some lie beyond the last pixels, where their crops are white.
         xy0 = np.concatenate([rng.uniform(0, 1, (24, 2)) * size0, [[0.2, 3.0], size0 - 0.5]])
         image, frame = slide.read(Box(-80, -80, *(size0 + 160)), read_mpp)
     write_cells(run, "s", xy0)
@@ -73,7 +73,7 @@ def test_windows_have_every_cell_once_and_are_small():
 
 
 def centres_and_crops(slide, mpp, core_px, num_tiles=None):
-    """Return what `extract` would embed, and the middle of what is stored of the same cells."""
+    """Return the crops that `extract` embeds, and the middle of the stored crops."""
     spec = CellsSpec(
         "hematoxylin", None, core_px, 32, "random:0", "float32", None, store_embeddings=True
     )
@@ -111,7 +111,7 @@ def test_the_centre_is_what_extract_embeds_of_real_slides(data_dir, name, mpp):
     difference = np.abs(centres.astype(int) - embedded)
     assert difference.max() <= 8
     assert difference.mean() < 0.1
-    # As stored: within a grey level or two, on the whole.
+    # Stored crops differ by a grey level or two, on average.
     coded = np.empty((1, 48, 48, 3), np.uint8)
     decode_into([np.frombuffer(encode(centres[0]), np.uint8)], coded)
     assert np.abs(coded[0].astype(int) - embedded[0]).mean() < 3

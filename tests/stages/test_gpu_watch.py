@@ -7,8 +7,8 @@ from scellst_ray.stages.gpu_watch import GpuError, GpuWatch
 
 
 def row(slide_id, tile_id=0, error="CUDA error: unknown", stage="network"):
-    told = {"stage": stage, "error_type": "RuntimeError", "error": error} if error else {}
-    return {"slide_id": slide_id, "tile_id": tile_id, "num_tiles": 9, "error": None} | told
+    failure = {"stage": stage, "error_type": "RuntimeError", "error": error} if error else {}
+    return {"slide_id": slide_id, "tile_id": tile_id, "num_tiles": 9, "error": None} | failure
 
 
 def test_three_slides_in_a_row_are_the_gpus_fault():

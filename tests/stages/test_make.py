@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -15,10 +14,8 @@ from scellst_ray.models.encoder.weights_file import local_weights
 from scellst_ray.models.mil.head import MilHead, save_head, stored_hidden
 from scellst_ray.runs.compaction import finish_slide
 from scellst_ray.runs.folder import RunFolder
-from scellst_ray.slides.reader import Slide
 from scellst_ray.stages.networks import Embed, vectors
 from scellst_ray.stages.plan_slide import plan_slide
-from scellst_ray.stages.tiles import guarded
 from scellst_ray.stages.write import WriteShards
 
 MPP = 0.5
@@ -157,37 +154,6 @@ def test_a_head_adds_its_hidden_layer(tmp_path, few_rows, cells_spec, embed_stag
         assert row["cells"].schema.field("distance").equals(schemas.DISTANCE)
 
 
-def test_a_tile_that_cannot_be_read_costs_no_other(
-    tmp_path, synthetic_slide, cells_spec, segmented_rows, embed_stage, monkeypatch, helpers
-):
-    rows = plan_slide(helpers.slide_row(synthetic_slide.slide), cells_spec)
-    bad = rows[1]
-    real = Slide.read
-
-    def read(self, box, mpp):
-        if (box.x0, box.y0) == (bad["read_x0"], bad["read_y0"]):
-            error = OSError("bad sector")
-            error.add_note("in test")
-            raise error
-        return real(self, box, mpp)
-
-    monkeypatch.setattr(Slide, "read", read)
-    run = RunFolder(str(tmp_path), "d1g")
-    segmented = helpers.find_stage(cells_spec)(rows)
-    assert segmented[1]["error_type"] == "OSError"
-    # The others went on with a slide opened anew, and found what they find without the failure.
-    for row, expected in zip(segmented, segmented_rows(), strict=True):
-        if row is not segmented[1]:
-            assert row["cells"].equals(expected["cells"])
-    for row in segmented[:3:2]:
-        row |= {"cells": row["cells"].slice(0, 6), "crops": row["crops"][:6]}
-    receipts = WriteShards(run)(embed_stage(segmented[:3])).to_pylist()
-    assert [r["error"] for r in receipts] == [None, "bad sector in test", None]
-    assert (receipts[1]["stage"], receipts[1]["error_type"]) == ("read", "OSError")
-    assert (receipts[1]["num_cells"], receipts[1]["shard"]) == (0, None)
-    assert receipts[0]["num_cells"] == len(segmented[0]["cells"])
-
-
 @pytest.mark.parametrize("stage", ["segment", "crop", "embed", "write"])
 def test_a_failure_at_any_later_stage(
     tmp_path, synthetic_slide, cells_spec, embed_stage, monkeypatch, helpers, stage
@@ -215,107 +181,6 @@ def test_a_failure_at_any_later_stage(
     assert finish_slide(run, "s", receipts)["status"] == "failed"
 
 
-def test_a_shard_that_could_not_be_written_spoils_no_other(
-    tmp_path, few_rows, embed_stage, monkeypatch
-):
-    run = RunFolder(str(tmp_path), "d1g")
-    rows = [row for row in embed_stage(few_rows()[3:7]) if len(row["cells"])]
-    with monkeypatch.context() as patch:
-        patch.setattr("scellst_ray.storage.publish_table", lambda *_: 1 / 0)
-        first = WriteShards(run)(rows[:1])
-    receipts = pa.concat_tables([first, WriteShards(run)(rows[1:])])
-    record = finish_slide(run, "s", receipts)
-    assert (record["status"], record["error_type"]) == ("partial", "ZeroDivisionError")
-    assert record["num_cells"] == storage.read_table(run.cells_uri("s")).num_rows > 0
-
-
-def test_write_makes_one_shard_of_a_task(tmp_path, few_rows, embed_stage):
-    run = RunFolder(str(tmp_path), "d1g")
-    rows = [row for row in embed_stage(few_rows()[:5]) if len(row["cells"])]
-    for row in rows[::2]:
-        row["slide_id"] = "other"
-    receipts = WriteShards(run)(rows)
-    assert len(storage.list_files(run.shards_uri)) == 1
-    for row, receipt in zip(rows, receipts.to_pylist(), strict=True):
-        shard = storage.read_table(run.shard_uri(receipt["shard"]))
-        assert shard.slice(receipt["shard_row"], receipt["num_cells"]).equals(row["cells"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"mpp_error": "slide 's' in the manifest: mpp 9"}, ("ValueError", "mpp 9")),
-        ({"mpp": 7.0}, ("ValueError", "mpp 7 is outside")),
-        ({"uri": "/no/such.tif"}, ("FileNotFoundError", "/no/such.tif: no such file")),
-    ],
-)
-def test_a_slide_that_cannot_be_planned_is_one_row(
-    tmp_path, synthetic_slide, cells_spec, embed_stage, helpers, changes, reason
-):
-    rows = plan_slide(helpers.slide_row(synthetic_slide.slide, **changes), cells_spec)
-    run = RunFolder(str(tmp_path), "d1g")
-    receipts = WriteShards(run)(embed_stage(helpers.find_stage(cells_spec)(rows)))
-    (receipt,) = receipts.to_pylist()
-    assert (receipt["tile_id"], receipt["num_tiles"], receipt["num_cells"]) == (-1, 0, 0)
-    assert (receipt["stage"], receipt["error_type"]) == ("plan", reason[0])
-    assert reason[1] in receipt["error"]
-    assert receipt["seconds_plan"] >= 0
-    record = finish_slide(run, "s", receipts)
-    assert (record["status"], record["error"]) == ("failed", receipt["error"])
-
-
-def test_a_blank_slide_is_empty_and_no_error(tmp_path, cells_spec, embed_stage, helpers):
-    blank = np.full((400, 500, 3), 245, np.uint8)
-    path = helpers.write_pyramid(tmp_path / "blank.tif", [blank], MPP)
-    rows = plan_slide(helpers.slide_row(path), cells_spec)
-    run = RunFolder(str(tmp_path / "run"), "d1g")
-    receipts = WriteShards(run)(embed_stage(helpers.find_stage(cells_spec)(rows)))
-    (receipt,) = receipts.to_pylist()
-    assert (receipt["error"], receipt["num_tiles"], receipt["width0"]) == (None, 0, 500)
-    assert finish_slide(run, "s", receipts)["status"] == "empty"
-
-
-def test_tissue_without_nuclei_gives_tiles_without_cells(
-    tmp_path, cells_spec, embed_stage, helpers
-):
-    pink = np.full((400, 500, 3), (225, 160, 205), np.uint8)
-    path = helpers.write_pyramid(tmp_path / "pink.tif", [pink], MPP)
-    rows = helpers.find_stage(cells_spec)(plan_slide(helpers.slide_row(path), cells_spec))
-    assert [len(row["cells"]) for row in rows] == [0] * 4
-    run = RunFolder(str(tmp_path / "run"), "d1g")
-    receipts = WriteShards(run)(embed_stage(rows))
-    assert receipts["error"].null_count == 4
-    assert receipts["shard"].null_count == 4
-    assert finish_slide(run, "s", receipts)["status"] == "empty"
-
-
-def test_tiles_already_done_are_not_planned_again(synthetic_slide, cells_spec, helpers):
-    every = plan_slide(helpers.slide_row(synthetic_slide.slide), cells_spec)
-    done = [row["tile_id"] for row in every[::2]]
-    row = helpers.slide_row(synthetic_slide.slide, done_tiles=done)
-    rest = plan_slide(row, cells_spec)
-    boxes = [name for name in schemas.TILES.names if name != "seconds_plan"]
-    assert [{k: r.get(k) for k in boxes} for r in rest] == [
-        {k: r.get(k) for k in boxes} for r in every[1::2]
-    ]
-
-
-@pytest.mark.parametrize("read_mpp", [0.25, 0.687])
-def test_coordinates_do_not_depend_on_the_resolution_read(
-    synthetic_slide, cells_spec, helpers, read_mpp
-):
-    spec = replace(cells_spec, read_mpp=read_mpp, core_px=round(125 / read_mpp))
-    rows = helpers.find_stage(spec)(plan_slide(helpers.slide_row(synthetic_slide.slide), spec))
-    found = np.concatenate([points(row["cells"]) for row in rows])
-    truth = points(pq.read_table(synthetic_slide.truth))
-    distance, nearest = cKDTree(truth).query(found)
-    close = distance * MPP < 2
-    assert close.mean() > 0.6
-    # No shift on the average, over all of the slide.
-    shift = (found - truth[nearest])[close] * MPP
-    assert np.abs(shift.mean(axis=0)).max() < 0.15
-
-
 def test_vectors_do_not_copy_and_may_be_empty():
     values = np.arange(12, dtype=np.float16).reshape(3, 4)
     column = vectors(values)
@@ -338,12 +203,3 @@ def test_receipts_add_up(finished):
     _, receipts, record = finished
     assert pc.sum(receipts["num_cells"]).as_py() >= record["num_cells"]
     assert pc.count_distinct(receipts["tile_id"]).as_py() == len(receipts)
-
-
-@pytest.mark.parametrize("kind", [MemoryError, np._core._exceptions._ArrayMemoryError])
-def test_lack_of_memory_is_one_kind_of_error_and_says_what_to_do(kind):
-    row = {"slide_id": "s", "tile_id": 3}
-    with guarded(row, "read"):
-        raise kind if kind is MemoryError else kind((9,), np.dtype("u1"))
-    assert (row["stage"], row["error_type"]) == ("read", "MemoryError")
-    assert "memory_gb" in row["error"]

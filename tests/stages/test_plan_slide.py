@@ -1,0 +1,57 @@
+"""Tiles of a slide, and slides that give none."""
+
+import numpy as np
+import pytest
+
+from scellst_ray.core import schemas
+from scellst_ray.runs.compaction import finish_slide
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.write import WriteShards
+
+MPP = 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mpp_error": "slide 's' in the manifest: mpp 9"}, ("ValueError", "mpp 9")),
+        ({"mpp": 7.0}, ("ValueError", "mpp 7 is outside")),
+        ({"uri": "/no/such.tif"}, ("FileNotFoundError", "/no/such.tif: no such file")),
+    ],
+)
+def test_a_slide_that_cannot_be_planned_is_one_row(
+    tmp_path, synthetic_slide, cells_spec, embed_stage, helpers, changes, reason
+):
+    rows = plan_slide(helpers.slide_row(synthetic_slide.slide, **changes), cells_spec)
+    run = RunFolder(str(tmp_path), "d1g")
+    receipts = WriteShards(run)(embed_stage(helpers.find_stage(cells_spec)(rows)))
+    (receipt,) = receipts.to_pylist()
+    assert (receipt["tile_id"], receipt["num_tiles"], receipt["num_cells"]) == (-1, 0, 0)
+    assert (receipt["stage"], receipt["error_type"]) == ("plan", reason[0])
+    assert reason[1] in receipt["error"]
+    assert receipt["seconds_plan"] >= 0
+    record = finish_slide(run, "s", receipts)
+    assert (record["status"], record["error"]) == ("failed", receipt["error"])
+
+
+def test_a_blank_slide_is_empty_and_no_error(tmp_path, cells_spec, embed_stage, helpers):
+    blank = np.full((400, 500, 3), 245, np.uint8)
+    path = helpers.write_pyramid(tmp_path / "blank.tif", [blank], MPP)
+    rows = plan_slide(helpers.slide_row(path), cells_spec)
+    run = RunFolder(str(tmp_path / "run"), "d1g")
+    receipts = WriteShards(run)(embed_stage(helpers.find_stage(cells_spec)(rows)))
+    (receipt,) = receipts.to_pylist()
+    assert (receipt["error"], receipt["num_tiles"], receipt["width0"]) == (None, 0, 500)
+    assert finish_slide(run, "s", receipts)["status"] == "empty"
+
+
+def test_tiles_already_done_are_not_planned_again(synthetic_slide, cells_spec, helpers):
+    every = plan_slide(helpers.slide_row(synthetic_slide.slide), cells_spec)
+    done = [row["tile_id"] for row in every[::2]]
+    row = helpers.slide_row(synthetic_slide.slide, done_tiles=done)
+    rest = plan_slide(row, cells_spec)
+    boxes = [name for name in schemas.TILES.names if name != "seconds_plan"]
+    assert [{k: r.get(k) for k in boxes} for r in rest] == [
+        {k: r.get(k) for k in boxes} for r in every[1::2]
+    ]
