@@ -1,4 +1,4 @@
-"""Calls in other processes: all results, whatever one item does to its process."""
+"""Calls in other processes give all results, even if an item ends its process."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""A process that asks for too much gets an error, and goes on."""
+"""A process that requests too much memory gets an error, and goes on."""
 
 import json
 import subprocess
@@ -16,18 +16,18 @@ import numpy as np
 from scellst_ray.core.memory_limit import data_bytes, limit_memory
 had = data_bytes()
 most = limit_memory(float(sys.argv[1]))
-told = []
+got = []
 for size in map(int, sys.argv[2:]):
     try:
-        told.append(len(np.empty(size, np.uint8)))
+        got.append(len(np.empty(size, np.uint8)))
     except MemoryError:
-        told.append(None)
-print(json.dumps([had, most, told]))
+        got.append(None)
+print(json.dumps([had, most, got]))
 """
 
 
 def test_a_process_gets_what_it_may_have_and_no_more():
-    # Asked for and not touched: it takes no memory of this machine.
+    # The memory is requested and not touched, so it takes none of this machine.
     sizes = [GIB, 6 * GIB, 3 * GIB]
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(GIB), *map(str, sizes)],
@@ -37,9 +37,9 @@ def test_a_process_gets_what_it_may_have_and_no_more():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    had, most, told = json.loads(done.stdout)
+    had, most, got = json.loads(done.stdout)
     assert most == had + 4 * GIB
-    assert told == [GIB, None, 3 * GIB]
+    assert got == [GIB, None, 3 * GIB]
 
 
 def test_where_the_system_does_not_tell_nothing_is_limited(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_where_the_system_does_not_tell_nothing_is_limited(tmp_path, monkeypatch
 
 
 def ask(size):
-    """Ask for memory; return how much came."""
+    """Request memory; return the bytes received."""
     return len(bytes(size))
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM ends a process in order, once, from the first block that asks for it to the last."""
+"""After SIGTERM a process exits cleanly once, through all blocks that ask for it."""
 
 import signal
 import subprocess
@@ -24,10 +24,10 @@ with clean_exit_on_sigterm():
         os.kill(os.getpid(), signal.SIGTERM)  # a second one
         print("cleaned up")
 """
-TOLD = "os.kill(os.getpid(), signal.SIGTERM)"
+SEND_SIGTERM = "os.kill(os.getpid(), signal.SIGTERM)"
 
 
-@pytest.mark.parametrize(("inner", "between"), [(TOLD, "pass"), ("pass", TOLD)])
+@pytest.mark.parametrize(("inner", "between"), [(SEND_SIGTERM, "pass"), ("pass", SEND_SIGTERM)])
 def test_what_encloses_is_cleaned_up_whichever_block_is_told(inner, between):
     code = NESTED.format(inner=inner, between=between)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)

@@ -232,7 +232,7 @@ def test_scanpy_and_squidpy_work_on_the_file(predicted, tmp_path, thumbnail_px):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     with warnings.catch_warnings():
-        # Deprecations of and within these two libraries, on import and when they plot.
+        # These two libraries warn of deprecations, on import and when they plot.
         for kind in (FutureWarning, DeprecationWarning, PendingDeprecationWarning, UserWarning):
             warnings.simplefilter("ignore", kind)
         scanpy, squidpy = pytest.importorskip("scanpy"), pytest.importorskip("squidpy")

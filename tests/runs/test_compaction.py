@@ -49,7 +49,7 @@ def tile_cells(tile_id, count, *, hidden=True, dim=None):
 
 
 def expected_cells(counts, failed=(), **columns):
-    """Return what a slide's tables hold: of the nuclei at one place the owned, whole, first one."""
+    """Return the expected tables: the owned, whole, first one of the nuclei at one place."""
     tiles = [t for t in range(len(counts)) if t not in failed]
     table = pa.concat_tables([tile_cells(t, counts[t], **columns) for t in tiles])
     best = {}
@@ -167,7 +167,7 @@ def test_a_done_slide(tmp_path, dim):
 
 
 def test_each_nucleus_is_written_once(tmp_path):
-    """Both tables leave out the same cells; the record says what ownership alone had given."""
+    """Both tables leave out the same cells; the record counts what ownership alone would give."""
     counts = [50, 50, 50]
     run, receipts = write_run(tmp_path, counts, [[2], [0, 1]])
     record = compaction.finish_slide(run, "s", receipts)
@@ -205,7 +205,7 @@ def test_the_record_says_how_far_the_cells_lie_from_the_training_slides(tmp_path
     record = compaction.finish_slide(run, "s", receipts)
     assert record["status"] == "done"
     table = storage.read_table(run.expression_uri("s"))
-    # Of the cells that stay: a nucleus at a seam counts once.
+    # The score is that of the cells that stay: a nucleus at a seam counts once.
     kept = [distances[cell_id] for cell_id in table["cell_id"].to_pylist()]
     assert len(kept) == len(expected_cells(counts)) < sum(counts)
     assert table["distance"].to_pylist() == kept
@@ -323,7 +323,7 @@ def test_a_shard_of_several_small_slides_is_read_once(tmp_path, monkeypatch):
         assert set(found["cell_id"].to_pylist()) <= set(table["cell_id"].to_pylist())
         assert storage.read_table(run.expression_uri(name)).num_rows == len(found) > 0
     assert asked == [(run.shard_uri("x.parquet"), compaction.ROW_GROUP)]
-    # What is kept is bounded: the oldest goes.
+    # The tables in memory are bounded: the oldest one goes.
     monkeypatch.setattr(compaction, "KEPT_BYTES", 1)
     shards.read("x.parquet", ["cell_id"], keep=True)
     storage.publish_table(run.shard_uri("y.parquet"), mixed[0])

@@ -30,7 +30,7 @@ MASK = (1 << 64) - 1
 
 
 def published_step(state):
-    """Return one step of the published generator, in Python's whole numbers."""
+    """Return one step of the published generator, computed with Python's integers."""
     z = (state + 0x9E3779B97F4A7C15) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
@@ -113,7 +113,7 @@ def test_the_cutoff_lets_in_as_many_as_fit(slides, total, random):
     for slide in slides:
         cutoff.add(np.array(slide, np.uint64))
     value = cutoff.value()
-    # 0 is let in by any cutoff: 1 in 2**64 for a real number.
+    # A priority of 0 is below any cutoff; its probability is 1 in 2**64.
     if not (value == 0 and 0 in everything):
         assert sum(n <= value for n in everything) == expected
     assert (value == NO_CUTOFF) == (len(everything) <= total)
@@ -131,7 +131,7 @@ def test_the_cutoff_forgets_what_cannot_matter():
 def test_moments_are_those_of_all_pixels_together():
     rng = np.random.default_rng(0)
     crops = rng.integers(0, 256, (50, 72, 72, 3), np.uint8)
-    crops[:20] //= 3  # whose spread differs: a mean of deviations would be another number
+    crops[:20] //= 3  # another spread, so that a mean of deviations would differ
     parts, whole = [ColourSums(), ColourSums()], ColourSums()
     parts[0].add(crops[:7])
     parts[1].add(crops[7:])
@@ -175,15 +175,15 @@ def test_a_file_has_its_rows_in_their_order_and_says_what_it_is(tmp_path):
             for part in np.array_split(rows, 3):
                 spool.add(part, numbered(part))
             digests.append(spool.publish(str(tmp_path / name), cells, "d1"))
-    # Whatever the order in which they were cut.
+    # The file does not depend on the order in which crops were cut.
     assert digests[0] == digests[1]
     file = pq.ParquetFile(tmp_path / "a")
     assert [file.metadata.row_group(i).num_rows for i in range(2)] == [ROW_GROUP, 5]
     schemas.check(file.schema_arrow, "CROPS", "a")
     metadata = file.schema_arrow.metadata
     names = ("codec", "crop_um", "crop_px", "run_digest")
-    told = [metadata[b"scellst_ray." + name.encode()] for name in names]
-    assert told == [b"jpeg", b"18.0", b"72", b"d1"]
+    values = [metadata[b"scellst_ray." + name.encode()] for name in names]
+    assert values == [b"jpeg", b"18.0", b"72", b"d1"]
     table = file.read()
     assert table["cell_id"].to_pylist() == (np.arange(num) * 7).tolist()
     out = np.empty((num, 72, 72, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""How far a slide lies from the training slides: closed form against loops over cells."""
+"""Distance of a slide from the training slides: the closed form against loops over cells."""
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ DIM = 24
 
 
 def cells_of(seed, count, shift=0.0):
-    """Return embeddings of one slide: features of unequal scale, one that never varies."""
+    """Return embeddings of one slide, with features of unequal scale and a constant one."""
     rng = np.random.default_rng(seed)
     scale_D = np.geomspace(0.05, 4, DIM)
     x_ND = (rng.normal(size=(count, DIM)) + 3 + shift + 0.1 * rng.normal(size=DIM)) * scale_D
@@ -74,7 +74,7 @@ def trained(tmp_path):
 
 
 def judged(head, x_ND, limit):
-    """Return what a slide's record says, its cells in two tiles."""
+    """Return the record of a slide whose cells lie in two tiles."""
     distance_N = stored_distance(head, torch.from_numpy(x_ND)).numpy()
     table = pa.table({"distance": pa.array(distance_N)})
     score = SlideScore()

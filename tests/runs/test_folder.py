@@ -35,7 +35,7 @@ def test_open_and_reopen(tmp_path, run):
     stored = storage.read_json(f"{run.uri}/run.json")
     assert stored["digest"] == run.digest
     assert stored["identity"]["encoder"] == "random:0"
-    # How it was run last is for people; it is no part of the identity.
+    # The configuration is for people and no part of the identity.
     with open(f"{run.uri}/config.yaml", encoding="utf-8") as handle:  # noqa: PTH123
         assert yaml.safe_load(handle) == {"core_px": 480, "workers": 2}
 
@@ -161,7 +161,7 @@ def test_a_manifest_may_grow_but_not_change(run):
     for changed in ({"uri": "/c.tif", "mpp": 0.5}, {"uri": "/a.tif", "mpp": 0.25}):
         with pytest.raises(ValueError, match=r"slide 'a' was read as .*/a.tif.* and is now"):
             check_manifest_unchanged(run, {"a": changed})
-    check_manifest_unchanged(run, first)  # what was refused was not kept
+    check_manifest_unchanged(run, first)  # the refused rows were not kept
 
 
 @pytest.mark.parametrize("status", ["done", "empty", "partial", "failed"])

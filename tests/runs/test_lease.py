@@ -70,15 +70,15 @@ def test_a_live_holder_is_not_disturbed_and_is_named(tmp_path, live):
     with pytest.raises(LeaseError) as refusal, hold_lease(str(tmp_path)):
         pass
     message = str(refusal.value)
-    for told in (live.pid, before["host"], before["acquired"], before["expires"], "lease.json"):
-        assert str(told) in message
+    for word in (live.pid, before["host"], before["acquired"], before["expires"], "lease.json"):
+        assert str(word) in message
     assert "remove" in message
     assert content(tmp_path)["token"] == before["token"]
 
 
 def test_a_killed_holder_on_this_host_is_taken_over_at_once(tmp_path, live, caplog):
     live.send_signal(signal.SIGKILL)
-    # Also while nobody has collected it: a zombie still has its number.
+    # A zombie counts as dead, too: it still has its pid.
     os.waitid(os.P_PID, live.pid, os.WEXITED | os.WNOWAIT)
     started = time.monotonic()
     with hold_lease(str(tmp_path)):
@@ -120,7 +120,7 @@ def test_check_raises_once_the_lease_is_lost(tmp_path):
         change(tmp_path, token="another", pid=4242)
         with pytest.raises(LeaseError, match="process 4242"):
             check_for(20, lease)
-    assert content(tmp_path)["token"] == "another"  # not ours to remove
+    assert content(tmp_path)["token"] == "another"  # it belongs to another driver
 
 
 def test_check_renews_where_the_thread_was_held_up(tmp_path):
@@ -265,6 +265,6 @@ def test_a_second_driver_is_refused_before_it_starts_anything(tmp_path, monkeypa
     finally:
         other.kill()
         other.communicate()
-    # Killed, it is no obstacle.
+    # After it is killed, its lease is no obstacle.
     with pytest.raises(RuntimeError, match="Ray is started"):
         cells.extract(config)

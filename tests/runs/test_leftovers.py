@@ -180,7 +180,7 @@ def tile_cells(tile_id):
 
 
 def work(run, tiles, num_tiles, name, *, logged):
-    """Do some tiles as a worker does; log their receipts if the driver lives to do it."""
+    """Do some tiles as a worker does; log their receipts if `logged`."""
     table = pa.concat_tables([tile_cells(tile) for tile in tiles])
     storage.publish_table(run.shard_uri(f"{name}.parquet"), table)
     rows, start = [], 0
@@ -225,7 +225,7 @@ def test_an_interrupted_run_swept_at_any_moment_ends_the_same(tmp_path_factory, 
             sweep(run.uri)
     sweep(run.uri)
     done = {row["tile_id"] for row in run.receipts().to_pylist()}
-    # What is logged can be read: nothing that counts is gone.
+    # All logged shards still exist.
     there = {path.name for path in Path(run.shards_uri).glob("*")}
     named = {row["shard"] for row in run.receipts().to_pylist() if row["shard"]}
     assert there == named

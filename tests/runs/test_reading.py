@@ -1,4 +1,4 @@
-"""Reads runs that the real writers (compaction, save_head) made, and compares with torch."""
+"""Runs of the real writers (compaction, save_head) are read and compared with torch."""
 
 import subprocess
 import sys
@@ -128,7 +128,7 @@ def test_expression_equals_torch_for_any_genes_and_cells(predicted, head):
     genes = ["KRT8", "EPCAM"]
     ids = table["cell_id"].to_numpy()
     some = np.random.default_rng(1).permutation(len(ids))[:11]
-    some = np.append(some, some[3])  # repeated, and in no order
+    some = np.append(some, some[3])  # one is repeated, in random order
     found = run.expression(genes, "a", ids[some])
     assert found.columns == ["slide_id", "cell_id", *genes]
     assert set(found.schema.values()) == {pl.String, pl.Int64, pl.Float32}
@@ -223,7 +223,7 @@ def test_unknown_names_are_refused_with_hints(predicted):
 def test_cells_and_embeddings(tmp_path):
     folder = make_run(str(tmp_path / "run"), embedding=True)
     tables = {s: add_slide(folder, s, embedding=True, hidden=False) for s in ("b", "aa")}
-    # What a crash leaves beside the records is no slide.
+    # A file that a crash left without a record is no slide.
     storage.publish_table(folder.cells_uri("stray"), tables["b"])
     run = scellst_ray.open_run(tmp_path / "run")
     assert run.slides["slide_id"].to_list() == ["aa", "b"]
@@ -307,7 +307,7 @@ def test_other_folders_versions_and_mixed_files_are_refused(tmp_path, head):
 
 
 def test_slides_say_how_far_they_are_from_the_training_slides(tmp_path, head):
-    """Runs of an earlier release say nothing, and read as before."""
+    """Runs of an earlier release have no distances, and are read as before."""
     folder = make_run(str(tmp_path / "run"), head)
     for slide_id in ("old", "newer"):
         add_slide(folder, slide_id, embedding=False, hidden=True)

@@ -1,4 +1,4 @@
-"""Where a run stands, against plain loops over what is in its folder."""
+"""State of a run, against plain loops over the files of its folder."""
 
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -80,8 +80,8 @@ def test_slides_equal_a_loop_over_their_history(tmp_path_factory, statuses, trie
     unfinished = [s for s in "abc" if records.get(s, {}).get("status") not in ("done", "empty")]
     last = {(r["slide_id"], r["tile_id"]): r.get("error") for r in rows}
     failed = {key for key, error in last.items() if error is not None and key[0] in unfinished}
-    told = set(state.failures.select("slide_id", "tile_id").iter_rows())
-    assert {key for key in told if key[1] is not None} == failed
+    listed = set(state.failures.select("slide_id", "tile_id").iter_rows())
+    assert {key for key in listed if key[1] is not None} == failed
 
 
 def test_a_slide_that_could_not_be_planned_and_one_mended_since(tmp_path):
@@ -97,7 +97,7 @@ def test_a_slide_that_could_not_be_planned_and_one_mended_since(tmp_path):
     assert (found["b"]["status"], found["b"]["num_tiles"], found["b"]["tiles_done"]) == (
         "pending", 2, 1,
     )  # fmt: skip
-    # What "b" once was is past.
+    # The earlier failure of "b" no longer counts.
     assert state.failures.rows() == [("a", -1, *MISSING.values())]
 
 
@@ -138,7 +138,7 @@ def rows(slide_id, first, count, num_tiles=100):
 
 
 def test_rates_leave_out_pauses(tmp_path):
-    # Two drivers, the second a day later; each file tells of what was done since the one before.
+    # Two drivers, the second a day later. Each file holds the tiles done since the file before it.
     day = 86_400
     log = [(0, rows("a", 0, 10)), (10, rows("a", 10, 20)), (20, rows("a", 30, 40))]
     log += [(day, rows("a", 70, 5)), (day + 5, rows("a", 75, 10))]
@@ -156,10 +156,10 @@ def test_time_left_is_reckoned_from_the_driver_that_works(tmp_path):
     write_lease(run, after(0), datetime.now(UTC))
     state = read_state(run.uri, now=after(250))
     assert state.recent_rate() == Rate(250.0, 20, 60)
-    # 20 of "a"; "b", half its size, is taken to have half its tiles.
+    # 20 tiles of "a" are left; "b" has half its size, so it counts with half its tiles.
     assert state.tiles_left() == pytest.approx(20 + 50)
     assert state.eta_s() == pytest.approx(70 * 250 / 20)
-    # Later, only the last quarter of an hour counts.
+    # Later, only the last 15 minutes count.
     assert read_state(run.uri, now=after(1050)).recent_rate() == Rate(900.0, 10, 30)
     assert read_state(run.uri, now=after(9000)).eta_s() is None
 
@@ -177,8 +177,8 @@ def test_without_sizes_a_slide_is_taken_for_any_other(tmp_path):
     ("renewed_s", "changes", "state"),
     [
         (-10, {}, "alive"),
-        (-100, {}, "dead"),  # of this host: its clock is ours
-        (-10, {"process": "1"}, "dead"),  # another process has its number
+        (-100, {}, "dead"),  # a lease of this host, which has our clock
+        (-10, {"process": "1"}, "dead"),  # another process has its pid
         (-10, {"machine": "elsewhere"}, "alive"),
         (-100, {"machine": "elsewhere"}, "silent"),
         (-1000, {"machine": "elsewhere"}, "dead"),

@@ -1,4 +1,4 @@
-"""The summary of a run: what it says, as JSON and as Markdown."""
+"""The summary of a run, as JSON and as Markdown."""
 
 import json
 from datetime import UTC, datetime
@@ -54,7 +54,7 @@ def test_the_json(run):
     }  # fmt: skip
     assert summary["tiles"] == {"done": 48, "failed": 2, "known": 50}
     assert summary["num_cells"] == 170
-    # Of 50 s: the first file tells of what was done before.
+    # Rates are over 50 s: the tiles of the first file were done before.
     assert summary["throughput"] == {"seconds": 50.0, "tiles_per_s": 0.26, "cells_per_s": 1.42}
     assert summary["seconds"] == {
         "plan": 0.0, "read": 13.75, "network": 0.0, "segment": 49.0, "crop": 0.0, "embed": 0.0,
@@ -106,7 +106,7 @@ def test_no_credentials_anywhere(run):
         assert "s3://bucket/m.csv" in text
         assert "secret" not in text
         assert "signature" not in text
-    assert read_config(run.uri)["manifest"] == SECRET  # what a retry needs is not touched
+    assert read_config(run.uri)["manifest"] == SECRET  # a retry needs it unchanged
 
 
 def test_the_page(run):

@@ -1,4 +1,4 @@
-"""What the node's cache keeps, what goes first, and what happens when nothing can go."""
+"""The node's cache: which entries stay, which go first, and what happens when none can go."""
 
 import errno
 import os
@@ -125,7 +125,7 @@ def test_what_a_killed_process_left_goes_first(put, cache, monkeypatch):
     left = cache / "files" / f"{'0' * 32}-500"
     left.mkdir()
     (left / ".s.svs.part").write_bytes(b"s" * 100)
-    (cache / "locks" / ("0" * 32)).touch()  # used last, but of no use
+    (cache / "locks" / ("0" * 32)).touch()  # used last, but without a copy
     (cache / "files" / "not ours").mkdir()
     use(put("b", b"b" * 400))
     assert copies(cache) == ["a", "b"]
@@ -175,7 +175,7 @@ def test_a_disk_that_runs_full_meanwhile(put, cache, monkeypatch):
     limit_disk(monkeypatch, lambda: 3)
     times = 1
     assert use(put("c", b"ccc")) == b"ccc"
-    assert seen == [[".c.part", "a", "b"], [".c.part", "b"]]  # the second time with more room
+    assert seen == [[".c.part", "a", "b"], [".c.part", "b"]]  # the second time with more space
     seen.clear()
     times = 2
     with pytest.raises(OSError, match="free disk space, or set SCELLST_RAY_CACHE_DIR"):
@@ -186,16 +186,16 @@ def test_a_disk_that_runs_full_meanwhile(put, cache, monkeypatch):
 
 def test_two_downloads_are_not_promised_the_same_room(monkeypatch, cache):
     content = os.urandom(400 * KB)
-    with serving({"a": content, "b": content}) as (address, told):
-        told.go_on.clear()
+    with serving({"a": content, "b": content}) as (address, objects):
+        objects.go_on.clear()
         free = 700 * KB  # for one of them
         written = lambda: sum(p.stat().st_blocks * 512 for p in cache.glob("files/*/.*"))  # noqa: E731
         limit_disk(monkeypatch, lambda: free - written())
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(use, f"{address}/a")
-            told.half_sent.wait(20)
+            objects.half_sent.wait(20)
             with pytest.raises(OSError, match="being downloaded"):
                 hold(f"{address}/b")
-            told.go_on.set()
+            objects.go_on.set()
             assert first.result() == content
-    assert told.gets("/b") == 0
+    assert objects.gets("/b") == 0

@@ -1,4 +1,4 @@
-"""Credentials in a URI are refused before anything is stored; nothing shows them."""
+"""Credentials in a URI are refused before anything is stored; no message shows them."""
 
 import pytest
 import yaml

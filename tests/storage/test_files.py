@@ -121,7 +121,7 @@ def test_local_copy_downloads_once_and_follows_changes(tmp_path, monkeypatch):
 
 
 def test_a_killed_writers_file_is_known_by_its_name(tmp_path):
-    # As by a power cut: nothing is cleaned up.
+    # As after a power cut: nothing is cleaned up.
     code = (
         "import os, sys; from scellst_ray import storage; "
         "storage.publish(sys.argv[1], lambda path: (path.touch(), os._exit(1)))"

@@ -21,7 +21,7 @@ MB = 2**20
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Leave the trying to us, and wait for hardly anything in between."""
+    """Retry only in this package, with hardly any waits."""
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(S3FileSystem, "retries", 1)
 
@@ -94,7 +94,7 @@ def test_what_another_process_wrote_is_seen():
     before = {"cohort/run/a.txt": 1, "cohort/run/b.parquet": size, "cohort/run/below/d.txt": 1}
     assert storage.sizes(ROOT) == before | {"cohort/run/c.parquet": size}
     assert storage.sizes(f"{ROOT}/a.txt") == {"cohort/run/a.txt": 1}
-    # A folder that was listed before something came into it, and something went.
+    # The folder was listed before one file was added and another one removed.
     assert storage.list_files(f"{ROOT}/below") == [f"{ROOT}/below/d.txt"]
     client.copy_object(Bucket=BUCKET, Key="run/below/e.parquet", CopySource=source)
     client.delete_object(Bucket=BUCKET, Key="run/below/d.txt")
@@ -235,7 +235,7 @@ def test_a_slide_in_mrxs_comes_with_its_folder(s3):
         assert held.path == first
     assert set(methods(s3)) <= {"HEAD", "GET"}
     assert not [path for method, path, _ in s3.asked if method == "GET" and path.endswith(".dat")]
-    # A change of any of its files is another slide.
+    # If any of its files changes, it is another slide.
     storage.publish_text(f"{ROOT}/s/deep/Data0000.dat", "others")
     with hold(f"{ROOT}/s.mrxs") as held:
         assert held.path != first

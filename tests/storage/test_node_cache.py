@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 KB = 1000
 
 
-# Files as they are.
+# Local files are returned themselves.
 
 
 def test_a_local_file_is_itself_and_costs_nothing(tmp_path, cache):
@@ -41,15 +41,15 @@ def test_a_local_file_is_itself_and_costs_nothing(tmp_path, cache):
 
 
 def test_an_object_is_downloaded_once_and_again_when_it_changed(cache):
-    with serving({"a b.svs": b"first" * KB}) as (address, told):
+    with serving({"a b.svs": b"first" * KB}) as (address, objects):
         for _ in range(3):
             with hold(f"{address}/a b.svs") as held:
                 assert held.path.name == "a b.svs"
                 assert held.path.read_bytes() == b"first" * KB
-        assert told.gets() == 1
-        told.files["/a b.svs"] = b"other" * KB  # as many bytes
+        assert objects.gets() == 1
+        objects.files["/a b.svs"] = b"other" * KB  # as many bytes
         assert use(f"{address}/a b.svs") == b"other" * KB
-        assert told.gets() == 2
+        assert objects.gets() == 2
     assert copies(cache) == ["a b.svs", "a b.svs"]
 
 
@@ -106,15 +106,15 @@ def test_an_object_that_changes_while_it_comes_is_fetched_again(put, monkeypatch
 
 def test_several_processes_download_once():
     content = os.urandom(300 * KB)
-    with serving({"s.svs": content}) as (address, told):
-        # Nothing is sent until all have asked: they are there at the same time.
-        told.when = lambda: wait_until(lambda: told.asked.count(("HEAD", "/s.svs")) >= 3)
+    with serving({"s.svs": content}) as (address, objects):
+        # Nothing is sent until all have asked, so that all wait at the same time.
+        objects.when = lambda: wait_until(lambda: objects.asked.count(("HEAD", "/s.svs")) >= 3)
         children = [started(digest_of, f"{address}/s.svs") for _ in range(3)]
         assert {answers.get() for _, answers in children} == {hashlib.sha256(content).hexdigest()}
         for process, _ in children:
             process.kill()
             process.join()
-        assert told.gets() == 1
+        assert objects.gets() == 1
 
 
 def test_who_waited_for_a_download_looks_again(monkeypatch):
@@ -122,32 +122,32 @@ def test_who_waited_for_a_download_looks_again(monkeypatch):
 
     def together(lock, how, path):
         lock_file(lock, how, path)
-        if how == fcntl.LOCK_SH and not told.gets():
+        if how == fcntl.LOCK_SH and not objects.gets():
             both.wait(20)  # both have seen that there is no copy
 
     monkeypatch.setattr(cache_space, "lock_file", together)
-    with serving({"s.svs": b"s" * KB}) as (address, told), ThreadPoolExecutor(2) as pool:
+    with serving({"s.svs": b"s" * KB}) as (address, objects), ThreadPoolExecutor(2) as pool:
         assert list(pool.map(use, [f"{address}/s.svs"] * 2)) == [b"s" * KB] * 2
-        assert told.gets() == 1
+        assert objects.gets() == 1
 
 
 def test_a_killed_download_is_begun_anew_by_who_waits(cache):
     content = os.urandom(3000 * KB)
-    with serving({"s.svs": content}) as (address, told):
-        told.go_on.clear()
+    with serving({"s.svs": content}) as (address, objects):
+        objects.go_on.clear()
         first, _ = started(digest_of, f"{address}/s.svs")
-        told.half_sent.wait(20)
+        objects.half_sent.wait(20)
         wait_until(lambda: any(p.stat().st_size for p in (cache / "files").glob("*/.s.svs.part")))
         second, answers = started(digest_of, f"{address}/s.svs")
-        wait_until(lambda: told.asked.count(("HEAD", "/s.svs")) >= 2)
+        wait_until(lambda: objects.asked.count(("HEAD", "/s.svs")) >= 2)
         first.kill()
         first.join()
-        told.go_on.set()
+        objects.go_on.set()
         assert answers.get() == hashlib.sha256(content).hexdigest()
         second.join()
-        assert told.gets() == 2
+        assert objects.gets() == 2
         assert use(f"{address}/s.svs") == content
-        assert told.gets() == 2
+        assert objects.gets() == 2
     assert copies(cache) == ["s.svs"]
 
 
@@ -182,10 +182,10 @@ def test_a_folder_without_locks_is_named(put, cache, monkeypatch):
 def test_passing_errors_are_survived(caplog):
     content = os.urandom(200 * KB)
     faults = [503, "reset", "cut", 429, 500]
-    with serving({"s.svs": content}) as (address, told):
-        told.faults = list(faults)
+    with serving({"s.svs": content}) as (address, objects):
+        objects.faults = list(faults)
         assert use(f"{address}/s.svs") == content
-        assert told.gets() == 6
+        assert objects.gets() == 6
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 5
     assert all("/s.svs: " in line and "; will try again in 0.0 s" in line for line in lines)
@@ -193,11 +193,11 @@ def test_passing_errors_are_survived(caplog):
 
 
 def test_passing_errors_are_survived_while_asking_what_there_is():
-    with serving({"s.svs": b"x"}) as (address, told):
-        # fsspec asks by GET if HEAD fails, and then calls whatever happens a missing file.
-        told.head_faults, told.faults = [503, "drop"], [503, "drop"]
+    with serving({"s.svs": b"x"}) as (address, objects):
+        # If HEAD fails, fsspec tries GET, and takes any failure of it for a missing file.
+        objects.head_faults, objects.faults = [503, "drop"], [503, "drop"]
         assert use(f"{address}/s.svs") == b"x"
-        assert told.asked.count(("HEAD", "/s.svs")) == 4
+        assert objects.asked.count(("HEAD", "/s.svs")) == 4
 
 
 def test_a_cut_that_no_library_noticed(put, monkeypatch, cache):
@@ -218,21 +218,21 @@ def test_a_cut_that_no_library_noticed(put, monkeypatch, cache):
 
 
 def test_lasting_errors_end_and_leave_nothing(cache):
-    with serving({"s.svs": b"x" * KB}) as (address, told):
+    with serving({"s.svs": b"x" * KB}) as (address, objects):
         signed = address.replace("//", "//me:secret@") + "/s.svs?signature=secret"
-        told.faults = [503] * 6
+        objects.faults = [503] * 6
         with pytest.raises(ConnectionError, match="still failing after 6 tries") as error:
             hold(signed)
-        assert told.gets() == 6
+        assert objects.gets() == 6
         assert f"{address}/s.svs" in str(error.value)
         assert "secret" not in str(error.value)
         assert error.value.__suppress_context__
         for status, kind in ((403, PermissionError), (404, FileNotFoundError), (400, OSError)):
-            told.faults = [status, None]
+            objects.faults = [status, None]
             with pytest.raises(kind) as error:
                 hold(signed)
             assert "secret" not in str(error.value)
-            assert told.faults == [None]  # not tried again
+            assert objects.faults == [None]  # not tried again
         assert copies(cache) == []
         assert use(signed) == b"x" * KB
         assert not any("secret" in str(path) for path in cache.rglob("*"))
@@ -261,7 +261,7 @@ def test_a_slide_is_held_while_it_is_open(
     assert copies(cache) == ["b"]
 
 
-# Slides in MRXS; on S3 in test_storage_s3.py.
+# Slides in MRXS; tests on S3 are in test_files_s3.py.
 
 
 def test_a_file_that_would_lie_elsewhere_is_refused(put, monkeypatch, cache):
@@ -284,7 +284,7 @@ def test_the_folder_counts_and_goes_with_its_slide(put, monkeypatch, cache):
     assert sum(path.is_file() for path in cache.rglob("files/**/*")) == 3
     use(put("small", b"x" * 300))
     assert copies(cache) == ["s", "s.mrxs", "small"]
-    with hold(uri) as held:  # held: nothing of it may go
+    with hold(uri) as held:  # it is held, so none of its files may go
         use(put("large", b"x" * 700))
         assert (held.path.parent / "s" / "Data0001.dat").stat().st_size == 300
     use(put("larger", b"x" * 900))

@@ -1,4 +1,4 @@
-"""Which errors of the storage libraries are tried again, and what becomes of their messages."""
+"""Errors of the storage libraries: which are tried again, and which messages they get."""
 
 import errno
 import sys
@@ -19,14 +19,14 @@ SIGNED = "https://me:pa@ss@host:8/a%20b.svs?sig=secret&x=secret"
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
-    """Return what is slept instead of sleeping."""
+    """Return the list of waits; nothing really sleeps."""
     slept = []
     monkeypatch.setattr(retries.time, "sleep", slept.append)
     return slept
 
 
 def of_s3(code, status):
-    """Return what s3fs raises for an answer of S3."""
+    """Return the error that s3fs raises for an answer of S3."""
     exceptions = pytest.importorskip("botocore.exceptions", reason="needs the extra s3")
     response = {
         "Error": {"Code": code, "Message": f"{code} of {SIGNED}"},
@@ -37,13 +37,13 @@ def of_s3(code, status):
 
 
 def of_http(status):
-    """Return what aiohttp raises for a status."""
+    """Return the error that aiohttp raises for a status."""
     info = aiohttp.RequestInfo(URL(SIGNED), "GET", None)
     return aiohttp.ClientResponseError(info, (), status=status, message="no")
 
 
 def of_fsspec(cause):
-    """Return what fsspec makes of any error while it asks a web server for a file."""
+    """Return the error that fsspec raises after any error while it asks a web server."""
     error = FileNotFoundError(SIGNED)
     error.__cause__ = cause
     return error
