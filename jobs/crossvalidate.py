@@ -1,4 +1,4 @@
-"""Heads trained on some slides and scored on others, over a grid, as a Ray job.
+"""Train heads on some slides and score them on others, over a grid, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/crossvalidate.py --config jobs/crossvalidate.yaml
 """

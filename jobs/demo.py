@@ -1,4 +1,4 @@
-"""Synthetic slides end to end, with the truth known, as a Ray job.
+"""Run all steps on synthetic slides with known truth, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/demo.py --out demo
 """

@@ -1,4 +1,4 @@
-"""What this cluster offers, and what is missing, as a Ray job.
+"""Check what this cluster offers and what is missing, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/doctor.py
 """

@@ -1,4 +1,4 @@
-"""A finished run to files for other tools, as a Ray job.
+"""Export a finished run to a file for other tools, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/export.py --help
 """

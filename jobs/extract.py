@@ -1,4 +1,4 @@
-"""Slides to cells, as a Ray job.
+"""Find and embed the cells of slides, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/extract.py --config jobs/extract.yaml
 """

@@ -1,4 +1,4 @@
-"""What a run of extract or predict will take, as a Ray job.
+"""Estimate time and cost of a run of extract or predict, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/plan.py --config jobs/predict.yaml --gpus 8
 """

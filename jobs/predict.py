@@ -1,4 +1,4 @@
-"""Slides to the expression of every cell, as a Ray job.
+"""Predict the expression of every cell of slides, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/predict.py --config jobs/predict.yaml
 """

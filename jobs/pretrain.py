@@ -1,4 +1,4 @@
-"""Crops of cells to an encoder, as a Ray job.
+"""Train an encoder on crops of cells, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/pretrain.py --config jobs/pretrain.yaml
 """

@@ -1,4 +1,4 @@
-"""Only what failed in a run, with its own settings, as a Ray job.
+"""Process only what failed in a run, with the run's own settings, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/retry.py --run s3://BUCKET/runs/cohort --failed
 """

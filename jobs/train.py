@@ -1,4 +1,4 @@
-"""Cells and spots to an expression head, as a Ray job.
+"""Train an expression head on cells and spots, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/train.py --config jobs/train.yaml
 """

@@ -249,12 +249,6 @@ def test_importing_the_package_is_light():
     assert loaded == "[]"
 
 
-def test_the_command_line_does_not_load_what_draws():
-    # It writes to the home folder, whatever the command.
-    code = "import sys, scellst_ray.commands.table; print('matplotlib' in sys.modules)"
-    assert printed_by(code) == "False"
-
-
 def test_reading_pixels_starts_neither_ray_nor_torch():
     code = (
         "import sys, scellst_ray.runs.compaction, scellst_ray.slides.reader;"

@@ -1,7 +1,7 @@
 """`scellst-ray crossvalidate`: heads trained on some slides and scored on others, over a grid.
 
-Trials in evaluation/crossvalidation/trial.py, run by training/grid.py; here is which there are.
-crossvalidate_report.py prints and writes what they found.
+This module lists the trials. evaluation/crossvalidation/trial.py is one trial, training/grid.py
+runs trials in parallel, and crossvalidate_report.py prints and writes their results.
 """
 
 import hashlib
@@ -39,14 +39,14 @@ from scellst_ray.training.grid import (
 
 @dataclass(frozen=True)
 class Grid:
-    """What became of a grid.
+    """The results of a grid of trials.
 
     Attributes:
-        results: Of every trial that is done: `trial`, `fold`, `panel`, `loss`, `seed`,
+        results: One dict for each trial that is done: `trial`, `fold`, `panel`, `loss`, `seed`,
             `train_slides`, and what run_trial returns.
-        failures: By trial, why it failed.
-        num_done_before: Trials that were done already.
-        num_slots: Trials that ran side by side; 0 if there was nothing to do.
+        failures: Reasons of failures, by trial.
+        num_done_before: Number of trials that were done before.
+        num_slots: Number of trials that ran at the same time; 0 if there was nothing to do.
     """
 
     results: list[dict[str, Any]]
@@ -58,10 +58,10 @@ class Grid:
 def make_trials(
     config: CrossvalidateConfig, folds: Sequence[Fold], run_digest: str
 ) -> tuple[list[Trial], dict[str, dict[str, Any]]]:
-    """Return the trials of a grid, and what names each in tables.
+    """Return the trials of a grid, and by trial the columns that name it in tables.
 
-    A trial's name holds a digest of all that decides its result, so that other settings, cells or
-    slides are other trials.
+    The name of a trial holds a digest of all that decides its result. So other settings, cells or
+    slides make another trial.
     """
     trials, names = [], {}
     combinations = product(config.all_panels(), config.all_losses(), range(config.num_seeds), folds)
@@ -86,10 +86,10 @@ def make_trials(
 
 
 def crossvalidate(config: CrossvalidateConfig, say: Callable[[str], None] = print) -> Grid:
-    """Run the trials that are missing in `config.out`; return what all of them found.
+    """Run the trials that are missing in `config.out`; return the results of all.
 
     Raises:
-        ValueError: slides or spots cannot be used; all such slides are listed at once.
+        ValueError: slides or spots cannot be used; the message lists all such slides.
     """
     cells, out = storage.absolute(config.cells), storage.absolute(config.out)
     run, _ = open_embedded_run(cells)
@@ -120,7 +120,7 @@ def _run_missing(
     folder: str,
     say: Callable[[str], None],
 ) -> tuple[dict[str, str], int]:
-    """Run trials on Ray; return why some failed, and how many run side by side."""
+    """Run trials on Ray; return the reasons of failures, and how many run at the same time."""
     failures: dict[str, str] = {}
     with ray_session() as cluster:
         resources = TrialResources(config.cpus_per_trial, config.gpus_per_trial)
@@ -146,7 +146,7 @@ def _run_missing(
 def _preparer(
     config: CrossvalidateConfig, slides: Sequence[TrainingSlide], run: RunFolder
 ) -> Prepare:
-    """Return the function that prepares a slide by its name."""
+    """Return the function that prepares a slide, given its slide_id."""
     rules = [config.rules_for(config.fit_with(loss, 0)) for loss in config.all_losses()]
     strictest = max(rules, key=lambda rule: rule.with_counts)
     by_id = {slide.row.slide_id: slide for slide in slides}

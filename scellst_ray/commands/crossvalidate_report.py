@@ -1,4 +1,4 @@
-"""What `crossvalidate` tells: tables on the console and as Markdown, one table of results."""
+"""The report of `crossvalidate`: tables on the console and as Markdown, one table of results."""
 
 import time
 from collections.abc import Mapping
@@ -7,11 +7,15 @@ from typing import Any
 
 import polars as pl
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from scellst_ray import storage
 from scellst_ray.commands.crossvalidate import Grid, crossvalidate
+from scellst_ray.commands.reports import (
+    format_score,
+    framed_table,
+    line_printer,
+    markdown_table,
+)
 from scellst_ray.commands.training_configs import CrossvalidateConfig
 from scellst_ray.core.version import __version__
 from scellst_ray.evaluation.crossvalidation.trial import MODELS
@@ -47,20 +51,18 @@ ours_shuffled: our predictions given to the wrong spots.
 def run_crossvalidate(config: CrossvalidateConfig) -> int:
     """Run `crossvalidate`: print and write its tables; return 0 only if every trial is done."""
     console, started = Console(), time.monotonic()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
+    say = line_printer(console)
     grid = crossvalidate(config, say)
     if grid.results:
         write_results(config, grid, time.monotonic() - started)
-        console.print(_table(summary(results_table(grid))))
+        rows = _rows(summary(results_table(grid)))
+        console.print(framed_table(HEADINGS, rows, TITLE))
         for name in ("results.md", "results.parquet", "genes.parquet"):
             say(f"  {storage.join(config.out, name)}")
     for name, error in grid.failures.items():
         say(f"failed: {name}: {error}")
     if grid.failures:
-        say("Mend the cause and run the same command again: it does only what is missing.")
+        say("Fix the cause and run the same command again: it does only what is missing.")
     return 1 if grid.failures else 0
 
 
@@ -108,14 +110,14 @@ def summary(results: pl.DataFrame) -> pl.DataFrame:
     by_slide = results.group_by(*keys, "test_slide", maintain_order=True).agg(
         pl.col("pcc", "pcc_given_depth", "scc", "rmse").mean(), pl.len().alias("num_trials")
     )
-    found = by_slide.group_by(*keys, maintain_order=True).agg(
+    means = by_slide.group_by(*keys, maintain_order=True).agg(
         pl.col("pcc", "pcc_given_depth", "scc", "rmse").mean(),
         pl.col("pcc", "pcc_given_depth").std().name.suffix("_sd"),
         pl.len().alias("num_slides"),
         pl.col("num_trials").sum(),
     )
     order = pl.col("model").replace_strict({name: i for i, name in enumerate(MODELS)})
-    return found.sort(*SETTINGS, order, maintain_order=True)
+    return means.sort(*SETTINGS, order, maintain_order=True)
 
 
 def write_results(config: CrossvalidateConfig, grid: Grid, seconds: float) -> None:
@@ -136,10 +138,11 @@ def write_results(config: CrossvalidateConfig, grid: Grid, seconds: float) -> No
     storage.publish_json(storage.join(config.out, "crossvalidate.json"), info)
 
 
+TITLE = "unseen slides: mean over genes, slides and seeds (± over slides)"
 HEADINGS = ("panel", "loss", "model", "PCC", "PCC given depth", "SCC", "slides", "trials")
 
 
-def _rows(found: pl.DataFrame) -> list[list[str]]:
+def _rows(means: pl.DataFrame) -> list[list[str]]:
     return [
         [
             row["panel"],
@@ -147,50 +150,42 @@ def _rows(found: pl.DataFrame) -> list[list[str]]:
             row["model"],
             _spread(row, "pcc"),
             _spread(row, "pcc_given_depth"),
-            _text(row["scc"]),
+            format_score(row["scc"]),
             str(row["num_slides"]),
             str(row["num_trials"]),
         ]
-        for row in found.iter_rows(named=True)
+        for row in means.iter_rows(named=True)
     ]
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _spread(row: Mapping[str, Any], name: str) -> str:
     spread = row[f"{name}_sd"]
-    return _text(row[name]) + ("" if spread is None or row[name] is None else f" ± {spread:.3f}")
-
-
-def _table(found: pl.DataFrame) -> Table:
-    table = Table(title="unseen slides: mean over genes, slides and seeds (± over slides)")
-    for heading in HEADINGS:
-        table.add_column(heading, overflow="fold")
-    for row in _rows(found):
-        table.add_row(*map(escape, row))
-    return table
+    return format_score(row[name]) + (
+        "" if spread is None or row[name] is None else f" ± {spread:.3f}"
+    )
 
 
 def markdown(config: CrossvalidateConfig, results: pl.DataFrame, grid: Grid) -> str:
     """Return the report as text: the summary, then every trial and slide."""
     lines = [f"# Cross-validation: {config.protocol}", ""]
-    lines += [f"| {' | '.join(HEADINGS)} |", f"|{' --- |' * len(HEADINGS)}"]
-    lines += [f"| {' | '.join(row)} |" for row in _rows(summary(results))]
+    lines += markdown_table(HEADINGS, _rows(summary(results)))
     lines += ["", NOTES]
     if grid.failures:
         lines += [f"{len(grid.failures)} trials failed and are not in these tables.", ""]
     headings = ("test slide", "fold", "panel", "loss", "seed", "model", "PCC", "given depth")
-    lines += ["## By slide", "", f"| {' | '.join(headings)} |", f"|{' --- |' * len(headings)}"]
-    for row in results.sort("test_slide", maintain_order=True).iter_rows(named=True):
-        words = [row["test_slide"], row["fold"], row["panel"], row["loss"], str(row["seed"])]
-        words += [row["model"], _within(row, "pcc"), _within(row, "pcc_given_depth")]
-        lines.append(f"| {' | '.join(words)} |")
+    rows = [
+        [
+            *(str(row[name]) for name in ("test_slide", "fold", "panel", "loss", "seed", "model")),
+            _within(row, "pcc"),
+            _within(row, "pcc_given_depth"),
+        ]
+        for row in results.sort("test_slide", maintain_order=True).iter_rows(named=True)
+    ]
+    lines += ["## By slide", "", *markdown_table(headings, rows)]
     return "\n".join([*lines, ""])
 
 
 def _within(row: Mapping[str, Any], name: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     between = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
-    return _text(row[name]) + between
+    return format_score(row[name]) + between

@@ -1,4 +1,4 @@
-"""`scellst-ray demo`: the whole way on two synthetic slides, compared with the truth."""
+"""`scellst-ray demo`: all steps on two synthetic slides, compared with the truth."""
 
 import json
 import time
@@ -10,12 +10,12 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
 
 from scellst_ray import storage
 from scellst_ray.commands.configs import DemoConfig
 from scellst_ray.commands.pretrain import ENCODER_FILE, pretrain_encoder
 from scellst_ray.commands.progress import shown_progress
+from scellst_ray.commands.reports import framed_table
 from scellst_ray.commands.train import train
 from scellst_ray.commands.training_configs import PretrainConfig, TrainConfig
 from scellst_ray.evaluation.expression.metrics import pearson_by_column
@@ -44,7 +44,7 @@ TRAINED, UNSEEN = "slide_a", "slide_b"
 
 
 def demo(config: DemoConfig) -> int:
-    """Run the demo, print what it found, write `report.json`; return the exit code."""
+    """Run the demo, print its scores, write `report.json`; return 0."""
     console, started = Console(), time.monotonic()
     out = Path(config.out)
     console.rule("1. two synthetic slides")
@@ -78,7 +78,7 @@ def demo(config: DemoConfig) -> int:
                     cells=cells.out,
                     out=str(head),
                     genes="variable:24",
-                    # All its genes are expressed; a small slide has few counts of each.
+                    # A small slide has few counts of each gene.
                     min_gene_counts=1,
                     min_spot_share=0.0,
                     min_spot_counts=1,
@@ -92,15 +92,15 @@ def demo(config: DemoConfig) -> int:
         with shown_progress() as report:
             predict(expression, report)
     console.rule("7. against the truth")
-    found = compare(open_run(expression.out), paths[UNSEEN], out / "genes.png")
-    found["seconds"] = round(time.monotonic() - started, 1)
-    storage.publish_json(str(out / "report.json"), found)
-    _show(console, found, out)
+    scores = compare(open_run(expression.out), paths[UNSEEN], out / "genes.png")
+    scores["seconds"] = round(time.monotonic() - started, 1)
+    storage.publish_json(str(out / "report.json"), scores)
+    _show(console, scores, out)
     return 0
 
 
 def _pretrained(out: Path, num_crops: int, console: Console) -> str:
-    """Pretrain an encoder on crops of both slides, briefly; return its file."""
+    """Pretrain an encoder on crops of both slides for 2 epochs; return its file."""
     console.rule("2. crops of cells of both slides")
     both = pl.concat([pl.read_csv(out / f"{name}.csv") for name in (TRAINED, UNSEEN)])
     both.write_csv(out / "both.csv")
@@ -145,7 +145,7 @@ def compare(run: Run, paths: SyntheticPaths, picture: Path) -> dict[str, Any]:
     names = expected.column_names[1:]
     matching = match_nuclei(cells["polygon"].to_pylist(), truth["polygon"].to_pylist())
     columns = [names.index(gene) for gene in genes]
-    # Rates are normalised over all genes, then the panel is taken: as spots are.
+    # As with spots, rates are normalised over all genes before the panel is selected.
     pairs = predicted_NG[matching.found], expected_NG[matching.true]
     by_gene = cell_correlation(*pairs, columns)
     shuffled = cell_correlation(*pairs, columns, seed=0)
@@ -191,17 +191,17 @@ def _report(
     }
 
 
-def _show(console: Console, found: dict[str, Any], out: Path) -> None:
-    table = Table("measure", "value", title=f"{UNSEEN}: found against the truth")
-    table.add_row(
-        "nuclei found / true", f"{found['num_found_nuclei']} / {found['num_true_nuclei']}"
-    )
-    table.add_row("precision, recall", f"{found['precision']:.3f}, {found['recall']:.3f}")
-    table.add_row("cell-level Pearson r, mean over genes", f"{found['cell_pearson']:.3f}")
-    table.add_row("the same, truth shuffled over cells", f"{found['cell_pearson_shuffled']:.3f}")
-    table.add_row("spot-level Pearson r, mean over genes", f"{found['spot_pearson']:.3f}")
-    table.add_row("seconds", f"{found['seconds']}")
-    console.print(table)
+def _show(console: Console, scores: dict[str, Any], out: Path) -> None:
+    rows = [
+        ("nuclei found / true", f"{scores['num_found_nuclei']} / {scores['num_true_nuclei']}"),
+        ("precision, recall", f"{scores['precision']:.3f}, {scores['recall']:.3f}"),
+        ("cell-level Pearson r, mean over genes", f"{scores['cell_pearson']:.3f}"),
+        ("the same, truth shuffled over cells", f"{scores['cell_pearson_shuffled']:.3f}"),
+        ("spot-level Pearson r, mean over genes", f"{scores['spot_pearson']:.3f}"),
+        ("seconds", f"{scores['seconds']}"),
+    ]
+    title = f"{UNSEEN}: prediction against the truth"
+    console.print(framed_table(("measure", "value"), rows, title))
     for name in (
         "genes.png",
         "report.json",

@@ -1,4 +1,4 @@
-"""`scellst-ray doctor`: everything a run needs, checked before it starts, all problems at once.
+"""`scellst-ray doctor`: check all that a run needs before it starts, and list all problems.
 
 It checks what a run checks when it starts (preflight/checks.py, preflight/nodes.py), and what takes
 longer: it opens weights and heads, and every slide that lies on a disk.
@@ -38,8 +38,8 @@ from scellst_ray.stages.rows import Outcome
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
 from scellst_ray.stages.tiles import guarded
 
-# Slides that are named when they are well.
-NAMED_WELL = 100
+# Highest number of slides that are listed one by one if they have no problem.
+MAX_LISTED = 100
 OPEN_S = 600.0
 
 
@@ -47,40 +47,42 @@ def doctor(config: DoctorConfig) -> int:
     """Run all checks; print one line each; return 0 if all passed, else 1."""
     console = Console()
     config = _with_job(config)
-    bad = [name for name, check in _checks(config) if _check(console, name, check)]
-    problems = len(bad)
+    failed_checks = [name for name, check in _checks(config) if _check(console, name, check)]
+    problems = len(failed_checks)
     slides: list[SlideRow] = []
-    if config.manifest and "manifest" not in bad:
+    if config.manifest and "manifest" not in failed_checks:
         slides = read_manifest(config.manifest)
-    found = find_slides(slides)
+    search = find_slides(slides)
     if config.ray:
-        problems += _nodes(console, config, found)
-    problems += _slides(console, slides, found)
+        problems += _nodes(console, config, search)
+    problems += _slides(console, slides, search)
     console.print(f"{problems} problem(s)" if problems else "all well", highlight=False)
     return 1 if problems else 0
 
 
 def _with_job(config: DoctorConfig) -> DoctorConfig:
-    """Return the configuration with what a job's file says where flags say nothing.
+    """Return the configuration, with values of the job's file for flags that are not given.
 
     Raises:
         ValueError: the file holds no keys and values.
     """
     if config.job is None:
         return config
-    told = yaml.safe_load(storage.read_text(config.job))
-    if not isinstance(told, dict):
+    settings = yaml.safe_load(storage.read_text(config.job))
+    if not isinstance(settings, dict):
         message = f"{config.job}: expected keys and values of a job, as its --config takes them"
         raise ValueError(message)
     names = [field.name for field in fields(config) if field.name not in ("job", "ray")]
-    given = {name: told[name] for name in names if name in told and getattr(config, name) is None}
+    given = {
+        name: settings[name] for name in names if name in settings and getattr(config, name) is None
+    }
     if given.get("encoder") == "head":
         del given["encoder"]
     return replace(config, **given)
 
 
 def _checks(config: DoctorConfig) -> list[tuple[str, Callable[[], str]]]:
-    """Return what is checked where this command runs: names, and functions that tell or raise."""
+    """Return the checks of this machine by name: functions that return a text or raise."""
     checks: list[tuple[str, Callable[[], str]]] = [("versions", _versions), ("device", _device)]
     if config.manifest:
         manifest = config.manifest
@@ -101,13 +103,13 @@ def _checks(config: DoctorConfig) -> list[tuple[str, Callable[[], str]]]:
 
 
 def _check(console: Console, name: str, check: Callable[[], str]) -> int:
-    """Print a check's finding; return 1 if it found a problem."""
+    """Run a check and print its result; return 1 if it found a problem."""
     try:
-        found = check()
+        result = check()
     except (ValueError, OSError, RuntimeError) as error:
         _print(console, str(error), name)
         return 1
-    console.print(f"[green]ok[/]  {name}: {escape(found)}", highlight=False, soft_wrap=True)
+    console.print(f"[green]ok[/]  {name}: {escape(result)}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -140,24 +142,24 @@ def _writable(out: str) -> str:
     return f"{out} can be written"
 
 
-def _nodes(console: Console, config: DoctorConfig, found: FoundSlides) -> int:
-    """Connect to Ray and ask every node; return how many problems there are."""
+def _nodes(console: Console, config: DoctorConfig, search: FoundSlides) -> int:
+    """Connect to Ray and check every node; return the number of problems."""
     problems: list[Problem] = []
 
     def ask() -> str:
         with ray_session() as cluster:
-            problems.extend(node_problems(_asked(config), cluster, found))
+            problems.extend(node_problems(_requirements(config), cluster, search))
             num = len(working_nodes())
         return f"{num} node(s), {cluster.num_cpus} CPUs, {cluster.num_gpus} GPUs"
 
-    bad = _check(console, "ray", ask)
+    num_problems = _check(console, "ray", ask)
     for problem in problems:
         _print(console, problem.text)
-    return bad + len(problems)
+    return num_problems + len(problems)
 
 
-def _asked(config: DoctorConfig) -> NodeRequirements:
-    """Return what the nodes must offer; weights that are not here have been told of."""
+def _requirements(config: DoctorConfig) -> NodeRequirements:
+    """Return the requirements of nodes; weights that are missing here are reported elsewhere."""
     digests: list[tuple[str, str]] = []
     for weights in (config.encoder, config.segmenter_weights):
         if weights is None or is_named(weights) or weights in WITHOUT_FILE:
@@ -168,16 +170,17 @@ def _asked(config: DoctorConfig) -> NodeRequirements:
     return NodeRequirements(out=config.out, weights=tuple(digests), gpus=bool(config.gpus))
 
 
-def _slides(console: Console, slides: list[SlideRow], found: FoundSlides) -> int:
-    """Open the slides that are on disks; return how many of all have a problem."""
-    local = set(found.local)
-    rows = [slide_row(s) for s in slides if s.uri in local and s.slide_id not in found.reasons]
+def _slides(console: Console, slides: list[SlideRow], search: FoundSlides) -> int:
+    """Open the slides on local disks; return the number of all slides with a problem."""
+    local = set(search.local)
+    rows = [slide_row(s) for s in slides if s.uri in local and s.slide_id not in search.reasons]
     processes = max(1, min(len(rows), os.cpu_count() or 1))
     opened = map_isolated(header_of, rows, processes, OPEN_S)
     headers = {row["slide_id"]: header for row, header in opened}
     num_bad = 0
     for slide in slides:
-        reason, told = found.reasons.get(slide.slide_id), _told(slide.slide_id, headers, found)
+        reason = search.reasons.get(slide.slide_id)
+        about = _about_slide(slide.slide_id, headers, search)
         header = headers.get(slide.slide_id)
         if isinstance(header, ProcessDeath):
             reason = f"{slide.uri}: {header.reason}"
@@ -186,18 +189,20 @@ def _slides(console: Console, slides: list[SlideRow], found: FoundSlides) -> int
         if reason is not None:
             _print(console, reason, f"slide {slide.slide_id}")
             num_bad += 1
-        elif len(slides) <= NAMED_WELL:
-            text = f"[green]ok[/]  slide {slide.slide_id}: {told}"
+        elif len(slides) <= MAX_LISTED:
+            text = f"[green]ok[/]  slide {slide.slide_id}: {about}"
             console.print(text, highlight=False, soft_wrap=True)
-    if len(slides) > NAMED_WELL:
+    if len(slides) > MAX_LISTED:
         well = f"{len(slides) - num_bad:,} of {len(slides):,} slides, {len(rows):,} of them opened"
         console.print(f"[green]ok[/]  {well}", highlight=False)
     return num_bad
 
 
-def _told(slide_id: str, headers: dict[str, Header | ProcessDeath], found: FoundSlides) -> str:
-    """Return what is known of a slide that is well."""
+def _about_slide(
+    slide_id: str, headers: dict[str, Header | ProcessDeath], search: FoundSlides
+) -> str:
+    """Return a text about a slide without a problem."""
     header = headers.get(slide_id)
     if isinstance(header, dict) and "mpp" in header:
         return f"{header['width0']} x {header['height0']} px, {header['mpp']:g} um/px"
-    return f"there, {found.num_bytes.get(slide_id, 0):,} bytes; not opened"
+    return f"present, {search.num_bytes.get(slide_id, 0):,} bytes; not opened"

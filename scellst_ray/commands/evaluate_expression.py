@@ -1,14 +1,17 @@
-"""What `evaluate expression` tells: tables on the console and as Markdown, all scores as JSON."""
+"""The report of `evaluate expression`: tables on the console and as Markdown, scores as JSON."""
 
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from scellst_ray import storage
+from scellst_ray.commands.reports import (
+    format_score,
+    line_printer,
+    markdown_table,
+    score_table,
+)
 from scellst_ray.core.version import __version__
 from scellst_ray.evaluation.expression.config import EvaluateExpressionConfig
 from scellst_ray.evaluation.expression.evaluate import Comparison, Evaluation, evaluate_expression
@@ -41,38 +44,38 @@ ABOUT = (
 
 def run_evaluate_expression(config: EvaluateExpressionConfig) -> int:
     """Run `evaluate expression`: print tables, write `out` and its Markdown; return 0."""
-    found = evaluate_expression(config)
-    report = as_dict(found, config)
+    evaluation = evaluate_expression(config)
+    report = as_dict(evaluation, config)
     console = Console()
+    say = line_printer(console)
     for slide_id, levels in report["slides"].items():
         for level, part in levels.items():
-            console.print(_table(slide_id, level, part))
+            headings, rows = _rows(part)
+            console.print(score_table(headings, rows, _title(slide_id, level, part)))
     for level, models in report[ALL].items():
         for name, scores in models.items():
-            text = ", ".join(f"{HEADINGS[m]} {_text(value)}" for m, value in scores.items())
-            line = f"all slides, {level}, {name}: {text}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for note in found.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+            text = ", ".join(f"{HEADINGS[m]} {format_score(value)}" for m, value in scores.items())
+            say(f"all slides, {level}, {name}: {text}")
+    for note in evaluation.notes:
+        say(f"note: {note}")
     if config.out is not None:
         storage.publish_json(config.out, report)
-        beside = f"{config.out.removesuffix('.json')}.md"
-        storage.publish_text(beside, markdown(report))
-        line = f"wrote {config.out} and {beside}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        page = f"{config.out.removesuffix('.json')}.md"
+        storage.publish_text(page, markdown(report))
+        say(f"wrote {config.out} and {page}")
     return 0
 
 
-def as_dict(found: Evaluation, config: EvaluateExpressionConfig) -> dict[str, Any]:
-    """Return everything as JSON: per slide and level, and the mean over slides."""
+def as_dict(evaluation: Evaluation, config: EvaluateExpressionConfig) -> dict[str, Any]:
+    """Return the report as a JSON document: by slide and level, and the mean over slides."""
     slides = {
         slide_id: {part.level: _comparison(part, config.bootstrap()) for part in parts}
-        for slide_id, parts in found.slides.items()
+        for slide_id, parts in evaluation.slides.items()
     }
     return {
         "slides": slides,
         ALL: _means(slides),
-        "notes": found.notes,
+        "notes": evaluation.notes,
         "config": asdict(config),
         "scellst_ray": __version__,
     }
@@ -98,32 +101,32 @@ def _comparison(part: Comparison, bootstrap: Bootstrap) -> dict[str, Any]:
 
 def _means(slides: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
     """Return the mean over slides of each level's, model's and metric's mean over genes."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    values: dict[str, dict[str, dict[str, list[float]]]] = {}
     for levels in slides.values():
         for level, part in levels.items():
             for name, scores in part["models"].items():
                 for metric, score in scores.items():
                     if score["mean"] is not None:
-                        by_metric = found.setdefault(level, {}).setdefault(name, {})
+                        by_metric = values.setdefault(level, {}).setdefault(name, {})
                         by_metric.setdefault(metric, []).append(score["mean"])
     return {
         level: {
             name: {metric: number(sum(v) / len(v)) for metric, v in scores.items()}
             for name, scores in models.items()
         }
-        for level, models in found.items()
+        for level, models in values.items()
     }
 
 
 def _rows(part: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and a row of text for each model, and for its distance from ours."""
+    """Return headings, and one row of text for each model and for its difference from ours."""
     metrics = [m for m in METRICS if any(m in scores for scores in part["models"].values())]
     rows = [
-        [name, *[_text_of(scores.get(metric)) for metric in metrics]]
+        [name, *[_with_interval(scores.get(metric)) for metric in metrics]]
         for name, scores in part["models"].items()
     ]
     rows += [
-        [f"{OURS} - {name}", *[_text_of(scores.get(metric)) for metric in metrics]]
+        [f"{OURS} - {name}", *[_with_interval(scores.get(metric)) for metric in metrics]]
         for name, scores in part["ours_minus"].items()
         if scores and name != f"{OURS}_shuffled"
     ]
@@ -134,17 +137,6 @@ def _title(slide_id: str, level: str, part: dict[str, Any]) -> str:
     return f"{slide_id}: {part.get('pairs', part.get(level)):,} {level}, {part['genes']} genes"
 
 
-def _table(slide_id: str, level: str, part: dict[str, Any]) -> Table:
-    headings, rows = _rows(part)
-    title = escape(_title(slide_id, level, part))
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number_of_column, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number_of_column else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
-
-
 def markdown(report: dict[str, Any]) -> str:
     """Return the tables of a report as Markdown."""
     lines = ["# Predicted against measured expression", "", ABOUT, ""]
@@ -152,22 +144,16 @@ def markdown(report: dict[str, Any]) -> str:
         for level, part in levels.items():
             headings, rows = _rows(part)
             lines += [f"## {_title(slide_id, level, part)}", ""]
-            lines += [f"| {' | '.join(headings)} |", "| --- |" + " ---: |" * (len(headings) - 1)]
-            lines += [f"| {' | '.join(row)} |" for row in rows]
-            lines.append("")
+            lines += [*markdown_table(headings, rows, with_numbers=True), ""]
     lines += [f"- {note}" for note in report["notes"]]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _text_of(score: dict[str, Any] | None) -> str:
+def _with_interval(score: dict[str, Any] | None) -> str:
     """Return a mean and its interval over rows as text."""
     if score is None or score["mean"] is None:
         return "-"
     if "over_rows" not in score:
-        return _text(score["mean"])
+        return format_score(score["mean"])
     low, high = score["over_rows"]
-    return f"{_text(score['mean'])} [{_text(low)}, {_text(high)}]"
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return f"{format_score(score['mean'])} [{format_score(low)}, {format_score(high)}]"

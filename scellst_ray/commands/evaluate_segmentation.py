@@ -1,16 +1,15 @@
-"""What `evaluate segmentation` tells: tables on the console, a file of scores."""
+"""The report of `evaluate segmentation`: tables on the console, a file of scores."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import polars as pl
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from scellst_ray import storage
+from scellst_ray.commands.reports import format_score, line_printer, score_table
 from scellst_ray.core.version import __version__
 from scellst_ray.evaluation.segmentation.config import EvaluateSegmentationConfig
 from scellst_ray.evaluation.segmentation.evaluate import Evaluation, evaluate_segmentation
@@ -25,9 +24,12 @@ TYPE_SCORES = ("num_true", "num_predicted", "detected", "f1", "precision", "reca
 
 def run_evaluate_segmentation(config: EvaluateSegmentationConfig) -> int:
     """Run `evaluate segmentation`: print tables, write `out`; return 0."""
-    found = evaluate_segmentation(config)
-    rows = {n: as_dict(s, typed=found.typed) for n, s in (*found.images.items(), (ALL, found.all))}
+    result = evaluate_segmentation(config)
+    rows = {
+        n: as_dict(s, typed=result.typed) for n, s in (*result.images.items(), (ALL, result.all))
+    }
     console = Console()
+    say = line_printer(console)
     for part, title, scores in (
         ("masks", "masks, IoU above 0.5; all: sums and means", MASK_SCORES),
         ("centroids", f"centroids within {config.radius_um:g} um; all: sums", CENTROID_SCORES),
@@ -38,46 +40,39 @@ def run_evaluate_segmentation(config: EvaluateSegmentationConfig) -> int:
     if rows[ALL].get("types"):
         title = "types, over all images"
         console.print(_table("type", title, rows[ALL]["types"], TYPE_SCORES))
-    for note in found.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    for note in result.notes:
+        say(f"note: {note}")
     if config.out is not None:
-        _write(config.out, rows, found, config)
-        console.print(f"wrote {config.out}", markup=False, highlight=False, soft_wrap=True)
+        _write(config.out, rows, result, config)
+        say(f"wrote {config.out}")
     return 0
 
 
 def _table(
     first: str, title: str, rows: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]
 ) -> Table:
-    """Return a table of scores, a row each, without columns that no row has."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold")
+    """Return a table of scores, one row each, without columns that no row has."""
     shown = [name for name in names if any(name in row for row in rows.values())]
-    for name in shown:
-        heading = name.upper() if len(name) < 4 else HEADINGS.get(name, name)
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(escape(name), *[_text(row.get(key)) for key in shown])
-    return table
-
-
-def _text(value: float | None) -> str:
-    """Return a count or a score as text."""
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    headings = [name.upper() if len(name) < 4 else HEADINGS.get(name, name) for name in shown]
+    texts = [[name, *[format_score(row.get(key)) for key in shown]] for name, row in rows.items()]
+    return score_table([first, *headings], texts, title)
 
 
 def _write(
     out: str,
     rows: Mapping[str, Mapping[str, Any]],
-    found: Evaluation,
+    result: Evaluation,
     config: EvaluateSegmentationConfig,
 ) -> None:
-    """Write the scores: nested as JSON, or a row per image as CSV."""
+    """Write the scores: nested as JSON, or one row per image as CSV."""
     if out.endswith(".json"):
-        images = {name: row for name, row in rows.items() if name in found.images}
-        text = {"images": images, ALL: rows[ALL], "notes": found.notes, "config": asdict(config)}
+        images = {name: row for name, row in rows.items() if name in result.images}
+        text = {
+            "images": images,
+            ALL: rows[ALL],
+            "notes": result.notes,
+            "config": asdict(config),
+        }
         storage.publish_json(out, text | {"scellst_ray": __version__})
         return
     flat = [{"slide_id": name} | _flat(row) for name, row in rows.items()]
@@ -86,7 +81,7 @@ def _write(
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one, keys joined by dots."""
+    """Return nested dicts as one dict, with keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         name = f"{prefix}{key}"

@@ -1,22 +1,25 @@
 """`scellst-ray gc`: remove what crashes left in a run folder and nothing will ever read.
 
-That is, and nothing else:
+It removes these files and nothing else:
 
-- shards of slides that are all done or empty: their tables are written, a crash kept the shards;
-- shards that no receipt names: their worker died before, or their driver before it logged them;
+- shards (tables of some tiles) of slides that are all done or empty. Their tables are written, and
+  a crash kept the shards;
+- shards that no receipt (the log entry of a tile) names. Their worker died before it sent one, or
+  their driver before it logged it;
 - imported nuclei of slides that are done or empty;
 - temporary files of writers that were killed;
-- notes of attempts: they mean something only to the driver that began them.
+- notes of attempts, which only the driver that began them can use.
 
-The lease is held meanwhile, so no driver works. A shard that the last good receipt of a tile names
-stays, and so do all tables, records, receipts, crops and imported nuclei of unfinished slides.
+The command holds the run's lease, so no driver works on it. A shard that the last good receipt of a
+tile names stays. So do all tables, records, receipts and crops, and imported nuclei of unfinished
+slides.
 """
 
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 
+from scellst_ray.commands.reports import framed_table, line_printer
 from scellst_ray.runs.leftovers import KINDS, sweep
 
 
@@ -25,25 +28,24 @@ class GcConfig:
     """Remove what crashes left in a run folder: orphan shards, temporary files, notes."""
 
     run: str
-    """Run folder of `extract` or `predict`; may stand without --run."""
+    """Run folder of `extract` or `predict`. The name --run may be left out."""
     dry_run: bool = False
-    """Only say what would be removed."""
+    """Only print what would be removed."""
 
 
 def gc(config: GcConfig) -> int:
-    """Remove leftovers and print what they were; return 0.
+    """Remove leftovers and print their numbers and sizes; return 0.
 
     Raises:
         LeaseError: a driver works on the run.
     """
-    found = sweep(config.run, dry_run=config.dry_run)
+    leftovers = sweep(config.run, dry_run=config.dry_run)
     console, done = Console(), "to remove" if config.dry_run else "removed"
-    table = Table("what", "files", "bytes", title=done)
+    rows = []
     for kind in KINDS:
-        sizes = [leftover.num_bytes for leftover in found if leftover.kind == kind]
-        table.add_row(kind, f"{len(sizes):,}", f"{sum(sizes):,}")
-    console.print(table)
-    total = sum(leftover.num_bytes for leftover in found)
-    text = f"{config.run}: {done}: {len(found):,} files, {total:,} bytes"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        sizes = [leftover.num_bytes for leftover in leftovers if leftover.kind == kind]
+        rows.append((kind, f"{len(sizes):,}", f"{sum(sizes):,}"))
+    console.print(framed_table(("what", "files", "bytes"), rows, done))
+    total = sum(leftover.num_bytes for leftover in leftovers)
+    line_printer(console)(f"{config.run}: {done}: {len(leftovers):,} files, {total:,} bytes")
     return 0

@@ -3,18 +3,18 @@
 import io
 
 import polars as pl
-from rich.console import Console
 
 from scellst_ray import storage
 from scellst_ray.commands.configs import ManifestHestConfig
+from scellst_ray.commands.reports import line_printer
 from scellst_ray.spots.hest import read_hest
 
 
 def write_hest_manifest(config: ManifestHestConfig) -> int:
-    """Write the manifest; say what the files disagree on and what was left out.
+    """Write the manifest; print contradictions between the files and the samples left out.
 
     Raises:
-        ValueError: the folder holds no complete sample, or `out` is there already.
+        ValueError: the folder holds no complete sample, or `out` exists.
     """
     out = storage.absolute(config.out)
     if storage.exists(out):
@@ -25,10 +25,10 @@ def write_hest_manifest(config: ManifestHestConfig) -> int:
     text = io.StringIO()
     pl.DataFrame(rows, infer_schema_length=None, strict=False).write_csv(text)
     storage.publish_text(out, text.getvalue())
-    console = Console()
     lines = [f"{s.row['slide_id']}: {conflict}" for s in samples for conflict in s.conflicts]
     lines += [f"left out {reason}" for reason in left_out]
     lines.append(f"wrote {out}: {len(samples)} slides")
+    say = line_printer()
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
     return 0

@@ -1,28 +1,27 @@
-"""A plan for people and for machines."""
+"""The report of `plan`: lines for people, and a JSON document."""
 
 import math
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from rich.console import Console
 
 from scellst_ray import storage
+from scellst_ray.commands.reports import line_printer, plain_table
 from scellst_ray.core.version import __version__
 from scellst_ray.preflight.config import PlanConfig
 from scellst_ray.preflight.costs import Cost
 from scellst_ray.preflight.plan import Plan, make_plan
 from scellst_ray.preflight.slide_plans import SlidePlan
 
-# A line now and then while slides are opened.
+# Number of opened slides between two lines of progress.
 SAY_EVERY = 500
 HEAD = ("slide", "tiles", "tissue mm2", "cells", "read", "written", "CPU h", "GPU h")
 
 
 def run_plan(config: PlanConfig) -> int:
-    """Plan a run, print it and write it down; 0 only if every slide could be planned."""
-    console = Console()
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    """Plan a run, print and write the plan; return 0 only if every slide could be planned."""
+    say = line_printer()
     progress = Console(stderr=True)
 
     def report(num: int) -> None:
@@ -38,26 +37,21 @@ def run_plan(config: PlanConfig) -> int:
 
 
 def lines(plan: Plan) -> list[str]:
-    """Return what a person is shown: a line for each slide, all together, and the cluster."""
-    rows: list[tuple[str, ...]] = [HEAD]
-    rows += [
+    """Return the lines to print: one for each slide, their total, and the cluster."""
+    rows = [
         _row(slide.slide_id, slide.tissue_mm2, work)
         for slide, work in zip(plan.slides, plan.works, strict=True)
         if slide.error is None
     ]
     tissue = [slide.tissue_mm2 for slide in plan.slides if slide.tissue_mm2 is not None]
     rows.append(_row("all", sum(tissue) if tissue else None, plan.total))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    shown = [
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
+    unplanned = [slide for slide in plan.slides if slide.error is not None]
+    return [
+        *plain_table(HEAD, rows),
+        *(f"cannot be planned: {slide.slide_id}: {slide.error}" for slide in unplanned),
+        *_totals(plan, len(unplanned)),
+        *(f"note: {note}" for note in plan.notes),
     ]
-    bad = [slide for slide in plan.slides if slide.error is not None]
-    shown += [f"cannot be planned: {slide.slide_id}: {slide.error}" for slide in bad]
-    return [*shown, *_totals(plan, len(bad)), *(f"note: {note}" for note in plan.notes)]
 
 
 def _row(name: str, tissue_mm2: float | None, work: Cost) -> tuple[str, ...]:
@@ -73,23 +67,23 @@ def _row(name: str, tissue_mm2: float | None, work: Cost) -> tuple[str, ...]:
     )
 
 
-def _totals(plan: Plan, num_bad: int) -> list[str]:
+def _totals(plan: Plan, num_unplanned: int) -> list[str]:
     work, cluster = plan.total, plan.cluster
     gpus = f" and {cluster.gpus} GPUs" if cluster.gpus else ""
     stages = sum_stages(work)
     parts = ", ".join(f"{name} {seconds:,.0f}" for name, seconds in stages.items() if seconds)
     price = "" if plan.price is None else f"; price {plan.price:,.2f}"
     slides = (
-        f"{plan.job} of {len(plan.slides)} slides, {num_bad} of which cannot be planned: "
+        f"{plan.job} of {len(plan.slides)} slides, {num_unplanned} of which cannot be planned: "
         f"{work.tiles:,} tiles, about {work.cells:,.0f} cells, {_size(work.bytes_kept)} kept"
     )
-    there = f"{cluster.cpus} CPUs ({cluster.workers} workers){gpus}"
-    took = f"on {there}: about {_duration(plan.wall_s)}{price}"
-    return [slides, f"seconds of workers: {parts}", took, *_sources(plan)]
+    machines = f"{cluster.cpus} CPUs ({cluster.workers} workers){gpus}"
+    wall = f"on {machines}: about {_duration(plan.wall_s)}{price}"
+    return [slides, f"seconds of workers: {parts}", wall, *_sources(plan)]
 
 
 def sum_stages(work: Cost) -> dict[str, float]:
-    """Return seconds by stage, those of GPUs among them under their device's name."""
+    """Return seconds by stage; stages on GPUs have (GPU) after their name."""
     return work.cpu_s | {f"{name} (GPU)": seconds for name, seconds in work.gpu_s.items()}
 
 
@@ -101,7 +95,7 @@ def _sources(plan: Plan) -> list[str]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan as JSON says it; what is not known is null."""
+    """Return a plan as a JSON document; unknown values are null."""
     slides = [
         _slide(slide) | {"work": _work(work)}
         for slide, work in zip(plan.slides, plan.works, strict=True)

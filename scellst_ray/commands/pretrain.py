@@ -1,17 +1,14 @@
-"""The `pretrain` job: crops of cells in, an encoder out (MoCo v3).
+"""The `pretrain` job: from crops of cells to an encoder, by MoCo v3.
 
-On top of both worlds: `extract --crops` (pipelines/crops.py) made the crops, training/pretrain.py
-trains on them.
+`extract --crops` (pipelines/crops.py) makes the crops, training/pretrain.py trains on them.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-from rich.console import Console
-
 from scellst_ray import storage
+from scellst_ray.commands.reports import line_printer
 from scellst_ray.commands.training_configs import PretrainConfig
 from scellst_ray.core.version import __version__
 from scellst_ray.models.device import device_name, uses_cluster_gpus, uses_own_gpu
@@ -47,12 +44,12 @@ def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print)
     run = begin_run(config.out, "pretrain", identity, asdict(config))
     encoder_uri = storage.join(run.uri, ENCODER_FILE)
     if storage.exists(encoder_uri):
-        found: dict[str, Any] = storage.read_json(storage.join(run.uri, "encoder.json"))
-        say(f"{encoder_uri} is finished; nothing to do")
-        return found
+        provenance: dict[str, Any] = storage.read_json(storage.join(run.uri, "encoder.json"))
+        say(f"{encoder_uri} is finished; there is nothing to do")
+        return provenance
     say(
         f"{store.num_crops:,} crops of {len(store.slides)} slides; {steps} steps of {config.batch} "
-        f"an epoch; {config.arch}, {dim} numbers a cell"
+        f"an epoch; {config.arch}, embeddings of length {dim}"
     )
     with hold_lease(run.uri), ray_session(dashboard=True) as cluster:
         check_before_run(asked_for(run.uri, gpus=bool(config.gpus)), cluster)
@@ -84,17 +81,17 @@ def _init_digest(config: PretrainConfig) -> str:
 
 
 def _publish_init(config: PretrainConfig, run: RunFolder, store: CropStore) -> str | None:
-    """Put the weights to begin with where every worker can read them.
+    """Copy the initial weights to where every worker can read them; return their address.
 
     Raises:
-        ValueError: they are of another architecture.
+        ValueError: the weights are of another architecture.
     """
     if config.init == "random":
         return None
     network, _ = new_backbone(config.arch, config.seed)
-    found = load_encoder(config.init).network.state_dict()
+    weights = load_encoder(config.init).network.state_dict()
     try:
-        network.load_state_dict(found)
+        network.load_state_dict(weights)
     except RuntimeError as error:
         message = (
             f"init {config.init}: its weights are not those of arch {config.arch}; give the arch "
@@ -125,7 +122,7 @@ def _workers(config: PretrainConfig, cluster: Cluster) -> PretrainWorkers:
 def _provenance(
     config: PretrainConfig, store: CropStore, recipe: Recipe, metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what the encoder was trained on and how."""
+    """Return the data and the settings that the encoder was trained with."""
     return {
         "slides": store.slides,
         "num_crops": store.num_crops,
@@ -142,9 +139,8 @@ def _provenance(
 
 
 def run_pretrain(config: PretrainConfig) -> int:
-    """Run `pretrain`."""
-    console = Console()
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    """Run `pretrain`; return 0."""
+    say = line_printer()
     pretrain_encoder(config, say)
     say(f"encoder: {config.out}/{ENCODER_FILE}")
     return 0

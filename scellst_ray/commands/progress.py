@@ -1,4 +1,4 @@
-"""Showing how a run gets on: bars on a terminal, a log line now and then elsewhere."""
+"""The progress of a run: bars on a terminal, elsewhere a log line every 30 s."""
 
 import logging
 import time
@@ -24,7 +24,7 @@ logger = logging.getLogger("scellst_ray")
 
 @contextmanager
 def shown_progress() -> Iterator[Report]:
-    """Yield a function that shows a run's progress while the `with` lasts."""
+    """Yield a function that shows the progress of a run, until the `with` block ends."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield log_lines()
@@ -43,7 +43,7 @@ def shown_progress() -> Iterator[Report]:
 
         def show(progress: RunProgress) -> None:
             bars.update(slides, total=progress.num_slides, completed=len(progress.records))
-            # Tiles are known once a slide is planned; those of later slides are still to come.
+            # Only tiles of planned slides are known, so the total grows while slides are planned.
             note = f"{progress.num_cells:,} cells, {cells_per_second(progress):,.0f} cells/s"
             known = progress.num_tiles_known or None
             bars.update(tiles, total=known, completed=progress.num_tiles, note=note)
@@ -52,7 +52,7 @@ def shown_progress() -> Iterator[Report]:
 
 
 def log_lines(every_s: float = LOG_EVERY_S) -> Report:
-    """Return a report that logs the first change, then at most one line in `every_s` seconds."""
+    """Return a function that logs the first change, then at most one line in `every_s` seconds."""
     last = [-every_s]
 
     def log(progress: RunProgress) -> None:
@@ -75,6 +75,6 @@ def log_lines(every_s: float = LOG_EVERY_S) -> Report:
 
 
 def cells_per_second(progress: RunProgress) -> float:
-    """Return the mean rate of this process (cells of an earlier one do not count)."""
+    """Return the mean rate of this process, without cells of an earlier one."""
     elapsed = max(time.monotonic() - progress.started, 1e-9)
     return (progress.num_cells - progress.num_cells_before) / elapsed

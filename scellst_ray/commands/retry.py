@@ -1,4 +1,4 @@
-"""`scellst-ray retry`: go on with a run, from nothing but its folder."""
+"""`scellst-ray retry`: resume a run, given only its folder."""
 
 import logging
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from dataclasses import asdict, fields
 
 from scellst_ray import storage
 from scellst_ray.commands.configs import RetryConfig
-from scellst_ray.commands.extract import summarise
 from scellst_ray.commands.progress import shown_progress
+from scellst_ray.commands.run_end import summarise
 from scellst_ray.core.names import check_names
 from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.pipelines.driver import Report
@@ -31,60 +31,60 @@ OF_RETRY = ("run", "failed", "slides")
 
 
 def retry(config: RetryConfig, report: Report = lambda _: None) -> Records:
-    """Run the job of a folder again; return the records of its slides, none if there was nothing.
+    """Run the job of a folder again; return the records of its slides.
 
     Raises:
-        FileNotFoundError: no run there, or its manifest is gone.
+        FileNotFoundError: there is no run, or its manifest was removed.
         ValueError: its configuration is of another release, or a slide is unknown or done.
     """
     run = open_run(storage.absolute(config.run))
     job = str(run.info.get("identity", {}).get("job"))
     if job not in JOBS:
-        message = f"{run.uri}: a run of {job}; only {' and '.join(JOBS)} can be run again"
+        message = f"{run.uri}: a run of {job}; only runs of {' and '.join(JOBS)} can be resumed"
         raise ValueError(message)
     kind, function = JOBS[job]
     stored = read_config(run.uri)
     names = {f.name for f in fields(kind)}
     if not stored or not set(stored) <= names:
-        wrong = ", ".join(sorted(set(stored) - names)) or "nothing"
-        message = f"{run.uri}/config.yaml: holds {wrong}; run `scellst-ray {job}` with its flags"
+        unknown = ", ".join(sorted(set(stored) - names)) or "nothing"
+        message = f"{run.uri}/config.yaml: holds {unknown}; run `scellst-ray {job}` with its flags"
         raise ValueError(message)
     given = {name: value for name, value in asdict(config).items() if name not in OF_RETRY}
     values = stored | {name: value for name, value in given.items() if value is not None}
-    # The folder may have been moved, and it has the head itself.
+    # The folder may have been moved. It holds a copy of the head.
     values |= {"out": run.uri, "slides": None}
     if "head" in names:
         values["head"] = storage.join(run.uri, HEAD_FILE)
     if config.failed or config.slides is not None:
-        values["slides"] = _chosen(run, str(values["manifest"]), config.slides)
+        values["slides"] = _choose_slides(run, str(values["manifest"]), config.slides)
         if not values["slides"]:
             return {}
     return function(kind(**values), report)
 
 
-def _chosen(run: Run, manifest: str, slides: list[str] | None) -> list[str]:
-    """Return these slides, or those that failed or are partial, if the manifest has them.
+def _choose_slides(run: Run, manifest: str, slides: list[str] | None) -> list[str]:
+    """Return the given slides, or else those of the manifest that failed or are partial.
 
     Raises:
-        ValueError: a slide that was asked for is not in the manifest, or it is done.
+        ValueError: a given slide is not in the manifest, or it is done.
     """
-    there = {slide.slide_id for slide in read_manifest(manifest)}
+    in_manifest = {slide.slide_id for slide in read_manifest(manifest)}
     if slides is not None:
-        chosen = check_names(slides, sorted(there), f"{manifest}: slide_ids")
+        chosen = check_names(slides, sorted(in_manifest), f"{manifest}: slide_ids")
         done = [s for s in chosen if s in run.records and run.records[s]["status"] in FINISHED]
         if done:
-            message = f"{run.uri}: slide(s) {', '.join(done)} are done; give those that are not"
+            message = f"{run.uri}: slide(s) {', '.join(done)} are done; give other slides"
             raise ValueError(message)
         return chosen
-    bad = {s for s, record in run.records.items() if record["status"] not in FINISHED}
-    if bad - there:
-        text = "not in %s, so left as they are: %s"
-        logger.warning(text, manifest, ", ".join(sorted(bad - there)))
-    return sorted(bad & there)
+    unfinished = {s for s, record in run.records.items() if record["status"] not in FINISHED}
+    if unfinished - in_manifest:
+        text = "slides that are not in %s stay as they are: %s"
+        logger.warning(text, manifest, ", ".join(sorted(unfinished - in_manifest)))
+    return sorted(unfinished & in_manifest)
 
 
 def run_retry(config: RetryConfig) -> int:
-    """Run `retry`; 0 only if every slide that it was about is done or empty."""
+    """Run `retry`; return 0 only if every slide that it processed is done or empty."""
     with shown_progress() as report:
         records = retry(config, report)
     return summarise(records, config.run)

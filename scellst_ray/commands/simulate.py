@@ -1,4 +1,4 @@
-"""What `simulate` tells: tables on the console and as Markdown, JSON, every gene, a figure."""
+"""The report of `simulate`: tables on the console and as Markdown, JSON, all genes, a figure."""
 
 import resource
 import sys
@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from scellst_ray import storage
+from scellst_ray.commands.reports import framed_table, line_printer, markdown_table
 from scellst_ray.evaluation.maps import new_figure
 from scellst_ray.evaluation.simulation.cells import SCENARIOS
 from scellst_ray.evaluation.simulation.config import SimulateConfig
 from scellst_ray.evaluation.simulation.study import CONDITION, PANELS, simulate
 
-# Bars of a group, from what knows most to what knows least, and their colours.
+# Bars of a group, from the inputs and supervision that know most to those that know least.
 BARS = {
     ("one-hot", "supervised"): "#4a1486",
     ("one-hot", "mil"): "#807dba",
@@ -47,25 +48,24 @@ every training cell.
 def run_simulate(config: SimulateConfig) -> int:
     """Run `simulate`: print its table, write the report, the figure and the genes; return 0."""
     console, started = Console(), time.monotonic()
-    report = simulate(
-        config, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
-    )
+    say = line_printer(console)
+    report = simulate(config, say)
     for name in ("seconds", "cpu_seconds"):
-        report[name] = sum(found[name] for found in report["conditions"])
+        report[name] = sum(case[name] for case in report["conditions"])
     report["seconds_of_this_command"] = time.monotonic() - started
     report["peak_memory_bytes"] = peak_memory_bytes()
     report["findings"] = findings(report["conditions"])
     console.print(_table(report["conditions"]))
     for line in report["findings"]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
     write_report(config.out, report)
     for name in ("report.md", "report.json", "simulation.png", "genes.parquet"):
-        console.print(f"  {storage.join(config.out, name)}", highlight=False, soft_wrap=True)
+        say(f"  {storage.join(config.out, name)}")
     return 0
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory this process has held."""
+    """Return the peak of this process's memory in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -74,8 +74,8 @@ def write_report(out: str, report: dict[str, Any]) -> None:
     """Write report.json, report.md, simulation.png and genes.parquet below a folder."""
     genes = genes_table(report)
     slim = [
-        {name: value for name, value in found.items() if name != "pearson_by_gene"}
-        for found in report["conditions"]
+        {name: value for name, value in case.items() if name != "pearson_by_gene"}
+        for case in report["conditions"]
     ]
     storage.publish_json(storage.join(out, "report.json"), report | {"conditions": slim})
     storage.publish_table(storage.join(out, "genes.parquet"), genes.to_arrow())
@@ -88,21 +88,24 @@ def write_report(out: str, report: dict[str, Any]) -> None:
 def genes_table(report: dict[str, Any]) -> pl.DataFrame:
     """Return one row per condition and gene: the condition, gene, pearson (null if undefined)."""
     frames = []
-    for found in report["conditions"]:
-        columns = {"gene": report["panels"][found["panel"]], "pearson": found["pearson_by_gene"]}
+    for case in report["conditions"]:
+        columns = {
+            "gene": report["panels"][case["panel"]],
+            "pearson": case["pearson_by_gene"],
+        }
         frame = pl.DataFrame(columns, schema={"gene": pl.String, "pearson": pl.Float64})
-        frames.append(frame.select(*(pl.lit(found[n]).alias(n) for n in CONDITION), pl.all()))
+        frames.append(frame.select(*(pl.lit(case[n]).alias(n) for n in CONDITION), pl.all()))
     return pl.concat(frames)
 
 
 def by_condition(conditions: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
     """Return conditions by (panel, scenario, inputs, supervision)."""
-    return {tuple(found[name] for name in CONDITION): found for found in conditions}
+    return {tuple(case[name] for name in CONDITION): case for case in conditions}
 
 
 def findings(conditions: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what the paper's comparisons come to, a line each per panel."""
-    pearson = {key: found["pearson"] for key, found in by_condition(conditions).items()}
+    """Return the results of the paper's comparisons, one line each per panel."""
+    pearson = {key: case["pearson"] for key, case in by_condition(conditions).items()}
     lines = []
     for panel in PANELS:
         name = TITLES[panel]
@@ -125,31 +128,31 @@ def findings(conditions: Sequence[dict[str, Any]]) -> list[str]:
 def _rows(conditions: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [
         [
-            *(found[name] for name in CONDITION),
-            f"{found['pearson']:.3f}",
-            f"{found['pearson_low']:.3f} to {found['pearson_high']:.3f}",
-            f"{found['spot_pearson']:.3f}",
-            f"{found['learning_rate']:g}",
-            str(found["num_epochs"]),
+            *(case[name] for name in CONDITION),
+            f"{case['pearson']:.3f}",
+            f"{case['pearson_low']:.3f} to {case['pearson_high']:.3f}",
+            f"{case['spot_pearson']:.3f}",
+            f"{case['learning_rate']:g}",
+            str(case["num_epochs"]),
         ]
-        for found in conditions
+        for case in conditions
     ]
 
 
 def _table(conditions: Sequence[dict[str, Any]]) -> Table:
     """Return the bars as a table that fits a narrow console."""
-    found = by_condition(conditions)
-    table = Table(title="Pearson correlation of test cells, mean over genes (95 % interval)")
-    for name in ("panel", "scenario", *(" ".join(bar) for bar in BARS)):
-        table.add_column(name)
+    by_name = by_condition(conditions)
+    title = "Pearson correlation of test cells, mean over genes (95 % interval)"
+    headings = ("panel", "scenario", *(" ".join(bar) for bar in BARS))
+    rows = []
     for panel, scenario in product(PANELS, SCENARIOS):
-        bars = [found[panel, scenario, *bar] for bar in BARS]
+        bars = [by_name[panel, scenario, *bar] for bar in BARS]
         texts = [
             f"{bar['pearson']:.3f}\n({bar['pearson_low']:.2f} {bar['pearson_high']:.2f})"
             for bar in bars
         ]
-        table.add_row(panel, scenario, *texts)
-    return table
+        rows.append((panel, scenario, *texts))
+    return framed_table(headings, rows, title)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -158,8 +161,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"- {line}" for line in report["findings"]]
     lines += ["", "![Pearson correlation by scenario](simulation.png)", ""]
     lines += [f"- {line}" for line in _settings(report)]
-    lines += ["", f"| {' | '.join(HEADINGS)} |", f"|{' --- |' * len(HEADINGS)}"]
-    lines += [f"| {' | '.join(row)} |" for row in _rows(report["conditions"])]
+    lines += ["", *markdown_table(HEADINGS, _rows(report["conditions"]))]
     lines += ["", NOTES]
     if "nucleus_types" in report["image"]:
         lines += ["Nucleus types of the clusters, in their order:", ""]
@@ -171,7 +173,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _settings(report: dict[str, Any]) -> Iterator[str]:
-    """Yield what the study was done with."""
+    """Yield the settings and the data of the study, one line each."""
     image, reference, config = report["image"], report["reference"], report["config"]
     yield (
         f"Image cells: {image['source']}; {image['num_cells_clustered']:,} clustered by their "
@@ -199,14 +201,14 @@ def _settings(report: dict[str, Any]) -> Iterator[str]:
 
 
 def draw(path: Path, conditions: Sequence[dict[str, Any]]) -> None:
-    """Draw the bars as a PNG: a panel of genes beside the other, scenarios as groups."""
-    found = by_condition(conditions)
+    """Draw the bars as a PNG: one axis for each panel of genes, scenarios as groups."""
+    by_name = by_condition(conditions)
     figure = new_figure(10.5, 4.2)
     axes = list(figure.subplots(1, len(PANELS), sharey=True))
     width = 0.8 / len(BARS)
     for axis, panel in zip(axes, PANELS, strict=True):
         for turn, ((inputs, supervision), colour) in enumerate(BARS.items()):
-            bars = [found[panel, scenario, inputs, supervision] for scenario in SCENARIOS]
+            bars = [by_name[panel, scenario, inputs, supervision] for scenario in SCENARIOS]
             height = np.array([bar["pearson"] for bar in bars])
             below = height - [bar["pearson_low"] for bar in bars]
             above = [bar["pearson_high"] for bar in bars] - height
@@ -226,13 +228,13 @@ def draw(path: Path, conditions: Sequence[dict[str, Any]]) -> None:
                 axis.annotate(f"{round(y, 2) + 0:.2f}", (x, max(top, 0)), (0, 3), **style)
         axis.axhline(0, color="black", linewidth=0.6)
         genes = max(
-            found[panel, scenario, *bar]["num_genes"] for scenario in SCENARIOS for bar in BARS
+            by_name[panel, scenario, *bar]["num_genes"] for scenario in SCENARIOS for bar in BARS
         )
         axis.set_title(f"{TITLES[panel]} ({genes:,})")
         axis.set_xticks(range(len(SCENARIOS)), SCENARIOS)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("Pearson correlation over test cells,\nmean over genes")
-    low = min(0.0, *(bar["pearson_low"] for bar in found.values()))
+    low = min(0.0, *(bar["pearson_low"] for bar in by_name.values()))
     axes[0].set_ylim(low - 0.05 * (low < -0.01), 1.12)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(BARS), frameon=False, fontsize=9)

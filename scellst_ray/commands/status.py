@@ -1,4 +1,4 @@
-"""`scellst-ray status`: where a run stands, while a driver works on it or after."""
+"""`scellst-ray status`: the progress of a run, while a driver works on it or later."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,9 +6,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from scellst_ray.commands.reports import framed_table, line_printer
 from scellst_ray.runs.folder import SUMMARY_FILE, SUMMARY_PAGE
 from scellst_ray.runs.state import Holder, RunState, read_state
 from scellst_ray.runs.summary import (
@@ -35,32 +34,31 @@ class StatusConfig:
     """Where a run stands: slides by status, speed, time left, failures; reads its folder only."""
 
     run: str
-    """Run folder of `extract` or `predict`; may stand without --run."""
+    """Run folder of `extract` or `predict`. The name --run may be left out."""
     json: bool = False
     """Print JSON instead of tables."""
     write: bool = False
-    """Also write summary.json and SUMMARY.md into the folder, as the end of a run does."""
+    """Write summary.json and SUMMARY.md into the folder too, as the end of a run does."""
 
 
 def status(config: StatusConfig) -> int:
-    """Print where a run stands; return 0."""
+    """Print the progress of a run; return 0."""
     state = read_state(config.run)
-    found = status_of(state)
+    progress = status_of(state)
     console = Console()
     if config.json:
-        print(json.dumps(found, indent=2))  # noqa: T201 - no console, which would fold lines
+        print(json.dumps(progress, indent=2))  # noqa: T201 - no console, which would fold lines
     else:
-        _show(console, found, state.holder)
+        _show(console, progress, state.holder)
     if config.write:
         write_summary(config.run)
         if not config.json:
-            text = f"wrote {SUMMARY_FILE} and {SUMMARY_PAGE} into {config.run}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            line_printer(console)(f"wrote {SUMMARY_FILE} and {SUMMARY_PAGE} into {config.run}")
     return 0
 
 
 def status_of(state: RunState) -> dict[str, Any]:
-    """Return what `status --json` prints: what the summary has, and what only holds now."""
+    """Return the document of `status --json`: that of the summary, and the present state."""
     recent, left, eta_s = state.recent_rate(), state.tiles_left(), state.eta_s()
     names = ("host", "pid", "acquired", "renewed", "expires")
     lease: dict[str, object] = {**(state.holder.lease or {})}
@@ -74,47 +72,50 @@ def status_of(state: RunState) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, found: dict[str, Any], holder: Holder) -> None:
+def _show(console: Console, progress: dict[str, Any], holder: Holder) -> None:
     """Print a status as lines and tables."""
-    slides = found["slides"]
+    slides = progress["slides"]
     counts = ", ".join(f"{n:,} {name}" for name, n in slides.items() if name != "total")
     lines = [
-        f"{found['job'] or 'run'} in {found['run']}: {slides['total']:,} slides: {counts}",
-        f"tiles: {tiles_line(found)}; {found['num_cells']:,} cells",
-        f"speed: {pace_line(found)}",
-        driver_line(holder, datetime.fromisoformat(found["now"])),
+        f"{progress['job'] or 'run'} in {progress['run']}: {slides['total']:,} slides: {counts}",
+        f"tiles: {tiles_line(progress)}; {progress['num_cells']:,} cells",
+        f"speed: {pace_line(progress)}",
+        driver_line(holder, datetime.fromisoformat(progress["now"])),
     ]
     if holder.may_work:
-        now = format_number(found["recent"]["tiles_per_s"])
-        left = "?" if found["tiles_left"] is None else f"about {found['tiles_left']:,}"
-        eta = "?" if found["eta_s"] is None else _span(found["eta_s"])
+        now = format_number(progress["recent"]["tiles_per_s"])
+        left = "?" if progress["tiles_left"] is None else f"about {progress['tiles_left']:,}"
+        eta = "?" if progress["eta_s"] is None else _span(progress["eta_s"])
         lines.append(f"now: {now} tiles/s, {left} tiles left, {eta} to go")
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if found["slowest"]:
-        table = Table("slide", "tiles", "cells", "worker s", "most in", title="slowest slides")
-        for row in found["slowest"]:
-            numbers = (f"{row[name] or 0:,}" for name in ("num_tiles", "num_cells"))
-            table.add_row(row["slide_id"], *numbers, format_number(row["seconds"]), row["stage"])
-        console.print(table)
-    _show_failures(console, found["failures"])
+        line_printer(console)(line)
+    if progress["slowest"]:
+        headings = ("slide", "tiles", "cells", "worker s", "most in")
+        rows = [
+            (
+                row["slide_id"],
+                *(f"{row[name] or 0:,}" for name in ("num_tiles", "num_cells")),
+                format_number(row["seconds"]),
+                row["stage"],
+            )
+            for row in progress["slowest"]
+        ]
+        console.print(framed_table(headings, rows, "slowest slides"))
+    _show_failures(console, progress["failures"])
 
 
 def _show_failures(console: Console, groups: list[dict[str, Any]]) -> None:
     if not groups:
         return
-    table = Table(*FAILURE_HEADER[:-1], title="failures, by cause")
-    table.add_column(FAILURE_HEADER[-1], overflow="fold", min_width=24)
-    for group in groups[:NUM_FAILURES]:
-        table.add_row(*map(escape, failure_row(group)))
-    console.print(table)
+    rows = [failure_row(group) for group in groups[:NUM_FAILURES]]
+    console.print(framed_table(FAILURE_HEADER, rows, "failures, by cause", wide_last=True))
     if len(groups) > NUM_FAILURES:
         console.print(f"and {len(groups) - NUM_FAILURES:,} more: see --json", highlight=False)
-    console.print("Mend the cause and run `scellst-ray retry` on the folder.", highlight=False)
+    console.print("Fix the cause and run `scellst-ray retry` on the folder.", highlight=False)
 
 
 def driver_line(holder: Holder, now: datetime) -> str:
-    """Say whether a driver works on a run, since when and where."""
+    """Return a line that says whether a driver works on a run, since when and where."""
     parts = dict.fromkeys(("who", "renewed"), "")
     lease = holder.lease
     if lease is not None:
@@ -127,5 +128,5 @@ def driver_line(holder: Holder, now: datetime) -> str:
 
 
 def _span(seconds: float) -> str:
-    """Return a time as people say it: 0:12:05, or 3 days, 1:00:00."""
+    """Return a duration as text: 0:12:05, or 3 days, 1:00:00."""
     return str(timedelta(seconds=round(max(seconds, 0.0))))

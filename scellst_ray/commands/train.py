@@ -1,6 +1,6 @@
-"""The `train` job: CELLS and spots in, an expression head out.
+"""The `train` job: from CELLS and spots to a head, the network that predicts expression.
 
-On top of both worlds: pipelines/bags.py prepares the supervision, training/fit_mil.py fits.
+pipelines/bags.py prepares the bags (the cells of each spot), training/fit_mil.py fits the head.
 """
 
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from scellst_ray import storage
+from scellst_ray.commands.reports import line_printer
 from scellst_ray.commands.training_configs import TrainConfig
 from scellst_ray.core.version import __version__
 from scellst_ray.models.device import uses_cluster_gpus
@@ -105,8 +105,8 @@ def _metrics(result: FitResult) -> dict[str, Any]:
 
 
 def run_train(config: TrainConfig) -> int:
-    """Run `train`."""
-    console = Console()
-    train(config, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
-    console.print(f"head: {config.out}/head.safetensors", markup=False, soft_wrap=True)
+    """Run `train`; return 0."""
+    say = line_printer()
+    train(config, say)
+    say(f"head: {config.out}/head.safetensors")
     return 0

@@ -343,9 +343,26 @@ def test_light_commands_load_nothing_heavy(tmp_path, words, code):
     assert done.stderr.splitlines()[-1] == f"{code} []", done.stderr
 
 
-def test_a_missing_manifest_from_the_shell(tmp_path):
+def test_a_missing_run_from_the_shell(tmp_path):
+    done = python("-m", "scellst_ray.commands.cli", "status", "runs/none", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_manifest_from_a_process_that_loaded_all_commands(tmp_path):
+    """None of them loads what draws: it writes to the home folder when it is imported."""
+    program = (
+        "import sys\n"
+        "from scellst_ray.commands import cli, table\n"
+        "for command in table.COMMANDS.values():\n    command.load_work()\n"
+        "print('matplotlib' in sys.modules)\n"
+        "sys.exit(cli.main())"
+    )
     words = ["extract", "--manifest", "missing.csv", "--out", "o"]
-    done = python("-m", "scellst_ray.commands.cli", *words, cwd=tmp_path)
+    done = python("-c", program, *words, cwd=tmp_path)
+    assert done.stdout == "False\n"
     assert done.returncode == 1
     assert done.stderr == "error: missing.csv: no such manifest\n"
     assert list(tmp_path.iterdir()) == []

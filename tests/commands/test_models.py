@@ -99,7 +99,7 @@ def test_fetching_from_the_shell(entry, server, capsys, cache):
     # Again: nothing is asked for, and a name may be a flag as well.
     server.requests.clear()
     assert main(["models", "fetch", f"--name={NAME}"]) == 0
-    assert "here already, and whole" in capsys.readouterr().out
+    assert "in the cache already, and complete" in capsys.readouterr().out
     assert server.requests == []
 
 
@@ -120,7 +120,7 @@ def test_an_altered_file_is_refused(entry, server):
     assert not made.lock_path.exists()
     # A digest of one's own goes over the catalogue's, whatever the size it knows.
     made = entry(sha256="0" * 64, size=5)
-    assert f"known beforehand: {SHA256}" in run(sha256=SHA256.upper())
+    assert f"expected: {SHA256}" in run(sha256=SHA256.upper())
     assert made.path.read_bytes() == CONTENT
     assert made.is_here
     # From then on it is the one that counts.
@@ -152,10 +152,10 @@ def test_a_file_put_there_by_hand_is_checked_and_written_down(entry, server, cac
     made = entry()
     cache.mkdir()
     made.path.write_bytes(CONTENT[:-1] + b"x")
-    with pytest.raises(ValueError, match=r"w.pth: its SHA-256 is .*; remove it to fetch it anew"):
+    with pytest.raises(ValueError, match=r"w.pth: its SHA-256 is .*; remove it to fetch it again"):
         run()
     made.path.write_bytes(CONTENT)
-    assert "here already" in run()
+    assert "in the cache already" in run()
     assert json.loads(made.lock_path.read_text())["sha256"] == SHA256
     assert server.requests == []
 
@@ -176,7 +176,7 @@ def test_a_file_that_is_not_the_records(entry):
 def test_a_record_that_has_another_file_than_the_catalogue(entry):
     record = {"key": "w.pth", "size": len(CONTENT), "checksum": f"md5:{MD5}"}
     made = entry(record, sha256="1" * 64)
-    with pytest.raises(ValueError, match=f"the one that the record states.*--sha256 {SHA256} acc"):
+    with pytest.raises(ValueError, match=f"that of the record.*--sha256 {SHA256} acc"):
         run()
     assert not made.path.exists()
     run(sha256=SHA256)

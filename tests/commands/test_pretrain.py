@@ -116,4 +116,4 @@ def test_pretraining_leaves_an_encoder_that_extract_can_read(config, tmp_path):
     assert "55 crops of 2 slides; 3 steps of 16 an epoch" in said[0]
     again = []
     assert pretrain_encoder(config, again.append) == header.provenance
-    assert "is finished; nothing to do" in again[0]
+    assert "is finished; there is nothing to do" in again[0]

@@ -28,7 +28,7 @@ def small_config(small, out, **changes):
 def prepared_slides(small, config):
     """Return both slides as the trials get them, and as `train` gets them."""
     training = training_slides(read_manifest(str(small.manifest)), small.run, None)
-    rules = config.rules(config.fit_config("nb", 0))
+    rules = config.rules_for(config.fit_with("nb", 0))
     data = {s.row.slide_id: prepare_slide(s, small.run, rules, colour=False)[1] for s in training}
     return data, training
 

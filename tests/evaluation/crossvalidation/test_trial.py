@@ -135,4 +135,4 @@ def test_embeddings_that_are_not_finite_are_refused(make_config, tmp_path):
     config = make_config()
     (slide,) = training_slides(read_manifest(str(made.manifest)), made.run, ["s0"])
     with pytest.raises(ValueError, match="slide s0: embeddings hold NaN"):
-        prepare_slide(slide, made.run, config.rules(config.fit_config("mse", 0)), colour=False)
+        prepare_slide(slide, made.run, config.rules_for(config.fit_with("mse", 0)), colour=False)
