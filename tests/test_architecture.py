@@ -58,13 +58,9 @@ WITHOUT_MIRROR = {
     "commands/plan.py",
     "commands/predict.py",
     "commands/simulate.py",
-    "evaluation/simulation/conditions.py",
-    "evaluation/simulation/fit.py",
     "stages/bags.py",
     "stages/segmenter_settings.py",
     "stages/supervision.py",
-    "training/bag_files.py",
-    "training/pretrain_log.py",
 }
 # Tests that are about no single file. This list may only shrink, too.
 WITHOUT_FILE = {
