@@ -46,8 +46,8 @@ def main() -> int:
     if options.json:
         machine = {"cpus": os.cpu_count(), "python": platform.python_version()}
         versions = {"scellst_ray": __version__, "ray": ray.__version__}
-        told = versions | {"machine": machine, "undisturbed_s": undisturbed_s, "runs": found}
-        options.json.write_text(json.dumps(told, indent=2) + "\n")
+        report = versions | {"machine": machine, "undisturbed_s": undisturbed_s, "runs": found}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
     return int(any(run["differences"] for run in found))
 
 
@@ -61,8 +61,8 @@ def table(found: list[dict[str, Any]], undisturbed_s: float) -> str:
         lost = [run["seconds"] - undisturbed_s for run in runs]
         equal = sum(not run["differences"] for run in runs)
         faults = sum(run["num_faults"] for run in runs)
-        told = f"{np.median(lost):.0f} ({max(lost):.0f})"
-        lines.append(f"| {kind[1]} ({kind[0]}) | {len(runs)} | {faults} | {equal} | {told} |")
+        seconds = f"{np.median(lost):.0f} ({max(lost):.0f})"
+        lines.append(f"| {kind[1]} ({kind[0]}) | {len(runs)} | {faults} | {equal} | {seconds} |")
     return "\n".join(lines)
 
 

@@ -88,25 +88,25 @@ def read_calls(folder: Path) -> list[Call]:
     """Return all calls; the last call of a killed process has no end."""
     calls = []
     for path in sorted(folder.iterdir()):
-        told: dict[str, Any] | None = None
+        fields: dict[str, Any] | None = None
         for line in path.read_text().splitlines():
             try:
                 found = json.loads(line)
             except ValueError:  # the process was killed while it wrote the line
                 break
-            if told is None:
-                told = found
+            if fields is None:
+                fields = found
                 continue
-            calls.append(_call(told, found["ended"]))
-            told = None
-        if told is not None:
-            calls.append(_call(told, None))
+            calls.append(_make_call(fields, found["ended"]))
+            fields = None
+        if fields is not None:
+            calls.append(_make_call(fields, None))
     return calls
 
 
-def _call(told: dict[str, Any], ended: float | None) -> Call:
-    tiles = tuple((slide_id, tile_id) for slide_id, tile_id in told.pop("tiles"))
-    return Call(ended=ended, tiles=tiles, **told)
+def _make_call(fields: dict[str, Any], ended: float | None) -> Call:
+    tiles = tuple((slide_id, tile_id) for slide_id, tile_id in fields.pop("tiles"))
+    return Call(ended=ended, tiles=tiles, **fields)
 
 
 def summary(

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from augment import published, random_crops
+from augment import compose_published, random_crops
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class TwoViews(Dataset[Pair]):
 
     def __init__(self, crops: NDArray[np.uint8]) -> None:
         """Make the data set of crops [N, H, W, 3]."""
-        self.crops, self.view = crops, published(AugmentConfig())
+        self.crops, self.view = crops, compose_published(AugmentConfig())
 
     def __len__(self) -> int:
         """Return the number of crops."""
@@ -206,8 +206,8 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
             for way in WAYS:
                 run = pool.submit(measure, way, *settings).result()
                 found[way].append(run)
-                told = f"{run['cells_per_second']:.1f} and {run['cells_per_cpu_second']:.1f}"
-                print(f"round {number + 1}, {way.name}: {told} cells/s", flush=True)
+                rates = f"{run['cells_per_second']:.1f} and {run['cells_per_cpu_second']:.1f}"
+                print(f"round {number + 1}, {way.name}: {rates} cells/s", flush=True)
     rows = []
     for way, runs in found.items():
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}

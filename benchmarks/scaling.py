@@ -117,8 +117,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, "--gpus", str(num_gpus), "--folder", folder]
             command += ["--slower", str(options.slower), *["--lose"] * lose]
-            told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        result["runs"].append(json.loads(told.splitlines()[-1]))
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        result["runs"].append(json.loads(output.splitlines()[-1]))
         print(json.dumps(result["runs"][-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -160,10 +160,10 @@ def one_run(folder: Path, num_gpus: int, slower: float, *, lose: bool) -> dict[s
     gone = gpus[-GPUS_PER_NODE:] if lose else []
     lost = {gpu: watch.lost_at if gpu in gone else None for gpu in gpus}
     actors = Counter(path.name.split("-")[0] for path in (folder / "calls").iterdir())
-    told = {"slides": len(sizes), "tiles": sum(sizes), "largest_slide": max(sizes)}
+    cohort = {"slides": len(sizes), "tiles": sum(sizes), "largest_slide": max(sizes)}
     pace = {"slower": slower, "driver_cores": round(driver_cores, 2)}
     return (
-        told
+        cohort
         | pace
         | summary(read_calls(folder / "calls"), lost, began, watch.last_record)
         | {"actors": actors}
@@ -305,8 +305,8 @@ class Sleeping:
         """Sleep for as long as these tiles take, and record the call."""
         waiting = todo(rows)
         tiles = [(row["slide_id"], row["tile_id"]) for row in waiting]
-        told = {"gpu": self.where, "stage": self.name, "gpu_s": self.seconds, "tiles": tiles}
-        self.calls.write(json.dumps(told | {"began": time.time()}) + "\n")
+        call = {"gpu": self.where, "stage": self.name, "gpu_s": self.seconds, "tiles": tiles}
+        self.calls.write(json.dumps(call | {"began": time.time()}) + "\n")
         seconds = self.seconds * len(waiting)
         if self.gpu is None:
             time.sleep(seconds)

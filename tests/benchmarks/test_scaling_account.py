@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.paths import ROOT
@@ -61,6 +61,7 @@ def test_what_a_lost_host_cost():
     )
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -1,4 +1,4 @@
-"""Checkpoints: every published form is read, and anything else refused with what was expected."""
+"""Checkpoints: every published form is read; a refusal of another file says what is expected."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from tests.support.cellvit_weights import (
 
 
 def hollow(variant="256", type_names=PANNUKE, **options):
-    """Return a checkpoint whose tensors have the right shapes and take no room."""
+    """Return a checkpoint whose tensors have the right shapes and take no memory."""
     state = hollow_state(variant, len(type_names))
     return make_checkpoint(variant, type_names, state=state, **options)
 
@@ -122,11 +122,11 @@ def test_the_configuration_may_be_text_nested_or_silent(load):
     assert not silent.mixed_precision
 
 
-@pytest.mark.parametrize("told", [{}, {"model.regression_loss": "True"}])
-def test_a_regression_head_is_recognised(load, told):
+@pytest.mark.parametrize("entries", [{}, {"model.regression_loss": "True"}])
+def test_a_regression_head_is_recognised(load, entries):
     state = hollow_state(regression_loss=True)
     checkpoint = make_checkpoint(state=state)
-    model = load(checkpoint | {"config": make_config() | told})
+    model = load(checkpoint | {"config": make_config() | entries})
     with torch.inference_mode():
         maps = model.network(torch.zeros(1, 3, 16, 16))
     assert maps.regression_map.shape == (1, 2, 16, 16)
@@ -139,7 +139,7 @@ def test_weights_of_another_precision_become_float32(load):
 
 
 def changed(state=None, config=None, **parts):
-    """Return a checkpoint with tensors or configuration entries replaced; None drops one."""
+    """Return a checkpoint with tensors or configuration entries replaced; None drops an entry."""
     checkpoint = hollow() | parts
     for name, changes in (("model_state_dict", state), ("config", config)):
         whole = {**checkpoint[name], **(changes or {})}
@@ -171,19 +171,19 @@ REFUSED = {
         changed(model_state_dict={"a": torch.zeros(2)}),
         "an encoder of 0 blocks and width 0 is none of CellViT-256",
     ),
-    "another number of types than told": (
+    "another number of types than configured": (
         changed(config={"data.num_nuclei_classes": "5"}),
         "data.num_nuclei_classes is 5, but the network's last layer has 6",
     ),
-    "another number of tissues than told": (
+    "another number of tissues than configured": (
         changed(config={"data.num_tissue_classes": 18}),
         "data.num_tissue_classes is 18, but the network's last layer has 19",
     ),
-    "a number that is none": (
+    "a number that is no number": (
         changed(config={"data.num_nuclei_classes": "six"}),
         "data.num_nuclei_classes is 'six'; expected an integer",
     ),
-    "a regression head that is told and missing": (
+    "a regression head that is configured and missing": (
         changed(config={"model.regression_loss": True}),
         "model.regression_loss is True, but the binary map's last layer has 2 channels",
     ),
@@ -221,7 +221,7 @@ REFUSED = {
         changed(config={"transformations.normalize.mean": [0.5, 0.5]}),
         "transformations.normalize.mean is [0.5, 0.5]; expected three numbers",
     ),
-    "a spread of nothing": (
+    "a standard deviation of 0": (
         changed(config={"transformations.normalize.std": [0.5, 0, 0.5]}),
         "transformations.normalize.std is (0.5, 0.0, 0.5); expected numbers above 0",
     ),
@@ -238,7 +238,7 @@ REFUSED = {
         torch.zeros(2),
         "expected a dict with arch, model_state_dict, config; found a Ten",
     ),
-    "a state that is none": (
+    "a state that is no dict": (
         hollow() | {"model_state_dict": [1]},
         "model_state_dict is a list; expected a dict of tensors",
     ),
@@ -246,7 +246,7 @@ REFUSED = {
         changed(model_state_dict={"a": 1}),
         "model_state_dict is a dict; expected a dict of tensors",
     ),
-    "a configuration that is none": (hollow() | {"config": "x"}, "config is a str; expected"),
+    "a configuration that is no dict": (hollow() | {"config": "x"}, "config is a str; expected"),
 }
 
 

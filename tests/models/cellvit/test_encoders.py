@@ -1,4 +1,4 @@
-"""The encoders against timm's, and their parts against loops."""
+"""The encoders against those of timm, and their parts against loops."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
 def randomised(encoder, seed=0):
-    """Return an encoder whose every parameter matters."""
+    """Return an encoder with random parameters, so that each affects the result."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -58,7 +58,7 @@ def test_the_plain_vit_is_timms():
 
 
 def bicubic(line, place):
-    """Return a line of values at a place between its pixel centres (Keys 1981, a = -0.75)."""
+    """Return the value of a line between its pixel centres (Keys 1981, a = -0.75)."""
     first = int(np.floor(place))
     total = 0.0
     for near in range(first - 1, first + 3):
@@ -112,8 +112,8 @@ def timm_sam(ours):
     return theirs.eval()
 
 
-# 1024 px is the trained size; 37 x 20 tokens fill no whole number of windows either way, take the
-# first positions of the grid and relative positions of another length.
+# 1024 px (64 tokens) is the trained size. 37 x 20 tokens fill no whole number of windows, take the
+# first positions of the grid, and need relative positions of another length.
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (37, 20)])
 def test_the_sam_encoder_is_timms(rows, columns):
     ours = randomised(SamEncoder(DIM, HEADS, DEPTH, (1, 2, 3, 4), global_blocks=(1, 3)))

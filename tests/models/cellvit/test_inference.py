@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from torch import nn
@@ -36,7 +36,7 @@ def smooth(shape, seed, sigma=6):
 
 
 def packed(binary, hv, types, window_px=None):
-    """Return what `pack_maps` makes of one tile's arrays, uint32 [H, W]."""
+    """Return the packed maps of one tile's arrays, uint32 [H, W]."""
     batch = [torch.from_numpy(part)[None] for part in (binary, hv, types)]
     return pack_maps(*batch, window_px)[0].numpy().view(np.uint32)
 
@@ -95,7 +95,7 @@ def test_flat_maps_are_all_edge():
 
 def test_probabilities_that_round_to_a_tie_take_the_first_class():
     binary = torch.zeros(1, 2, 32, 32)
-    binary[:, 1] = 1e-9  # greater, but the softmax of both is 0.5
+    binary[:, 1] = 1e-9  # this logit is greater, but the softmax of both is 0.5
     found = pack_maps(binary, torch.zeros(1, 2, 32, 32), torch.zeros(1, 3, 32, 32))
     assert (found == 0).all()
 
@@ -111,7 +111,7 @@ def test_a_window_scales_by_its_own_extremes(window_px):
         low = ndimage.minimum_filter(gradient, side, mode="constant", cval=np.inf)
         energies.append(1 - (gradient - low) / (high - low))
     found = edge_energy(torch.from_numpy(hv)[None], window_px)[0]
-    # Single precision loses more where a small window's extremes are close to each other.
+    # float32 loses more digits where the extremes of a small window are close to each other.
     np.testing.assert_allclose(found, np.maximum(*energies), atol=1e-5 if window_px == 3 else 1e-6)
 
 
@@ -139,7 +139,7 @@ def test_a_window_makes_a_pixel_independent_of_what_is_far():
 
 
 class Stub(nn.Module):
-    """Maps made of the pixels; remembers its batches, and runs out of memory above a size."""
+    """A network whose maps are the pixels. It records its batches, and `room` limits their size."""
 
     def __init__(self, room=99):
         super().__init__()
@@ -232,7 +232,7 @@ def test_the_batch_is_what_free_memory_allows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 7 * one)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * one)
     size = cellvit_inference._batch_size
-    assert size(1024, "cuda", "float16", 99) == 8  # four fifths of 5 free and 5 reserved, unused
+    assert size(1024, "cuda", "float16", 99) == 8  # 0.8 of 5 free and 5 reserved, not allocated
     assert size(1024, "cuda", "float16", 3) == 3
     assert size(1024, "cuda", "float32", 99) == 4
     assert size(8192, "cuda", "float32", 99) == 1
@@ -287,7 +287,7 @@ def test_the_networks_maps_are_what_is_packed(model):
         expected = cv2_packed(*(part[0].numpy() for part in parts))
         assert (number >> 25 == expected >> 25).mean() > 0.999
         levels = [(n & (2**25 - 1)).astype(float) / LEVEL for n in (number, expected)]
-        np.testing.assert_allclose(*levels, atol=1e-4)  # layouts in memory round differently
+        np.testing.assert_allclose(*levels, atol=1e-4)  # memory layouts change rounding
         np.testing.assert_allclose(tokens, maps.tokens[0].permute(1, 2, 0), rtol=2e-3, atol=1e-3)
 
 
@@ -304,6 +304,7 @@ def token_grid(rows, columns, dim, seed):
     return np.random.default_rng(seed).standard_normal((rows, columns, dim)).astype(np.float16)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_tokens_are_averaged_under_each_box(data):
     rows, columns = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 8))

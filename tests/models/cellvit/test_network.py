@@ -1,4 +1,4 @@
-"""The network against the reference outputs of the published one, and against slow twins."""
+"""The network against reference outputs of the published network, and against slow twins."""
 
 import json
 
@@ -16,7 +16,7 @@ ORACLE = SHARED / "oracle" / "cellvit"
 
 @pytest.fixture(scope="module")
 def oracle():
-    """Return the folder of reference outputs; skip where it is absent."""
+    """Return the folder of reference outputs; skip the test if it does not exist."""
     if not ORACLE.is_dir():
         pytest.skip(f"reference outputs not found at {ORACLE}")
     return ORACLE
@@ -24,7 +24,7 @@ def oracle():
 
 @pytest.fixture(scope="module")
 def network():
-    """Return CellViT-256 with the weights the reference outputs were made with."""
+    """Return CellViT-256 with the weights of the reference outputs."""
     with torch.device("meta"):
         network = CellViT(arch_of("256"), 6, 19)
     network.load_state_dict(make_state(), assign=True)
@@ -77,7 +77,7 @@ def test_a_tile_of_256_px_gives_the_published_maps(oracle, network):
 def test_a_corner_of_a_tile_of_1024_px_gives_the_published_maps(oracle, network):
     expected = np.load(oracle / "forward_1024_every8th.npz")
     x = normalised(images()[1])
-    side, margin = 192, 48  # a map differs up to 48 px from where the decoders' input is cut
+    side, margin = 192, 48  # cutting the decoders' input changes maps up to 48 px from the cut
     with torch.inference_mode():
         summary, grids = network.encoder(x)
         corner = [grid[..., -side // 16 :, -side // 16 :] for grid in grids]
@@ -90,7 +90,7 @@ def test_a_corner_of_a_tile_of_1024_px_gives_the_published_maps(oracle, network)
         np.testing.assert_allclose(every8th, published, atol=1e-4, rtol=0)
 
 
-@pytest.mark.slow  # the test above computes the encoder alike, and the decoders at a corner
+@pytest.mark.slow  # the test above runs the same encoder, and the decoders at a corner
 def test_a_tile_of_1024_px_gives_the_published_maps(oracle, network):
     expected = np.load(oracle / "forward_1024_every8th.npz")
     with torch.inference_mode():
@@ -102,7 +102,7 @@ def test_a_tile_of_1024_px_gives_the_published_maps(oracle, network):
 
 
 def spelled_out(network, branch, x, grids):
-    """Return one branch's map, everything it needs computed for it alone, block by block."""
+    """Return one branch's map; skips are computed for this branch alone, block by block."""
 
     def convolved(conv, norm, y):
         y = nn.functional.conv2d(y, conv.weight, conv.bias, padding=1)
@@ -172,7 +172,7 @@ def test_a_regression_map_is_the_rest_of_the_binary_branch():
     assert torch.equal(torch.cat([maps.nuclei_binary_map, maps.regression_map], dim=1), both)
     assert maps.regression_map.shape == (2, 2, 32, 32)
     assert maps.tokens is None
-    assert maps.tissue_types.shape == (2, 384)  # no tissue head: the features it would read
+    assert maps.tissue_types.shape == (2, 384)  # without a tissue head its input is returned
 
 
 @pytest.mark.parametrize("size", [(250, 256), (256, 24), (0, 16)])

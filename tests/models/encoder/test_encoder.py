@@ -1,4 +1,4 @@
-"""Encoders: embeddings, files of this and other projects, and what is refused."""
+"""Encoders: embeddings, files of this and other projects, and refused files."""
 
 import os
 import pickle
@@ -130,17 +130,17 @@ def test_safetensors_round_trip_keeps_weights_and_normalisation(
 )
 def test_checkpoints_of_others(tmp_path, encoder, crops, embedding, prefix, nested):
     state = {f"{prefix}{key}": value for key, value in encoder.network.state_dict().items()}
-    if not prefix:  # from before torch 0.4.1
+    if not prefix:  # as before torch 0.4.1
         state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     if prefix == "module.base_encoder.":
-        # MoCo v3: a projector in place of the classifier, and the second, slower encoder.
+        # MoCo v3 has a projector in place of the classifier, and the momentum encoder.
         state["module.base_encoder.fc.0.weight"] = torch.zeros(8, 2048)
         state |= {
             key.replace("base_encoder", "momentum_encoder"): torch.zeros_like(value)
             for key, value in state.items()
         }
     else:
-        # Trained on other classes.
+        # A network for other classes.
         state[f"{prefix}fc.weight"], state[f"{prefix}fc.bias"] = torch.zeros(7, 2048), torch.ones(7)
     torch.save({"state_dict": state, "epoch": 3} if nested else state, tmp_path / "c.pth")
     loaded = load_encoder(str(tmp_path / "c.pth"))

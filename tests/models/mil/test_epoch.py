@@ -29,7 +29,7 @@ def gradients(head) -> list[torch.Tensor]:
 @pytest.mark.parametrize("num_in_batch", [7, 2, 1])
 @pytest.mark.parametrize(("loss", "ensemble"), [("mse", 1), ("nb", 1), ("nb_total", 2)])
 def test_workers_average_to_the_gradient_of_one_process(world_size, num_in_batch, loss, ensemble):
-    # With 5 workers and 2 spots, three workers have none and must still give a (zero) gradient.
+    # With 5 workers and 2 spots, three workers have no spot. Their gradient must be zero.
     bags = make_bags() if loss == "mse" else make_counts(make_bags())
     head = make_head(bags, 0, loss, ensemble)
     batch = epoch_batches(len(bags), 7, seed=3, epoch=0)[0][:num_in_batch]
@@ -52,7 +52,7 @@ def test_workers_average_to_the_gradient_of_one_process(world_size, num_in_batch
 
 
 class LockStep:
-    """Two workers in one process: each batch's gradients are averaged before either steps."""
+    """Two workers in one process: gradients of each batch are averaged before both steps."""
 
     def __init__(self, heads, optimisers):
         self.heads, self.optimisers = heads, optimisers
@@ -71,9 +71,9 @@ class LockStep:
 
 
 def test_two_workers_reach_the_weights_of_one_after_many_steps():
-    # AdamW divides by the gradient's size, so rounding grows: hence float64 and a loose bound.
+    # AdamW divides by the size of the gradient, so rounding grows. Hence float64 and a loose bound.
     bags = make_bags()
-    config = FitConfig(lr=1e-3, batch_spots=11)  # the last batch holds 1 spot: worker 1 has none
+    config = FitConfig(lr=1e-3, batch_spots=11)  # the last batch has 1 spot, so worker 1 has none
     one = make_head(bags)
     heads = [copy.deepcopy(one), copy.deepcopy(one)]
     optimiser = new_optimiser(one, config)
@@ -154,7 +154,7 @@ def test_loss_does_not_depend_on_order_batches_or_repeated_cells(loss):
     rng = np.random.default_rng(0)
     order = rng.permutation(len(bags))
     spans = list(zip(bags.offsets[:-1].tolist(), bags.offsets[1:].tolist(), strict=True))
-    # Cells within their bag in another order, and every cell of some bags three times.
+    # Cells have another order within their bag, and some bags hold every cell three times.
     rows = [
         np.repeat(rng.permutation(np.arange(*span)), 1 + 2 * (i % 2))
         for i, span in enumerate(spans)

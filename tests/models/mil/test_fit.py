@@ -54,7 +54,7 @@ def test_fit_recovers_single_instances_from_bag_means():
     with torch.no_grad():
         x_ND = torch.randn(500, 6, generator=torch.Generator().manual_seed(9))
         found, truth = head(x_ND), torch.nn.functional.softplus(2 * x_ND[:, :4])
-    for gene in range(4):  # instances it never saw, though it was only ever told means
+    for gene in range(4):  # instances that are not in training, where only means are known
         assert np.corrcoef(found[:, gene], truth[:, gene])[0, 1] > 0.9
 
 
@@ -130,7 +130,7 @@ def test_fit_on_counts_recovers_cells_and_dispersion(loss):
     truth = 20 * torch.nn.functional.softplus(2 * x_ND[:, :2])
     for gene, least in ((0, 0.85), (1, 0.9)):
         assert np.corrcoef(found[:, gene], truth[:, gene])[0, 1] > least
-    # In counts of a spot of size factor 1.
+    # Expression is in counts of a spot of size factor 1.
     assert found.mean().item() == pytest.approx(truth.mean().item(), rel=0.25)
     if loss == "nb":
         assert head.log_dispersion[0] < head.log_dispersion[1]

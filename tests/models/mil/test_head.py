@@ -86,14 +86,14 @@ def test_head_survives_a_file(head, tmp_path, address):
     head.standardise(torch.randn(50, 20))
     info = info_of(sampled_from="C2")
     save_head(path, head, info_of(metrics={}))
-    save_head(path, head, info)  # over an older one
+    save_head(path, head, info)  # replaces the older file
     loaded, found = load_head(path)
     assert found == info
     assert not loaded.training
     x_ND = torch.randn(6, 20)
     torch.testing.assert_close(loaded(x_ND), head(x_ND), rtol=0, atol=0)
     fs, target = fsspec.core.url_to_fs(path)
-    assert len(fs.ls(target.rsplit("/", 1)[0])) == 1  # nothing partial is left
+    assert len(fs.ls(target.rsplit("/", 1)[0])) == 1  # no temporary file remains
     fs.rm(target)
 
 
@@ -126,7 +126,7 @@ def test_the_published_predictor(head):
     torch.testing.assert_close(published.hidden(x_ND), hidden)
     z = hidden @ head.last.weight.T + head.last.bias
     torch.testing.assert_close(published(x_ND), torch.log1p(torch.exp(20 * z)) / 20)
-    # In training a tenth of each hidden layer is dropped, and what is left is scaled up.
+    # In training a tenth of each hidden layer is dropped, and the rest is scaled up.
     published.train()
     share = (published.hidden(torch.randn(2000, 20)) == 0).float().mean().item()
     assert share == pytest.approx(0.1, abs=0.01)
@@ -135,7 +135,7 @@ def test_the_published_predictor(head):
 
 
 def alone(head, member):
-    """Return one member of an ensemble as a head of its own."""
+    """Return one member of an ensemble as a single head."""
     count = head.formula.ensemble
     single = MilHead(len(head.mean_D), len(head.last.bias) // count, formula=OURS)
     state = {
@@ -163,7 +163,7 @@ def test_members_of_an_ensemble_share_nothing_but_their_inputs():
         head.spread_from_hidden(hidden), each_KNG.std(0, correction=0), rtol=1e-4, atol=1e-6
     )
     assert (each_KNG[0] - each_KNG[1]).abs().max() > 0.01
-    # Its loss is the sum of theirs, so its gradients are theirs.
+    # The ensemble's loss is the sum of its members' losses, so gradients are equal.
     target = torch.randn(7, 4)
     loss_sum(head, head(x_ND), target).backward()
     for member, single in enumerate(singles):

@@ -22,7 +22,7 @@ def double(value) -> torch.Tensor:
 
 
 def exact(count, mu, theta) -> float:
-    """Return the log-probability, computed with 50 digits."""
+    """Return the log-probability; arithmetic has 50 digits."""
     with mpmath.workdps(50):
         y, m, t = (mpmath.mpf(value) for value in (count, mu, theta))
         choose = mpmath.loggamma(y + t) - mpmath.loggamma(t) - mpmath.loggamma(y + 1)
@@ -48,8 +48,8 @@ def test_total_count_form_equals_the_mean_form_and_torch(count, logits, total):
 
 
 def test_both_equal_scipy_on_a_grid():
-    # scipy takes theta / (theta + mu), whose distance from 1 has few digits where mu << theta:
-    # where it has fewer than seven, scipy is the one that is off (see 50 digits above).
+    # scipy takes theta / (theta + mu), whose distance from 1 has few digits if mu << theta. With
+    # fewer than seven digits scipy's result is wrong, as the tests with 50 digits show.
     counts = np.array([0, 1, 2, 5, 100, 10**4], float)
     grid = np.array(list(itertools.product(counts, 10.0 ** np.arange(-6, 7), THETA_GRID)))
     y, mu, theta = grid[grid[:, 1] / grid[:, 2] > 1e-9].T

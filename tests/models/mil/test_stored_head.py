@@ -51,7 +51,7 @@ def test_numpy_expression_from_stored_factor_equals_torch(head, scale):
     found = expression_from_hidden(stored.numpy(), weight, bias)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    # Any genes for any cells are the same numbers.
+    # A part of the genes and cells has the same numbers.
     part = expression_from_hidden(stored.numpy()[5:9], weight[[2, 0]], bias[[2, 0]])
     np.testing.assert_allclose(part, expected[5:9][:, [2, 0]], rtol=1e-5)
 

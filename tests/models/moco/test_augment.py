@@ -48,7 +48,7 @@ def view_pil(crop, parameters):
     return tv.erase(tv.to_tensor(image), *parameters.erase_px[0].tolist(), torch.tensor(0.0))
 
 
-# The whole list beside the published pipeline
+# The whole list against the published pipeline
 
 
 def test_views_equal_the_published_pipeline_but_for_rounding(crops):
@@ -58,7 +58,7 @@ def test_views_equal_the_published_pipeline_but_for_rounding(crops):
     for row, crop in enumerate(crops):
         off.append((views[row] - view_pil(crop, parameters[row : row + 1])).abs())
     off = torch.stack(off) * 255
-    # PIL's hue is 8-bit HSV: where colours are pale, a step of it is several levels of RGB.
+    # PIL's hue has 8 bits. In pale colours one step of it is several levels of RGB.
     assert off.mean() < 1.5
     assert off.flatten(1).mean(1).max() < 3
     unrelated = draw(len(crops), AugmentConfig(), seeded(4))
@@ -72,7 +72,7 @@ def test_without_colour_nothing_is_off_by_more_than_roundings(crops):
     views = in_unit(apply(crops, parameters, config, MEAN, STD))
     pil = torch.stack([view_pil(c, parameters[i : i + 1]) for i, c in enumerate(crops)])
     off = (views - pil).abs() * 255
-    # A pixel whose source lies within 1e-4 px of the border of two may be taken from the other.
+    # A source within 1e-4 px of the border of two pixels may be either pixel.
     assert (off > 2.5).float().mean() < 1e-3
     assert off.mean() < 0.5
 
@@ -117,7 +117,7 @@ def test_still_views_are_the_normalised_centre_and_flips_mirror_it(crops):
         torch.testing.assert_close(view, plain.flip(axes), atol=2e-6, rtol=2e-6)
 
 
-# Distributions of the parameters beside torchvision's own draws
+# Distributions of the parameters against torchvision's draws
 
 
 def same(ours, theirs):
@@ -267,7 +267,7 @@ def test_views_are_float32_channels_last_and_leave_the_crops_alone(crops):
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuse operations on tensors of two devices, and copies back to the CPU."""
+    """A mode that refuses operations on tensors of two devices, and copies to the CPU."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -291,11 +291,11 @@ def test_another_device_is_neither_mixed_with_the_cpu_nor_waited_for():
         torch.ones(2, device="meta").mul_(torch.ones(2))
 
 
-# What is refused
+# Refused arguments
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         ({"jitter_prob": 1.1}, "jitter_prob: got 1.1, expected a number from 0 to 1"),
         ({"blur_prob": -0.1}, "blur_prob"),
@@ -312,8 +312,8 @@ def test_another_device_is_neither_mixed_with_the_cpu_nor_waited_for():
         ({"out_px": 0}, "out_px"),
     ],
 )
-def test_a_config_out_of_range_is_refused(change, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_config_out_of_range_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
         AugmentConfig(**change)
 
 

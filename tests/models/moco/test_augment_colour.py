@@ -15,7 +15,7 @@ from tests.support.moco_crops import jitter_tv, seeded, tissue
 def test_jitter_equals_torchvision_in_every_order():
     orders = torch.tensor(list(itertools.permutations(range(4))))
     pixels = tissue(24, side=40).permute(3, 0, 1, 2).float() / 255
-    pixels[:, :, :3, :3] = pixels[:1, :, :3, :3]  # grey: hue undefined
+    pixels[:, :, :3, :3] = pixels[:1, :, :3, :3]  # grey pixels have no hue
     pixels[:, :, 4, 4], pixels[:, :, 5, 5] = 0, 1
     factors = draw(24, AugmentConfig(), seeded(1)).jitter_factors
     got = pixels.flatten(2).clone()
@@ -54,11 +54,11 @@ def test_stain_jitter_equals_skimage_s_unmixing():
     got = pixels.clone()
     jitter_stains(got, scale, shift)
     torch.testing.assert_close(got[:, 0], pixels[:, 0], atol=1e-6, rtol=0)
-    # skimage's stain vectors are not of unit length, and its unit of density is ln(1e6).
+    # skimage's stain vectors do not have unit length, and its unit of density is ln(1e6).
     unit = np.log(1e6) * np.linalg.norm(np.array(STAINS[:2]), axis=1)
     for row in range(6):
         hed = rgb2hed(pixels[:, row].T.double().numpy())
-        # A residual below nought would be cut by skimage on the way back, never by us.
+        # skimage would cut a residual below 0 when it converts back. This code does not.
         hed = np.linalg.solve(np.array(STAINS).T, -np.log(pixels[:, row].double().numpy())).T
         hed /= np.log(1e6)
         hed[:, :2] = hed[:, :2] * scale[row].numpy() + shift[row].numpy() / unit

@@ -24,7 +24,7 @@ def test_a_fifth_of_the_pixels_gives_the_mean_grey():
         assert set(axis.bincount(minlength=72).tolist()) <= {14, 15}
     grey = (crops.double() @ torch.tensor([0.2989, 0.587, 0.114]).double()).flatten(1)
     off = (grey[:, index].mean(1) - grey.mean(1)).abs()
-    assert off.max() < 1.2  # levels of 255; contrast takes at most 0.7 of it
+    assert off.max() < 1.2  # levels of 255; contrast uses at most 0.7 of the error
     assert off.square().mean().sqrt() < 0.5
 
 

@@ -21,7 +21,7 @@ def backward(model, seed):
 
 
 def reference_step(weight, gradient, buffer, lr, momentum=0.9, decay=1e-6, trust=1e-3):
-    """Take one step on one parameter as the method's description has it, in float64."""
+    """Return weight and buffer after one step of the method's description, in float64."""
     update = gradient.copy()
     if weight.ndim > 1:
         update = update + decay * weight
@@ -50,7 +50,7 @@ def test_steps_equal_those_written_out(decay):
             )
             np.testing.assert_allclose(parameter.detach().numpy(), weights[number], 1e-4, 1e-6)
             assert np.array_equal(parameter.grad.numpy(), gradients[number].astype(np.float32))
-            # Go on from the same numbers: rounding grows through the network, not here.
+            # Each step starts from the same numbers, since rounding grows through the network.
             weights[number] = parameter.detach().numpy().astype(np.float64)
 
 

@@ -27,7 +27,7 @@ def test_heads_follow_the_seed_too():
 
 
 def run(network, collective=None):
-    """Forward and backward two batches; return outputs, gradients and buffers."""
+    """Run two batches forward and backward; return outputs, gradients and buffers."""
     if collective is not None:
         convert(network, collective.all_reduce, collective.world_size)
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ def run(network, collective=None):
 
 
 def small_resnet():
-    """Return four residual stages, seeded."""
+    """Return a seeded network of four residual stages."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8))
@@ -64,7 +64,7 @@ def test_checkpointing_changes_neither_gradients_nor_running_statistics():
     calls = []
     network.layer3[0].register_forward_hook(lambda *_: calls.append(1))
     found = run(network)
-    assert len(calls) == 4  # each of two batches once forward and once in backward
+    assert len(calls) == 4  # each of two batches runs once forward and once in backward
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     with torch.no_grad():

@@ -22,7 +22,7 @@ def unit(*shape, seed=0):
 
 
 def slow_ctr(q, k, temperature):
-    """Algorithm 1's ctr(q, k), a number at a time: labels on the diagonal, times 2 tau."""
+    """Return Algorithm 1's ctr(q, k), number by number: labels on the diagonal, times 2 tau."""
     losses = []
     for i, query in enumerate(q.tolist()):
         logits = [sum(a * b for a, b in zip(query, key, strict=True)) / temperature for key in k]
@@ -155,7 +155,7 @@ def test_momentum_is_constant_or_rises_along_a_cosine():
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
-    # The published run: 0.6 x 4096 / 256 = 9.6, 10 of 150 epochs of warm-up.
+    # The published run has the peak 0.6 x 4096 / 256 = 9.6, and 10 of 150 epochs warm up.
     rates = [learning_rate_at(step, 7, 150, 10, 0.6, 4096) for step in range(7 * 150 + 1)]
     assert rates[0] == 0
     assert rates[35] == pytest.approx(4.8)

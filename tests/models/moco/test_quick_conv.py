@@ -8,7 +8,7 @@ from scellst_ray.models.encoder.backbones import new_backbone
 from scellst_ray.models.moco.quick_conv import MAX_POSITIONS, QuickConv2d, quicken
 from tests.support.workers import tiny_backbone
 
-# Side of the map, kernel, stride, padding: both rules apply, one of them, none.
+# Side of the map, kernel, stride, padding: cases of both rules, of one rule and of no rule.
 CASES = [
     (2, 3, 1, 1),
     (3, 3, 1, 1),
@@ -76,7 +76,7 @@ def test_only_gradients_that_are_asked_for():
 
 
 def test_a_residual_network_learns_the_same_and_keeps_its_names():
-    # Maps of 4 x 4 px, which torch does, and of 2 x 2, which products do.
+    # torch computes maps of 4 x 4 px, products compute maps of 2 x 2 px.
     plain = tiny_backbone()
     quick = quicken(copy.deepcopy(plain))
     assert list(quick.state_dict()) == list(plain.state_dict())

@@ -18,7 +18,7 @@ LR, MOMENTUM = 0.5, 0.9
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Sums in one order, whatever the machine."""
+    """Compute on one thread, so that sums have the same order on every machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def split(views, sizes):
 
 
 def run(model, steps, collective=None, name="lars", **options):
-    """Take steps, each a list of micro-batches; return results, state and optimiser state."""
+    """Take steps, each on a list of micro-batches; return results, gradients and final state."""
     if collective is not None:
         convert(model, collective.all_reduce, collective.world_size)
     optimiser = new_moco_optimiser(name, model)
@@ -49,7 +49,7 @@ def run(model, steps, collective=None, name="lars", **options):
 
 
 def assert_same(found, expected, **close):
-    """Compare loss, gradients of each step, and weights and statistics at the end."""
+    """Check that loss and gradients of each step, final weights and final statistics are equal."""
     for result, other in zip(found[0], expected[0], strict=True):
         assert result.loss == pytest.approx(other.loss, rel=1e-9)
         assert result.grad_norm == pytest.approx(other.grad_norm, rel=1e-7)
@@ -58,10 +58,10 @@ def assert_same(found, expected, **close):
 
 
 def paper_steps(model, steps, *, momentum_first):
-    """Take steps as Algorithm 1 is written, with torch's cross entropy.
+    """Take the steps of Algorithm 1, with torch's cross entropy; return the losses.
 
     With momentum_first the momentum encoder moves as in the published code: after the queries and
-    before the keys, by the weights of the step before.
+    before the keys, by the weights of the previous step.
     """
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
 
@@ -124,7 +124,7 @@ def test_workers_equal_one_process_on_the_joined_batch(counts):
 
 
 def gloo_worker(rank, folder):
-    """Run in a process of its own: steps on half of each batch, then a batch with a NaN."""
+    """Take steps on half of each batch in a process, then a step on a batch with a NaN."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
@@ -149,7 +149,7 @@ def gloo_worker(rank, folder):
 def test_two_gloo_processes_equal_one_and_stop_together(tmp_path, monkeypatch):
     if Path("/sys/class/net/lo").exists():
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    # Fresh processes, of a server that imports torch for both.
+    # A server imports torch once and forks both processes.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision.models"])
     workers = [context.Process(target=gloo_worker, args=(rank, str(tmp_path))) for rank in (0, 1)]
@@ -206,7 +206,7 @@ def test_micro_batches_with_norms_follow_the_loop_written_out():
     assert result.grad_norm == pytest.approx(norm.item())
 
 
-# Losses of 20 steps of `golden_losses`, on one core of an x86-64 machine.
+# Losses of 20 steps of `golden_losses`, from one core of an x86-64 machine.
 # fmt: off
 GOLDEN = [
     6.141348, 5.809173, 5.7122, 5.536196, 5.756768, 5.610212, 5.50657, 5.545536,
@@ -246,8 +246,8 @@ def test_steps_are_bitwise_reproducible():
 
 
 def test_bfloat16_stays_near_float32():
-    # From the same weights each time: steps this large carry two trainings apart, and how far
-    # depends on how a processor rounds.
+    # Each step starts from the same weights. Steps are so large that two trainings diverge, and how
+    # far depends on the rounding of the processor.
     for num_steps in range(4):
         _, state = golden_losses(num_steps)
         model = golden_model()
@@ -298,7 +298,7 @@ def test_a_large_gradient_is_no_reason_to_stop():
     result = moco_step(
         model, optimiser, [tiny_views(4, dtype=torch.float32)], lr=LR, momentum=MOMENTUM
     )
-    # Two views add up, or cancel.
+    # Gradients of two views add up or cancel.
     assert 1e30 < result.grad_norm <= 2e30 * math.sqrt(12 * 8)
 
 
@@ -324,10 +324,10 @@ def test_collapse_of_known_vectors():
     assert spread == pytest.approx(1, abs=0.02)
     assert 28 < rank <= 32
     assert collapse(torch.ones(50, 16)) == (pytest.approx(0, abs=1e-6), 1)
-    # A line through the origin: two opposite unit vectors.
+    # A line through the origin has two opposite unit vectors.
     line = torch.linspace(-1, 1, 40)[:, None] * torch.randn(1, 16, generator=generator)
     assert collapse(line)[1] == pytest.approx(1, abs=1e-4)
-    # Equally many of 4 orthogonal directions: a simplex, which fills 3 dimensions alike.
+    # Four orthogonal directions, equally often, are a simplex: it fills 3 dimensions evenly.
     assert collapse(torch.eye(64)[:4].repeat(10, 1))[1] == pytest.approx(3, abs=1e-4)
     assert collapse(torch.eye(4).repeat(30, 1))[1] == pytest.approx(3, abs=1e-4)
     assert all(math.isnan(v) for v in collapse(torch.empty(0, 4)))

@@ -11,7 +11,7 @@ SHAPES = {"1d": (nn.BatchNorm1d, ()), "2d": (nn.BatchNorm2d, (3, 4))}
 
 
 def make_norm(kind, dtype=torch.float64, **options):
-    """Return a batch norm of 5 channels with weights that are not one and zero."""
+    """Return a batch norm of 5 channels whose weights are not 1 and biases not 0."""
     norm = SHAPES[kind][0](5, **options).to(dtype)
     if norm.affine:
         with torch.no_grad():
@@ -21,7 +21,7 @@ def make_norm(kind, dtype=torch.float64, **options):
 
 
 def run(norm, batches):
-    """Forward and backward batches with a loss that differs by value; return y, dx and grads."""
+    """Run batches forward and backward, with slopes as loss; return y, dx and gradients."""
     found = []
     for values, slope in batches:
         x = values.clone().requires_grad_()
@@ -75,7 +75,7 @@ def test_a_far_mean_costs_no_digits_and_channels_last_stays():
     y = norm(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-3)
-    # What rounding of the input alone leaves, 6e-5, over the deviation of 1.
+    # Rounding of the input alone gives 6e-5, over a deviation of 1.
     assert (y.double() - exact).abs().mean() < 3e-4
 
 

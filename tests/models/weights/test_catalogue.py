@@ -1,4 +1,4 @@
-"""The catalogue of published weights, and where they are."""
+"""The catalogue of published weights, and the paths of their files."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def write_sparse(path, size):
-    """Make a file of this size that takes no room."""
+    """Make a sparse file of this size, which takes no disk space."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as handle:
         handle.truncate(size)
@@ -91,7 +91,7 @@ def test_names_become_the_cached_file(cache):
         weights_path(name)
     write_sparse(entry.path, entry.size)
     assert weights_path(name) == str(cache / "CellViT-256-x40-AMP.pth")
-    # What was fetched by a digest of the user's own may have another size.
+    # A file fetched by the user's own digest may have another size.
     entry.lock_path.write_text(json.dumps({"size": 9, "sha256": "0" * 64}))
     assert not entry.is_here
     write_sparse(entry.path, 9)

@@ -1,4 +1,4 @@
-"""Downloads that are cut, altered or refused: what stands under a name is whole."""
+"""Downloads that are cut, altered or refused: a file under its final name is whole."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ QUICK = Patience(tries=3, backoff_s=0.0)
 
 @pytest.fixture(autouse=True)
 def direct(monkeypatch):
-    """Go past any proxy of the machine."""
+    """Bypass proxies of the machine."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -32,7 +32,7 @@ def target(tmp_path):
 
 
 def left(target):
-    """Return the names beside the target, without the lock that outlives a download."""
+    """Return the files next to the target, without the lock, which remains after a download."""
     return sorted(p.name for p in target.parent.iterdir() if not p.name.endswith(".lock"))
 
 
@@ -60,7 +60,7 @@ def test_a_cut_connection_is_taken_up_where_it_was_cut(target, etag):
     with serving(CONTENT, etag=etag, cut_after=[1_500_000, 700_000]) as (url, behaviour):
         download(f"{url}/w", target, RIGHT, patience=QUICK)
     assert target.read_bytes() == CONTENT
-    # A cut costs the block that it falls into.
+    # A cut loses the block that it falls into.
     first = 1_500_000 // BLOCK * BLOCK
     second = first + 700_000 // BLOCK * BLOCK
     assert ranges(behaviour) == [None, f"bytes={first}-", f"bytes={second}-"]
@@ -106,7 +106,7 @@ def test_a_server_without_ranges_sends_all_again(target):
     assert behaviour.sent == [2_000_000, len(CONTENT)]
 
 
-def test_a_file_replaced_between_two_calls_is_sent_anew(target):
+def test_a_file_replaced_between_two_calls_is_sent_again(target):
     other = bytes(reversed(CONTENT))
     with serving(other, etag='"old"', cut_after=[1_000_000, 0, 0, 0]) as (url, behaviour):
         with pytest.raises(ConnectionError):
@@ -129,7 +129,7 @@ def test_without_a_validator_the_digest_finds_a_mixture(target):
     assert target.read_bytes() == CONTENT
 
 
-def test_another_address_starts_anew(target):
+def test_another_address_starts_again(target):
     with serving(CONTENT, cut_after=[1_000_000, 0, 0, 0]) as (url, behaviour):
         with pytest.raises(ConnectionError):
             download(f"{url}/w", target, RIGHT, patience=QUICK)
@@ -152,7 +152,7 @@ def test_a_part_without_a_readable_note_is_not_trusted(target, note):
 
 @pytest.mark.parametrize(("size", "asked"), [(len(CONTENT), 1), (len(CONTENT) + 5, 2)])
 def test_a_part_that_is_complete_or_too_long(target, size, asked):
-    """As left by a crash just before the rename; or by a longer file without a validator."""
+    """A crash just before the rename leaves a complete part, a longer file leaves too much."""
     target.parent.mkdir()
     with serving(CONTENT, etag=None) as (url, behaviour):
         part = target.parent / ".weights.pth.part"
@@ -198,10 +198,10 @@ def test_nobody_there(target):
         download(f"{url}/w", target, RIGHT, patience=Patience(1, 0.0))
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_an_altered_file_never_appears(target, told):
+@pytest.mark.parametrize("tells_length", [True, False])
+def test_an_altered_file_never_appears(target, tells_length):
     altered = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
-    with serving(altered, tells_length=told) as (url, _):
+    with serving(altered, tells_length=tells_length) as (url, _):
         expected = ExpectedFile(len(CONTENT), SHA256)
         with pytest.raises(
             WrongFileError, match=r"its SHA-256 is .*it was removed, check the address"
@@ -223,7 +223,7 @@ def test_a_file_of_the_wrong_length_is_not_even_downloaded(target):
 
 def test_a_server_that_does_not_tell_the_length(target):
     with serving(CONTENT, tells_length=False, cut_after=[1_000_000]) as (url, behaviour):
-        # The end of a cut answer looks like its end: the known size tells.
+        # A cut answer looks complete; only the known size shows the cut.
         download(f"{url}/w", target, RIGHT, patience=QUICK)
     assert target.read_bytes() == CONTENT
     assert ranges(behaviour) == [None, "bytes=1000000-"]
