@@ -1,7 +1,7 @@
 """Bags of instances: their means, their split by slide and their batches.
 
 A bag holds the cells (instances) of one spot. All embeddings lie in one matrix, on the training
-device if they fit there, and offsets say which rows belong to which bag. A batch is therefore one
+device if they fit on it, and offsets say which rows belong to which bag. A batch is therefore one
 gather, without padding.
 
 Shape letters: L instances of all bags (a cell under two spots counts twice), S spots, D embedding,
@@ -71,7 +71,7 @@ class BagSet:
         )
 
     def take(self, spots: NDArray[np.int64]) -> "BagSet":
-        """Return the bags at these indices, in the order of the indices; there may be none."""
+        """Return the bags at these indices, in the order of the indices; indices may be empty."""
         index = torch.as_tensor(spots, dtype=torch.int64)
         sizes = self.offsets.diff()[index]
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
@@ -120,7 +120,7 @@ def bag_mean(y_NG: Tensor, offsets: Tensor) -> Tensor:
     """
     check_offsets(offsets, len(y_NG))
     if len(offsets) == 1:
-        return y_NG  # without bags there are no rows, but the result is still part of the graph
+        return y_NG  # no bags: no rows, but still a part of the graph
     # embedding_bag takes half the time of segment_reduce on a CPU. Unlike index_add it gives the
     # same bits every time on a GPU.
     rows_N = torch.arange(len(y_NG), device=y_NG.device)

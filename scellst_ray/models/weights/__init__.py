@@ -1,1 +1,1 @@
-"""Published weights: which there are, fetching and checking them."""
+"""Published weights: the catalogue, downloads and checks."""
