@@ -267,7 +267,7 @@ def plan(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
             continue
         x0, y0 = edges_x[tile_id % columns], edges_y[tile_id // columns]
         core = Box(x0, y0, CORE_PX, CORE_PX)
-        boxes = box_columns(core, core.grown(HALO_PX))
+        boxes = box_columns(core, core.grow(HALO_PX))
         tiles.append({**slide, **boxes, "tile_id": tile_id})
     tiles[-1]["seconds_plan"] = time.perf_counter() - began
     return tiles

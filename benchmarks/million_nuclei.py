@@ -163,7 +163,7 @@ class SimulateAndFind:
             read = box_of(row, "read")
             row["frame"] = box_frame(read, row["read_mpp"] / row["mpp"])
             truth = true_tiles.Truth(
-                *nuclei_near(read.grown(true_tiles.CONTEXT_PX), self.columns), jitter=1.0
+                *nuclei_near(read.grow(true_tiles.CONTEXT_PX), self.columns), jitter=1.0
             )
             row["maps"] = truth.maps(row, self.spec.side_px)
         return self.write(self.find(rows))

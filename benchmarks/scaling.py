@@ -272,7 +272,7 @@ def plan(
     for tile_id in range(num_tiles):
         if tile_id not in done:
             core = Box(tile_id * CORE_PX, 0, spec.core_px, spec.core_px)
-            boxes = box_columns(core, core.grown(spec.halo_px))
+            boxes = box_columns(core, core.grow(spec.halo_px))
             tiles.append({**slide, **boxes, "tile_id": tile_id})
     tiles[-1]["seconds_plan"] = seconds
     return tiles

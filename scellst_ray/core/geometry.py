@@ -1,9 +1,9 @@
 """Frames and units: level-0 px, px of the image in hand, um.
 
-Coordinates are continuous: pixel i of an axis covers [i, i + 1), so its centre is i + 0.5 and a
-frame changes by multiplication and addition alone. Points are (x, y); sizes are (width, height).
-Names end in the frame they are in: `_x0/_y0/_w0/_h0` level-0 px, `_px` px of the image in hand,
-`_um` micrometres.
+Coordinates are continuous: pixel i of an axis covers [i, i + 1), so its centre is i + 0.5. A frame
+changes to another one by multiplication and addition alone. Points are (x, y); sizes are (width,
+height). The end of a name says its frame: `_x0/_y0/_w0/_h0` level-0 px, `_px` px of the image in
+hand (the one being processed), `_um` micrometres.
 """
 
 import math
@@ -34,14 +34,14 @@ class Box(NamedTuple):
         inside_x = (x >= self.x0) & (x < self.x0 + self.w0)
         return np.asarray(inside_x & (y >= self.y0) & (y < self.y0 + self.h0))
 
-    def grown(self, margin: int) -> "Box":
+    def grow(self, margin: int) -> "Box":
         """Return the box with `margin` level-0 px added on each side."""
         return Box(self.x0 - margin, self.y0 - margin, self.w0 + 2 * margin, self.h0 + 2 * margin)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Place of an image on its slide. The image is said to be in hand: it is being processed.
+    """Place of the image in hand on its slide.
 
     Attributes:
         origin_x0: Level-0 x of the image's left edge.

@@ -163,10 +163,10 @@ def conform(table: pa.Table, schema: pa.Schema, name: str, run_digest: str = "")
     if missing:
         message = f"{name}: columns {', '.join(missing)} are missing; it has {table.column_names}"
         raise ValueError(message)
-    return table.select(schema.names).cast(signed(schema, name, run_digest))
+    return table.select(schema.names).cast(sign_schema(schema, name, run_digest))
 
 
-def signed(
+def sign_schema(
     schema: pa.Schema, name: str, run_digest: str = "", extra: Mapping[bytes, bytes] | None = None
 ) -> pa.Schema:
     """Return the schema with table name, format version and run digest in its metadata."""
@@ -188,7 +188,10 @@ def check(schema: pa.Schema, name: str, source: str) -> None:
     metadata = schema.metadata or {}
     found = metadata.get(b"scellst_ray.table", b"").decode()
     if found != name:
-        message = f"{source}: expected a scellst_ray {name} table, found {found or 'no signature'}"
+        message = (
+            f"{source}: expected a scellst_ray {name} table, found {found or 'no signature'}; give "
+            "a file that scellst_ray wrote"
+        )
         raise ValueError(message)
     version = int(metadata.get(b"scellst_ray.version", b"0"))
     if version > FORMAT_VERSION:

@@ -210,7 +210,7 @@ def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Sha
     shard = shards.schema(stretches[0][0])
     dim = shard.field("embedding").type.list_size if "embedding" in shard.names else None
     geo = {b"geo": json.dumps(GEO).encode()}
-    schema = schemas.signed(schemas.cells_schema(dim), "CELLS", run.digest, geo)
+    schema = schemas.sign_schema(schemas.cells_schema(dim), "CELLS", run.digest, geo)
     _write(run.cells_uri(slide_id), schema, _without(resolved.dropped, cells(schema.names)))
     tables, shift = ["CELLS"], None
     if "hidden" in shard.names:
@@ -225,7 +225,7 @@ def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Sha
 def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:
     dim, with_distance = shard.field("hidden").type.list_size, "distance" in shard.names
     schema = schemas.expression_schema(dim, with_distance=with_distance)
-    return schemas.signed(schema, "EXPRESSION", run.digest)
+    return schemas.sign_schema(schema, "EXPRESSION", run.digest)
 
 
 def _write_expression(

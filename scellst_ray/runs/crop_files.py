@@ -268,7 +268,7 @@ class Spool:
             b"scellst_ray.crop_um": str(schemas.STORED_CROP_UM).encode(),
             b"scellst_ray.crop_px": str(schemas.STORED_CROP_PX).encode(),
         }
-        schema = schemas.signed(schemas.CROPS, "CROPS", run_digest, extra)
+        schema = schemas.sign_schema(schemas.CROPS, "CROPS", run_digest, extra)
         digest = hashlib.sha256()
         self._file.flush()
 

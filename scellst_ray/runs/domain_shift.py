@@ -61,7 +61,7 @@ def pool_moments(parts: Iterable[Moments]) -> Moments:
     some = list(parts)
     count = sum(part.count for part in some)
     if count == 0:
-        message = f"{len(some)} sets hold no instances, expected at least one: link cells to spots."
+        message = f"{len(some)} slides hold no instances; link cells to their spots before training"
         raise ValueError(message)
     mean_D = np.sum([part.count * part.mean_D for part in some], axis=0) / count
     # Deviations from the common mean: nothing cancels, as it would in a difference of squares.

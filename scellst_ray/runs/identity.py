@@ -1,7 +1,7 @@
 """Identity of a run: every setting that changes results, and the digest of all of them.
 
-A folder holds one run, so a command with another identity is refused. A key that a job does not
-use is left out of the JSON text: adding a field later changes no digest of an earlier run.
+A folder holds one run, so a command with another identity is refused. A field that a job does not
+use is left out of the JSON text. So a new field changes no digest of an earlier run.
 """
 
 import hashlib

@@ -319,5 +319,5 @@ def _check_table(schema: pa.Schema, name: str, uri: str, digest: str) -> None:
     schemas.check(schema, name, uri)
     found = schema.metadata[b"scellst_ray.run_digest"].decode()
     if found != digest:
-        message = f"{uri}: belongs to run {found}, not to this one ({digest}); files were mixed up"
+        message = f"{uri}: belongs to run {found}, not to {digest}; put this run's own file back"
         raise ValueError(message)

@@ -97,10 +97,10 @@ class RunState:
         run: Its folder and records.
         now: UTC time at which the folder was read.
         holder: Holder of the lease.
-        slides: One row per slide that commands were given. Columns: `slide_id`, `status` (one of
-            STATUSES; a slide is running if some of its tiles are logged), `bytes`, `num_tiles`
-            (null: not known yet), `tiles_done`, `tiles_failed`, `num_cells`, `seconds` (worker
-            seconds, from the record), `stage`, `error_type`, `error`.
+        slides: One row per slide that commands were given. Columns: `slide_id`, `status`, `bytes`,
+            `num_tiles` (null: not known yet), `tiles_done`, `tiles_failed`, `num_cells`,
+            `seconds` (worker seconds, from the record), `stage`, `error_type`, `error`. The status
+            is one of STATUSES. A slide is running if a driver works and has logged its tiles.
         failures: One row per failed tile of a slide that is not finished. Columns: `slide_id`,
             `tile_id` (-1 or null: the whole slide), `stage`, `error_type`, `error`.
         times: One row per file of the log, by time. Columns: `logged` (UTC), `num_tiles`,
@@ -144,8 +144,8 @@ class RunState:
     def tiles_left(self) -> float | None:
         """Return the number of tiles left in slides without a record; None if none is planned.
 
-        The number of an unplanned slide is a guess: planned slides say how many tiles a byte
-        gives, or how many a slide gives where sizes are not known.
+        The number of an unplanned slide is a guess. It assumes as many tiles a byte as planned
+        slides have, or as many tiles a slide if sizes are not known.
         """
         waiting = self.slides.filter(pl.col("status").is_in(["running", "pending"]))
         planned = waiting.filter(pl.col("num_tiles").is_not_null())

@@ -259,7 +259,7 @@ def _read_columns(source: Any, columns: list[str] | None) -> pa.Table:  # noqa: 
             return file.read(use_threads=threads)
         missing = set(columns) - set(file.schema_arrow.names)
         if missing:
-            message = f"column(s) {sorted(missing)} missing; it has {file.schema_arrow.names}"
+            message = f"columns {sorted(missing)} are missing; it has {file.schema_arrow.names}"
             raise ValueError(message)
         return file.read(columns, use_threads=threads).select(columns)
 

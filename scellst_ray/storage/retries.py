@@ -132,7 +132,11 @@ def _plain(error: Exception, name: str) -> Exception:
     links = list(_causes(error))
     status = _status(links)
     if is_transient(error):
-        return ConnectionError(f"{name}: still failing after {TRIES} tries ({_text(error)})")
+        message = (
+            f"{name}: still failing after {TRIES} tries ({_text(error)}); check the store and the "
+            "network, then run the same command again"
+        )
+        return ConnectionError(message)
     if status in (401, 403) or isinstance(error, PermissionError):
         message = f"{name}: access refused ({_text(error)}); check the credentials on every node"
         return PermissionError(message)

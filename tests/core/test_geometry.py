@@ -47,5 +47,5 @@ def test_boxes_between_edges_own_every_point_once(xs, ys, data):
 @given(st.integers(-9, 9), st.integers(-9, 9), st.integers(1, 9), st.integers(1, 9))
 def test_growing_adds_the_margin_on_every_side(x, y, w, h):
     box = Box(x, y, w, h)
-    assert box.grown(3) == Box(x - 3, y - 3, w + 6, h + 6)
-    assert box.grown(3).grown(-3) == box
+    assert box.grow(3) == Box(x - 3, y - 3, w + 6, h + 6)
+    assert box.grow(3).grow(-3) == box

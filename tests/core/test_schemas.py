@@ -56,7 +56,7 @@ def test_check_after_a_parquet_round_trip(tmp_path):
 
 
 def test_check_refuses_a_newer_version():
-    schema = schemas.signed(schemas.FAILURES, "FAILURES")
+    schema = schemas.sign_schema(schemas.FAILURES, "FAILURES")
     newer = schema.with_metadata(schema.metadata | {b"scellst_ray.version": b"99"})
     with pytest.raises(ValueError, match=r"version 99.*up to 1.*Upgrade"):
         schemas.check(newer, "FAILURES", "f")

@@ -73,7 +73,7 @@ def test_bits(centre, radius, expected):
     box = [[x - radius, y - radius, x + radius, y + radius]]
     core = Box(0, 0, CORE, CORE)
     index, seam = select_offered(
-        np.array([centre]), np.array(box), core, core.grown(HALO), MARGIN0, 1.0
+        np.array([centre]), np.array(box), core, core.grow(HALO), MARGIN0, 1.0
     )
     assert seam.dtype == np.uint8
     assert seam.tolist() == ([] if expected is None else [expected])
@@ -82,7 +82,7 @@ def test_bits(centre, radius, expected):
 
 def test_a_tile_without_nuclei_offers_none():
     core = Box(0, 0, CORE, CORE)
-    index, seam = select_offered(np.zeros((0, 2)), np.zeros((0, 4)), core, core.grown(4), 2.0, 1.0)
+    index, seam = select_offered(np.zeros((0, 2)), np.zeros((0, 4)), core, core.grow(4), 2.0, 1.0)
     assert len(index) == len(seam) == 0
 
 
@@ -97,10 +97,10 @@ def test_what_has_no_bits_is_read_by_no_neighbour(corner, size, rounding):
     box = np.array([[x, y, x + size[0], y + size[1]]])
     core = Box(0, 0, CORE, CORE)
     centre = (box[:, :2] + box[:, 2:]) / 2
-    _, seam = select_offered(centre, box, core, core.grown(HALO), MARGIN0, 1.0)
+    _, seam = select_offered(centre, box, core, core.grow(HALO), MARGIN0, 1.0)
     if seam.tolist() == [0]:
         steps = [s for s in itertools.product((-CORE, 0, CORE), repeat=2) if any(s)]
-        others = [Box(a, b, CORE, CORE).grown(HALO + rounding) for a, b in steps]
+        others = [Box(a, b, CORE, CORE).grow(HALO + rounding) for a, b in steps]
         mine = shapely.box(*box[0])
         for other in others:
             theirs = shapely.box(other.x0, other.y0, other.x0 + other.w0, other.y0 + other.h0)
@@ -264,7 +264,7 @@ def see(discs_N3, jitter_px=0.0, seed=0):
     spans = list(itertools.pairwise(EDGES))
     for tile, ((y0, y1), (x0, x1)) in enumerate(itertools.product(spans, spans)):
         core = Box(x0, y0, x1 - x0, y1 - y0)
-        read = core.grown(HALO)
+        read = core.grow(HALO)
         seen = discs_N3 + rng.uniform(-jitter_px, jitter_px, discs_N3.shape)
         shapes = np.array([disc(*values) for values in seen])
         shapes = shapely.intersection(shapes, slide)

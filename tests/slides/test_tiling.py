@@ -49,7 +49,7 @@ def test_cores_and_halos_have_the_size_asked_for(size0, ratio, core_px, halo_px)
     rounding = 3.5
     for tile in tiles:
         # The halo, up to rounding, on every side.
-        near, far = tile.read, tile.core.grown(math.ceil(halo_px * ratio) + 1)
+        near, far = tile.read, tile.core.grow(math.ceil(halo_px * ratio) + 1)
         assert 0 <= near.x0 - far.x0 <= rounding
         assert 0 <= near.y0 - far.y0 <= rounding
         assert 0 <= (far.x0 + far.w0) - (near.x0 + near.w0) <= rounding

@@ -118,5 +118,5 @@ def square_of_tiles(spec, columns=4):
     for tile_id in range(num):
         y, x = divmod(tile_id, columns)
         core = Box(x * side, y * side, side, side)
-        rows.append(common | box_columns(core, core.grown(spec.halo_px)) | {"tile_id": tile_id})
+        rows.append(common | box_columns(core, core.grow(spec.halo_px)) | {"tile_id": tile_id})
     return rows

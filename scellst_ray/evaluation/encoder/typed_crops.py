@@ -147,7 +147,7 @@ def crops_at(slide: Slide, x0y0_N2: NDArray[np.float64]) -> NDArray[np.uint8]:
     tile_N2 = np.floor(x0y0_N2 / side0).astype(np.int64)
     for tile in np.unique(tile_N2, axis=0):
         inside = (tile_N2 == tile).all(axis=1)
-        box = Box(int(tile[0]) * side0, int(tile[1]) * side0, side0, side0).grown(margin0)
+        box = Box(int(tile[0]) * side0, int(tile[1]) * side0, side0, side0).grow(margin0)
         image, frame = slide.read(box, read_mpp)
         px_per_um = (1 / (frame.ratio_x * slide.mpp), 1 / (frame.ratio_y * slide.mpp))
         crops_NHWC[inside] = crop_nuclei(image, frame.from_level0(x0y0_N2[inside]), px_per_um)

@@ -214,7 +214,7 @@ def publish_by_tile(
     order = order[inside[order]]
     table = _without_outside(table, len(table) - len(order))
     metadata = dict(table.schema.metadata)
-    schema = schemas.signed(_BY_TILE, "SEGMENTATION", extra=metadata)
+    schema = schemas.sign_schema(_BY_TILE, "SEGMENTATION", extra=metadata)
     # A million nuclei in one array exceed the 2 GiB of 32-bit offsets.
     large = pa.schema([f.with_type(_large(f.type)) for f in SEGMENTATION], metadata)
     table = table.cast(large).combine_chunks()
