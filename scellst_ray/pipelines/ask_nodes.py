@@ -142,7 +142,7 @@ def ask_nodes(asked: NodeRequirements, timeout_s: float) -> list[tuple[Node, Fac
     if len(nodes) == 1 and _is_here(nodes[0]):
         # The only node is that of this process, which has read the weights already.
         return [(nodes[0], node_facts(replace(asked, weights=())))]
-    refs = {_sent(asked, node): node for node in nodes}
+    refs = {_send(asked, node): node for node in nodes}
     ready, late = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
     answers: list[tuple[Node, Facts | str]] = []
     for ref in ready:
@@ -171,7 +171,7 @@ def _is_here(node: Node) -> bool:
     return node.node_id == ray.get_runtime_context().get_node_id()
 
 
-def _sent(asked: NodeRequirements, node: Node) -> "ray.ObjectRef[Facts]":
+def _send(asked: NodeRequirements, node: Node) -> "ray.ObjectRef[Facts]":
     place = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0)(node_facts)
     return task.options(scheduling_strategy=place).remote(asked)

@@ -182,7 +182,7 @@ class Attempts:
     def _expired(self, seconds: float) -> None:
         """Note the reason for which the process is about to end."""
         self.reason = f"took longer than {seconds:g} s"
-        log_args = (_named(self.begun), self.reason, self.stage or "unknown")
+        log_args = (_name_tiles(self.begun), self.reason, self.stage or "unknown")
         logger.error("%s: %s in stage %s", *log_args, extra=tile_fields(self.begun, self.stage))
         self._write()
 
@@ -197,7 +197,7 @@ class Attempts:
             ended.stage, ended.reason = note["stage"], note["reason"]
         what = "was lost with its host" if on_lost_host else "ended"
         why = note["reason"] or "no reason known"
-        log_args = (_named(keys), what, why)
+        log_args = (_name_tiles(keys), what, why)
         extra = tile_fields(keys, note["stage"])
         logger.warning("%s: the worker's process %s: %s", *log_args, extra=extra)
 
@@ -228,7 +228,7 @@ class Attempts:
         row |= {
             "stage": ended.stage,
             "error_type": "ProcessDied",
-            "error": f"{_named([_key(row)])}: {cause}; {remedy}",
+            "error": f"{_name_tiles([_key(row)])}: {cause}; {remedy}",
         }
 
     def _write(self) -> None:
@@ -258,7 +258,7 @@ def _key(row: AttemptedRow) -> Key:
     return row["slide_id"], row["tile_id"]
 
 
-def _named(keys: list[Key]) -> str:
+def _name_tiles(keys: list[Key]) -> str:
     """Return the names of slides and tiles for a message."""
     return ", ".join(f"slide {s!r}" + (f" tile {t}" if t >= 0 else "") for s, t in keys)
 

@@ -74,7 +74,7 @@ def check_sample(run: RunFolder, sample: CropSample) -> None:
     Raises:
         ValueError: the run has crops of another sample.
     """
-    index = _index(run)
+    index = _read_index(run)
     wanted = asdict(sample)
     stored = wanted if index is None else {**index["sample"]}
     if stored != wanted:
@@ -88,10 +88,12 @@ def check_sample(run: RunFolder, sample: CropSample) -> None:
 
 def crops_missing(run: RunFolder, records: SlideRecords, sample: CropSample) -> bool:
     """Tell whether crops of the slides with these records are still to be made."""
-    index = _index(run)
+    index = _read_index(run)
     if index is None:
         return True
-    return index["set"] != _set_id(run, _with_cells(records), sample) or bool(index["failed"])
+    return index["set"] != _hash_sample(run, _select_with_cells(records), sample) or bool(
+        index["failed"]
+    )
 
 
 def make_crops(
@@ -115,21 +117,21 @@ def make_crops(
         check: Raises if another driver has taken over the run.
     """
     check_sample(run, sample)
-    cells = _with_cells(records)
-    crops = CropSet(run, _set_id(run, cells, sample), sample, NO_CUTOFF)
-    index = _index(run)
+    cells = _select_with_cells(records)
+    crops = CropSet(run, _hash_sample(run, cells, sample), sample, NO_CUTOFF)
+    index = _read_index(run)
     if index is not None and index["set"] != crops.set_id:
         logger.warning("%s: its cells have changed, so all crops are made again", run.uri)
     configure_slide_pass()
     rows: list[CropSlide] = [
         _crop_slide(slide, cells[slide.slide_id]) for slide in slides if slide.slide_id in cells
     ]
-    cutoff, made = _cutoff(crops, rows, cells)
+    cutoff, made = _find_cutoff(crops, rows, cells)
     crops = replace(crops, cutoff=cutoff)
-    made |= _done(crops, rows)
+    made |= _read_done_records(crops, rows)
     rows = [row for row in rows if row["slide_id"] not in made]
     if rows:
-        for result in _cut(crops, rows, resources, cluster):
+        for result in _cut_crops(crops, rows, resources, cluster):
             check()
             made[result["slide_id"]] = result
     check()
@@ -160,7 +162,7 @@ def _crop_slide(slide: SlideRow, record: SlideRecord) -> CropSlide:
     return {"slide_id": slide.slide_id, "uri": slide.uri, "mpp": mpp, "read_mpp": read_mpp}
 
 
-def _index(run: RunFolder) -> CropIndex | None:
+def _read_index(run: RunFolder) -> CropIndex | None:
     """Return the content of `crops.json`; None if the run has no finished crops."""
     uri = index_uri(run.uri)
     if not storage.exists(uri):
@@ -169,18 +171,18 @@ def _index(run: RunFolder) -> CropIndex | None:
     return index
 
 
-def _with_cells(records: SlideRecords) -> SlideRecords:
+def _select_with_cells(records: SlideRecords) -> SlideRecords:
     return {s: record for s, record in records.items() if record["num_cells"]}
 
 
-def _set_id(run: RunFolder, cells: SlideRecords, sample: CropSample) -> str:
+def _hash_sample(run: RunFolder, cells: SlideRecords, sample: CropSample) -> str:
     """Return a hash of the sample and of the cells from which it is drawn."""
     stamps = {s: [r["num_cells"], r.get("finished")] for s, r in sorted(cells.items())}
     text = json.dumps([run.digest, asdict(sample), stamps], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _cutoff(
+def _find_cutoff(
     crops: CropSet, rows: list[CropSlide], cells: SlideRecords
 ) -> tuple[int, dict[str, CropRecord]]:
     """Return the priority up to which cells are in, and records of slides without candidates."""
@@ -191,7 +193,7 @@ def _cutoff(
     failed: dict[str, CropRecord] = {}
     cutoff = Cutoff(crops.sample.total)
     if rows and sum(min(r["num_cells"], most) for r in cells.values()) > crops.sample.total:
-        candidates_of_slides = ray.data.from_arrow([_table(row) for row in rows]).map_batches(
+        candidates_of_slides = ray.data.from_arrow([_make_table(row) for row in rows]).map_batches(
             partial(_candidates, run=crops.run, sample=crops.sample),
             batch_size=1,
             batch_format="pyarrow",
@@ -224,7 +226,7 @@ def _candidates(batch: pa.Table, run: RunFolder, sample: CropSample) -> Iterable
         yield pa.table([texts[0], values, *texts[1:]], schema=CANDIDATES)
 
 
-def _done(crops: CropSet, rows: list[CropSlide]) -> dict[str, CropRecord]:
+def _read_done_records(crops: CropSet, rows: list[CropSlide]) -> dict[str, CropRecord]:
     """Return the records of slides whose crops are cut already."""
     folder = crops.record_uri("").rsplit("/", 1)[0]
     records: list[CropRecord] = [storage.read_json(u) for u in storage.list_files(folder)]
@@ -238,14 +240,14 @@ def _done(crops: CropSet, rows: list[CropSlide]) -> dict[str, CropRecord]:
     }
 
 
-def _cut(
+def _cut_crops(
     crops: CropSet, rows: list[CropSlide], resources: Resources, cluster: Cluster
 ) -> Iterable[CropRecord]:
     """Cut the crops of slides; yield their records."""
     memory = int(resources.memory_gb * 2**30)
     most = min(cluster.num_cpus, cluster.num_fitting(memory), len(rows))
     logger.info("crops of %d slides, up to %d", len(rows), crops.sample.total)
-    results = ray.data.from_arrow([_table(row) for row in rows]).map_batches(
+    results = ray.data.from_arrow([_make_table(row) for row in rows]).map_batches(
         CutCrops,
         fn_constructor_kwargs={
             "crops": crops,
@@ -264,7 +266,7 @@ def _cut(
             yield json.loads(text)
 
 
-def _table(row: CropSlide) -> pa.Table:
+def _make_table(row: CropSlide) -> pa.Table:
     return pa.Table.from_pylist([row], schema=ROWS)
 
 

@@ -30,7 +30,7 @@ def pack(rows: list[TileRow]) -> pa.Table:
     Ray Data cuts blocks between rows, and each block costs its driver milliseconds. The tiles of a
     task as one row are one block: with 8 tiles an eighth of the work.
     """
-    table = _as_table(rows)
+    table = _make_table(rows)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -40,14 +40,14 @@ def pack(rows: list[TileRow]) -> pa.Table:
     return pa.table({PACKED: values})
 
 
-def _as_table(rows: list[TileRow]) -> pa.Table:
+def _make_table(rows: list[TileRow]) -> pa.Table:
     """Return a table of one row per tile, with the cells as a nested column."""
     timing = [pa.field(f"seconds_{stage}", pa.float32()) for stage in schemas.STAGES]
     waiting = [pa.field("waited_s", pa.float32()), pa.field("queued_at", pa.float64())]
     fields = [*schemas.TILES, *timing, *waiting]
     columns = {f.name: pa.array([row.get(f.name) for row in rows], f.type) for f in fields}
-    columns["cells"] = _nested([row.get("cells") for row in rows])
-    frames = [_numbers(row.get("frame")) for row in rows]
+    columns["cells"] = _nest_cells([row.get("cells") for row in rows])
+    frames = [_list_numbers(row.get("frame")) for row in rows]
     columns["frame"] = pa.array(frames, pa.list_(pa.float64()))
     for name, dtype in ARRAYS.items():
         arrays = [row.get(name) for row in rows]
@@ -65,12 +65,12 @@ def unpack(table: pa.Table) -> list[TileRow]:
     make.
     """
     if PACKED not in table.column_names:
-        return _as_rows(table)
+        return _make_rows(table)
     parts = [pa.ipc.open_stream(value.as_buffer()).read_all() for value in table[PACKED]]
-    return [row for part in parts for row in _as_rows(part)]
+    return [row for part in parts for row in _make_rows(part)]
 
 
-def _as_rows(table: pa.Table) -> list[TileRow]:
+def _make_rows(table: pa.Table) -> list[TileRow]:
     nested = [n for n in ("cells", "frame", *ARRAYS) if n in table.column_names]
     shapes = [f"{name}_shape" for name in nested if name in ARRAYS]
     plain = [n for n in table.column_names if n not in {*nested, *shapes, PADDING}]
@@ -116,7 +116,7 @@ def add_waiting_time(rows: list[TileRow]) -> list[TileRow]:
     return rows
 
 
-def _nested(tables: list[pa.Table | None]) -> pa.ListArray:
+def _nest_cells(tables: list[pa.Table | None]) -> pa.ListArray:
     """Return the cells of each row as one nested column, null where a row has no table."""
     sizes = [0 if table is None else len(table) for table in tables]
     # Every block has the same columns, even if none of its tiles has cells.
@@ -129,7 +129,7 @@ def _nested(tables: list[pa.Table | None]) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, values, mask=missing)
 
 
-def _numbers(frame: Frame | None) -> list[float] | None:
+def _list_numbers(frame: Frame | None) -> list[float] | None:
     if frame is None:
         return None
     return [frame.origin_x0, frame.origin_y0, frame.ratio_x, frame.ratio_y]

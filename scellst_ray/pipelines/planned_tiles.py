@@ -41,7 +41,7 @@ def plan_dataset(
         how: Arguments of `PlanTiles`.
         elsewhere: Ray's label selector of the nodes that may be used; None: all.
     """
-    slides = [_slide_table(part) for part in _planned_together(rows, planners)]
+    slides = [_make_slide_table(part) for part in _split_slides(rows, planners)]
     return ray.data.from_arrow(slides).map_batches(
         PlanTiles,
         fn_constructor_kwargs=how,
@@ -54,7 +54,7 @@ def plan_dataset(
     )
 
 
-def _planned_together(rows: list[PendingSlide], planners: int) -> Iterator[list[PendingSlide]]:
+def _split_slides(rows: list[PendingSlide], planners: int) -> Iterator[list[PendingSlide]]:
     """Yield the slides of each planning task.
 
     They are few enough that all planners have work, and that little is lost with a planner.
@@ -64,7 +64,7 @@ def _planned_together(rows: list[PendingSlide], planners: int) -> Iterator[list[
         yield rows[start : start + size]
 
 
-def _slide_table(rows: list[PendingSlide]) -> pa.Table:
+def _make_slide_table(rows: list[PendingSlide]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SLIDES)
 
 

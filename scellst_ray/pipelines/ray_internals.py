@@ -167,8 +167,8 @@ def configure_tile_pass(tiles_per_task: int) -> None:
     context = DataContext.get_current()
     # Bytes at which blocks are cut.
     context.target_max_block_size = block_bytes(tiles_per_task)
-    # Seconds between looks at a worker's memory; None: never. A look before and after each task
-    # takes longer than a small tile, and nothing uses the result.
+    # Seconds between measurements of a worker's memory; None: none. Ray Data would also measure it
+    # before and after each task, and nothing uses the result.
     context.memory_usage_poll_interval_s = None
     # Share of busy actors below which a pool shrinks, by default 0.5. Tasks come to readers and
     # finders in bursts: by default every other task would end and start a process.

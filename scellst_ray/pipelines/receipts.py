@@ -218,7 +218,7 @@ class Stages:
         """
         log_to_stderr(logging.WARNING)
         self.metrics = WorkerMetrics(run)
-        # Before the stages: making them may end the process, and the note must count that.
+        # First, so that the end of the earlier process counts even if making the stages fails.
         self.attempts = attempts.attempts_of_actor(
             session, limits.max_attempts, limits.tile_timeout_s, on_gpu=on_gpu
         )

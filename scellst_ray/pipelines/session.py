@@ -67,16 +67,16 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
         raise ValueError(message)
     with clean_exit_on_sigterm():
         if not joined:
-            _init(address, num_cpus, dashboard=dashboard)
+            _start_ray(address, num_cpus, dashboard=dashboard)
         restore_sigterm_handler()
         try:
-            yield _cluster(may_grow=bool(address))
+            yield _describe_cluster(may_grow=bool(address))
         finally:
             if not joined:
                 ray.shutdown()
 
 
-def _init(address: str, num_cpus: int | None, *, dashboard: bool) -> None:
+def _start_ray(address: str, num_cpus: int | None, *, dashboard: bool) -> None:
     """Join the cluster at `address`, or start one on this machine if it is empty."""
     if address:
         ray.init(address="auto", logging_level=logging.WARNING)
@@ -91,7 +91,7 @@ def _init(address: str, num_cpus: int | None, *, dashboard: bool) -> None:
     )
 
 
-def _cluster(*, may_grow: bool) -> Cluster:
+def _describe_cluster(*, may_grow: bool) -> Cluster:
     resources = total_resources()
     alive = [node.resources for node in live_nodes()]
     return Cluster(

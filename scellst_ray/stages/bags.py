@@ -115,8 +115,8 @@ def make_bags(
     A spot without cells has no bag. Targets are log-normalised and scaled per slide.
 
     Raises:
-        ValueError: spots cannot be read or do not lie on the tissue, no spot has a cell, embeddings
-            are not finite, or a loss on counts gets counts that are not whole numbers.
+        ValueError: spots cannot be read, do not lie on the tissue, or have no cell; embeddings are
+            not finite; counts for a loss on counts are not whole numbers.
     """
     slide_id = slide.row.slide_id
     source = f"slide {slide_id}"

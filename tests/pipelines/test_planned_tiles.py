@@ -3,14 +3,14 @@
 import pytest
 
 from scellst_ray.pipelines.packing import unpack
-from scellst_ray.pipelines.planned_tiles import PlanTiles, _planned_together
+from scellst_ray.pipelines.planned_tiles import PlanTiles, _split_slides
 
 
 @pytest.mark.parametrize(
     ("num_slides", "planners", "size"), [(5, 2, 1), (64, 2, 4), (100_000, 4, 64)]
 )
 def test_slides_are_shared_out_to_all_planners(num_slides, planners, size):
-    parts = list(_planned_together(list(range(num_slides)), planners))
+    parts = list(_split_slides(list(range(num_slides)), planners))
     assert max(map(len, parts)) == size
     assert [row for part in parts for row in part] == list(range(num_slides))
 
