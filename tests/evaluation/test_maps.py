@@ -36,11 +36,11 @@ def test_picture(tmp_path, background):
 
 
 def test_y_points_down_as_on_the_slide(tmp_path):
-    # All cells in the upper left quarter of the slide.
+    # All cells lie in the upper left quarter of the slide.
     xy0, values = cells(800)
     gene_map(tmp_path / "map.png", [("g", xy0 / 2, values)], SIZE0, MPP)
     picture = pixels(tmp_path / "map.png")
-    # Without the colour bar on the right.
+    # The colour bar on the right is cut off.
     coloured = (picture.max(axis=2) - picture.min(axis=2) > 60)[:, : int(picture.shape[1] * 0.78)]
     rows, columns = np.nonzero(coloured)
     assert rows.mean() < 0.42 * picture.shape[0]

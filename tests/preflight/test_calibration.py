@@ -1,4 +1,4 @@
-"""A sample's rates are its receipts' seconds over what they went over."""
+"""Rates of a sample are the seconds of its receipts per unit of work."""
 
 import importlib
 from dataclasses import replace
@@ -48,9 +48,9 @@ def test_rates_of_a_sample(tiles, cells_spec):
     assert expected <= set(sample.rates)
     assert not {"embed", "network", "finish"} & set(sample.rates)
     assert all(value >= 0 for value in sample.rates.values())
-    # Of the only slide, the density of all is its own.
+    # With one slide, its density equals the density of all slides.
     assert sample.densities == {"s": pytest.approx(sample.rates["cells_per_tissue_mm2"])}
-    # The whole slide, one tile beside another, with 2,500 nuclei a mm2 where there is tissue.
+    # The tiles cover the whole slide; its tissue has 2,500 nuclei per mm2.
     assert 300 < sample.rates["cells_per_mm2"] < 3000
     assert 100 < sample.rates["stored_cell_bytes"] < 3000
 

@@ -1,4 +1,4 @@
-"""Slides that cannot be reached are told of all at once, and stop nothing."""
+"""Slides that cannot be reached are all reported at once, and stop no run."""
 
 import logging
 

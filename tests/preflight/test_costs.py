@@ -1,4 +1,4 @@
-"""Estimates against closed forms."""
+"""Estimates of costs equal closed forms."""
 
 import math
 from dataclasses import replace
@@ -112,7 +112,7 @@ def test_a_slide_without_tiles_takes_its_planning():
     assert (bad.all_cpu_s, bad.tiles, bad.bytes_read) == (0, 0, 0)
     both = total([empty, bad], SHAPE)
     assert both.slides == 0
-    # Four workers, and what is as much as two beside them, start on four CPUs.
+    # Four workers and the load of two more start on four CPUs.
     assert wall_s(both, RATES, SHAPE, CPUS) == 20 + 6 * (4 + 2) / 4 + 1.5
 
 
@@ -129,14 +129,14 @@ def test_wall_time_of_one_worker_is_everything_in_turn():
     works = [work_of(SLIDE, RATES, SHAPE, one)] * 100
     everything = total(works, SHAPE)
     seconds = wall_s(everything, RATES, SHAPE, one)
-    # On one CPU nothing overlaps; of planning and finishing one slide's is counted twice.
+    # On one CPU nothing overlaps; planning and finishing of one slide count twice.
     assert seconds == pytest.approx(20 + 6 * 3 + everything.all_cpu_s + 3 + 13)
 
 
 def test_wall_time_is_that_of_what_is_busiest():
     works = [work_of(SLIDE, RATES, SHAPE, PlannedCluster(64, 1, 64))] * 100
     everything = total(works, SHAPE)
-    # 100 slides, each 5 s of one GPU's network and 61.2 of embedding and writing beside it.
+    # 100 slides, each with 5 s of network and 61.2 s of embedding and writing on one GPU.
     seconds = wall_s(everything, RATES, SHAPE, PlannedCluster(64, 1, 64))
     assert seconds == pytest.approx(20 + 6120, rel=0.05)
 
@@ -144,7 +144,7 @@ def test_wall_time_is_that_of_what_is_busiest():
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(0, 8), st.integers(1, 300))
 def test_more_of_anything_is_never_slower(cpus, more, gpus, num_slides):
     def of(cluster):
-        # Each worker opens each slide: that is the price of more of them, and left out here.
+        # Each worker opens each slide; this cost of more workers is left out here.
         free = RATES.replaced({"open": 0.0}, "test")
         everything = total([work_of(SLIDE, free, SHAPE, cluster)] * num_slides, SHAPE)
         body = wall_s(everything, free, SHAPE, cluster)
@@ -153,5 +153,5 @@ def test_more_of_anything_is_never_slower(cpus, more, gpus, num_slides):
 
     few, task_s = of(PlannedCluster(cpus, gpus, cpus))
     many, _ = of(PlannedCluster(cpus + more, gpus, cpus + more))
-    # But for the tail: with more workers more of them wait for the last task.
+    # The tail grows: with more workers, more of them wait for the last task.
     assert many <= few + task_s

@@ -1,4 +1,4 @@
-"""What a node offers, and each thing that may be wrong with it."""
+"""Facts about a node, and every problem that it may have."""
 
 import time
 
@@ -49,7 +49,7 @@ def test_all_well(tmp_path):
     assert facts["versions"] == versions()
     assert {"ray", "torch", "python", "scellst_ray", "openslide"} <= set(versions())
     assert problems_of_node("n", facts, versions(), (before, time.time()), 0, 0) == []
-    # Nothing of it is left but the driver's own.
+    # Only the driver's own probe is left.
     assert {path.name for path in tmp_path.iterdir()} == {
         weights.name,
         probe.rsplit("/", 1)[-1],

@@ -1,4 +1,4 @@
-"""`scellst-ray plan`: what it takes, and what it tells people and machines."""
+"""`scellst-ray plan`: its settings, and its output for people and machines."""
 
 import json
 

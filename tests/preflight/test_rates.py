@@ -1,4 +1,4 @@
-"""Rates of earlier runs: made with known ones, these come back."""
+"""Rates from earlier runs: runs with known rates give these rates back."""
 
 import math
 
@@ -91,7 +91,7 @@ def test_segmenting_is_split_only_where_that_can_be_told():
     assert few == {"segment": pytest.approx(seconds[:3].sum() / 3), "segment_cell": 0.0}
     assert split_segment(seconds, mpx, 500 * mpx)["segment_cell"] == 0
     assert split_segment(np.zeros(3), mpx[:3], cells[:3]) == {}
-    # A rate is never negative, and the sum is kept.
+    # A rate is never negative, and the sum of seconds does not change.
     odd = split_segment(np.array([1.0, 0.1, 1, 1, 1, 1]), np.ones(6), cells)
     assert min(odd.values()) >= 0
     assert odd["segment"] * 6 + odd["segment_cell"] * cells.sum() == pytest.approx(5.1)

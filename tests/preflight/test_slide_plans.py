@@ -1,4 +1,4 @@
-"""Planned tiles are those of the run; bad slides are rows."""
+"""Planned tiles equal those of the run; slides with errors have a plan, too."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from scellst_ray.stages.tiles import box_of
 
 @pytest.fixture(scope="module")
 def cohort(synthetic_slide, tmp_path_factory):
-    """Return a slide, the same coarser, a blank one, one cut off, and one that is not there."""
+    """Return a slide, a coarser copy, a blank slide, a file cut off, and a missing file."""
     folder = tmp_path_factory.mktemp("slides")
     Image.new("RGB", (400, 300), "white").save(folder / "blank.png")
     (folder / "cut.tiff").write_bytes(synthetic_slide.slide.read_bytes()[:5000])
@@ -74,7 +74,7 @@ def test_a_sample_is_of_all_tiles_alike(cohort, cells_spec):
     keys = sorted(tile["key"] for plan in everything for tile in plan.sample)
     assert sorted(tile["key"] for tile in by_slide(few)) == keys[:20]
     assert len(keys) == sum(plan.num_tiles for plan in everything) > 100
-    # Keys are as good as random: they do not lean to one part of a slide.
+    # Keys look random: they favour no part of a slide.
     tile_ids = [tile["tile_id"] for tile in sorted(by_slide(everything), key=lambda t: t["key"])]
     assert abs(np.corrcoef(tile_ids, range(len(tile_ids)))[0, 1]) < 0.35
 

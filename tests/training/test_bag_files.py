@@ -30,7 +30,7 @@ def test_load_bags_gives_back_what_was_written(bags):
     counted, _ = load_bags(uris, counts=True)
     np.testing.assert_array_equal(counted.size_factors_S, counts[:, 0].astype(np.float32))
     np.testing.assert_array_equal(counted.targets_SG, counts[:, 1:])
-    # Of the second file alone, offsets begin at 0 again.
+    # Offsets of the second file alone begin at 0 again.
     second, _ = load_bags(uris[1:])
     np.testing.assert_array_equal(second.offsets, np.concatenate([[0], np.cumsum(sizes[24:])]))
     np.testing.assert_array_equal(second.embeddings_LD, x_LD[sizes[:24].sum() :])

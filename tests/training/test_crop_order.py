@@ -83,7 +83,7 @@ def test_epochs_and_seeds_differ_and_repeat(store, order, epoch0):
     assert np.array_equal(np.concatenate(batches_of(again, 0)), np.concatenate(epoch0))
     others = [batches_of(order, 1), batches_of(CropOrder(store, BATCH, 4, LANES, 2), 0)]
     for other in others:
-        # Chance alone would leave 64 * 64 / 3010 of a batch in place.
+        # By chance, 64 * 64 / 3010 crops of a batch stay in place.
         same = [len(np.intersect1d(a, b)) for a, b in zip(other, epoch0, strict=True)]
         assert np.mean(same) < 4
 
@@ -95,7 +95,7 @@ def test_batches_mix_slides_and_neighbours(epoch0):
     spread = (whole / BATCH).std(axis=0)
     # Independent draws would spread by sqrt(p (1 - p) / 64); whole groups of 128 do not fit that.
     assert (spread < 3.5 * np.sqrt(expected * (1 - expected) / BATCH) + 1e-9).all()
-    # Neighbours of the files do not stay neighbours.
+    # Crops next to each other in a file do not stay together.
     steps = np.abs(np.diff(np.concatenate(epoch0)))
     assert (steps == 1).mean() < 0.02
 
@@ -110,7 +110,7 @@ def test_batches_mix_slides_and_neighbours(epoch0):
     st.integers(0, 3),
 )
 def test_lanes_partition_any_store(counts, num_lanes, lane_crops, window, row_group, seed):
-    """Stores smaller than a row group a lane are no special case."""
+    """A store with fewer row groups than lanes is no special case."""
     files = tuple(CropFile(f"s{i}", "", num, row_group) for i, num in enumerate(counts))
     total = sum(counts)
     store = CropStore((), total, (), (), 18.0, 72, "", {}, {}, files)

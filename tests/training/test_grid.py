@@ -1,4 +1,4 @@
-"""Trials as Ray tasks: what is done stays done, what fails costs no other."""
+"""Trials as Ray tasks: results are kept, and a failed trial affects no other."""
 
 import json
 import os
@@ -24,14 +24,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("by_value", "local_ray")]
 
 @pytest.fixture(scope="module")
 def by_value():
-    # Workers cannot import this file: what is defined here travels whole.
+    # Workers cannot import this file, so its functions are sent by value.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def prepare(folder, name):
-    """Return an array for a name; note in a file that this was done."""
+    """Return an array for a name; write a file to show that it was made."""
     if name == "bad":
         message = "slide bad: no spots\nand more"
         raise ValueError(message)
@@ -41,7 +41,7 @@ def prepare(folder, name):
 
 
 def work(folder, settings, inputs):
-    """Return sums of inputs; die or fail if told to."""
+    """Return sums of inputs; die or fail if the settings say so."""
     with (folder / f"worked_{settings['number']}").open("a") as file:
         file.write("x")
     if settings.get("dies") and not (folder / "died").exists():

@@ -1,4 +1,4 @@
-"""The plain loop of pretraining: what a step sees depends on nothing but the recipe."""
+"""The plain loop of pretraining: the result of a step depends only on the recipe."""
 
 import copy
 from contextlib import closing
@@ -76,9 +76,9 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(store):
 
 def test_workers_take_the_steps_of_one(store):
     alone = losses(*begin(), store)
-    # Of 16 lanes, three workers have 6, 5 and 5.
+    # Three workers have 6, 5 and 5 of 16 lanes.
     for num_workers in (2, 3):
-        # Made here: threads share torch's random state.
+        # Made before the threads start, since they share torch's random state.
         models = [begin()[0] for _ in range(num_workers)]
 
         def work(collective, models=models):

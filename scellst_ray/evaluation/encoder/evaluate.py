@@ -52,7 +52,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EncoderEvaluation:
-    """Scores of an encoder and of what it is compared with.
+    """Scores of an encoder, of further encoders and of the baselines.
 
     Attributes:
         cells: Cells that were scored.

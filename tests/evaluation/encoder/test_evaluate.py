@@ -1,4 +1,4 @@
-"""`evaluate encoder`: cells chosen, baselines beside, files written; real colours as reference."""
+"""`evaluate encoder`: chosen cells, baselines, written files, and colours of real cells."""
 
 import json
 
@@ -22,7 +22,7 @@ SHAPES = {"round": (5, 5), "long": (9, 2), "odd": (3, 7)}
 
 
 def write_images(folder, num=3, each=8, side=400):
-    """Write images of dark ellipses, a shape a type, each on its own ground; return a manifest."""
+    """Write images of dark ellipses, a shape a type, on other backgrounds; return a manifest."""
     rng = np.random.default_rng(0)
     lines = ["slide_id,uri,points,mpp"]
     y, x = np.mgrid[:side, :side]
@@ -71,7 +71,7 @@ def test_the_command_prints_and_writes_what_it_found(manifest, tmp_path, capsys)
         "report.md",
     ]
     report = json.loads((out / "report.json").read_text())
-    # An untrained network of the same architecture, and colours, whether asked for or not.
+    # An untrained network of the same architecture and colours are always scored.
     dims = {name: row["dim"] for name, row in report["encoders"].items()}
     assert dims == {str(weights): 512, "random:0:resnet18": 512, "colours": 18}
     assert set(report["differences"]) == {"random:0:resnet18", "colours"}
@@ -82,7 +82,7 @@ def test_the_command_prints_and_writes_what_it_found(manifest, tmp_path, capsys)
         difference = report["differences"]["colours"][key]["balanced_accuracy"]
         scores = [row[key]["balanced_accuracy"] for row in (ours, colour)]
         assert np.isclose(difference, scores[0] - scores[1])
-    # Shapes are more than colours, even to a network that learnt nothing.
+    # Even an untrained network separates shapes better than colours do.
     assert ours["probe"]["balanced_accuracy"] > 0.6
     text = (out / "report.md").read_text()
     assert f"{ours['probe']['balanced_accuracy']:.3f} (" in text
@@ -98,7 +98,7 @@ def test_scores_are_those_of_the_probe_alone(manifest):
     cells = crops_of(points)
     alone = probe(colours(cells.crops_NHWC), cells.types_N, cells.groups_N)
     assert found.scores["colours"]["probe"] == alone
-    # The one in question is untrained itself: another seed stands beside it.
+    # The encoder is untrained itself, so the baseline has another seed.
     assert list(found.scores) == ["random:0:resnet18", "random:1:resnet18", "colours"]
     queries, near = found.retrieved
     assert near.shape == (9, 10)
@@ -176,7 +176,7 @@ def test_what_cannot_be_judged_is_said_before_anything_is_embedded(manifest):
 
 
 def test_colours_of_real_cells(data_dir, tmp_path):
-    """What every encoder has to beat: measured once, and the same ever after."""
+    """The baseline of every encoder was measured once, and must not change."""
     folder = data_dir / "types_crc"
     if not folder.is_dir():
         pytest.skip(f"typed cells not found at {folder}")

@@ -8,7 +8,7 @@ TYPES = np.array(["a", "b", "c"])
 
 
 def made(seed=0, num=180, num_slides=4, signal=1.5, shift=1.0, dim=6):
-    """Return embeddings with a share of type and a share of slide, types and slides."""
+    """Return embeddings that depend on type and slide, the types and the slides."""
     rng = np.random.default_rng(seed)
     type_N = rng.choice(3, num, p=(0.6, 0.3, 0.1))
     slide_N = rng.integers(num_slides, size=num)

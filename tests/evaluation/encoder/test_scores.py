@@ -26,7 +26,7 @@ TYPES = np.array(["a", "b", "c"])
 
 
 def made(seed=0, num=180, num_slides=4, signal=1.5, shift=1.0, dim=6):
-    """Return embeddings with a share of type and a share of slide, types and slides."""
+    """Return embeddings that depend on type and slide, the types and the slides."""
     rng = np.random.default_rng(seed)
     type_N = rng.choice(3, num, p=(0.6, 0.3, 0.1))
     slide_N = rng.integers(num_slides, size=num)
@@ -65,7 +65,7 @@ def test_the_penalty_is_the_best_on_slides_held_out_of_those_of_training():
                 model = make_pipeline(StandardScaler(), model).fit(x[~out], y[~out])
                 named[out] = model.predict(x[out])
             reached.append(balanced_accuracy_score(y, named))
-        # Solvers that stop at another place name a few cells differently.
+        # Solvers that stop at another point predict a few cells differently.
         assert reached[strengths.index(chosen)] >= max(reached) - 0.02
 
 
@@ -80,7 +80,7 @@ def test_types_are_found_and_slides_are_no_help():
 
 
 def test_a_probe_never_saw_the_slide_it_is_judged_on():
-    """Within a slide the numbers tell the type, in the other slide they tell the opposite."""
+    """In one slide embeddings give the type, in the other slide the opposite type."""
     types_N = np.tile(["a", "b"], 40)
     groups_N = np.repeat(["s", "t"], 40)
     sign = np.where(groups_N == "s", 1.0, -1.0) * np.where(types_N == "a", 1.0, -1.0)
@@ -131,7 +131,7 @@ def test_folds_of_a_seed_are_those_of_earlier_releases(max_folds, seed, held_out
 def test_two_slides_and_a_fold_of_one_type():
     x_ND, types_N, groups_N = made(num_slides=2, signal=8.0, shift=0.1)
     assert scores(linear_probe(x_ND, types_N, groups_N))["balanced_accuracy"] > 0.9
-    # Nothing but b to learn from for the cells of s0.
+    # The probe for the cells of s0 sees only type b.
     types_N = np.where(groups_N == "s0", types_N, "b")
     for found in (linear_probe, nearest_types):
         predicted_N = found(x_ND, types_N, groups_N).predicted_N
@@ -146,7 +146,7 @@ def test_balanced_accuracy_is_sklearns():
 
 
 def answers(share_right, num=400, num_slides=4, seed=0):
-    """Return predictions of two types that are right with a chance of their own a slide."""
+    """Return predictions of two types; each slide has its own probability to be correct."""
     rng = np.random.default_rng(seed)
     slide_N = np.arange(num) % num_slides
     types_N = np.where(np.arange(num) // num_slides % 2, "a", "b")
@@ -175,7 +175,7 @@ def test_intervals_over_slides_have_the_width_of_their_differences():
         )
         for g in "0123"
     ]
-    # All slides have as many cells of each type: a sample is the mean of four slides drawn.
+    # All slides have equally many cells of each type, so a sample is the mean of four slides.
     every = [np.mean(draw) for draw in itertools.product(means, repeat=4)]
     values_B = bootstrap([found], "slides", num_samples=4000)[0]
     assert abs(values_B.std() - np.std(every)) < 0.004

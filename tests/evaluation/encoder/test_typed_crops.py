@@ -17,7 +17,7 @@ from tests.support.small_run import write_small_run
 
 
 def test_crops_are_those_that_extract_cuts(synthetic_slide, segmented_rows):
-    """Tile by tile, where both read the slide in other boxes; centroids are stored as float32."""
+    """Compare tile by tile: both read other boxes, and centroids are stored as float32."""
     with Slide(synthetic_slide.slide) as slide:
         for row in segmented_rows():
             cells = row["cells"]
@@ -31,7 +31,7 @@ def test_crops_are_those_that_extract_cuts(synthetic_slide, segmented_rows):
 
 
 def test_a_slide_larger_than_a_tile(tmp_path):
-    """Every point sits on the one pixel of its colour, whichever tile it is in."""
+    """Every point lies on the only pixel of its colour, in any tile."""
     rng = np.random.default_rng(0)
     image = np.full((2300, 1500, 3), 255, np.uint8)
     points = rng.integers(40, (1460, 2260), size=(60, 2))
@@ -84,7 +84,7 @@ def test_points_and_crops_of_a_manifest(annotated, monkeypatch):
     cells = crops_of([listed[0], listed[1].take(np.array([False, True, True]))])
     assert cells.groups_N.tolist() == ["s", "s", "s", "t", "t"]
     assert cells.types_N.tolist() == ["a", "b", "", "b", ""]
-    # At 0.25 um/px a crop's pixels are the image's own; beyond the image it is white.
+    # At 0.25 um/px a crop has the pixels of the image; beyond the image it is white.
     image = np.asarray(Image.open(annotated.parent / "t.png"))
     np.testing.assert_array_equal(cells.crops_NHWC[3][4:], image[:44, 36:84])
     assert (cells.crops_NHWC[3][:4] == 255).all()

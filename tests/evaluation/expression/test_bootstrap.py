@@ -1,4 +1,4 @@
-"""Bootstraps by matrix products against drawing rows one draw at a time."""
+"""Bootstraps by matrix products equal bootstraps that draw rows one draw at a time."""
 
 import numpy as np
 import pytest

@@ -58,7 +58,7 @@ def test_ridge_learns_what_is_linear_in_colours():
     found = fitted.predict(colours[200:])
     assert found.shape == (100, 3)
     assert np.abs(found - targets[200:]).mean() < 0.15
-    # Of one gene, too, and colours that say nothing give the mean.
+    # It works for one gene, too, and constant colours predict the mean.
     noise = rng.normal(size=(200, 1))
     flat = fit_colour_ridge(colours[:200], noise).predict(colours[200:])
     assert flat.shape == (100, 1)

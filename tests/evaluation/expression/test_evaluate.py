@@ -1,4 +1,4 @@
-"""`scellst-ray evaluate expression` against sums by hand, and what it refuses."""
+"""`scellst-ray evaluate expression` equals sums by hand, and refuses unusable inputs."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def tissue_of(number):
 
 
 def write_image(path, tissue):
-    """Write an image whose colour at a nucleus is that of its type: the ridge can learn it."""
+    """Write an image whose nuclei have the colour of their type, which a ridge can learn."""
     mpp = tissue.config.mpp
     size = (round(tissue.config.height_um / mpp), round(tissue.config.width_um / mpp))
     image = np.full((*size, 3), 230, np.uint8)
@@ -73,7 +73,7 @@ def hidden_of(expected_NP):
 
 
 def write_run(folder, tissue, loss):
-    """Write a run of `predict` on s2 that knows nearly the truth; return what it predicts."""
+    """Write a run of `predict` on s2 that is close to the truth; return its predictions."""
     run = RunFolder(str(folder), "0123456789abcdef")
     truth = truth_table(tissue)
     ids = np.arange(len(truth)) * 3 + 5
@@ -127,7 +127,7 @@ def write_run(folder, tissue, loss):
 
 
 def write_xenium(outs, tissue):
-    """Write the true nuclei as Xenium cells, a third of them and a little beside."""
+    """Write a third of the true nuclei as Xenium cells, a little shifted."""
     outs.mkdir()
     rows = np.arange(0, len(tissue.expected_NG), 3)
     xy_um = tissue.layout.nuclei.centroid_um[rows] + 0.5
@@ -150,7 +150,7 @@ def write_xenium(outs, tissue):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Two training slides and one to predict, with a run of either kind of head."""
+    """Return two training slides and one to predict, with a run of either kind of head."""
     folder = tmp_path_factory.mktemp("study")
     lines = ["slide_id,uri,mpp,spots,spot_diameter_um"]
     for number in range(3):

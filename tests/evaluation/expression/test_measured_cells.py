@@ -1,4 +1,4 @@
-"""Cells found beside cells measured, against a slow search, and their expression."""
+"""Pairs of found and measured cells equal a slow search, and their expression is known."""
 
 import numpy as np
 import pytest

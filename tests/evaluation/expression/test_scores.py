@@ -1,4 +1,4 @@
-"""Scores of models beside each other, against scipy and scikit-learn gene by gene."""
+"""Scores of several models equal those of scipy and scikit-learn, gene by gene."""
 
 import json
 

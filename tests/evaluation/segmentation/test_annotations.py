@@ -1,4 +1,4 @@
-"""Nuclei from files: every kind that can be read, and what is refused."""
+"""Every readable file of nuclei is read, and other files are refused."""
 
 import cv2
 import numpy as np
@@ -35,7 +35,7 @@ def write_map(path, labels=LABELS):
 def test_label_maps(tmp_path, suffix):
     found = read_nuclei(str(write_map(tmp_path / f"map{suffix}")))
     assert found.centroid_N2.tolist() == CENTROIDS
-    # Numbered anew, in the order of the labels.
+    # Nuclei are numbered 1 to N in the order of the labels.
     np.testing.assert_array_equal(found.labels_HW, 1 * (LABELS == 3) + 2 * (LABELS == 700))
     assert found.types_N.tolist() == ["", ""]
     assert found.polygons_N is None

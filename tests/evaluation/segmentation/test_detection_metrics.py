@@ -48,7 +48,7 @@ def test_matching_equals_the_dense_solver(seed, radius):
     number, total = dense_twin(true, predicted, radius)
     assert found.counts == DetectionCounts(len(true), len(predicted), number)
     assert found.distance.sum() == pytest.approx(total)
-    # One to one, within the radius, and the distances are those of the pairs.
+    # Pairs are one to one and within the radius, and the distances belong to the pairs.
     assert len(set(found.true_index)) == len(set(found.predicted_index)) == number
     assert (np.diff(found.true_index) > 0).all()
     between = np.linalg.norm(true[found.true_index] - predicted[found.predicted_index], axis=1)
@@ -176,7 +176,7 @@ def test_types_equal_the_loops(seed):
 
 
 def test_types_in_closed_form_and_their_sum():
-    # One right pair, one of two types, one unmatched on each side, all of or with type a.
+    # With type a: one correct pair, one pair of two types, one unmatched nucleus on each side.
     true = np.array([[0.0, 0], [10, 0], [20, 0]])
     predicted = np.array([[0.0, 0], [10, 0], [40, 0]])
     counts = type_counts(match_points(true, predicted, 1.0), ["a", "b", "a"], ["a", "a", "a"])
@@ -192,7 +192,7 @@ def test_a_perfect_prediction_of_types_is_one():
     names = np.random.default_rng(1).choice(["a", "b"], 30).tolist()
     counts = type_counts(match_points(points, points, 1.0), names, names)
     assert [value.f1 for value in counts.values()] == [1, 1]
-    # Exchanged names: every pair is wrong.
+    # With exchanged names, every pair has two types.
     wrong = ["ab"[name == "a"] for name in names]
     counts = type_counts(match_points(points, points, 1.0), names, wrong)
     assert [value.f1 for value in counts.values()] == [0, 0]

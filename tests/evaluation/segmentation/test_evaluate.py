@@ -1,4 +1,4 @@
-"""`scellst-ray evaluate segmentation`: which files go together, what is printed and written."""
+"""`scellst-ray evaluate segmentation`: pairs of files, printed tables and written files."""
 
 import json
 
@@ -71,7 +71,7 @@ def write_points(path, places, types=None):
 
 @pytest.fixture
 def files(tmp_path):
-    """Return a folder with an annotation of six nuclei in all forms, and CELLS that are right."""
+    """Return a folder with an annotation of six nuclei in all formats, and CELLS that equal it."""
     np.save(tmp_path / "truth.npy", discs(PLACES))
     rows = [f"{number},{name}" for number, name in enumerate(TYPES, start=1)]
     (tmp_path / "types.csv").write_text("\n".join(["label,type", *rows]) + "\n")
@@ -124,7 +124,7 @@ def test_an_annotation_of_a_region_at_another_resolution(files):
     found = evaluate_segmentation(config(files, **settings))
     assert found.all.masks.pq == 1
     assert found.all.centroids.f1 == 1
-    # Of points nobody knows where they end unless told.
+    # Without a region, the size of the annotated part of points is unknown.
     settings["truth"] = "truth.csv"
     assert evaluate_segmentation(config(files, **settings)).all.centroids.num_predicted == 7
     settings["region"] = "1000 2000 240 240"
@@ -326,7 +326,7 @@ def test_real_masks_against_a_shifted_copy(tmp_path):
     number = found.all.masks.num_true
     assert number > 300
     assert found.all.masks.pq == found.all.centroids.f1 == 1
-    # As CELLS, from another resolution: only holes and second parts are lost.
+    # As CELLS of another resolution, nuclei lose only holes and second parts.
     from scellst_ray.evaluation.segmentation.annotations import read_nuclei
 
     labels = read_nuclei(str(path)).labels_HW

@@ -85,7 +85,7 @@ def test_masks_are_those_of_score_labels():
 
 
 def edges_meet(labels):
-    """Tell whether rolling has joined parts that lie on opposite edges under one label."""
+    """Return whether rolling has joined parts at opposite edges under one label."""
     return any(ndimage.label(labels == k)[1] > 1 for k in range(1, labels.max() + 1))
 
 
@@ -97,11 +97,11 @@ def test_a_region_of_a_slide():
     part = flat.reshape(part.shape).astype(np.int32)
     assert names[0] == 0
     found = score_image(as_map(part), whole, Annotated(Frame(30, 20, 1, 1), 0.25), NO_NAMES, 3)
-    # Nuclei cut by the border are cut in the prediction too; those beyond are not there.
+    # Nuclei at the border are cut in the prediction, too; nuclei beyond it are left out.
     assert found.masks.pq == found.masks.aji == 1
     inside = (whole.centroid_N2 >= (30, 20)).all(1) & (whole.centroid_N2 < (80, 60)).all(1)
     assert found.centroids.num_predicted == inside.sum()
-    # Points have no edges but those that are told.
+    # Points have no edges unless a size is given.
     points = as_points(as_map(part))
     told = score_image(points, whole, Annotated(Frame(30, 20, 1, 1), 0.25, (50, 40)), NO_NAMES, 3)
     assert told.centroids == found.centroids
@@ -169,7 +169,7 @@ def test_several_images_as_one():
     found = summary(images)
     assert found.centroids == DetectionCounts(number + missed, number, number)
     assert (found.masks.num_true, found.masks.num_matched) == (number + missed, number)
-    # 1 and 0; the image without nuclei asks nothing.
+    # The mean of 1 and 0; the image without nuclei is left out.
     assert (found.masks.pq, found.masks.f1, found.masks.aji) == (0.5, 0.5, 0.5)
     assert found.masks.sq == 1
     assert math.isnan(images[2].masks.pq)

@@ -1,4 +1,4 @@
-"""Outlines to label maps, against a point-in-polygon test of every pixel centre."""
+"""Rasterised outlines equal a point-in-polygon test of every pixel centre."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ ONE = Frame(0, 0, 1, 1)
 
 
 def slow_twin(polygons, height, width):
-    """Ask shapely about every pixel centre."""
+    """Return the label map from shapely's test of every pixel centre."""
     labels = np.zeros((height, width), np.int32)
     y, x = np.mgrid[:height, :width] + 0.5
     for number, polygon in enumerate(polygons, start=1):
@@ -36,7 +36,7 @@ def random_polygon(rng, centre, size):
 @pytest.mark.parametrize("seed", range(10))
 def test_equals_the_twin_for_any_polygons(seed):
     rng = np.random.default_rng(seed)
-    # Beyond all edges of the map, overlapping, some with several parts.
+    # Outlines reach beyond all edges of the map and overlap; some have several parts.
     polygons = [
         random_polygon(rng, rng.uniform(-5, 65, 2), rng.uniform(0.3, 15)) for _ in range(40)
     ]
@@ -52,7 +52,7 @@ def test_outlines_of_a_label_map_give_it_back(seed):
     noise = ndimage.gaussian_filter(rng.normal(size=(80, 90)), 2)
     labels, num = ndimage.label(noise > 0.03, np.ones((3, 3)))
     labels = ndimage.grey_dilation(labels, 3) * (noise > 0)  # nuclei that touch
-    # What an outline can hold: one part, holes filled.
+    # An outline holds one part, with holes filled.
     for label in range(1, num + 1):
         parts, count = ndimage.label(labels == label, np.ones((3, 3)))
         if count > 1:
@@ -64,7 +64,7 @@ def test_outlines_of_a_label_map_give_it_back(seed):
     polygons = shapely.from_wkb(nuclei.polygon_wkb(ONE))
     found = rasterise(polygons, 80, 90)
     np.testing.assert_array_equal(found > 0, labels > 0)
-    # Another numbering, the same nuclei.
+    # The nuclei are the same, with other numbers.
     pairs = np.unique(np.stack([labels.ravel(), found.ravel()]), axis=1)
     assert pairs.shape[1] == len(nuclei) + 1 == len(np.unique(labels))
     y, x = np.nonzero(found == 1)
@@ -81,7 +81,7 @@ def test_scaling_there_and_back_changes_nothing():
 
 
 def test_neighbours_share_no_pixel_and_leave_none():
-    # A line through pixel centres: half-open, so one of the two has them.
+    # An edge through pixel centres: intervals are half-open, so one of two neighbours has them.
     left, right = shapely.box(0, 0, 4.5, 10), shapely.box(4.5, 0, 10, 10)
     upper, lower = shapely.box(0, 0, 10, 3.5), shapely.box(0, 3.5, 10, 10)
     assert (np.bincount(rasterise(np.array([left, right]), 10, 10).ravel()) == [0, 40, 60]).all()

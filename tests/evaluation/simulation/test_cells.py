@@ -19,7 +19,7 @@ from scellst_ray.evaluation.simulation.cells import (
 
 
 def test_synthetic_embeddings_are_clusters_that_kmeans_finds_again():
-    # With so little spread the clusters can be told by eye: cells near the first of their kind.
+    # With this small spread, a cluster is the cells near its first cell.
     embeddings_ND = synthetic_embeddings(600, 40, 4, 0.01, seed=1)
     gaps = np.linalg.norm(embeddings_ND[:, None] - embeddings_ND[None], axis=2)
     planted_N = (gaps < 2.5).argmax(axis=1)
@@ -98,7 +98,7 @@ def test_spots_add_counts_up_before_they_normalise():
         total = sum(counts_NP[cell] for cell in members)
         expected[spot] = np.log1p(total * 1e4 / sum(library_N[cell] for cell in members))
     np.testing.assert_allclose(cells.normalise_spots(cells_SK), expected, rtol=1e-5)
-    # One cell is a spot of one.
+    # A spot of one cell equals the cell.
     rows = np.arange(5)
     np.testing.assert_allclose(
         cells.normalise_spots(rows[:, None]), cells.normalise_cells(rows), rtol=1e-6
@@ -114,7 +114,7 @@ def test_spots_are_drawn_with_replacement_from_the_given_cells():
 
 
 def planted():
-    """Return counts that tell which reference cell they are of, with types and parts."""
+    """Return counts that identify their reference cell, with types and parts."""
     type_C = np.repeat(np.arange(3), 40)
     counts = CellCounts(np.arange(120.0, dtype=np.float32)[:, None] + 1, np.full(120, 1000.0))
     cluster_N = np.repeat(np.arange(3), 200)

@@ -62,7 +62,7 @@ def test_the_blood_cells_of_scanpy_are_counts_again():
         cells = scanpy.datasets.pbmc68k_reduced()
     assert found.counts.shape == (700, 765)
     assert found.genes == cells.raw.var_names.tolist()
-    # Scaled and logged as scanpy did it, they are what the file holds, to its rounding.
+    # Scaled and logged as by scanpy, they equal the file up to its rounding.
     totals = cells.obs["n_counts"].to_numpy()[:, None]
     logged = np.log1p(found.counts.toarray() * 1e4 / totals)
     np.testing.assert_allclose(logged, cells.raw.X.toarray(), atol=1.1e-3)
@@ -95,7 +95,7 @@ def test_medoids_are_near_the_best_there_are(seed):
     best = min(cost(rows) for rows in combinations(range(9), 4))
     assert len(set(found.tolist())) == 4
     assert cost(found) <= 1.05 * best
-    # No single exchange helps.
+    # No single exchange lowers the sum.
     for i in range(4):
         for row in set(range(9)) - set(found.tolist()):
             assert cost([*np.delete(found, i), row]) >= cost(found) - 1e-9

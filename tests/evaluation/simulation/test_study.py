@@ -1,4 +1,4 @@
-"""The simulation study: what each condition must come to, its files, and taking it up again."""
+"""The simulation study: expected scores, written files, and continuing a study."""
 
 import json
 
@@ -34,7 +34,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Return a small study's folder, its report and what was printed."""
+    """Return the folder of a small study, its report and the printed text."""
     patch = pytest.MonkeyPatch()
     out = tmp_path_factory.mktemp("study")
     console = Console(record=True, width=80)
