@@ -1,5 +1,8 @@
 """Shared fixtures: one small synthetic slide, and pyramids with dots at known places."""
 
+import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,18 +12,30 @@ import tifffile
 
 from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
 from tests.support.paths import SHARED
+from tests.support.worker_forks import forked_workers
 
 BACKGROUND = (40, 60, 80)
 DOT_SIGMA = 7.0
 
 
 def pytest_collection_modifyitems(items):
-    """Put tests that share a Ray last: those before them may start one of their own."""
-    items.sort(key=lambda item: "local_ray" in item.fixturenames)
+    """Put tests that share a Ray last, and those of one kind of Ray together."""
+    items.sort(key=lambda i: ("local_ray" in i.fixturenames) + ("pretended_gpu" in i.fixturenames))
 
 
 @pytest.fixture(scope="session")
-def shared_ray(tmp_path_factory):
+def ray_forks():
+    """Let Rays that tests start in this process fork their workers.
+
+    With TESTS_PLAIN_WORKERS set, workers start as they do outside of tests.
+    """
+    plain = sys.platform != "linux" or "TESTS_PLAIN_WORKERS" in os.environ
+    with nullcontext() if plain else forked_workers():
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_ray(tmp_path_factory, ray_forks):  # noqa: ARG001 - set up first
     """Return a function that gives a local Ray of two CPUs, the one before if it is alike.
 
     To start one takes as long as many a test. It runs in another folder than the tests: a relative

@@ -89,6 +89,7 @@ def test_what_cannot_be_trained_on_is_refused_before_ray_starts(config, tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_pretraining_leaves_an_encoder_that_extract_can_read(config, tmp_path):
     begun, dim = new_backbone(ARCH, 7)
     init = tmp_path / "init.safetensors"

@@ -7,7 +7,12 @@ from tests.support.pretended_gpu import ENVIRONMENT, pretend_in_this_process
 
 
 @pytest.fixture(scope="module")
-def local_ray(shared_ray):
+def pretended_gpu():
+    """Mark tests whose Ray has a GPU in name only."""
+
+
+@pytest.fixture(scope="module")
+def local_ray(shared_ray, pretended_gpu):  # noqa: ARG001 - set up first
     """Give a Ray with two CPUs, and a GPU in name only."""
     with pytest.MonkeyPatch.context() as patch, shared_ray(1, **ENVIRONMENT) as cluster:
         pretend_in_this_process(patch)

@@ -27,7 +27,7 @@ CLUSTER = Cluster(2, 0, (10**9,), 2)
 
 
 @pytest.fixture(scope="module")
-def local_cluster():
+def local_cluster(ray_forks):  # noqa: ARG001 - set up first
     """Start a head without CPUs and one node, and yield the cluster."""
     cluster = LocalCluster()
     cluster.add_node(num_cpus=0, include_dashboard=False, object_store_memory=80_000_000)

@@ -334,7 +334,7 @@ def broken_cohort(small_cohort, tmp_path_factory, helpers):
 
 
 @pytest.fixture(scope="module")
-def broken_ray(broken_cohort):
+def broken_ray(broken_cohort, ray_forks):  # noqa: ARG001 - set up first
     """Start a Ray whose workers have a reader that crashes and hangs."""
     _, where, _ = broken_cohort
     # Workers cannot import this file.

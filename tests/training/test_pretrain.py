@@ -89,6 +89,7 @@ def assert_plain(folder, result, plain):
     assert list((Path(folder) / "tensorboard").iterdir())
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_killed_worker_changes_nothing(crops, plain, tmp_path):
     killed, at = tmp_path / "killed", random.SystemRandom().randrange(1, 9)
     print(f"killed at step {at}")
@@ -99,8 +100,7 @@ def test_a_killed_worker_changes_nothing(crops, plain, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     keep = Keeping(str(tmp_path / "out"), steps=2, num_best=2)
-    with ray_session(num_cpus=2, dashboard=True):
-        result = pretrain([crops], RECIPE, None, ONE, keep, kill_once)
+    result = pretrain([crops], RECIPE, None, ONE, keep, kill_once)
     assert killed.exists()
     assert_plain(tmp_path / "out", result, plain)
 
