@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint bench clean
+.PHONY: help venv demo test test-without-bfloat16 test-slow lint bench clean
 
 help:
 	@echo "make demo   synthetic slides to single-cell expression, on this machine, into demo/"
 	@echo "make test   lint, then all tests but the slow; what .ci/run calls"
+	@echo "make test-without-bfloat16  the same as on a CPU without native bfloat16"
 	@echo "make test-slow  lint, then the tests that take minutes each"
 	@echo "make lint   ruff, mypy --strict, codespell"
 	@echo "make bench  throughput end to end, against the same kernels in a bare loop"
@@ -29,18 +30,27 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/scellst-ray demo --out demo
 
-# Tests that start Ray wait for it much of the time, so the rest run next to them in a second process,
-# whose report follows when both have ended. The first process reads only files with such tests.
+# Tests with Ray wait for it much of the time, so the other tests and lint run next to them; their
+# output follows when all have ended. The first process reads only files with tests for Ray.
 # Two Rays on one machine would disturb each other. Ray's workers yield to all else by default.
 # Each process computes in one thread: on shared cores, threads burn CPU while they wait for each other.
 test: export OMP_NUM_THREADS := 1
-test: lint
-	@log=$$(mktemp); \
+test: export OMP_WAIT_POLICY := passive
+test: venv
+	@lint=$$(mktemp); log=$$(mktemp); \
+	$(MAKE) --no-print-directory lint >"$$lint" 2>&1 & linting=$$!; \
 	$(BIN)/python -m pytest -m "not slow and not ray" >"$$log" 2>&1 & others=$$!; \
 	RAY_worker_niceness=0 $(BIN)/python -m pytest -m "not slow and ray" \
 		$$(grep -rl --include='test_*.py' 'mark\.ray' tests | sort); with_ray=$$?; \
-	wait $$others; without=$$?; cat "$$log"; rm "$$log"; \
-	exit $$((with_ray | without))
+	wait $$others; without=$$?; wait $$linting; linted=$$?; \
+	cat "$$log" "$$lint"; rm "$$log" "$$lint"; \
+	test $$linted = 0 || echo "lint failed, see above"; \
+	exit $$((with_ray | without | linted))
+
+# torch and oneDNN leave native bfloat16 and AVX-512 unused.
+test-without-bfloat16: export ONEDNN_MAX_CPU_ISA := AVX2
+test-without-bfloat16: export ATEN_CPU_CAPABILITY := avx2
+test-without-bfloat16: test
 
 test-slow: lint
 	$(BIN)/python -m pytest -m slow
