@@ -28,7 +28,7 @@ TINY = {
     "num_markers": 3,
     "learning_rates": [3e-3, 1e-9],
     "search_epochs": [2],
-    "max_epochs": 40,
+    "max_epochs": 24,
 }
 
 
