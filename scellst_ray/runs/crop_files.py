@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,12 +33,6 @@ from scellst_ray.runs.records import ColourTotals, SampleSettings
 # mean error of one grey level (benchmarks/crop_formats.py). 4:4:4 keeps colours, as stains are.
 CODEC = "jpeg"
 QUALITY = 95
-PARAMETERS = (
-    cv2.IMWRITE_JPEG_QUALITY,
-    QUALITY,
-    cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-    cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-)
 ROW_GROUP = 128
 # Highest possible priority: a cutoff that leaves out no cell.
 NO_CUTOFF = (1 << 64) - 1
@@ -207,13 +200,23 @@ class ColourSums:
 
 def encode(crop_HWC: NDArray[np.uint8]) -> bytes:
     """Return a crop, RGB, as it is stored."""
-    done, coded = cv2.imencode(".jpg", cv2.cvtColor(crop_HWC, cv2.COLOR_RGB2BGR), PARAMETERS)
+    import cv2  # noqa: PLC0415 - 18 MB that reading a run's state does not need
+
+    parameters = (
+        cv2.IMWRITE_JPEG_QUALITY,
+        QUALITY,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+    )
+    done, coded = cv2.imencode(".jpg", cv2.cvtColor(crop_HWC, cv2.COLOR_RGB2BGR), parameters)
     assert done
     return bytes(coded.tobytes())
 
 
 def decode_into(images: Sequence[NDArray[np.uint8]], out_NHWC: NDArray[np.uint8]) -> None:
     """Decode stored crops (uint8 arrays of bytes) into the rows of an array."""
+    import cv2  # noqa: PLC0415 - as in encode
+
     for image, out in zip(images, out_NHWC, strict=True):
         decoded = cv2.imdecode(image, cv2.IMREAD_COLOR)
         if decoded is None or decoded.shape != out.shape:

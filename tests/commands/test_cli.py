@@ -312,6 +312,7 @@ HEAVY = [
     "scipy",
     "openslide",
     "pandas.core",
+    "cv2",
 ]
 
 

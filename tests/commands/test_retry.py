@@ -82,7 +82,7 @@ def test_slides_that_left_the_manifest_are_named_and_left(tmp_path, manifest, st
     run = run_of(tmp_path, ExtractConfig(manifest=manifest, out="o"), records=RECORDS + gone)
     retry(RetryConfig(run=run.uri, failed=True))
     assert started[0].slides == ["lost", "part"]
-    assert "left as they are: gone" in caplog.text
+    assert "stay as they are: gone" in caplog.text
 
 
 def test_nothing_to_retry(tmp_path, manifest, started, capsys):
@@ -117,5 +117,5 @@ def test_what_cannot_be_run_again(tmp_path):
     with pytest.raises(ValueError, match=r"holds core; run `scellst-ray extract`"):
         retry(RetryConfig(run=run.uri))
     other = make_run(tmp_path / "other", {}, RECORDS, job="train")
-    with pytest.raises(ValueError, match="a run of train; only extract and predict"):
+    with pytest.raises(ValueError, match="a run of train; only runs of extract and predict"):
         retry(RetryConfig(run=other.uri))

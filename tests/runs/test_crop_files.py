@@ -1,6 +1,7 @@
 import hashlib
 import json
 
+import cv2  # noqa: F401 - loaded before examples are timed
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
