@@ -1,11 +1,10 @@
-"""The demo, smaller, in a process of its own: the whole way, compared with the truth."""
+"""The demo, smaller: the whole way, compared with the truth."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from scellst_ray.commands.cli import main
 from scellst_ray.commands.configs import DemoConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
@@ -18,16 +17,9 @@ def test_what_cannot_be_learnt_from_is_refused_at_once():
         DemoConfig(crops=10)
 
 
-def test_demo_finds_nuclei_and_expression(tmp_path):
-    command = [sys.executable, "-m", "scellst_ray.commands.cli", "demo", f"--out={tmp_path}"]
-    ended = subprocess.run(
-        [*command, "--size-um=900", "--crops=256"],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+@pytest.mark.usefixtures("local_ray")
+def test_demo_finds_nuclei_and_expression(tmp_path, capsys):
+    assert main(["demo", f"--out={tmp_path}", "--size-um=900", "--crops=256"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["precision"] >= 0.95
     assert report["recall"] >= 0.95
@@ -35,4 +27,4 @@ def test_demo_finds_nuclei_and_expression(tmp_path):
     assert report["cell_pearson"] > 0.25
     assert abs(report["cell_pearson_shuffled"]) < 0.05
     assert (tmp_path / "genes.png").stat().st_size > 20_000
-    assert f"{report['cell_pearson']:.3f}" in ended.stdout
+    assert f"{report['cell_pearson']:.3f}" in capsys.readouterr().out

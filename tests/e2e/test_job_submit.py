@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,8 @@ def ray_head(tmp_path_factory):
         wait_until_up(ray, environment)
         yield ray, environment, process.pid
     finally:
-        process.terminate()
+        # Told to end, a head waits half a minute for its agents.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=60)
         shutil.rmtree(environment["RAY_TMPDIR"])
 

@@ -37,7 +37,7 @@ def manifest(tmp_path_factory):
     """Return the manifest of one slide of four tiles of 256 px, and one too coarse."""
     folder = tmp_path_factory.mktemp("slides")
     config = SyntheticConfig(
-        seed=1, width_um=100, height_um=100, mpp=0.25, cells_per_mm2=3000, num_genes=4
+        seed=1, width_um=100, height_um=100, mpp=0.262, cells_per_mm2=3000, num_genes=4
     )
     slide = write_synthetic_slide(folder / "s", config).slide
     path = folder / "manifest.csv"
@@ -86,7 +86,7 @@ def test_pipeline_equals_plain_loop_whether_fused_or_spread(
         )
         records = extract(config)
         assert {k: r["status"] for k, r in records.items()} == {"fine": "done", "coarse": "failed"}
-        assert "0.8 um/px is coarser than the 0.75" in records["coarse"]["error"]
+        assert "0.8 um/px is coarser than 0.75" in records["coarse"]["error"]
         assert records["fine"]["seconds"]["network"] > 0
         assert pq.read_table(out / "cells" / "fine.parquet").equals(expected)
     run = open_run(str(out))

@@ -1,5 +1,6 @@
 """The distributed pass equals a plain loop over its functions, resumes, and survives bad slides."""
 
+import functools
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from scellst_ray import storage
+from scellst_ray.models.encoder.encoder import best_precision
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.runs.compaction import finish_slide
 from scellst_ray.runs.folder import RunFolder
@@ -24,36 +26,53 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 TILES = {
     "core_px": 96,
     "halo_px": 32,
-    "encoder": "random:0",
+    "encoder": "random:0:resnet18",
     "memory_gb": 0.5,
     "precision": "float32",
 }
 
 
 def spec_of(config):
+    assert config.precision != "auto"
     return CellsSpec(
         segmenter=config.segmenter,
         read_mpp=None,
         core_px=config.core_px,
         halo_px=config.halo_px,
         encoder=config.encoder,
-        precision="float32",
+        precision=config.precision,
         head_uri=None,
         store_embeddings=True,
     )
 
 
-@pytest.fixture(scope="module")
-def plain(small_cohort, tmp_path_factory, helpers):
+def plain_loop(config, folder, helpers):
     """Return the CELLS of each slide from a plain loop over tiles, one at a time."""
-    config = ExtractConfig(manifest=str(small_cohort), out="unused", **TILES)
-    spec, run = spec_of(config), RunFolder(str(tmp_path_factory.mktemp("plain")), "plain")
+    spec, run = spec_of(config), RunFolder(str(folder), "plain")
     segment, embed, write = helpers.find_stage(spec), Embed(spec, "cpu"), WriteShards(run)
-    for slide in read_manifest(str(small_cohort)):
+    for slide in read_manifest(config.manifest):
         tiles = plan_slide(helpers.slide_row(slide.uri, slide_id=slide.slide_id), spec)
         receipts = [write(embed(segment([tile]))) for tile in tiles]
         finish_slide(run, slide.slide_id, pa.concat_tables(receipts))
     return {name: pq.read_table(run.cells_uri(name)) for name in ("s0", "s1")}
+
+
+@pytest.fixture(scope="module")
+def plain_with(small_cohort, tmp_path_factory, helpers):
+    """Return a function from an encoder to the CELLS of each slide by a plain loop in float32."""
+
+    @functools.cache
+    def run_loop(encoder):
+        settings = TILES | {"encoder": encoder}
+        config = ExtractConfig(manifest=str(small_cohort), out="unused", **settings)
+        return plain_loop(config, tmp_path_factory.mktemp("plain"), helpers)
+
+    return run_loop
+
+
+@pytest.fixture(scope="module")
+def plain(plain_with):
+    return plain_with(TILES["encoder"])
 
 
 def cells_of(out, slide_id):
@@ -69,22 +88,35 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(
     "resources",
     [
-        pytest.param({"tiles_per_task": 1000, "workers": 1}, id="one block"),
+        pytest.param(
+            {"tiles_per_task": 1000, "workers": 1, "encoder": "random:0"}, id="one block, ResNet-50"
+        ),
         pytest.param({"tiles_per_task": 1, "workers": 2}, id="a block per tile"),
         pytest.param({"tiles_per_task": 3, "gpus": True}, id="split over cpu and gpu actors"),
     ],
 )
-def test_pipeline_equals_plain_loop(small_cohort, plain, tmp_path, resources):
+def test_pipeline_equals_plain_loop(small_cohort, plain_with, tmp_path, resources):
     settings = TILES | {"gpus": False} | resources
     config = ExtractConfig(manifest=str(small_cohort), out=str(tmp_path), **settings)
     records = extract(config)
     assert {record["status"] for record in records.values()} == {"done"}
-    for slide_id, expected in plain.items():
+    for slide_id, expected in plain_with(config.encoder).items():
         assert_same(cells_of(tmp_path, slide_id), expected)
         assert records[slide_id]["num_cells"] == len(expected)
         # In a queue at least once; for two slides of a dozen tiles, for no hour.
         assert 0 < records[slide_id]["waited_s"] < 3600 * records[slide_id]["num_tiles"]
     assert storage.list_files(str(tmp_path / "shards")) == []
+
+
+@pytest.mark.skipif(best_precision("cpu") != "bfloat16", reason="no native bfloat16")
+def test_pipeline_equals_plain_loop_in_bfloat16(small_cohort, plain, tmp_path, helpers):
+    settings = TILES | {"precision": "bfloat16", "gpus": False}
+    config = ExtractConfig(manifest=str(small_cohort), out=str(tmp_path / "run"), **settings)
+    expected = plain_loop(config, tmp_path / "plain", helpers)
+    assert {record["status"] for record in extract(config).values()} == {"done"}
+    for slide_id, cells in expected.items():
+        assert_same(cells_of(config.out, slide_id), cells)
+        assert not cells.equals(plain[slide_id])
 
 
 def test_rerun_does_nothing_and_resume_does_only_what_is_missing(

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 SETTINGS = {
     "core_px": 96,
     "halo_px": 32,
-    "encoder": "random:0",
+    "encoder": "random:0:resnet18",
     "memory_gb": 0.5,
     "precision": "float32",
     "gpus": False,

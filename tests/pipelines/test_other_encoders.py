@@ -32,8 +32,8 @@ def spotted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spotted")
     config = SyntheticConfig(
         seed=2,
-        width_um=520.0,
-        height_um=420.0,
+        width_um=420.0,
+        height_um=340.0,
         cells_per_mm2=3000,
         num_genes=12,
         capture_efficiency=1.0,
