@@ -19,12 +19,10 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs import lease
-from scellst_ray.runs.crop_files import index_uri
 from scellst_ray.runs.folder import (
     FINISHED,
     LEASE_FILE,
@@ -35,6 +33,7 @@ from scellst_ray.runs.folder import (
 from scellst_ray.runs.frames import frame_of
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.runs.records import LeaseInfo, SlideRecord
+from scellst_ray.runs.slide_states import WHY, count_receipts, list_slides
 
 STATUSES = ("done", "empty", "partial", "failed", "running", "pending")
 # Longest time between two files of the log that counts as work. After a longer one the run paused.
@@ -42,7 +41,6 @@ PAUSE_S = 1800.0
 # Time over which the recent rate is taken; it predicts the near future.
 RECENT_S = 900.0
 READ_TRIES = 3
-WHY = ["stage", "error_type", "error"]
 LOG_COLUMNS = ("slide_id", "tile_id", "num_tiles", "num_cells", *WHY)
 
 
@@ -193,8 +191,8 @@ def read_state(
     run = replace(run, records=run.records | dict(records or {}))
     holder = read_holder(folder)
     last = last_of_each_tile(log)
-    logged = _by_slide(last)
-    slides = _slides(run, logged, may_run=holder.may_work)
+    logged = count_receipts(last)
+    slides = list_slides(run, logged, may_run=holder.may_work)
     now = now or datetime.now(UTC)
     return RunState(run, now, holder, slides, _failures(last, logged, slides), _times(log))
 
@@ -240,81 +238,6 @@ def read_holder(run_uri: str) -> Holder:
         return Holder("alive" if expires > datetime.now(UTC) else "silent", found)
     # The file holds the beginning of a lease: its holder was killed while it wrote.
     return Holder("none", None)
-
-
-def _by_slide(last: pa.Table) -> pl.DataFrame:
-    """Return counts of each slide, from the last receipts of its tiles."""
-    # In Arrow and numpy, which hold a million receipts in a third of the memory of a frame.
-    slide_ids = last["slide_id"].combine_chunks().dictionary_encode()
-    of_slide, num_slides = slide_ids.indices.to_numpy(), len(slide_ids.dictionary)
-    tile_ids, num_cells = last["tile_id"].to_numpy(), last["num_cells"].to_numpy()
-    is_good = last["error"].is_null().to_numpy() & (tile_ids >= 0)
-    is_bad = last["error"].is_valid().to_numpy()
-
-    def total(values: NDArray[np.generic]) -> NDArray[np.int64]:
-        return np.bincount(of_slide, values, minlength=num_slides).astype(np.int64)
-
-    def most(values: NDArray[np.integer]) -> NDArray[np.int64]:
-        found = np.full(num_slides, -1, np.int64)
-        np.maximum.at(found, of_slide, values)
-        return found
-
-    columns = {
-        "slide_id": slide_ids.dictionary,
-        "good": total(is_good),
-        "bad": total(is_bad),
-        "cells": total(np.where(is_good, num_cells, 0)),
-        # A slide that failed to be planned and was planned later has receipts of both kinds.
-        "last_tile": most(tile_ids),
-        "tiles_logged": most(last["num_tiles"].to_numpy()),
-    }
-    return frame_of(pa.table(columns))
-
-
-def _slides(run: Run, logged: pl.DataFrame, *, may_run: bool) -> pl.DataFrame:
-    """Return one row per slide, from the log and from all other files of the folder."""
-    sources, crops = _sources(run), _failed_crops(run)
-    ids = pl.concat([frame["slide_id"] for frame in (sources, run.slides, logged)]).unique().sort()
-    joined = ids.to_frame()
-    for frame in (sources, run.slides, logged, crops):
-        joined = joined.join(frame, on="slide_id", how="left")
-    recorded = pl.col("status").is_not_null()
-    no_crops = pl.col("status").is_in(FINISHED) & pl.col("crops_error").is_not_null()
-    num_failed = pl.when(recorded).then("num_failed_tiles").otherwise("bad").fill_null(0)
-    known = pl.coalesce("num_tiles", "tiles_logged")
-    num_done = pl.when(recorded).then(known.fill_null(0) - num_failed).otherwise("good")
-    unrecorded = "running" if may_run else "pending"
-    waiting = pl.when(pl.col("tiles_logged").is_null()).then(pl.lit("pending"))
-    now = pl.when(recorded).then("status").otherwise(waiting.otherwise(pl.lit(unrecorded)))
-    stages = [f"seconds_{stage}" for stage in schemas.STAGES]
-    return joined.select(
-        "slide_id",
-        "bytes",
-        *stages,
-        status=pl.when(no_crops).then(pl.lit("partial")).otherwise(now),
-        num_tiles=known,
-        tiles_done=num_done.fill_null(0).clip(0),
-        # A slide that could not be planned has a failure, but no tile.
-        tiles_failed=pl.min_horizontal(num_failed, known.fill_null(0)),
-        num_cells=pl.coalesce("num_cells", "cells").fill_null(0),
-        seconds=pl.when(recorded).then(pl.sum_horizontal(stages)),
-        **{name: pl.when(no_crops).then(f"crops_{name}").otherwise(name) for name in WHY},
-    )
-
-
-def _sources(run: Run) -> pl.DataFrame:
-    sources = run.sources
-    columns = {"slide_id": list(sources), "bytes": [s.get("bytes") for s in sources.values()]}
-    return pl.DataFrame(columns, schema={"slide_id": pl.String, "bytes": pl.Int64})
-
-
-def _failed_crops(run: Run) -> pl.DataFrame:
-    """Return the slides whose crops could not be cut, and the reasons. It makes them partial."""
-    uri = index_uri(run.uri)
-    failed: dict[str, str] = storage.read_json(uri)["failed"] if storage.exists(uri) else {}
-    rows = [(slide_id, "crops", *text.partition(": ")[::2]) for slide_id, text in failed.items()]
-    names = ["slide_id", *(f"crops_{name}" for name in WHY)]
-    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
 
 
 def _failures(last: pa.Table, logged: pl.DataFrame, slides: pl.DataFrame) -> pl.DataFrame:
