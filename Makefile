@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/codespell
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-without-bfloat16 test-slow lint bench clean
@@ -33,12 +34,13 @@ demo: venv
 # Tests with Ray wait for it much of the time, so the other tests and lint run next to them; their
 # output follows when all have ended. The first process reads only files with tests for Ray.
 # Two Rays on one machine would disturb each other. Ray's workers yield to all else by default.
+# Lint is no $(MAKE) here: make runs such a line even if it is only asked what it would do.
 # Each process computes in one thread: on shared cores, threads burn CPU while they wait for each other.
 test: export OMP_NUM_THREADS := 1
 test: export OMP_WAIT_POLICY := passive
 test: venv
 	@lint=$$(mktemp); log=$$(mktemp); \
-	$(MAKE) --no-print-directory lint >"$$lint" 2>&1 & linting=$$!; \
+	{ $(LINT); } >"$$lint" 2>&1 & linting=$$!; \
 	$(BIN)/python -m pytest -m "not slow and not ray" >"$$log" 2>&1 & others=$$!; \
 	RAY_worker_niceness=0 $(BIN)/python -m pytest -m "not slow and ray" \
 		$$(grep -rl --include='test_*.py' 'mark\.ray' tests | sort); with_ray=$$?; \
@@ -56,10 +58,7 @@ test-slow: lint
 	$(BIN)/python -m pytest -m slow
 
 lint: venv
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/codespell
+	$(LINT)
 
 bench: venv
 	$(BIN)/python benchmarks/end_to_end.py
