@@ -19,8 +19,8 @@ TILES = {"core_px": 96, "halo_px": 32, "encoder": "random:0:resnet18", "gpus": F
 def test_tiles_are_those_of_the_run_and_its_records_tell_the_next_plan(
     small_cohort, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(calibration, "WORKER", "pass")
-    monkeypatch.setattr(calibration, "COMMAND", "print('there')")
+    monkeypatch.setattr(calibration, "WORKER_MODULES", ())
+    monkeypatch.setattr(calibration, "START_RAY", "print('started')")
     manifest = tmp_path / "manifest.csv"
     rows = small_cohort.read_text().replace(",s", f",{small_cohort.parent}/s")
     manifest.write_text(rows + "gone,gone.tiff\n")
