@@ -1,4 +1,4 @@
-"""Check what this cluster offers and what is missing, as a Ray job.
+"""Check what this cluster offers and lacks, as a Ray job.
 
 ray job submit --working-dir . -- python jobs/doctor.py
 """

@@ -1,1 +1,1 @@
-"""The command line: one file a command; commands may import everything."""
+"""The command line: one file per command. Commands may import everything."""

@@ -1,4 +1,4 @@
-"""The console command `scellst-ray`: a subcommand per job, its flags the fields of its settings.
+"""The console command `scellst-ray`. Each job is a subcommand, whose settings are its flags.
 
 Cyclopts parses and shows the flags (parse.py). It was chosen over jsonargparse and a parser of our
 own for groups of flags, shell completion, suggestions and an import of 0.05 s.
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _WithoutPandas(MetaPathFinder):
     """Keep pandas out of a process: pyarrow loads it for its first value (0.5 s, 60 MB).
 
-    pyarrow works without, but remembers that there is none. So this is for a process of its own.
+    pyarrow works without pandas, but remembers that it is absent. So use this only in a process
+    that never needs pandas.
     """
 
     def find_spec(self, fullname: str, *_: object) -> None:
@@ -93,7 +94,7 @@ def _settings(command: table.Command, values: dict[str, Any]) -> Any:  # noqa: A
 def _command_named(words: Sequence[str]) -> str | None:
     """Return the command that the first words name; None if they name none.
 
-    A command that begins others is not meant if another word follows, as in `models fetc`.
+    `models` alone is a command, but `models fetc` does not mean it: another word follows.
     """
     for count in (2, 1):
         name, rest = " ".join(words[:count]), words[count : count + 1]

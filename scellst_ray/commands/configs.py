@@ -8,7 +8,7 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class RetryConfig:
-    """Resume a run with its own settings: all slides that are not done, or some of them.
+    """Resume a run with its own settings, for all slides that are not done or some of them.
 
     Settings that are not given here are those of the run's config.yaml. None changes results.
     """
@@ -20,7 +20,7 @@ class RetryConfig:
     slides: list[str] | None = None
     """Comma-separated slide_ids to process. By default all that are not done."""
     manifest: str | None = None
-    """Present place of the manifest, if it was moved. By default as in the run."""
+    """Manifest, if it was moved. By default the file that the run read."""
     workers: int | None = None
     """Number of worker actors. By default as in the run."""
     gpus: bool | None = None
@@ -29,8 +29,8 @@ class RetryConfig:
     """Memory in GB that a worker declares to Ray. By default as in the run. Raise it for tiles
     that failed for lack of memory."""
     max_attempts: int | None = None
-    """How often a tile may end a worker's process before it counts as failed. By default as in the
-    run."""
+    """Number of worker processes that a tile may end before it counts as failed. By default as in
+    the run."""
     tile_timeout_s: float | None = None
     """Seconds that a tile may take. By default as in the run."""
     plan_timeout_s: float | None = None
@@ -45,7 +45,7 @@ class RetryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Cells of a run to one AnnData file that scanpy and squidpy open."""
+    """Export cells of a run to one AnnData file that scanpy and squidpy open."""
 
     run: str
     """Run folder of `extract` or `predict`. The name --run may be left out."""
@@ -59,7 +59,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestHestConfig:
-    """A folder in the HEST layout to a manifest for extract, train and predict."""
+    """Write a manifest for extract, train and predict from a folder in the HEST layout."""
 
     folder: str
     """Folder that holds st/<id>.h5ad, wsis/<id>.tif and metadata/<id>.json. For
@@ -70,11 +70,11 @@ class ManifestHestConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Check this machine, the cluster and the files named below, before a run."""
+    """Check this machine, the cluster and the files of a run before it starts."""
 
     job: str | None = None
-    """YAML file of extract, predict, pretrain or train. The files it names are checked; flags win
-    over it."""
+    """YAML file of extract, predict, pretrain or train. The files it names are checked. Flags
+    override it."""
     manifest: str | None = None
     """Manifest whose slides are checked. Each must exist; those on local disks are opened."""
     out: str | None = None
@@ -94,7 +94,7 @@ class DoctorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Two synthetic slides: pretrain, train on one, predict the other, compare with the truth."""
+    """Run all steps on two synthetic slides and compare the prediction with the truth."""
 
     out: str = "demo"
     """Folder to write: slides, runs, pictures and the report."""
@@ -108,7 +108,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         """Refuse slides too small to hold spots, and fewer crops than a step takes."""
         if self.size_um < 500:
-            message = f"size_um is {self.size_um}; give at least 500, or there are too few spots"
+            message = f"size_um is {self.size_um}; give at least 500, to get enough spots"
             raise ValueError(message)
         if self.crops < BATCH:
             message = f"crops is {self.crops}; give at least {BATCH}, a batch of pretraining"

@@ -1,6 +1,6 @@
 """`scellst-ray crossvalidate`: heads trained on some slides and scored on others, over a grid.
 
-This module lists the trials. evaluation/crossvalidation/trial.py is one trial, training/grid.py
+This module lists the trials. evaluation/crossvalidation/trial.py runs one trial, training/grid.py
 runs trials in parallel, and crossvalidate_report.py prints and writes their results.
 """
 

@@ -39,12 +39,12 @@ RESULTS: dict[str, Any] = {
     "seconds": pl.Float64,
 }
 NOTES = """\
-PCC: Pearson correlation of predicted and measured expression over the spots of a slide that no
-part of the trial was trained on or its genes chosen by, by gene, then the mean over genes; then
-the mean over slides and seeds, with the standard deviation over slides. Given depth: with the log
-of the spots' total counts partialled out. colour_ridge: ridge regression on 18 colour statistics
-of each spot's disc; mean: the mean of the training spots, which correlates with nothing;
-ours_shuffled: our predictions given to the wrong spots.
+PCC is the Pearson correlation of predicted and measured expression over the spots of a slide. The
+slide had no part in training or in the choice of genes. PCC is computed by gene, then averaged over
+genes, then over slides and seeds. The spread is the standard deviation over slides. PCC given depth
+has the log of the spots' total counts partialled out. Model `colour_ridge` is a ridge regression on
+18 colour statistics of each spot's disc. `mean` predicts the mean of the training spots, which
+correlates with nothing. `ours_shuffled` gives our predictions to the wrong spots.
 """
 
 
@@ -62,7 +62,7 @@ def run_crossvalidate(config: CrossvalidateConfig) -> int:
     for name, error in grid.failures.items():
         say(f"failed: {name}: {error}")
     if grid.failures:
-        say("Fix the cause and run the same command again: it does only what is missing.")
+        say("Fix the cause and run the same command again: it does only the missing work.")
     return 1 if grid.failures else 0
 
 

@@ -1,7 +1,7 @@
 """`scellst-ray doctor`: check all that a run needs before it starts, and list all problems.
 
-It checks what a run checks when it starts (preflight/checks.py, preflight/nodes.py), and what takes
-longer: it opens weights and heads, and every slide that lies on a disk.
+It repeats the checks with which a run starts (preflight/checks.py, preflight/nodes.py). It also
+opens weights, heads, and every slide that lies on a disk.
 """
 
 import importlib.metadata

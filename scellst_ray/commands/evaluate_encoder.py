@@ -14,7 +14,7 @@ from scellst_ray.evaluation.encoder.config import EvaluateEncoderConfig
 from scellst_ray.evaluation.encoder.evaluate import EncoderEvaluation, evaluate_encoder
 from scellst_ray.evaluation.encoder.galleries import gallery
 
-# A title, the headings, the rows.
+# Title, headings and rows of a table.
 Rows = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 SCORES = {"probe": "linear probe", "knn": "nearest cells"}
 
@@ -47,7 +47,7 @@ def tables(evaluation: EncoderEvaluation, config: EvaluateEncoderConfig) -> list
             ],
         ),
         (
-            f"{config.encoder} above the others, on the same cells",
+            f"{config.encoder} minus each other encoder, on the same cells",
             ("other", *SCORES.values()),
             [
                 [name, *[_with_interval(row[key], sign="+") for key in SCORES]]
@@ -100,9 +100,9 @@ def markdown(
     chance = 1 / len(np.unique(evaluation.cells.types_N))
     about = (
         f"{len(evaluation.cells.types_N):,} cells of {len(counts)} slides. Each slide is scored by "
-        "a probe, or by neighbours, of the other slides; every type counts the same, so chance is "
-        f"{chance:.3f}. `colours` are 18 statistics of the crop's red, green and blue: what "
-        "exceeds them is more than stain."
+        "a probe, or by neighbours, of the other slides. Every type counts the same, so chance is "
+        f"{chance:.3f}. `colours` are 18 statistics of the crop's red, green and blue. An encoder "
+        "with a higher score than `colours` sees more than stain."
     )
     lines = [f"# Encoder {config.encoder}", "", about, ""]
     for title, headings, rows in tables(evaluation, config):

@@ -34,11 +34,12 @@ HEADINGS = {
 }
 ALL = "all"
 ABOUT = (
-    "Means over genes, in brackets 95 % intervals over rows (spots or cells) of the slide. PCC "
-    "given depth: with the log of total counts partialled out. rMSE and MAE are in units of the "
-    "training slides' gene ranges. mean: the training spots' mean expression, which correlates "
-    "with nothing. colour_ridge: ridge regression on the colours of each spot's disc. "
-    "ours_shuffled: our predictions for other rows of the slide."
+    "The tables show means over genes, and in brackets 95 % intervals over rows (spots or cells) "
+    "of the slide. PCC given depth is the PCC with the log of total counts partialled out. rMSE "
+    "and MAE are in units of the training slides' gene ranges. `mean` predicts the mean "
+    "expression of the training spots, so it correlates with nothing. `colour_ridge` is a ridge "
+    "regression on the colours of each spot's disc. `ours_shuffled` gives each row of the slide "
+    "our prediction for another row."
 )
 
 

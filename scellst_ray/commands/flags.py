@@ -1,7 +1,7 @@
 """The flags of a command, made from the dataclass of its settings.
 
-A field is a flag: its type says which values there are, its docstring is the help. A field that
-holds other settings stands for their fields.
+A field is a flag. Its type decides which values it takes, and its docstring is the help. A field
+that holds other settings stands for their fields.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from cyclopts import Group, Parameter, Token
 from docstring_parser import parse_from_object
 
 TRUTHS = {"true": True, "false": False}
-CONFIG_HELP = "YAML file of the same keys. Flags win over it."
+CONFIG_HELP = "YAML file with the same keys. Flags override it."
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Flag:
     text: str
 
     def or_none(self) -> "Flag":
-        """Return the flag with None as a value, and as the default of one that is required."""
+        """Return the flag with None as a possible value, and as default if the flag is required."""
         default = None if self.default is MISSING else self.default
         return replace(self, kind=self.kind | None, default=default)
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """Types of which one holds: those of a union, else the type itself."""
+        """Types that a value may have: the members of a union, else the type itself."""
         return get_args(self.kind) if _is_union(self.kind) else (self.kind,)
 
     @property
     def is_switch(self) -> bool:
-        """Whether the flag may stand without a value: it is true then."""
+        """Whether the flag may stand without a value, which means true."""
         return set(self.kinds) <= {bool, types.NoneType}
 
     @property
@@ -73,7 +73,7 @@ def flags_of(settings: type) -> dict[str, Flag]:
 def _common(choices: Sequence[dict[str, Flag]]) -> dict[str, Flag]:
     """Return the flags of one of several settings.
 
-    Only those that all of them require are required. A default in which they differ is None.
+    A flag is required if all of them require it. Its default is None if their defaults differ.
     """
     flags: dict[str, Flag] = {}
     for flag in (flag for choice in choices for flag in choice.values()):
@@ -132,7 +132,7 @@ def signature_of(
     about = Parameter(help=CONFIG_HELP, group=next(iter(headings.values()), None))
     file = Annotated[str | None, about]
     parameters.append(inspect.Parameter("config", _BY_NAME, default=None, annotation=file))
-    # Python wants parameters that stand without a name first, those without a default before.
+    # Python wants positional parameters first, and among them those without a default.
     parameters.sort(key=lambda p: p.kind)
     return inspect.Signature(parameters)
 

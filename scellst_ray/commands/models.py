@@ -30,7 +30,7 @@ from scellst_ray.models.weights.fetch import Patience, Report, WrongFileError, d
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsConfig:
-    """Published weights: what they are, their licence and source, and whether they are here."""
+    """List published weights: kind, licence and source, and whether this machine has them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Words of the command line to values of settings, and the help of commands; by cyclopts."""
+"""The parser of the command line, by cyclopts: it returns values of settings or shows help."""
 
 import inspect
 import sys
@@ -30,7 +30,7 @@ Values = dict[str, Any]
 
 
 class UsageError(Exception):
-    """A command line that cannot be understood, in one line.
+    """Error of a command line that cannot be understood. Its message is one line.
 
     Attributes:
         prog: Words that come before the message; None for those of the command.
@@ -56,10 +56,10 @@ def parse(name: str, words: Sequence[str]) -> Values:
     values: Values = {}
     for file in files:
         values |= _read_config(file, flags)
-    # None is a value that cyclopts has no word for.
+    # cyclopts has no word for the value None.
     absent = {key: None for key, value in values.items() if value is None}
     given = {key: value for key, value in values.items() if value is not None}
-    # Below the words of the command: at the root, `manifest` would be taken for the command.
+    # Nest values below the words of the command: at the root, `manifest` would be the command.
     for word in reversed(name.split()):
         given = {word: given}
     config = Dict(given, source=files[-1] if files else None)
@@ -102,7 +102,7 @@ def show_commands(words: Sequence[str]) -> int:
 
 
 def _unknown_command(word: str, group: str) -> UsageError:
-    """Return what to say of a word that is no command, or none of a group."""
+    """Return the message about a word that names no command, or no command of a group."""
     names = [name for name in table.COMMANDS if not group or name.split()[0] == group]
     # Reversed, so that `models` stands for itself and not for `models fetch`.
     meant = {name.split()[-1] if group else name.split()[0]: name for name in reversed(names)}
@@ -153,7 +153,7 @@ def make_app(loaded: Collection[str], config: Sequence[Dict] = ()) -> App:
 
 
 def _collector(signature: inspect.Signature) -> Any:  # noqa: ANN401 - a function
-    """Return a function of such a signature: it stands for the work while words are parsed."""
+    """Return a function with this signature, which replaces the work while words are parsed."""
 
     def collect(**values: Any) -> Values:  # noqa: ANN401 - of any type
         return values
@@ -238,7 +238,7 @@ def _read_config(file: str, flags: Mapping[str, Flag]) -> Values:
 
 
 def _explain(error: CycloptsError) -> str:
-    """Return what is wrong with a command line."""
+    """Return the reason why a command line cannot be understood."""
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected {', '.join(map(repr, error.unused_tokens or ()))}"
     if isinstance(error, MissingArgumentError) and error.argument is not None:

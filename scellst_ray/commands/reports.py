@@ -30,8 +30,8 @@ def framed_table(
         headings: Headings of the columns.
         rows: Cells as text; brackets in them are no markup.
         title: Title above the table.
-        wide_last: Leave at least 24 characters to the last column, for long texts.
-        show_lines: Draw a line between rows.
+        wide_last: Whether the last column gets at least 24 characters, for long texts.
+        show_lines: Whether to draw a line between rows.
     """
     table = Table(title=title, show_lines=show_lines)
     for number, heading in enumerate(headings):
@@ -74,7 +74,7 @@ def markdown_table(
     Args:
         headings: Headings of the columns.
         rows: Cells as text.
-        with_numbers: Put all columns but the first on the right.
+        with_numbers: Whether all columns but the first are aligned on the right.
     """
     rest = "---:" if with_numbers else "---"
     rule = ["---", *[rest] * (len(headings) - 1)]
@@ -87,7 +87,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def format_score(value: float | None) -> str:
-    """Return a score with three decimals, a count with its thousands; - if there is none."""
+    """Return a score with 3 decimals, a count with thousands separators, or - without a value."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"

@@ -37,5 +37,5 @@ def summarise(records: Mapping[str, SlideRecord], out: str) -> int:
     ]
     headings = ("slide", "status", "tiles failed", "stage", "reason")
     console.print(framed_table(headings, rows, "not complete", wide_last=True))
-    say("Fix the cause and run the same command again: it does only what is missing.")
+    say("Fix the cause and run the same command again: it does only the missing work.")
     return 1

@@ -30,18 +30,18 @@ BARS = {
 TITLES = {"hvg": "variable genes", "markers": "marker genes"}
 HEADINGS = (*CONDITION, "PCC of cells", "95 % interval", "PCC of spots", "rate", "epochs")
 NOTES = """\
-PCC: Pearson correlation of predicted and true log-normalised expression over the test cells, by
-gene, then the mean over genes; the interval is a bootstrap over genes. A gene that is constant
-over the test cells has none and is left out; a constant prediction counts 0.
+PCC is the Pearson correlation of predicted and true log-normalised expression over the test cells.
+It is computed by gene, then averaged over genes. The interval is a bootstrap over genes. A gene
+that is constant over the test cells has no PCC and is left out. A constant prediction counts as 0.
 
-Half of the image cells and half of the reference cells serve training, the others testing; no
-cell is on both sides. Validation spots are built from training cells of their own and choose the
-learning rate (those that are worse after some epochs are dropped) and the epoch; test cells choose
-nothing. Panels are chosen on training cells of the reference. A spot's counts are added up and
-then normalised, as in the paper; the published code adds log-normalised values and chooses the
-rate on the test set. Targets are not scaled, as published. One-hot inputs are the cluster of a
-cell: all that a perfect encoder could know. Supervised: the same network, taught the expression of
-every training cell.
+Half of the image cells and half of the reference cells serve training, the other halves testing. No
+cell is on both sides. Validation spots are built from training cells of their own. They choose the
+learning rate (rates that are worse after some epochs are dropped) and the epoch. Test cells choose
+nothing. Panels are chosen on training cells of the reference. A spot's counts are added up and then
+normalised, as in the paper. The published code adds log-normalised values and chooses the rate on
+the test set. Targets are not scaled, as published. One-hot inputs are the cluster of a cell, which
+is all that a perfect encoder could know. `supervised` is the same network, trained on the
+expression of every training cell.
 """
 
 

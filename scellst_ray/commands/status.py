@@ -31,7 +31,7 @@ STATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig:
-    """Where a run stands: slides by status, speed, time left, failures; reads its folder only."""
+    """Show the progress of a run from its folder: slides by status, speed, time left, failures."""
 
     run: str
     """Run folder of `extract` or `predict`. The name --run may be left out."""
@@ -58,7 +58,7 @@ def status(config: StatusConfig) -> int:
 
 
 def status_of(state: RunState) -> dict[str, Any]:
-    """Return the document of `status --json`: that of the summary, and the present state."""
+    """Return the document of `status --json`: the summary of the run and its present state."""
     recent, left, eta_s = state.recent_rate(), state.tiles_left(), state.eta_s()
     names = ("host", "pid", "acquired", "renewed", "expires")
     lease: dict[str, object] = {**(state.holder.lease or {})}

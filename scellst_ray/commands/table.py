@@ -1,4 +1,4 @@
-"""The commands: where the settings and the work of each lie, as text that is imported when called.
+"""The table of commands: it names the modules that hold the settings and the work of each.
 
 The help of all commands reads this table alone, so it needs neither torch nor Ray.
 """
@@ -71,17 +71,17 @@ def load(target: str) -> Any:  # noqa: ANN401 - whatever the target names
     return getattr(import_module(f"scellst_ray.{module}"), name)
 
 
-# Commands of two words share a first word; what that stands for.
+# Help of each first word that several commands of two words share.
 GROUPS = {
-    "evaluate": "Score nuclei, encoders and expression: segmentation, encoder, expression.",
-    "manifest": "Write a manifest from a folder of a public layout: hest.",
+    "evaluate": "Score results. Subcommands: segmentation, encoder, expression.",
+    "manifest": "Write a manifest from a folder of a public layout. Subcommand: hest.",
 }
 
 COMMANDS = {
     "extract": Command(
         "stages.config:ExtractConfig",
         "commands.extract:run_extract",
-        "Slides to CELLS: every nucleus with its outline and embedding.",
+        "Write CELLS of slides: every nucleus with its outline and embedding.",
         RUNS,
         "scellst-ray extract --manifest slides.csv --out runs/cells",
         OF_EXTRACT,
@@ -89,7 +89,7 @@ COMMANDS = {
     "predict": Command(
         "stages.config:PredictConfig",
         "commands.predict:run_predict",
-        "Slides to CELLS and EXPRESSION, in one pass; no transcriptomics needed.",
+        "Write CELLS and EXPRESSION of slides in one pass, without transcriptomics.",
         RUNS,
         "scellst-ray predict --manifest slides.csv --head head --out runs/expression",
         OF_PREDICT,
@@ -97,7 +97,7 @@ COMMANDS = {
     "plan": Command(
         "preflight.config:PlanConfig",
         "commands.plan:run_plan",
-        "Tiles, cells, bytes, hours and price of a run of extract or predict, before it starts.",
+        "Estimate tiles, cells, bytes, hours and price of a run of extract or predict.",
         RUNS,
         "scellst-ray plan --config predict.yaml --gpus 8 --gpu-price 2.5",
         {
@@ -113,7 +113,7 @@ COMMANDS = {
     "status": Command(
         "commands.status:StatusConfig",
         "commands.status:status",
-        "Where a run stands: slides by status, speed, time left, failures; reads its folder only.",
+        "Show the progress of a run from its folder: slides by status, speed, time left, failures.",
         RUNS,
         "scellst-ray status runs/cells",
         {"Flags": "run json write"},
@@ -122,7 +122,7 @@ COMMANDS = {
     "retry": Command(
         "commands.configs:RetryConfig",
         "commands.retry:run_retry",
-        "Resume a run with its own settings: all slides that are not done, or some of them.",
+        "Resume a run with its own settings, for all slides that are not done or some of them.",
         RUNS,
         "scellst-ray retry runs/cells --failed --memory-gb 4",
         {
@@ -142,7 +142,7 @@ COMMANDS = {
     "export": Command(
         "commands.configs:ExportConfig",
         "commands.export:run_export",
-        "Cells of a run to one AnnData file that scanpy and squidpy open.",
+        "Export cells of a run to one AnnData file that scanpy and squidpy open.",
         RUNS,
         "scellst-ray export runs/expression --out cells.h5ad --slides P1,P2",
         {"Flags": "run out slides genes"},
@@ -150,7 +150,7 @@ COMMANDS = {
     "pretrain": Command(
         "commands.training_configs:PretrainConfig",
         "commands.pretrain:run_pretrain",
-        "Crops of cells to an encoder that tells them apart (MoCo v3).",
+        "Pretrain an encoder on crops of cells by contrastive learning (MoCo v3).",
         TRAINING,
         "scellst-ray pretrain --crops runs/crops --out encoder --gpus",
         {
@@ -166,7 +166,7 @@ COMMANDS = {
     "train": Command(
         "commands.training_configs:TrainConfig",
         "commands.train:run_train",
-        "CELLS and spots to a head that predicts expression (multiple-instance learning).",
+        "Train a head on CELLS and spots to predict expression (multiple-instance learning).",
         TRAINING,
         "scellst-ray train --manifest spots.csv --cells runs/cells --out head",
         {
@@ -180,7 +180,7 @@ COMMANDS = {
     "crossvalidate": Command(
         "commands.training_configs:CrossvalidateConfig",
         "commands.crossvalidate_report:run_crossvalidate",
-        "Heads trained on some slides and scored on others: folds by panels, losses and seeds.",
+        "Train heads on some slides, score them on other slides, over panels, losses and seeds.",
         TRAINING,
         "scellst-ray crossvalidate --manifest spots.csv --cells runs/cells --out cv",
         {
@@ -193,7 +193,7 @@ COMMANDS = {
     "evaluate segmentation": Command(
         "evaluation.segmentation.config:EvaluateSegmentationConfig",
         "commands.evaluate_segmentation:run_evaluate_segmentation",
-        "Nuclei against annotations: F1, PQ and AJI of masks, F1 of points and of their types.",
+        "Score nuclei against annotations: F1, PQ and AJI of masks, F1 of points and their types.",
         SCORES,
         "scellst-ray evaluate segmentation runs/cells --slide P1 --truth P1.png",
         {
@@ -205,7 +205,7 @@ COMMANDS = {
     "evaluate encoder": Command(
         "evaluation.encoder.config:EvaluateEncoderConfig",
         "commands.evaluate_encoder:run_evaluate_encoder",
-        "An encoder against cell types: linear probe, neighbours, batch effect, a gallery.",
+        "Score an encoder on cell types: linear probe, neighbours, batch effect and a gallery.",
         SCORES,
         "scellst-ray evaluate encoder runs/cells --encoder imagenet --out report",
         {
@@ -217,7 +217,7 @@ COMMANDS = {
     "evaluate expression": Command(
         "evaluation.expression.config:EvaluateExpressionConfig",
         "commands.evaluate_expression:run_evaluate_expression",
-        "Predicted expression against spots or cells: PCC, SCC, rMSE, MAE, and three baselines.",
+        "Score predicted expression on spots or cells: PCC, SCC, rMSE, MAE and three baselines.",
         SCORES,
         "scellst-ray evaluate expression run --manifest b.csv --train-manifest a.csv",
         {
@@ -228,7 +228,7 @@ COMMANDS = {
     "simulate": Command(
         "evaluation.simulation.config:SimulateConfig",
         "commands.simulate:run_simulate",
-        "The simulation study of sCellST's paper: how much spots can teach about single cells.",
+        "Repeat the simulation study of sCellST's paper: how much spots teach about single cells.",
         SCORES,
         "scellst-ray simulate --out simulation --reference pbmc",
         {
@@ -241,7 +241,7 @@ COMMANDS = {
     "manifest hest": Command(
         "commands.configs:ManifestHestConfig",
         "commands.manifest_hest:write_hest_manifest",
-        "A folder in the HEST layout to a manifest for extract, train and predict.",
+        "Write a manifest for extract, train and predict from a folder in the HEST layout.",
         OTHERS,
         "scellst-ray manifest hest --folder hest_data --out hest.csv",
         {"Flags": "folder out"},
@@ -249,7 +249,7 @@ COMMANDS = {
     "models": Command(
         "commands.models:ModelsConfig",
         "commands.models:list_models",
-        "Published weights: what they are, their licence and source, and whether they are here.",
+        "List published weights: kind, licence and source, and whether this machine has them.",
         OTHERS,
         "scellst-ray models",
     ),
@@ -264,7 +264,7 @@ COMMANDS = {
     "demo": Command(
         "commands.configs:DemoConfig",
         "commands.demo:demo",
-        "Two synthetic slides: pretrain, train on one, predict the other, compare with the truth.",
+        "Run all steps on two synthetic slides and compare the prediction with the truth.",
         OTHERS,
         "scellst-ray demo --out demo",
         {"Flags": "out size_um crops seed"},
@@ -272,7 +272,7 @@ COMMANDS = {
     "doctor": Command(
         "commands.configs:DoctorConfig",
         "commands.doctor:doctor",
-        "Check this machine, the cluster and the files named below, before a run.",
+        "Check this machine, the cluster and the files of a run before it starts.",
         OTHERS,
         "scellst-ray doctor --job predict.yaml",
         {

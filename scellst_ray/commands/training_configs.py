@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSettings:
-    """What `train` and `crossvalidate` share: which spots supervise, and how a head is fitted."""
+    """Settings that `train` and `crossvalidate` share: which spots supervise, how to fit a head."""
 
     min_gene_counts: int = 200
     """Counts that a gene needs over a slide to pass the filters. Lower it for shallow data."""
@@ -48,7 +48,7 @@ class HeadSettings:
     """Share (0 to 1) of each training slide's spots that are held out for early stopping."""
 
     def rules_for(self, fit: "FitConfig") -> "Rules":
-        """Return how spots become supervision of such a fit."""
+        """Return the rules by which spots become supervision of such a fit."""
         from scellst_ray.spots.panel import CountFilter  # noqa: PLC0415 - not for help
         from scellst_ray.stages.supervision import Rules  # noqa: PLC0415 - not for help
 
@@ -62,7 +62,7 @@ class HeadSettings:
         return Rules(limits, with_counts=counts, check_alignment=self.check_alignment)
 
     def fit_with(self, loss: str, seed: int) -> "FitConfig":
-        """Return how a head is fitted with a loss and a seed."""
+        """Return the settings of fitting a head with a loss and a seed."""
         from scellst_ray.models.mil.fit import FitConfig  # noqa: PLC0415 - loads torch
 
         return FitConfig(
@@ -81,7 +81,7 @@ class HeadSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(HeadSettings):
-    """CELLS and spots to a head that predicts expression (multiple-instance learning)."""
+    """Train a head on CELLS and spots to predict expression (multiple-instance learning)."""
 
     manifest: str
     """Manifest of slides with spots: CSV or Parquet with slide_id, uri, spots and, optionally,
@@ -106,14 +106,14 @@ class TrainConfig(HeadSettings):
     """Number of training processes. The result does not depend on it, except for the dropout of
     `--predictor published`."""
     max_failures: int = 3
-    """How often workers that died are started again from the last epoch before training fails."""
+    """Number of times that dead workers are restarted from the last epoch before training fails."""
     memory_gb: float = 8.0
     """Size in GB up to which embeddings stay in memory. Larger ones are read batch by batch from a
     file in each worker's temporary folder, which needs that space. The result is the same."""
     cpus_per_worker: int | None = None
-    """Number of CPUs of each worker. By default all CPUs are shared out, at most 4 to each."""
+    """Number of CPUs of each worker. By default the CPUs are divided evenly, at most 4 each."""
     gpus: bool | None = None
-    """Use one GPU for each worker. By default if the cluster has enough."""
+    """Use one GPU for each worker. By default on if the cluster has enough GPUs."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -128,17 +128,17 @@ class TrainConfig(HeadSettings):
                 raise ValueError(message)
 
     def rules(self) -> "Rules":
-        """Return how spots become supervision."""
+        """Return the rules by which spots become supervision."""
         return self.rules_for(self.fit_config())
 
     def fit_config(self) -> "FitConfig":
-        """Return how the head is fitted."""
+        """Return the settings of fitting the head."""
         return self.fit_with(self.loss, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossvalidateConfig(HeadSettings):
-    """Heads trained on some slides and scored on others: folds by panels, losses and seeds."""
+    """Train heads on some slides, score them on other slides, over panels, losses and seeds."""
 
     manifest: str
     """Manifest of slides with spots, as `train` takes it. `--protocol leave-one-patient-out` also
@@ -151,7 +151,7 @@ class CrossvalidateConfig(HeadSettings):
     protocol: Literal["leave-one-slide-out", "leave-one-patient-out", "single-slide"] = (
         "leave-one-slide-out"
     )
-    """How slides are split into training and test. `single-slide` trains on one slide and scores
+    """Rule that splits slides into training and test. `single-slide` trains on one slide and scores
     each other one."""
     slides: list[str] | None = None
     """Comma-separated slide_ids to use. By default all rows with spots."""
@@ -201,7 +201,7 @@ class CrossvalidateConfig(HeadSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Crops of cells to an encoder that tells them apart (MoCo v3)."""
+    """Pretrain an encoder on crops of cells by contrastive learning (MoCo v3)."""
 
     crops: list[str]
     """Comma-separated run folders of `extract --crops N`."""
@@ -240,15 +240,15 @@ class PretrainConfig:
     """Mirror views left-right and top-bottom, each with probability 1/2. Off in the published
     recipe."""
     stain_jitter: float = 0.0
-    """Vary the stains of views by this share: hematoxylin and eosin are each scaled by a factor
-    within 1 ± this and shifted by up to ± this. 0 leaves stains alone."""
+    """Share s by which the stains of views vary. Hematoxylin and eosin are each scaled by a factor
+    from 1 - s to 1 + s and shifted by -s to s. 0 leaves stains alone."""
     hue: float = 0.2
     """Largest turn of the hue of views, in whole turns of the colour circle, in both directions."""
     min_crop_scale: float = 0.6
     """Smallest area of a random view, as a share (0 to 1) of the crop."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the networks. `auto` takes bfloat16 where the driver's device has it, or where
-    `--gpus` is given."""
+    `--gpus` is given. Otherwise it takes float32."""
     recompute: bool = False
     """Recompute activations in the backward pass, for residual networks. It saves memory and takes
     a third more time."""
@@ -258,22 +258,22 @@ class PretrainConfig:
     """Highest number of training processes. The result does not depend on it, except for
     rounding."""
     min_workers: int | None = None
-    """Number of workers with which training goes on when nodes are lost. It grows again when they
-    return. By default training waits for all workers."""
+    """Least number of workers with which training continues when nodes are lost. Workers are added
+    when nodes return. By default training waits for all workers."""
     crops_at_once: int | None = None
     """Number of crops that a worker's device holds. A larger share of the batch is computed in
     parts. Lower it if memory does not suffice."""
     cpus_per_worker: int | None = None
-    """Number of CPUs of each worker. By default all CPUs are shared out, at most 8 to each."""
+    """Number of CPUs of each worker. By default the CPUs are divided evenly, at most 8 each."""
     gpus: bool | None = None
-    """Use one GPU for each worker. By default if the cluster has enough."""
+    """Use one GPU for each worker. By default on if the cluster has enough GPUs."""
     checkpoint_steps: int = 500
     """Number of steps between checkpoints. Each epoch ends with a checkpoint in any case."""
     keep_best: int = 2
     """Number of epochs with the lowest training loss whose checkpoints are kept, in addition to
     the latest."""
     max_failures: int = 8
-    """How often workers may die before the run fails. Training resumes from the latest
+    """Number of times that workers may die before the run fails. Training resumes from the latest
     checkpoint."""
 
     def __post_init__(self) -> None:
@@ -288,12 +288,12 @@ class PretrainConfig:
         if self.base_lr <= 0 or self.weight_decay < 0 or self.warmup_epochs >= self.epochs:
             message = (
                 f"base_lr is {self.base_lr}, weight_decay {self.weight_decay}, warmup_epochs "
-                f"{self.warmup_epochs} of {self.epochs}; give a positive rate, a decay of 0 or "
-                "more, and fewer epochs of warm-up than epochs"
+                f"{self.warmup_epochs} of {self.epochs}; give a rate above 0, a decay from 0, "
+                "and fewer warm-up epochs than epochs"
             )
             raise ValueError(message)
         if self.min_workers is not None and self.min_workers > self.workers:
-            message = f"min_workers is {self.min_workers}; workers is {self.workers}"
+            message = f"min_workers is {self.min_workers}; give at most workers, {self.workers}"
             raise ValueError(message)
         self.recipe("float32")
 

@@ -10,7 +10,7 @@ from scellst_ray.stages.config import ExtractConfig, PredictConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Tiles, cells, bytes, hours and price of a run of extract or predict, before it starts.
+    """Estimate tiles, cells, bytes, hours and price of a run of extract or predict.
 
     It takes the job's YAML file as it is. With `head` the job is predict, else extract.
     """

@@ -18,23 +18,23 @@ CPUS_PER_PLANNER = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """Slides to CELLS: every nucleus with its outline and embedding."""
+    """Write CELLS of slides: every nucleus with its outline and embedding."""
 
     manifest: str
     """Manifest of slides: CSV or Parquet with slide_id, uri and, where the slide lacks it, mpp."""
     out: str
-    """Run folder to write. The same command on it does only what is missing."""
+    """Run folder to write. The same command on it does only the missing work."""
     slides: list[str] | None = None
     """Comma-separated slide_ids to process. By default all of the manifest."""
     segmenter: Literal["hematoxylin", "cellvit", "imported"] = "hematoxylin"
-    """How nuclei are found: `hematoxylin` needs no weights, `cellvit` is a network, `imported`
+    """Method that finds nuclei: `hematoxylin` needs no weights, `cellvit` is a network, `imported`
     reads files that the manifest names."""
     segmenter_weights: str | None = None
     """CellViT checkpoint: a file, or a name that `scellst-ray models` lists. The segmenter
     `cellvit` needs it."""
     segmenter_window_px: int | None = None
-    """Distance in px around a nucleus within which CellViT's edges are scaled. By default the whole
-    tile."""
+    """Side in px of the square around each pixel in which CellViT's edges are scaled. By default
+    the whole tile."""
     read_mpp: float | None = None
     """Resolution in um per px at which tiles are read. By default the slide's own, limited to
     0.25-0.5 (CellViT: 0.2-0.3)."""
@@ -44,7 +44,7 @@ class ExtractConfig:
     """Width in px of the halo, the margin read around the core. Raise it for larger nuclei."""
     encoder: str = "imagenet"
     """Weights of the network that embeds cells: a file, `imagenet` (downloaded by torchvision),
-    `timm:NAME` (by timm) or `random:SEED`. Or `tokens` (CellViT's own), `types` (its type as
+    `timm:NAME` (by timm) or `random:SEED`. Or `tokens` (CellViT's own), `types` (types as
     one-hot) or `none` (no embeddings)."""
     colours_from: str | None = None
     """Run folder with crops of these slides. Each slide's own mean and deviation of RGB then
@@ -52,7 +52,7 @@ class ExtractConfig:
     (sCellST's `self`)."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the networks. `auto` takes bfloat16 where the driver's device has it, or where
-    `--gpus` is given."""
+    `--gpus` is given. Otherwise it takes float16 on a GPU and float32 on a CPU."""
     store_embeddings: bool = True
     """Store the embedding of each cell (4 kB). Training needs it."""
     crops: int | None = None
@@ -63,25 +63,26 @@ class ExtractConfig:
     crops_per_type: int | None = None
     """Highest number of crops of one nucleus type from one slide. By default no limit."""
     crops_seed: int = 0
-    """Seed that decides of which cells crops are stored."""
+    """Seed of the choice of cells whose crops are stored."""
     workers: int | None = None
     """Number of worker actors. By default as CPUs and memory allow, plus one per GPU."""
     gpus: bool | None = None
-    """Run networks on GPUs. By default if the cluster has any."""
+    """Run networks on GPUs. By default on if the cluster has any."""
     memory_gb: float | None = None
     """Memory in GB that a worker declares to Ray. By default 2, or the need of CellViT on CPUs.
     Raise it if workers are killed for lack of memory."""
     tiles_per_task: int = 2
-    """Number of tiles that a worker takes at a time; with GPUs at least 8. They are repeated when
-    it dies."""
+    """Number of tiles that a worker takes at a time; with GPUs at least 8. If the worker dies,
+    they are repeated."""
     max_attempts: int = 3
-    """How often a tile, or opening a slide, may end a worker's process before it counts as
+    """Number of worker processes that a tile, or opening a slide, may end before it counts as
     failed."""
     tile_timeout_s: float | None = 1800.0
     """Seconds that a tile may take. Then its worker is ended, which counts as an attempt. `null`
     sets no limit."""
     plan_timeout_s: float | None = 1800.0
-    """Seconds that opening a slide and finding its tissue may take, with the same consequence."""
+    """Seconds that opening a slide and finding its tissue may take. Then its process is ended,
+    which counts as an attempt. `null` sets no limit."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -147,7 +148,7 @@ def resolve_config(config: ExtractConfig) -> ExtractConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(ExtractConfig):
-    """Slides to CELLS and EXPRESSION, in one pass; no transcriptomics needed."""
+    """Write CELLS and EXPRESSION of slides in one pass, without transcriptomics."""
 
     head: str
     """Head that `scellst-ray train` wrote: its folder or its file."""

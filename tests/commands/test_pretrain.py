@@ -54,9 +54,9 @@ def config(crops, tmp_path):
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
-        ({"warmup_epochs": 2}, "fewer epochs of warm-up than epochs"),
+        ({"warmup_epochs": 2}, "fewer warm-up epochs than epochs"),
         ({"base_lr": 0.0}, "base_lr is 0.0"),
-        ({"min_workers": 2}, "min_workers is 2; workers is 1"),
+        ({"min_workers": 2}, "min_workers is 2; give at most workers, 1"),
         ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
         ({"min_crop_scale": 0.0}, r"crop_scale: got \(0.0, 1.0\)"),
         ({"crops_at_once": 1}, "crops_at_once is 1; it must be at least 2"),

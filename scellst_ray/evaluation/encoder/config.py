@@ -9,7 +9,7 @@ WITHOUT_CROPS = ("none", "tokens", "types")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateEncoderConfig:
-    """An encoder against cell types: linear probe, neighbours, batch effect, a gallery."""
+    """Score an encoder on cell types: linear probe, neighbours, batch effect and a gallery."""
 
     encoder: str
     """Weights to evaluate: a file, `imagenet`, `timm:NAME` or `random:SEED`."""
@@ -27,17 +27,18 @@ class EvaluateEncoderConfig:
     also: list[str] | None = None
     """Comma-separated encoders to compare with, named like `--encoder`."""
     max_cells: int = 20_000
-    """Highest number of cells. More are drawn evenly over slides and types."""
+    """Highest number of cells. If there are more, they are drawn evenly by slide and type."""
     neighbours: int = 20
-    """Number of nearest cells that vote on a type, and in which purity is counted."""
+    """Number of nearest cells that vote on a type. Purity is counted in them, too."""
     queries: int = 3
     """Number of rows of the gallery for each type."""
     seed: int = 0
     """Seed of draws, folds, the untrained network and the bootstrap."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the networks. `auto` takes bfloat16 where the device has it."""
+    """Precision of the networks. `auto` takes bfloat16 where the device has it. Otherwise it
+    takes float16 on a GPU and float32 on a CPU."""
     gpus: bool | None = None
-    """Embed on a GPU. By default if this machine has one."""
+    """Embed on a GPU. By default on if this machine has one."""
 
     def __post_init__(self) -> None:
         """Refuse settings that do not name an encoder and cells to evaluate it on."""
@@ -45,7 +46,7 @@ class EvaluateEncoderConfig:
         if (self.manifest is None) == (self.run is None):
             message = "give either manifest (annotated images) or run (typed cells)"
         elif self.slides is not None and self.run is None:
-            message = "slides are those of run; a manifest lists its own"
+            message = "slides are those of run; a manifest lists its own: leave slides out"
         for name in ("max_cells", "neighbours", "queries"):
             if getattr(self, name) < 1:
                 message = f"{name} is {getattr(self, name)}; it must be at least 1"

@@ -7,7 +7,7 @@ from scellst_ray.evaluation.expression.scores import Bootstrap
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateExpressionConfig:
-    """Predicted expression against spots or cells: PCC, SCC, rMSE, MAE, and three baselines."""
+    """Score predicted expression on spots or cells: PCC, SCC, rMSE, MAE and three baselines."""
 
     run: str
     """Run folder of `predict` on slides that the head was not trained on."""

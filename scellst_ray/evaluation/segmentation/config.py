@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSegmentationConfig:
-    """Nuclei against annotations: F1, PQ and AJI of masks, F1 of points and of their types."""
+    """Score nuclei against annotations: F1, PQ and AJI of masks, F1 of points and their types."""
 
     truth: str | None = None
     """Annotated nuclei: a label map (.png, .tif, .npy, .npz) or points (.csv, .tsv with x, y,
@@ -16,10 +16,10 @@ class EvaluateSegmentationConfig:
     run: str | None = None
     """Run folder whose CELLS are evaluated instead of `--predicted`."""
     slide: str | None = None
-    """slide_id of `--truth` within the run."""
+    """slide_id, within the run, of the slide that `--truth` annotates."""
     manifest: str | None = None
     """CSV of many images, instead of `--truth`: slide_id, truth and, where needed, predicted, mpp,
-    truth_mpp, region, truth_types, predicted_types. Its values win over the flags."""
+    truth_mpp, region, truth_types, predicted_types. Its values override the flags."""
     mpp: float | None = None
     """um per px of the slide. A run knows its own."""
     truth_mpp: float | None = None

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateConfig:
-    """The simulation study of sCellST's paper: how much spots can teach about single cells."""
+    """Repeat the simulation study of sCellST's paper: how much spots teach about single cells."""
 
     out: str = "simulation"
     """Folder to write: the report, the figure and the table of genes."""
@@ -19,7 +19,7 @@ class SimulateConfig:
     slides: list[str] | None = None
     """Comma-separated slide_ids of that run. By default all."""
     max_cells: int = 60000
-    """Highest number of cells of the run that are clustered. More are drawn by seed."""
+    """Highest number of cells of the run that are clustered. They are drawn by seed."""
     embedding_dim: int = 512
     """Length of synthetic embeddings: 512 as of a ResNet-18, 2048 as of a ResNet-50, which takes
     twice as long."""
@@ -34,7 +34,7 @@ class SimulateConfig:
     cells_per_cluster: int = 2000
     """Number of cells nearest to each centroid that are used: half train, half test."""
     num_spots: int = 5000
-    """Number of spots for training, and again for testing."""
+    """Number of spots for training. The same number is used for testing."""
     cells_per_spot: int = 20
     """Number of cells in a spot, drawn with replacement."""
     num_variable: int = 1000
