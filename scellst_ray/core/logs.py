@@ -33,11 +33,11 @@ class log_context:  # noqa: N801 - used like a function; a generator takes four 
     def __init__(
         self, slide_id: str | None, tile_id: int | None = None, stage: str | None = None
     ) -> None:
-        """Keep the names."""
+        """Store the names."""
         self.subject: Subject = (slide_id, tile_id, stage)
 
     def __enter__(self) -> None:
-        """Name them from here on."""
+        """Name slide, tile and stage from here on."""
         old = _context.get()
         slide_id, tile_id, stage = self.subject
         subject = (slide_id or old[0], old[1] if tile_id is None else tile_id, stage or old[2])
@@ -70,7 +70,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class TextLines(logging.Formatter):
-    """Lines for people. A line about a slide ends with its name, unless the message has it."""
+    """Formatter of lines for people. It adds the slide's name unless the message has it."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -87,7 +87,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """Lines for machines: one JSON object each."""
+    """Formatter of lines for machines: one JSON object each."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""

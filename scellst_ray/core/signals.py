@@ -1,4 +1,4 @@
-"""Exits cleanly on SIGTERM, which batch systems, `ray job stop` and preempted nodes send first."""
+"""Clean exit on SIGTERM, which batch systems, `ray job stop` and preempted nodes send first."""
 
 import signal
 import sys
@@ -12,8 +12,8 @@ def clean_exit_on_sigterm() -> Iterator[None]:
     """Turn SIGTERM into SystemExit(143) inside a `with`, so that enclosing blocks clean up.
 
     After the first SIGTERM all later ones are ignored, also when this block has ended: the blocks
-    around it are still cleaning up. Does nothing outside the main thread, which alone may set
-    handlers.
+    around it are still cleaning up. Outside the main thread, which alone may set handlers, this
+    does nothing.
     """
     before = signal.getsignal(signal.SIGTERM)
     catch_sigterm()

@@ -16,7 +16,7 @@ Expired = Callable[[float], None]
 
 
 class Watchdog:
-    """Watch of one piece of work after another; it costs the work no time.
+    """Time limit for pieces of work, one after another. It costs the work no time.
 
     A thread looks at the work once a second. Each look postpones faulthandler, which ends the
     process if the thread does not look again.

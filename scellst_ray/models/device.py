@@ -1,4 +1,4 @@
-"""Where networks compute: which device, and whether GPUs are used by default.
+"""The device on which networks compute, and whether GPUs are used by default.
 
 Torch is imported where it is asked: it takes seconds and half a gigabyte.
 """
@@ -10,14 +10,14 @@ Device = Literal["cpu", "cuda"]
 
 
 def has_gpu() -> bool:
-    """Tell whether torch can use a GPU in this process."""
+    """Return whether torch can use a GPU in this process."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def uses_own_gpu(wanted: bool | None) -> bool:  # noqa: FBT001 - the value of a setting
-    """Decide whether this process computes on a GPU.
+    """Return whether this process computes on a GPU.
 
     Args:
         wanted: Setting `gpus`; None: use a GPU if this process has one.
@@ -30,7 +30,7 @@ def uses_cluster_gpus(
     num_gpus: int,
     num_needed: int = 1,
 ) -> bool:
-    """Decide whether the workers of a cluster compute on GPUs.
+    """Return whether the workers of a cluster compute on GPUs.
 
     Args:
         wanted: Setting `gpus`; None: use GPUs if the cluster has as many as are needed.

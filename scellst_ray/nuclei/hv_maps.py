@@ -4,7 +4,7 @@ The network gives background or nucleus, a type, and two distance maps. The maps
 nucleus' left (upper) end to +1 at its right (lower) end, and fall steeply where two nuclei meet.
 The algorithm is that of HoVer-Net (Graham et al. 2019, "Hover-Net: simultaneous segmentation and
 classification of nuclei in multi-tissue histology images", section 3.2) as CellViT applies it at
-0.25 um/px. The result is the same at a lower cost: steps over the whole map are few and simple, the
+0.25 um/px. The result is the same at a lower cost. Steps over the whole map are few and simple. The
 watershed needs no queue, and no step scans the map once per nucleus.
 
 `pack_maps` packs the relevant part of a pixel's 10 numbers into 32 bits (core/schemas.py).

@@ -116,7 +116,7 @@ def resolve(parts: Callable[[], Iterable[SeamCells]]) -> Resolution:
     """Decide which of the nuclei that a slide's tiles offer are dropped.
 
     The time is proportional to the number of nuclei. Memory holds some columns of all seam cells,
-    and the outlines of about one row of tiles: an outline is freed after its last possible partner.
+    and the outlines of about one row of tiles. An outline is freed after its last possible partner.
 
     Args:
         parts: Function that yields the seam cells (seam > 0) of the slide, ascending by cell_id,

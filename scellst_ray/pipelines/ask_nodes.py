@@ -1,4 +1,4 @@
-"""Asks every node of a cluster, before work starts, whether it has what the run needs.
+"""Checks of every node of a cluster, before work starts: does it have what the run needs?
 
 Each node answers in one small task without a CPU slot. A node that does not answer in time is
 reported, and the run starts without its answer.
@@ -56,7 +56,7 @@ class Node:
 def asked_for(
     out: str, weights: Iterable[tuple[str | None, str | None]] = (), *, gpus: bool = False
 ) -> NodeRequirements:
-    """Return what the nodes of a run must offer.
+    """Return the requirements that the nodes of a run must meet.
 
     Args:
         out: The run's folder.
@@ -85,8 +85,8 @@ def check_before_run(
         timeout_s: Seconds a node may take to answer.
 
     Returns:
-        Ids of nodes to leave out: their disk has no room for the largest slide, and that of another
-        node has.
+        Ids of nodes to leave out. Their disk has no room for the largest slide, and the disk of
+        another node has room.
 
     Raises:
         ValueError: the run as a whole has problems; the message lists each on a line.

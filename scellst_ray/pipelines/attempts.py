@@ -1,4 +1,4 @@
-"""Counts the attempts at tiles that end the worker's process, and gives such tiles up.
+"""Attempts at tiles that end the worker's process: their counts, and giving up such tiles.
 
 A segmentation fault in a decoder, the kernel's out-of-memory killer and a read that never returns
 cannot be caught. They end the worker's process. Ray starts the worker again under the same id and
@@ -13,7 +13,7 @@ reads it:
    other tiles of the batch are cleared, and the stage at fault is known.
 4. A tile that ended `max_attempts` processes, the last of them alone, is not tried again: its row
    gets the error `ProcessDied`. After three such tiles of a slide, or `max_attempts` if that is
-   more, the worker gives up the slide's other tiles, too: the slide would cost days.
+   more, the worker gives up the slide's other tiles, too. Otherwise the slide would cost days.
 5. A batch that takes longer than `timeout_s` for each of its tiles ends its own process, since no
    thread can interrupt a call into C. The note says so, and the attempt counts like any other.
 6. Slides that fail one after another on one GPU are the GPU's fault: see stages/gpu_watch.py.
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """How often and how long workers try. Results of tiles that succeed do not depend on it.
+    """Limits of number and time of attempts. Results of tiles that succeed do not depend on them.
 
     Attributes:
         max_attempts: Number of processes that a tile, or the planning of a slide, may end.
@@ -110,7 +110,7 @@ class Attempts:
             max_attempts: Number of processes that a tile may end.
             timeout_s: Seconds a tile may take; None: no limit.
             host: Host on which this process runs.
-            is_lost: Tells whether a host is lost.
+            is_lost: Returns whether a host is lost.
             on_gpu: Whether this worker has a GPU.
         """
         self.gpu = GpuWatch(on_gpu=on_gpu)
@@ -321,5 +321,5 @@ def attempts_of_actor(
 
 
 def _is_lost(node_id: str) -> bool:
-    """Tell whether Ray counts a node as dead."""
+    """Return whether Ray counts a node as dead."""
     return all(node.node_id != node_id for node in live_nodes())

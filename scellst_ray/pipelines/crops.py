@@ -87,7 +87,7 @@ def check_sample(run: RunFolder, sample: CropSample) -> None:
 
 
 def crops_missing(run: RunFolder, records: SlideRecords, sample: CropSample) -> bool:
-    """Tell whether crops of the slides with these records are still to be made."""
+    """Return whether crops of the slides with these records are still to be made."""
     index = _read_index(run)
     if index is None:
         return True
@@ -271,7 +271,7 @@ def _make_table(row: CropSlide) -> pa.Table:
 
 
 class CutCrops:
-    """Cuts the crops of slides; Ray Data maps it over them."""
+    """Actor that cuts the crops of slides. Ray Data maps it over them."""
 
     def __init__(self, crops: CropSet, session: str, max_attempts: int) -> None:
         """Take the set of crops, and the folder `session` for the notes of attempts."""
@@ -339,7 +339,7 @@ def _publish_index(crops: CropSet, records: CropRecords) -> None:
 
 
 def _in_index(record: CropRecord) -> SlideCrops:
-    """Return what crops.json says of a slide."""
+    """Return the entry of a slide in crops.json."""
     return {
         "num_crops": record["num_crops"],
         "num_types": record["num_types"],

@@ -75,7 +75,7 @@ class Progress:
 
 
 class Driver:
-    """Takes the receipts of a run, and has its slides finished."""
+    """Driver of a run: it takes receipts and starts the tasks that finish slides."""
 
     def __init__(
         self,

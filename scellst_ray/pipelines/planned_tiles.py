@@ -57,7 +57,7 @@ def plan_dataset(
 def _split_slides(rows: list[PendingSlide], planners: int) -> Iterator[list[PendingSlide]]:
     """Yield the slides of each planning task.
 
-    They are few enough that all planners have work, and that little is lost with a planner.
+    A task has so few slides that all planners have work and little is lost with a planner.
     """
     size = max(1, min(SLIDES_PER_PLAN, len(rows) // (TASKS_PER_PLANNER * planners)))
     for start in range(0, len(rows), size):
@@ -69,7 +69,7 @@ def _make_slide_table(rows: list[PendingSlide]) -> pa.Table:
 
 
 class PlanTiles:
-    """Plans slides one at a time; Ray Data maps it over the manifest."""
+    """Actor that plans slides one at a time. Ray Data maps it over the manifest."""
 
     def __init__(
         self,

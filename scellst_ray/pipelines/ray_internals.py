@@ -1,4 +1,4 @@
-"""All that rests on how Ray works inside, or on what its documentation does not promise.
+"""The functions that rely on internals of Ray, or on what its documentation does not promise.
 
 Each function names its assumption. tests/pipelines/test_ray_internals.py tests every assumption,
 and pyproject.toml bounds the version of Ray: raise that bound only with these tests green.

@@ -82,7 +82,7 @@ class Resources:
 
     @property
     def elsewhere(self) -> dict[str, str] | None:
-        """Ray's label selector for all other nodes."""
+        """Ray's label selector of all nodes except `without_nodes`."""
         return select_other_nodes(self.without_nodes)
 
 
@@ -128,7 +128,7 @@ def receipts_dataset(
             num_cpus=place.num_cpus,
             num_gpus=place.num_gpus or None,
             memory=memory,
-            # A block is a task. The first group takes blocks as they were planned; the later ones
+            # A block is a task. The first group takes blocks as they were planned. Later groups
             # take blocks of one row, into which all tiles of a task are packed.
             batch_size=None if names == groups[0] else 1,
             batch_format="pyarrow",

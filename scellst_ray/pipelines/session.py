@@ -1,4 +1,4 @@
-"""The connection to Ray: joins the cluster that this process belongs to, or starts a local one."""
+"""The connection to Ray: to the cluster that this process belongs to, or to a local one."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Which slides still need which shards. A shard holds the cells of one or many slides."""
+"""The shards that unfinished slides still need. A shard holds cells of one or many slides."""
 
 from collections.abc import Iterable
 

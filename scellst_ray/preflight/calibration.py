@@ -76,7 +76,7 @@ def calibrate(
     """Measure the stages on a sample of tiles, after one task as warm-up.
 
     Other work on this machine must not count. A stage that only computes waits for nothing but a
-    CPU, so its CPU seconds per second are the share of a CPU that it got. All seconds are scaled
+    CPU. So its CPU seconds per second are the share of a CPU that it got. All seconds are scaled
     by this share.
 
     Args:

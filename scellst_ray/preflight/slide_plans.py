@@ -49,7 +49,7 @@ class SlidePlan:
     """Plan of one slide.
 
     Attributes:
-        slide_id: slide_id.
+        slide_id: The slide.
         num_tiles: Number of tiles; 0 without tissue.
         tissue_mm2: Area of the tissue; None for imported nuclei, which need no tissue.
         core_mm2: Area of the tiles' cores.

@@ -30,7 +30,7 @@ from scellst_ray.runs.folder import CROPS
 from scellst_ray.runs.records import ColourTotals, SampleSettings
 
 # JPEG takes a fifth of the bytes of raw pixels, is decoded four times as fast as PNG, and has a
-# mean error of one grey level (benchmarks/crop_formats.py). 4:4:4 keeps colours, as stains are.
+# mean error of one grey level (benchmarks/crop_formats.py). 4:4:4 keeps the colours of stains.
 CODEC = "jpeg"
 QUALITY = 95
 ROW_GROUP = 128
@@ -128,7 +128,7 @@ def draw(
 
 
 class Cutoff:
-    """Cutoff: the priority up to which candidates of all slides together fit the total."""
+    """Search for the cutoff: the priority up to which candidates of all slides fit the total."""
 
     def __init__(self, total: int) -> None:
         """Start without candidates; memory stays at a few times `total` numbers."""
@@ -226,7 +226,7 @@ def decode_into(images: Sequence[NDArray[np.uint8]], out_NHWC: NDArray[np.uint8]
 
 
 class Spool:
-    """Coded crops on this node's disk. They are cut by place on the slide, written by priority."""
+    """Coded crops on this node's disk, which are cut by place and written by priority."""
 
     def __init__(self, num_crops: int) -> None:
         """Prepare for `num_crops` crops."""
@@ -237,7 +237,7 @@ class Spool:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the spool
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return this spool."""
         return self
 
     def __exit__(

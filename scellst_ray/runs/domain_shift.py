@@ -166,8 +166,8 @@ def domain_warnings(records: Mapping[str, SlideRecord], at_most: int = 10) -> li
     ]
     if len(beyond) > at_most:
         lines.append(
-            f"warning: so do the cells of {len(beyond) - at_most} more slides: see domain_shift in "
-            "the records"
+            f"warning: {len(beyond) - at_most} more slides have cells unlike those the head was "
+            "trained on; see domain_shift in the records"
         )
     if any(shift["limit"] is None for shift in shifts.values()):
         lines.append(

@@ -236,7 +236,7 @@ def read_config(run_uri: str) -> dict[str, Any]:
 
 
 def _other_run(uri: str, found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
-    """Say what differs between the run in a folder and the one that is wanted."""
+    """Return a message on the differences between the run in a folder and the run requested."""
     keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
     differences = ", ".join(
         f"{k}: {found.get(k)!r} in the folder, {wanted.get(k)!r} now" for k in keys

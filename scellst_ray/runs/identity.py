@@ -86,7 +86,7 @@ class RunIdentity:
 
 
 class StoredIdentity(TypedDict, total=False):
-    """`identity` in `run.json`: of any job, and of any release.
+    """`identity` as `run.json` holds it, for any job and any release.
 
     Fields are those of `RunIdentity` and `NetworkIdentity`, then those of `pretrain`. A field may
     be absent: jobs differ in their fields, and earlier releases did not write all of them.

@@ -246,13 +246,13 @@ class LeaseInfo(TypedDict):
     Attributes:
         token: Random name of this lease.
         host: Name of the holder's host.
-        machine: What processes with common pids and a common clock share.
+        machine: Name that processes with common pids and a common clock share.
         pid: Number of the holder's process.
-        process: What tells the process from a later one of the same number.
-        acquired: When the holder took the lease.
-        renewed: When the holder renewed it last.
-        expires: When the lease ends if it is not renewed.
-        seconds: How long the lease lasts without being renewed.
+        process: Start time of the process, which a later one of the same number does not share.
+        acquired: Time at which the holder took the lease.
+        renewed: Time at which the holder last renewed it.
+        expires: Time at which the lease ends if it is not renewed.
+        seconds: Duration of the lease if it is not renewed.
     """
 
     token: str

@@ -1,4 +1,4 @@
-"""State of each slide of a run, from its record or, before there is one, from its receipts."""
+"""State of each slide of a run, from its record or, before that exists, from its receipts."""
 
 from collections.abc import Mapping
 

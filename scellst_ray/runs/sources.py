@@ -11,7 +11,7 @@ from scellst_ray.slides.manifest import SlideRow
 def sources_of(
     slides: Sequence[SlideRow], colours: dict[str, Colours] | None, *, imported: bool
 ) -> dict[str, SlideSource]:
-    """Return what decides each slide's result next to the settings of the run, by slide_id.
+    """Return the sources that decide each slide's result besides the run's settings, by slide_id.
 
     Args:
         slides: The manifest.

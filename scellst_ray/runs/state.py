@@ -6,7 +6,7 @@
 - `lease.json` says who works on the run.
 
 Nothing is written or locked here. The log knows times only by the names of its files, which are
-written a few seconds apart. So rates are rates between files.
+written a few seconds apart. So rates hold between two files.
 """
 
 from collections.abc import Mapping, Sequence

@@ -162,13 +162,13 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def tiles_line(progress: dict[str, Any]) -> str:
-    """Return how many tiles are done, as a line of text."""
+    """Return a line of text with the number of tiles that are done."""
     tiles = progress["tiles"]
     return f"{tiles['done']:,} of {tiles['known']:,} known, {tiles['failed']:,} failed"
 
 
 def pace_line(progress: dict[str, Any]) -> str:
-    """Return how fast a run went, as a line of text."""
+    """Return a line of text with the speed of a run."""
     rate = [
         format_number(progress["throughput"][name])
         for name in ("tiles_per_s", "cells_per_s", "seconds")

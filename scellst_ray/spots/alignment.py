@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 # Spots marked as under tissue lie on it except in pale or torn places. On three her2st sections all
-# did; mirrored left to right, 89 % of the spots of two sections still did.
+# did. Mirrored left to right, 89 % of the spots of two sections still did.
 SOUND_SHARE, LEAST_SHARE = 0.95, 0.5
 # Another placing must gain this share of spots on tissue, and this much agreement of both areas.
 LEAST_GAIN, LEAST_AGREEMENT_GAIN = 0.1, 0.05

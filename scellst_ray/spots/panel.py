@@ -1,9 +1,9 @@
 """Make the training targets of a gene panel: filters, log-normalisation, scaling, size factors.
 
 A panel is an ordered list of genes. Thresholds and their order are those of sCellST (Chadoutaud et
-al. 2026): filter genes by counts, genes by spots and spots by counts; drop mitochondrial genes;
-normalise by the library size over the remaining genes. S: spots; G: genes; K: kept spots;
-P: panel genes.
+al. 2026). Genes are filtered by counts and by spots, then spots by counts. Mitochondrial genes are
+dropped. Counts are normalised by the library size over the remaining genes.
+S: spots; G: genes; K: kept spots; P: panel genes.
 """
 
 import difflib

@@ -50,7 +50,7 @@ def choose_panel(
 ) -> Panel:
     """Return the gene panel of a rule (see choose_genes), chosen on these slides only.
 
-    Only spots that train choose genes: those that pass the filters and have cells.
+    Genes are chosen on the spots that train: those that pass the filters and have cells.
 
     Raises:
         ValueError: slides cannot be used (the message lists all of them), or the rule gives no

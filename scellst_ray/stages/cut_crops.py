@@ -48,7 +48,7 @@ class CropSet:
     cutoff: int
 
     def record_uri(self, slide_id: str) -> str:
-        """Return where the record of a slide's crops is."""
+        """Return the URI of the record of a slide's crops."""
         return storage.join(set_uri(self.run.uri, self.set_id), "records", f"{slide_id}.json")
 
 
@@ -73,7 +73,7 @@ def cut_slide(crops: CropSet, row: CropSlide) -> CropRecord:
 
     Raises:
         ValueError: the slide or its cells cannot be read.
-        OSError: likewise.
+        OSError: a file of the slide or of its cells cannot be read.
     """
     started = time.perf_counter()
     cells, priority_N = candidates(crops.run, row["slide_id"], crops.sample)
@@ -130,7 +130,7 @@ def cut_window(slide: Slide, xy0: NDArray[np.floating], read_mpp: float) -> NDAr
 
 
 def record_of(crops: CropSet, slide_id: str, status: CropStatus) -> CropRecord:
-    """Return the fields of every record of a slide's crops; without crops it has no more.
+    """Return the fields that every record of a slide's crops has, also one without crops.
 
     Args:
         crops: The set of crops.

@@ -26,7 +26,7 @@ USED_UP: tuple[Literal["image", "maps", "frame"], ...] = ("image", "maps", "fram
 
 
 class FindNuclei:
-    """Finds nuclei in pixels or in a network's maps, and cuts their crops."""
+    """Stage that finds nuclei in pixels or in a network's maps, and cuts their crops."""
 
     def __init__(self, spec: CellsSpec) -> None:
         """Prepare a worker."""

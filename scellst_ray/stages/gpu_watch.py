@@ -1,4 +1,4 @@
-"""Stops a run when slide after slide fails on one GPU, so that the cohort does not fail with it."""
+"""A watch that stops a run when slide after slide fails on one GPU, to save the cohort."""
 
 import socket
 from collections.abc import Sequence
@@ -10,13 +10,14 @@ STAGES = ("network", "embed")
 
 
 class GpuError(RuntimeError):
-    """A GPU on which slide after slide failed."""
+    """Error of a GPU on which slide after slide failed."""
 
 
 class GpuWatch:
     """The slides that failed in a network one after another, on one worker's GPU.
 
-    A tile or a slide may be at fault. Three slides without any tile that succeeds mean the GPU.
+    A failure may be the fault of a tile or of its slide. If no tile of three slides succeeds, the
+    GPU is at fault.
     """
 
     def __init__(self, *, on_gpu: bool) -> None:

@@ -1,11 +1,11 @@
 """The stages of the pass over the pixels: which ones a run needs, and how a worker makes them.
 
 A stage is a plain callable on rows, one row per tile. pipelines/receipts.py chains the stages, in
-one CPU actor or over CPU and GPU actors; a plain loop over them gives the same tables. A row with
+one CPU actor or over CPU and GPU actors. A plain loop over them gives the same tables. A row with
 an error passes through unchanged: an error is a value, not an exception that stops the cohort.
 
 Each stage is imported where it runs. Workers that start on few cores wait for every library that
-they load; torch takes seconds and half a gigabyte, and stages without a network do not need it.
+they load. Loading torch takes seconds and half a gigabyte, and only networks need it.
 """
 # ruff: noqa: PLC0415 - see above
 

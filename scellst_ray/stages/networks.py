@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Network:
-    """Runs the segmenting network: from pixels to its maps."""
+    """Stage that runs the segmenting network on pixels; the result is its maps."""
 
     def __init__(self, spec: CellsSpec, device: Device) -> None:
         """Load the network."""
@@ -80,7 +80,7 @@ class Network:
 
 
 class Embed:
-    """Turns crops, tokens or types into embeddings, and these into the head's hidden layer."""
+    """Stage that makes embeddings of crops, tokens or types, and then the head's hidden layer."""
 
     def __init__(self, spec: CellsSpec, device: Device) -> None:
         """Load the networks."""
@@ -194,7 +194,7 @@ def one_hot(types: pa.ChunkedArray, names: tuple[str, ...]) -> NDArray[np.float1
     The sCellST paper compares its encoder with this input, which knows only a cell's type.
 
     Raises:
-        ValueError: a type that is not among the names.
+        ValueError: a type is not among the names.
     """
     number_N = pc.index_in(types, pa.array(names, pa.string()))
     if number_N.null_count:

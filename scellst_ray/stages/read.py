@@ -37,7 +37,7 @@ class OpenSlides:
 
 
 class Read:
-    """Reads the pixels of tiles."""
+    """Stage that reads the pixels of tiles."""
 
     def __init__(self, spec: CellsSpec) -> None:
         """Prepare a worker."""

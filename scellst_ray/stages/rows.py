@@ -87,7 +87,7 @@ class PendingSlide(TypedDict):
         mpp_error: Problem of the manifest's mpp; None without one.
         done_tiles: tile_ids that need not be done again.
         segmentation: File of imported nuclei; None without one.
-        imported_uri: Where the imported nuclei lie, or will lie, sorted by tile; None without any.
+        imported_uri: File for the imported nuclei, sorted by tile; None without imported nuclei.
     """
 
     slide_id: str
@@ -162,9 +162,9 @@ class TileRow(AttemptedRow, TileBoxes, total=False):
         width0: Width of the slide in level-0 px.
         height0: Height of the slide in level-0 px.
         imported: File of the slide's imported nuclei, sorted by tile.
-        queued_at: When the row was put down for another process, in seconds of the Unix epoch.
+        queued_at: Time at which the row left for another process, in seconds of the Unix epoch.
         waited_s: Seconds that the row has lain between processes, by their clocks.
-        frame: Where the pixels read lie on the slide.
+        frame: Place of the pixels read on the slide.
         image: Pixels, RGB uint8 [H, W, 3].
         maps: Packed maps of the segmenting network, uint32 [H, W].
         tokens: Tokens of the segmenting network, float16 [H / 16, W / 16, D].

@@ -1,4 +1,4 @@
-"""Checks which settings of `extract` go together with which segmenter and encoder."""
+"""Checks of the settings of `extract` that depend on its segmenter or encoder."""
 
 from typing import Protocol
 

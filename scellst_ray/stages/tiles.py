@@ -1,4 +1,4 @@
-"""What a run computes of its tiles, and the functions that all stages share.
+"""The settings that decide the results of a run, and the functions that all stages share.
 
 An error in a tile becomes a value in its row (stages/rows.py). Every worker imports this file
 first, so it loads quickly.
@@ -70,7 +70,7 @@ class CellsSpec:
 
     @property
     def needs_crops(self) -> bool:
-        """Tell whether embeddings are made from crops."""
+        """Whether embeddings are made from crops."""
         return self.encoder not in {"none", "tokens", "types"}
 
     @property

@@ -12,7 +12,7 @@ from scellst_ray.stages.tiles import guarded
 
 
 class WriteShards:
-    """Writes the cells of a task to one shard, also if its tiles are of several slides."""
+    """Stage that writes the cells of a task, also those of several slides, to one shard."""
 
     def __init__(self, run: RunFolder) -> None:
         """Take the run folder."""

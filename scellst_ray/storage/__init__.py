@@ -1,6 +1,6 @@
 """Files and URIs: published whole, retried, cached on each node.
 
-This file hands on the names of files.py, so that the package says `storage.publish`.
+This file re-exports the names of files.py, so that other rooms write `storage.publish`.
 """
 
 from scellst_ray.storage.files import (

@@ -11,8 +11,8 @@ folder). An entry is the copy of one object.
                                  pixels; .STEM.part while it is downloaded
 
 IDENTITY is a hash of the URI and the store's own mark of the content: its ETag, or size and times
-if it has none; for MRXS those of all its files. So a changed object is another entry. The protocol,
-in terms of flock(2):
+if it has none. For MRXS it covers all files. So a changed object is another entry. The protocol, in
+terms of flock(2):
 
 1. A reader holds the entry's lock shared as long as the file is open, since OpenSlide reads some
    formats bit by bit. Several processes and threads may hold it.
@@ -77,7 +77,7 @@ class Held:
             self._release()
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return this object."""
         return self
 
     def __exit__(

@@ -211,7 +211,7 @@ class Prefetched(Generic[T]):
         self.waited_s = 0.0
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return this iterator."""
         return self
 
     def __exit__(
@@ -224,7 +224,7 @@ class Prefetched(Generic[T]):
         self.close()
 
     def __iter__(self) -> Self:
-        """Return itself."""
+        """Return this iterator."""
         return self
 
     def __next__(self) -> T:

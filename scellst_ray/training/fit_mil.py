@@ -33,7 +33,7 @@ from scellst_ray.training.bag_files import load_split
 RESULT = "fit.pt"
 # Storing the state takes at most this share of the time; epochs that were not stored are repeated.
 STORING_SHARE = 0.1
-# All bags are moved to the GPU if they take no more than this share of its free memory.
+# All bags are moved to the GPU if they take at most this share of its free memory.
 DEVICE_SHARE = 0.6
 
 
@@ -45,7 +45,7 @@ class Workers:
         num_workers: Number of processes. The result does not depend on it, except with dropout.
         cpus_per_worker: CPUs of each worker.
         use_gpu: Whether each worker has a GPU.
-        max_failures: How often workers that died are started again.
+        max_failures: Number of times that dead workers are restarted.
         memory_gb: Memory for a worker's embeddings in GB (10^9 bytes). Larger embeddings lie in a
             file.
     """

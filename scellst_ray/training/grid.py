@@ -40,7 +40,7 @@ class TrialResources:
     Attributes:
         cpus: CPUs of each task.
         gpus: GPUs of each trial; a part of a GPU if less than 1.
-        max_retries: How often a task is repeated if its process or node died.
+        max_retries: Number of times that a task is repeated if its process or node died.
     """
 
     cpus: float = 1

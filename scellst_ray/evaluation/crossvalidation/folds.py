@@ -1,4 +1,4 @@
-"""The folds of cross-validation: which slides train and which are scored."""
+"""The folds of cross-validation: slides that train, and slides that are scored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

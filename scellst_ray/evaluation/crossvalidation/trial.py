@@ -56,7 +56,7 @@ class SlideData:
     """The data of a slide for all trials, whichever slides they train on.
 
     Attributes:
-        slide_id: slide_id.
+        slide_id: The slide.
         spots: All spots and genes of the slide.
         kept: int64 [K], rows of the kept spots.
         links: Cells of the kept spots, as rows of embeddings_ND.

@@ -1,1 +1,1 @@
-"""Scores of how well embeddings tell cell types apart."""
+"""Scores of how well embeddings separate cell types."""

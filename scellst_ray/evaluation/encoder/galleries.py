@@ -14,7 +14,7 @@ from scellst_ray.evaluation.maps import new_figure, save_figure
 
 GAP_PX = 16
 RIM_PX = 3
-# Blue and orange of Okabe and Ito: colour-blind people can tell them apart, too.
+# Blue and orange of Okabe and Ito: colour-blind people can distinguish them, too.
 SAME, OTHER, QUERY = (0, 114, 178), (230, 159, 0), (0, 0, 0)
 PAPER = 255
 SCALE = 2

@@ -1,8 +1,8 @@
 """Bootstrap intervals of scores: rows (spots or cells) are drawn with replacement.
 
 Neighbouring spots resemble each other, so intervals over spots are narrower than over tissue.
-Scores that are sums over rows are computed for all draws at once: by matrix products with the
-number of times that each draw holds each row. Shape letters: R draws, S rows, G genes.
+Scores that are sums over rows are computed for all draws at once. They are matrix products with
+the number of times that each draw holds each row. Shape letters: R draws, S rows, G genes.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def draws(num_rows: int, num_draws: int, seed: int) -> NDArray[np.int64]:
 
 
 def times_drawn(rows_RS: NDArray[np.int64]) -> Array:
-    """Return how often each draw holds each row [R, S]."""
+    """Return the number of times that each draw holds each row [R, S]."""
     num_draws, num_rows = rows_RS.shape
     places = rows_RS + num_rows * np.arange(num_draws)[:, None]
     counts = np.bincount(places.ravel(), minlength=num_draws * num_rows)

@@ -138,7 +138,7 @@ def match_points(
     sum of distances. The published evaluations minimise the sum over all points, however far
     apart, and then drop pairs beyond the radius, which can lose pairs.
 
-    Each group of points that are candidates of each other is solved on its own, so the cost grows
+    Each group of points that are candidates of each other is solved on its own. So the cost grows
     with the number of groups, not with N x M.
 
     Args:

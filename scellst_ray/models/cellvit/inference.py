@@ -70,7 +70,7 @@ def edge_energy(hv_B2HW: Tensor, window_px: int | None = None) -> Tensor:
     energies = []
     for channel in range(2):
         offset_BHW = hv_B2HW[:, channel].float()
-        if window_px is None:  # as published; it changes no more than a rounding
+        if window_px is None:  # as published; it changes at most the rounding
             offset_BHW = _scale(offset_BHW, *_extremes(offset_BHW))
         gradient_BHW = _sobel(offset_BHW, horizontal=channel == 0)
         if window_px is None:

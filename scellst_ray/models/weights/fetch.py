@@ -105,7 +105,7 @@ def download(
     Args:
         url: Address, http or https.
         target: Path of the file; its folder is created.
-        expected: ExpectedFile size and digests.
+        expected: Expected size and digests.
         report: Function that is called while bytes arrive.
         patience: Settings of repeated tries.
 

@@ -23,7 +23,7 @@ class SyntheticConfig:
         width_um: Width of the slide in um.
         height_um: Height of the slide in um.
         mpp: Resolution in um per level-0 px, in [0.1, 1.2].
-        cells_per_mm2: Intended nuclei per mm2 of tissue; no more than about 4,000 fit.
+        cells_per_mm2: Intended nuclei per mm2 of tissue; at most about 4,000 fit.
         min_gap_um: Smallest distance between two nuclei in um.
         num_genes: Number of genes in the panel, at least 1.
         unseen_sd: Standard deviation of the part of the log rate that the image does not show.
