@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from scellst_ray.commands import models as models_command
+from scellst_ray.commands import models
 from scellst_ray.commands.cli import main
 from scellst_ray.commands.models import ModelsFetchConfig, fetch
 from scellst_ray.models.weights import catalogue
@@ -217,7 +217,7 @@ def test_no_network_is_one_line(entry, capsys, monkeypatch):
 
 
 def test_a_bar_is_drawn_where_somebody_looks():
-    bar, report = models_command._shown(Console(force_terminal=True, record=True), "w.pth")
+    bar, report = models._shown(Console(force_terminal=True, record=True), "w.pth")
     with bar:
         report(50, 100)
         assert bar.tasks[0].completed == 50

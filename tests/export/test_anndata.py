@@ -16,7 +16,7 @@ from scellst_ray.core import schemas
 from scellst_ray.export.anndata import Thumbnail, read_thumbnail, to_anndata, write_anndata
 from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.runs import compaction
-from scellst_ray.runs import folder as runs
+from scellst_ray.runs.folder import begin_run, check_manifest_unchanged
 from scellst_ray.runs.reading import open_run
 from tests.support.run_folders import Settings
 
@@ -62,7 +62,7 @@ def make_run(tmp_path, *, head):
     """A run of slides b (40 cells) and a (30), with their images."""
     uri = str(tmp_path / "run")
     identity = {"store_embeddings": not head}
-    folder = runs.begin_run(uri, "predict" if head else "extract", Settings(identity), {})
+    folder = begin_run(uri, "predict" if head else "extract", Settings(identity), {})
     if head:
         torch.manual_seed(0)
         info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}
@@ -75,7 +75,7 @@ def make_run(tmp_path, *, head):
         image[:, WIDTH0 // 2 :] = (90, 60, 140)
         cv2.imwrite(str(tmp_path / f"{slide_id}.png"), image[..., ::-1])
         slides[slide_id] = {"uri": str(tmp_path / f"{slide_id}.png"), "mpp": MPP}
-    runs.check_manifest_unchanged(folder, slides)
+    check_manifest_unchanged(folder, slides)
     return open_run(uri)
 
 
@@ -190,7 +190,7 @@ def test_a_moved_slide_costs_only_its_picture(predicted, tmp_path, caplog):
 
 
 def test_partial_slides_are_said_to_be_so(predicted, caplog):
-    runs.check_manifest_unchanged(predicted.folder, {"c": {"uri": "c.png", "mpp": MPP}})
+    check_manifest_unchanged(predicted.folder, {"c": {"uri": "c.png", "mpp": MPP}})
     add_slide(predicted.folder, "c", 5, embedding=False, hidden=True, missing_tiles=2)
     adata = to_anndata(open_run(predicted.uri), ["c"])
     assert adata.n_obs == 5

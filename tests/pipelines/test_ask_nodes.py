@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as LocalCluster
 
-from scellst_ray.pipelines import ask_nodes as nodes
+from scellst_ray.pipelines import ask_nodes as module
 from scellst_ray.pipelines.ask_nodes import (
     ask_nodes,
     asked_for,
@@ -64,18 +64,18 @@ def test_nodes_answer_each_for_itself(local_cluster, tmp_path, monkeypatch):
     assert "- slide s: " in str(stopped.value)
 
     # Sent by value, since it is local: no node answers before it is given up.
-    monkeypatch.setattr(nodes, "node_facts", lambda _: time.sleep(600))
+    monkeypatch.setattr(module, "node_facts", lambda _: time.sleep(600))
     answers = ask_nodes(asked, timeout_s=0.0)
     assert len(answers) == 2
     assert all("did not answer in 0 s" in answer for _, answer in answers)
 
 
 def test_one_node_is_asked_without_a_task(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(nodes, "working_nodes", lambda: [nodes.Node("here", "127.0.0.1", 0)])
-    monkeypatch.setattr(nodes, "_is_here", lambda node: node.node_id == "here")
+    monkeypatch.setattr(module, "working_nodes", lambda: [module.Node("here", "127.0.0.1", 0)])
+    monkeypatch.setattr(module, "_is_here", lambda node: node.node_id == "here")
     seen = []
-    real = nodes.node_facts
-    monkeypatch.setattr(nodes, "node_facts", lambda asked: seen.append(asked) or real(asked))
+    real = module.node_facts
+    monkeypatch.setattr(module, "node_facts", lambda asked: seen.append(asked) or real(asked))
     here = tmp_path / "a.svs"
     here.write_bytes(b"x")
     slides = [SlideRow("a", str(here), None), SlideRow("b", str(tmp_path / "b.svs"), None)]
@@ -91,13 +91,13 @@ def test_one_node_is_asked_without_a_task(monkeypatch, tmp_path, caplog):
 @pytest.mark.parametrize(("full", "left_out"), [((), ()), (("b",), ("b",)), (("a", "b"), ())])
 def test_nodes_without_room_are_left_out_where_others_have_it(monkeypatch, caplog, full, left_out):
     found = FoundSlides({}, {}, [], 10**9)
-    both = [nodes.Node(name, f"host-{name}", 0) for name in ("a", "b")]
-    monkeypatch.setattr(nodes, "find_slides", lambda *_, **__: found)
-    monkeypatch.setattr(nodes, "working_nodes", lambda: both)
-    facts = nodes.node_facts(NodeRequirements())
+    both = [module.Node(name, f"host-{name}", 0) for name in ("a", "b")]
+    monkeypatch.setattr(module, "find_slides", lambda *_, **__: found)
+    monkeypatch.setattr(module, "working_nodes", lambda: both)
+    facts = module.node_facts(NodeRequirements())
     free = {node.node_id: 10**6 if node.node_id in full else 10**10 for node in both}
     answers = [(node, facts | {"cache_free": free[node.node_id]}) for node in both]
-    monkeypatch.setattr(nodes, "ask_nodes", lambda *_: answers)
+    monkeypatch.setattr(module, "ask_nodes", lambda *_: answers)
     assert check_before_run(NodeRequirements(), CLUSTER) == left_out
     for name in full:
         assert f"node host-{name}" in caplog.text
@@ -112,7 +112,7 @@ def test_what_is_asked_for():
 
 
 def test_problems_of_the_cluster_and_the_output(tmp_path, monkeypatch):
-    monkeypatch.setattr(nodes, "working_nodes", list)
+    monkeypatch.setattr(module, "working_nodes", list)
     (tmp_path / "file").touch()
     asked = NodeRequirements(out=str(tmp_path / "file" / "out"), gpus=True)
     gpus, output = node_problems(asked, CLUSTER, NOTHING)

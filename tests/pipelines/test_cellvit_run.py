@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scellst_ray import storage
-from scellst_ray.pipelines import extract as cells_module
+from scellst_ray.pipelines import extract as extract_module
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.runs.compaction import finish_slide
 from scellst_ray.runs.folder import RunFolder
@@ -133,7 +133,7 @@ def write_bad(kind, folder, good):
 def test_a_bad_checkpoint_is_refused_before_ray_starts(
     tmp_path, manifest, weights, monkeypatch, kind
 ):
-    monkeypatch.setattr(cells_module, "ray_session", None)
+    monkeypatch.setattr(extract_module, "ray_session", None)
     bad = write_bad(kind, tmp_path, weights)
     config = ExtractConfig(
         manifest=str(manifest),

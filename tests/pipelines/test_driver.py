@@ -10,7 +10,7 @@ import ray.data
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.pipelines import driver as driver_module
-from scellst_ray.pipelines import extract as cells
+from scellst_ray.pipelines import extract
 from scellst_ray.pipelines.driver import MAX_PARTS, Driver, Progress
 from scellst_ray.pipelines.finishing import finish_slides
 from scellst_ray.runs.folder import RunFolder, begin_run
@@ -171,18 +171,18 @@ def test_a_refused_driver_leaves_the_folder_as_it_is(tmp_path):
         "encoder": "none",
         "precision": "float32",
     }
-    config = cells.ExtractConfig(out=str(tmp_path / "run"), **settings)
+    config = extract.ExtractConfig(out=str(tmp_path / "run"), **settings)
     names = ("segmenter", "read_mpp", "core_px", "halo_px", "precision")
     identity = RunIdentity(
         networks=NetworkIdentity(encoder="none", embedding_dim=None),
-        segmenter_version=cells.SEGMENTER_VERSIONS[config.segmenter],
+        segmenter_version=extract.SEGMENTER_VERSIONS[config.segmenter],
         store_embeddings=False,
         **{name: getattr(config, name) for name in names},
     )
     run = begin_run(config.out, "extract", identity, {"of": "the first"})
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with hold_lease(run.uri), pytest.raises(LeaseError):
-        cells.extract(config)
+        extract.extract(config)
     after = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert after == before
 

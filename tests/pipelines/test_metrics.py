@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from scellst_ray.core import schemas
-from scellst_ray.pipelines import metrics as run_metrics
+from scellst_ray.pipelines import metrics as module
 from scellst_ray.pipelines.driver import Progress
 from scellst_ray.pipelines.metrics import (
     DriverMetrics,
@@ -49,7 +49,7 @@ class Recorded:
 @pytest.fixture
 def values(monkeypatch):
     for name in ("Counter", "Gauge"):
-        monkeypatch.setattr(run_metrics, name, Recorded)
+        monkeypatch.setattr(module, name, Recorded)
     Recorded.values = Counter()
     return Recorded.values
 
@@ -61,7 +61,7 @@ def receipts(*rows):
 
 def test_a_worker_counts_its_receipts_once_a_second(values, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(run_metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     metrics = WorkerMetrics(RUN)
     wrong = {"stage": "embed", "error_type": "ValueError", "error": "x", "seconds_embed": 0.25}
     metrics.count(receipts({"tile_id": 1, "num_cells": 7, "seconds_read": 0.5}, {"tile_id": 2}))
@@ -88,7 +88,7 @@ def test_a_worker_counts_its_receipts_once_a_second(values, monkeypatch):
 
 def test_the_driver_shows_its_progress_now_and_then(values, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(run_metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     shown = []
     progress = Progress(3, {"a": {"status": "done"}}, num_tiles=4, num_tiles_known=9, num_cells=50)
     report = report_with_metrics(RUN, shown.append)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scellst_ray.models.mil.head import MilHead, load_head, save_head
-from scellst_ray.pipelines import predict as expression
+from scellst_ray.pipelines import predict as module
 from scellst_ray.pipelines.predict import predict
 from scellst_ray.stages.config import PredictConfig
 
@@ -39,7 +39,7 @@ def started(monkeypatch):
         prepare()
         return {slide.slide_id: {} for slide in slides}
 
-    monkeypatch.setattr(expression, "run_cells", record)
+    monkeypatch.setattr(module, "run_cells", record)
     return calls
 
 
@@ -101,6 +101,6 @@ def test_a_head_that_does_not_say_how_cells_were_cut_out_is_not_warned_of(tmp_pa
     network, info = load_head(file)
     save_head(file, network, info | {"cells": {}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expression.logger, "warning", pytest.fail)
+        patch.setattr(module.logger, "warning", pytest.fail)
         predict(config_of(tmp_path, head))
     assert len(started) == 1

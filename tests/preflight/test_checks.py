@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from scellst_ray.preflight import checks as preflight
+from scellst_ray.preflight import checks
 from scellst_ray.preflight.checks import (
     Problem,
     find_slides,
@@ -53,7 +53,7 @@ def test_every_slide_is_asked_for(files):
 
 
 def test_a_file_that_may_not_be_read(files, monkeypatch):
-    monkeypatch.setattr(preflight.os, "access", lambda *_: False)  # root may read everything
+    monkeypatch.setattr(checks.os, "access", lambda *_: False)  # root may read everything
     with pytest.raises(PermissionError, match="may not read it"):
         size_of(str(files / "good.svs"))
 
@@ -83,7 +83,7 @@ def test_what_is_remote_is_asked_for_and_not_fetched():
 
 
 def test_asking_comes_to_an_end(files, monkeypatch):
-    monkeypatch.setattr(preflight, "ASK_S", -1.0)
+    monkeypatch.setattr(checks, "ASK_S", -1.0)
     found = find_slides([row("a", files / "good.svs"), row("b", files / "gone.svs")])
     assert (found.num_unasked, found.reasons) == (2, {})
     assert "2 slides were not checked" in found.problems[0].text

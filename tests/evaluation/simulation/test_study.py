@@ -9,7 +9,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from scellst_ray.commands import simulate as simulate_report
+from scellst_ray.commands import simulate as module
 from scellst_ray.commands.simulate import findings, markdown, run_simulate
 from scellst_ray.evaluation.simulation.config import SimulateConfig
 from scellst_ray.evaluation.simulation.reference import synthetic_reference
@@ -38,7 +38,7 @@ def study(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     out = tmp_path_factory.mktemp("study")
     console = Console(record=True, width=80)
-    patch.setattr(simulate_report, "Console", lambda: console)
+    patch.setattr(module, "Console", lambda: console)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert run_simulate(SimulateConfig(out=str(out), **TINY)) == 0
@@ -110,7 +110,7 @@ def test_every_gene_is_in_the_table(study):
 def test_the_figure_has_bars_in_every_colour(study):
     image = imread(study[0] / "simulation.png")[:, :, :3]
     assert image.shape[1] > 1000
-    for colour in simulate_report.BARS.values():
+    for colour in module.BARS.values():
         wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert (np.abs(image - wanted).max(axis=2) < 0.01).sum() > 300
 

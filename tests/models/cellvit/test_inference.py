@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import nn
 
-from scellst_ray.models.cellvit import inference as cellvit_inference
+from scellst_ray.models.cellvit import inference
 from scellst_ray.models.cellvit.checkpoint import CellVit
 from scellst_ray.models.cellvit.inference import (
     edge_energy,
@@ -231,7 +231,7 @@ def test_the_batch_is_what_free_memory_allows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * one, 100 * one))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 7 * one)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * one)
-    size = cellvit_inference._batch_size
+    size = inference._batch_size
     assert size(1024, "cuda", "float16", 99) == 8  # 0.8 of 5 free and 5 reserved, not allocated
     assert size(1024, "cuda", "float16", 3) == 3
     assert size(1024, "cuda", "float32", 99) == 4

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Frame
-from scellst_ray.nuclei.imported import tiles as imported
+from scellst_ray.nuclei.imported import tiles as module
 from scellst_ray.nuclei.imported.tiles import (
     check_within,
     import_report,
@@ -202,7 +202,7 @@ def test_a_centroid_on_an_edge_belongs_to_the_tile_right_or_below_once(tmp_path)
 
 @pytest.mark.parametrize("rows_per_group", [1, 7, 60, 10_000])
 def test_tiles_together_give_every_nucleus_once(tmp_path, monkeypatch, rows_per_group):
-    monkeypatch.setattr(imported, "ROW_GROUP", rows_per_group)
+    monkeypatch.setattr(module, "ROW_GROUP", rows_per_group)
     table = _table(tmp_path, _scattered(300, seed=rows_per_group))
     frame = Frame(0, 0, WIDTH0 / 40, HEIGHT0 / 30)
     tiles = plan_tiles((WIDTH0, HEIGHT0), 1.3, np.ones((30, 40), bool), frame, core_px=500)
@@ -223,7 +223,7 @@ def test_tiles_together_give_every_nucleus_once(tmp_path, monkeypatch, rows_per_
 
 
 def test_a_tile_reads_only_its_row_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(imported, "ROW_GROUP", 20)
+    monkeypatch.setattr(module, "ROW_GROUP", 20)
     uri = str(tmp_path / "by_tile.parquet")
     publish_by_tile(_table(tmp_path, _scattered(100)), EDGES_X, EDGES_Y, uri)
     file = pq.ParquetFile(uri)
@@ -311,4 +311,4 @@ def test_the_stored_table_says_what_it_is(tmp_path):
     uri = str(tmp_path / "t.parquet")
     publish_by_tile(_table(tmp_path, [(500, 500)]), EDGES_X, EDGES_Y, uri)
     schemas.check(pq.read_schema(uri), "SEGMENTATION", uri)
-    assert read_tile(uri, 0).column_names == imported.SEGMENTATION.names
+    assert read_tile(uri, 0).column_names == module.SEGMENTATION.names
