@@ -42,16 +42,12 @@ _MAX_HOLE_UM2 = 50.0  # a disc of 8 um, the pale inside of a vesicular nucleus
 _CONVEX = 0.9  # least solidity of a convex shape; two equal touching discs have 0.88
 
 
-def segment(
-    image_HWC: NDArray[np.uint8], mpp: float, stain_threshold: float | None = None
-) -> Nuclei:
+def segment(image_HWC: NDArray[np.uint8], mpp: float) -> Nuclei:
     """Find the nuclei of an H&E image.
 
     Args:
         image_HWC: RGB image with a background near white, uint8 [H, W, 3].
         mpp: Resolution of the image in um per px, 0.1 to 1.2.
-        stain_threshold: Hematoxylin OD that separates nuclei from the rest, preferably
-            `hematoxylin_threshold` of a larger part of the slide; None computes it on this image.
 
     Returns:
         The nuclei in px of the image, of type "nucleus". Their outlines have the detail of about
@@ -61,29 +57,19 @@ def segment(
         ValueError: The image is not uint8 [H, W, 3], or mpp lies outside 0.1 to 1.2.
     """
     work_HWC, work_mpp = _work_image(image_HWC, mpp)
-    labels_HW = _labels(work_HWC, work_mpp, stain_threshold)
+    labels_HW = _labels(work_HWC, work_mpp)
     ratio_y, ratio_x = np.array(image_HWC.shape[:2]) / np.maximum(work_HWC.shape[:2], 1)
     return nuclei_from_labels(labels_HW).resize(float(ratio_x), float(ratio_y))
 
 
-def segment_labels(
-    image_HWC: NDArray[np.uint8], mpp: float, stain_threshold: float | None = None
-) -> NDArray[np.int32]:
+def segment_labels(image_HWC: NDArray[np.uint8], mpp: float) -> NDArray[np.int32]:
     """Return the nuclei of `segment` as a label map, int32 [H, W], 0 = background."""
     work_HWC, work_mpp = _work_image(image_HWC, mpp)
-    labels_HW = _labels(work_HWC, work_mpp, stain_threshold)
+    labels_HW = _labels(work_HWC, work_mpp)
     height, width = image_HWC.shape[:2]
     rows = np.arange(height) * labels_HW.shape[0] // max(height, 1)
     columns = np.arange(width) * labels_HW.shape[1] // max(width, 1)
     return np.asarray(labels_HW[rows[:, None], columns])
-
-
-def hematoxylin_threshold(image_HWC: NDArray[np.uint8], mpp: float) -> float:
-    """Return the hematoxylin OD that best splits the tissue of an image in two (Otsu 1979)."""
-    work_HWC, work_mpp = _work_image(image_HWC, mpp)
-    density_HWC = _DENSITY[work_HWC]
-    stain_HW = _blur(_hematoxylin(density_HWC), _SIGMA_UM / work_mpp)
-    return _threshold(stain_HW, _tissue(density_HWC))
 
 
 def _work_image(image_HWC: NDArray[np.uint8], mpp: float) -> tuple[NDArray[np.uint8], float]:
@@ -108,18 +94,14 @@ def _work_image(image_HWC: NDArray[np.uint8], mpp: float) -> tuple[NDArray[np.ui
     return np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA)), mpp * shrink
 
 
-def _labels(
-    image_HWC: NDArray[np.uint8], mpp: float, stain_threshold: float | None
-) -> NDArray[np.int32]:
+def _labels(image_HWC: NDArray[np.uint8], mpp: float) -> NDArray[np.int32]:
     """Return the label map of an image at its working resolution."""
     if image_HWC.size == 0:
         return np.zeros(image_HWC.shape[:2], np.int32)
     density_HWC = _DENSITY[image_HWC]
     stain_HW = _blur(_hematoxylin(density_HWC), _SIGMA_UM / mpp)
     tissue_HW = _tissue(density_HWC)
-    if stain_threshold is None:
-        stain_threshold = _threshold(stain_HW, tissue_HW)
-    threshold = float(np.clip(stain_threshold, _MIN_STAIN, _SURE_STAIN))
+    threshold = float(np.clip(_threshold(stain_HW, tissue_HW), _MIN_STAIN, _SURE_STAIN))
     labels_HW = _cut(_stain_mask(stain_HW, tissue_HW, threshold, mpp), mpp)
     labels_HW = _rejoin(labels_HW)
     # The second round corrects the first, whose surroundings hold the pale rims of nuclei.

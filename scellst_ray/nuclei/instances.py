@@ -116,7 +116,7 @@ def nuclei_from_labels(
         labels_HW: Label map, integer [H, W]: 0 is background, labels may have gaps.
         nucleus_type: Name of all nuclei's type, or one name per label, ascending, [N].
         type_prob: Probability per label, ascending, [N]; None gives NaN.
-        drop_lines: Whether labels whose `pixel_contours` has fewer than 3 points are left out.
+        drop_lines: Whether labels whose `pixel_contour` has fewer than 3 points are left out.
 
     Raises:
         ValueError: The map is not an integer array [H, W], or holds labels below 0.

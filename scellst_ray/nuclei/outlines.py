@@ -9,34 +9,29 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 # Steps (dx, dy) to the eight neighbours, turning from +x towards +y. Even ones cross an edge.
 _STEPS = np.array([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)])
 _STEP_CODE = np.array([5, 6, 7, 4, -1, 0, 3, 2, 1])  # 3 (dy + 1) + dx + 1 -> row of _STEPS
 
 
-def pixel_contours(labels_HW: NDArray[np.int32]) -> list[NDArray[np.int32]]:
-    """Return the outlines of labels 1 to N that the published CellViT gives.
-
-    An outline runs through pixel centres, without the points inside straight runs. If a label has
-    several parts, the first one counts. The outline of a thin part touches itself and is then no
-    polygon, so these outlines serve for comparison only.
-
-    Args:
-        labels_HW: Label map that holds every label from 1 to N, int32 [H, W].
-
-    Returns:
-        Pixel indices (x, y) per label, int32 [K, 2].
-    """
-    boxes = ndimage.find_objects(labels_HW)
-    return [pixel_contour(labels_HW, index, box) for index, box in enumerate(boxes)]
-
-
 def pixel_contour(
     labels_HW: NDArray[np.int32], index: int, box: tuple[slice, slice]
 ) -> NDArray[np.int32]:
-    """Return the outline of label index + 1 as `pixel_contours` does; `box` bounds the label."""
+    """Return the outline of one label that the published CellViT gives.
+
+    An outline runs through pixel centres, without the points inside straight runs. If the label has
+    several parts, the first one counts. The outline of a thin part touches itself and is then no
+    polygon.
+
+    Args:
+        labels_HW: Label map that holds every label from 1 to N, int32 [H, W].
+        index: The label less 1.
+        box: Rows and columns of the label.
+
+    Returns:
+        Pixel indices (x, y), int32 [K, 2].
+    """
     mask_HW = (labels_HW[box] == index + 1).view(np.uint8)
     corner = (box[1].start, box[0].start)
     contours, _ = cv2.findContours(mask_HW, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE, offset=corner)

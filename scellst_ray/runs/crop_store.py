@@ -1,4 +1,4 @@
-"""Reading crops: the crops of several runs as one store, and some of them in memory.
+"""Reading crops: the crops of several runs as one store.
 
 training/crop_order.py hands them to the training. Shapes: N crops, H W px, C channels.
 """
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.runs.crop_files import Colours, ColourSums, decode_into, file_uri, index_uri
+from scellst_ray.runs.crop_files import Colours, ColourSums, file_uri, index_uri
 from scellst_ray.runs.records import CropIndex
 from scellst_ray.storage.credentials import redact
 from scellst_ray.storage.retries import call_with_retries
@@ -159,54 +159,6 @@ def _index(uri: str) -> CropIndex:
             )
             raise ValueError(message)
     return index
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Some crops in memory.
-
-    Attributes:
-        slide_id: Slides, strings [N].
-        cell_id: Ids of the cells within their slides, int64 [N].
-        nucleus_type: Types, strings [N].
-        images_NHWC: RGB images, uint8 [N, 72, 72, 3].
-    """
-
-    slide_id: NDArray[np.str_]
-    cell_id: NDArray[np.int64]
-    nucleus_type: NDArray[np.str_]
-    images_NHWC: NDArray[np.uint8]
-
-
-def read_crops(
-    store: CropStore, slide_ids: Sequence[str] | None = None, per_slide: int | None = None
-) -> Crops:
-    """Read crops into memory.
-
-    Args:
-        store: The store.
-        slide_ids: The slides, in this order; all by slide_id if None.
-        per_slide: Highest number of crops of each slide, a uniform sample; all if None.
-
-    Raises:
-        ValueError: a slide has no crops in the store.
-    """
-    by_id = {file.slide_id: file for file in store.files}
-    unknown = [s for s in slide_ids or () if s not in by_id]
-    if unknown:
-        message = f"no crops of slides {unknown}; choose from those of the store: {sorted(by_id)}"
-        raise ValueError(message)
-    tables = [schemas.CROPS.empty_table()]
-    for slide_id in store.slides if slide_ids is None else slide_ids:
-        file = by_id[slide_id]
-        num = file.num_crops if per_slide is None else min(per_slide, file.num_crops)
-        groups = range(-(-num // file.row_group))
-        tables.append(CropFiles().read(file, list(groups), schemas.CROPS.names).slice(0, num))
-    table = pa.concat_tables(tables).combine_chunks()
-    images = np.empty((len(table), store.crop_px, store.crop_px, 3), np.uint8)
-    decode_into(image_bytes(table["image"]), images)
-    slides, types = (np.array(table[n].to_pylist(), str) for n in ("slide_id", "nucleus_type"))
-    return Crops(slides, table["cell_id"].to_numpy(), types, images)
 
 
 class CropFiles:

@@ -6,7 +6,7 @@ from skimage.color import rgb2hed
 
 from scellst_ray.evaluation.segmentation.mask_metrics import score_labels
 from scellst_ray.nuclei import hematoxylin
-from scellst_ray.nuclei.hematoxylin import hematoxylin_threshold, segment, segment_labels
+from scellst_ray.nuclei.hematoxylin import segment, segment_labels
 from tests.support.paths import SHARED
 
 DATA = SHARED / "data"
@@ -123,12 +123,19 @@ def test_hematoxylin_is_the_colour_deconvolution_of_scikit_image():
     assert np.corrcoef(ours_HW.ravel(), theirs_HW.ravel())[0, 1] > 0.99
 
 
+def _threshold_of(image_HWC, mpp):
+    """Return the hematoxylin OD that separates nuclei from the rest, as `segment` computes it."""
+    density_HWC = hematoxylin._DENSITY[image_HWC]
+    stain_HW = hematoxylin._blur(hematoxylin._hematoxylin(density_HWC), hematoxylin._SIGMA_UM / mpp)
+    return hematoxylin._threshold(stain_HW, hematoxylin._tissue(density_HWC))
+
+
 def test_threshold_separates_nuclei_from_eosin():
     image_HWC, true_HW = _tissue(seed=5)
-    threshold = hematoxylin_threshold(image_HWC, 0.5)
+    threshold = _threshold_of(image_HWC, 0.5)
     stain_HW = hematoxylin._hematoxylin(hematoxylin._DENSITY[image_HWC])
     assert np.median(stain_HW[true_HW == 0]) < threshold < np.median(stain_HW[true_HW > 0])
-    assert hematoxylin_threshold(np.full((9, 9, 3), 255, np.uint8), 0.5) == np.inf
+    assert _threshold_of(np.full((9, 9, 3), 255, np.uint8), 0.5) == np.inf
 
 
 def _climb(height_HW, y, x, radius):

@@ -6,9 +6,9 @@ import pytest
 
 from scellst_ray.core.schemas import MAP_LEVEL, MAP_NUCLEUS, MAP_TYPE_SHIFT
 from scellst_ray.nuclei.hv_maps import label_packed, nuclei_from_packed, pack_maps
-from scellst_ray.nuclei.outlines import pixel_contours
 from scellst_ray.slides.synthetic.ideal_maps import ideal_maps
 from tests.support import full_scan
+from tests.support.contours import pixel_contours
 from tests.support.paths import SHARED
 
 ORACLE = SHARED / "oracle" / "cellvit"

@@ -4,7 +4,8 @@ import pytest
 from scipy import ndimage
 from skimage.measure import find_contours
 
-from scellst_ray.nuclei.outlines import edge_middles, pixel_chains, pixel_contours, run_offsets
+from scellst_ray.nuclei.outlines import edge_middles, pixel_chains, run_offsets
+from tests.support.contours import pixel_contours
 
 
 def blobs(seed, structure=None):

@@ -11,12 +11,13 @@ from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops,
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.pipelines.receipts import Resources
 from scellst_ray.runs.crop_files import CropSample, draw, index_uri
-from scellst_ray.runs.crop_store import colours_by_slide, open_store, read_crops
+from scellst_ray.runs.crop_store import colours_by_slide, open_store
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.manifest import SlideRow, read_manifest
 from scellst_ray.stages.config import ExtractConfig
 from scellst_ray.stages.cut_crops import CropSet, cut_slide
 from tests.stages.test_cut_crops import write_cells
+from tests.support.crop_runs import read_crops
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 RESOURCES = Resources(workers=None, gpus=False, memory_gb=0.5, tiles_per_task=1)

@@ -5,8 +5,8 @@ import pytest
 
 from scellst_ray import storage
 from scellst_ray.runs.crop_files import ROW_GROUP, index_uri
-from scellst_ray.runs.crop_store import colours_by_slide, open_store, read_crops
-from tests.support.crop_runs import numbers_of, write_crop_run
+from scellst_ray.runs.crop_store import colours_by_slide, open_store
+from tests.support.crop_runs import numbers_of, read_crops, write_crop_run
 
 COUNTS = {"s1": 300, "s0": 7, "s2": ROW_GROUP}
 

@@ -17,11 +17,12 @@ import torch
 import scellst_ray
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.models.mil import stored_head as expression
+from scellst_ray.models.mil import stored_head
 from scellst_ray.models.mil.head import MilHead, formula_of, save_head
 from scellst_ray.runs import compaction
-from scellst_ray.runs import folder as runs
+from scellst_ray.runs.folder import begin_run
 from scellst_ray.runs.reading import open_run
+from tests.support.mil_heads import spread_from_hidden
 from tests.support.run_folders import Settings
 
 GENES = ["EPCAM", "CD3E", "ERBB2", "COL1A1", "KRT8"]
@@ -87,7 +88,7 @@ def add_slide(folder, slide_id, num_tiles=6, cells_per_tile=5, bad=(), **vectors
 
 def make_run(uri, head=None, *, embedding=False):
     identity = {"store_embeddings": embedding}
-    folder = runs.begin_run(uri, "predict" if head else "extract", Settings(identity), {})
+    folder = begin_run(uri, "predict" if head else "extract", Settings(identity), {})
     if head is not None:
         info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}
         save_head(f"{uri}/head.safetensors", head, info | {"training_slides": [], "metrics": {}})
@@ -149,7 +150,7 @@ def test_an_ensemble_has_a_mean_and_a_deviation_for_every_cell(tmp_path):
     hidden = torch.from_numpy(np.stack(table["hidden"].to_numpy()))
     assert hidden.shape[1] == 768
     with torch.no_grad():
-        spread = head.spread_from_hidden(hidden).numpy()
+        spread = spread_from_hidden(head, hidden).numpy()
     whole = torch_expression(head, table, GENES)
     np.testing.assert_allclose(run.expression_numpy(None, "a"), whole, rtol=1e-5)
     ids = table["cell_id"].to_numpy()[[7, 2]]
@@ -164,7 +165,7 @@ def test_one_network_has_no_deviation(predicted):
 
 def test_expression_in_blocks(predicted, head, monkeypatch):
     uri, table = predicted
-    monkeypatch.setattr(expression, "BLOCK_VALUES", 3 * len(GENES))
+    monkeypatch.setattr(stored_head, "BLOCK_VALUES", 3 * len(GENES))
     blocks = list(open_run(uri).iter_expression(None, "a"))
     sizes = [len(values) for _, values in blocks]
     assert sizes == [3, 3, 1] * 4 + [2]  # 30 cells in row groups of 7
@@ -189,7 +190,7 @@ def test_only_the_row_groups_needed_are_read(predicted, monkeypatch):
 
 def test_memory_is_bounded_by_a_block(tmp_path, head, monkeypatch):
     monkeypatch.setattr(compaction, "ROW_GROUP", 500)
-    monkeypatch.setattr(expression, "BLOCK_VALUES", 500 * len(GENES))
+    monkeypatch.setattr(stored_head, "BLOCK_VALUES", 500 * len(GENES))
     folder = make_run(str(tmp_path / "run"), head)
     add_slide(folder, "a", num_tiles=20, cells_per_tile=800, embedding=False, hidden=True)
     run = open_run(folder.uri)

@@ -8,7 +8,7 @@ from scellst_ray import storage
 from scellst_ray.core.geometry import Box
 from scellst_ray.nuclei.crops import crop_nuclei
 from scellst_ray.runs.crop_files import NO_CUTOFF, CropSample, decode_into, encode, file_uri
-from scellst_ray.runs.crop_store import CropFile, CropStore, read_crops
+from scellst_ray.runs.crop_store import CropFile, CropStore
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.reader import Slide
 from scellst_ray.stages import cut_crops
@@ -17,7 +17,7 @@ from scellst_ray.stages.find import FindNuclei
 from scellst_ray.stages.plan_slide import plan_slide
 from scellst_ray.stages.read import Read
 from scellst_ray.stages.tiles import CellsSpec
-from tests.support.crop_runs import write_cells
+from tests.support.crop_runs import read_crops, write_cells
 
 
 def crops_of(run, record):

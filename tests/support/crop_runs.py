@@ -1,11 +1,17 @@
-"""Run folders with crops made by hand: every crop shows its own number, which JPEG cannot blur."""
+"""Run folders with crops made by hand, and crops of runs in memory.
+
+Every crop that is made shows its own number, which JPEG cannot blur.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.runs.crop_files import ROW_GROUP, Spool, file_uri, index_uri
+from scellst_ray.runs.crop_files import ROW_GROUP, Spool, decode_into, file_uri, index_uri
+from scellst_ray.runs.crop_store import CropFiles, image_bytes
 
 PX = schemas.STORED_CROP_PX
 BLOCK = 8  # px of a bit
@@ -80,3 +86,49 @@ def write_cells(run, slide_id, xy0, types=None):
     )
     signed = schemas.conform(table, schemas.cells_schema(None), "CELLS", run.digest)
     storage.publish_table(run.cells_uri(slide_id), signed)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Some crops in memory.
+
+    Attributes:
+        slide_id: Slides, strings [N].
+        cell_id: Ids of the cells within their slides, int64 [N].
+        nucleus_type: Types, strings [N].
+        images_NHWC: RGB images, uint8 [N, 72, 72, 3].
+    """
+
+    slide_id: np.ndarray
+    cell_id: np.ndarray
+    nucleus_type: np.ndarray
+    images_NHWC: np.ndarray
+
+
+def read_crops(store, slide_ids=None, per_slide=None):
+    """Read crops into memory.
+
+    Args:
+        store: The store.
+        slide_ids: The slides, in this order; all by slide_id if None.
+        per_slide: Highest number of crops of each slide, a uniform sample; all if None.
+
+    Raises:
+        ValueError: a slide has no crops in the store.
+    """
+    by_id = {file.slide_id: file for file in store.files}
+    unknown = [s for s in slide_ids or () if s not in by_id]
+    if unknown:
+        message = f"no crops of slides {unknown}; choose from those of the store: {sorted(by_id)}"
+        raise ValueError(message)
+    tables = [schemas.CROPS.empty_table()]
+    for slide_id in store.slides if slide_ids is None else slide_ids:
+        file = by_id[slide_id]
+        num = file.num_crops if per_slide is None else min(per_slide, file.num_crops)
+        groups = range(-(-num // file.row_group))
+        tables.append(CropFiles().read(file, list(groups), schemas.CROPS.names).slice(0, num))
+    table = pa.concat_tables(tables).combine_chunks()
+    images = np.empty((len(table), store.crop_px, store.crop_px, 3), np.uint8)
+    decode_into(image_bytes(table["image"]), images)
+    slides, types = (np.array(table[n].to_pylist(), str) for n in ("slide_id", "nucleus_type"))
+    return Crops(slides, table["cell_id"].to_numpy(), types, images)

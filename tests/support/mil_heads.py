@@ -1,4 +1,4 @@
-"""Info of small MIL heads."""
+"""Info of small MIL heads, and the deviation of their members."""
 
 
 def info_of(**changes) -> dict:
@@ -11,3 +11,8 @@ def info_of(**changes) -> dict:
         "metrics": {"val_loss": 0.25},
     }
     return info | changes
+
+
+def spread_from_hidden(head, hidden_NH):
+    """Return the standard deviation over members [N, G] from the last hidden layer."""
+    return head._expression_NKG(hidden_NH).std(1, correction=0)

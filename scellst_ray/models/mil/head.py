@@ -167,10 +167,6 @@ class MilHead(nn.Module):
         """Return expression [N, G], the mean over members, from the last hidden layer."""
         return self._expression_NKG(h_NH).mean(1)
 
-    def spread_from_hidden(self, h_NH: Tensor) -> Tensor:
-        """Return the standard deviation over members [N, G]; it is 0 for a single network."""
-        return self._expression_NKG(h_NH).std(1, correction=0)
-
     def forward(self, x_ND: Tensor) -> Tensor:
         """Return each member's positive output [N, K * G] from embeddings [N, D], for training.
 

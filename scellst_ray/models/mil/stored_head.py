@@ -121,8 +121,8 @@ class LastLayer:
                 deviation says how far networks trained on the same spots disagree about a cell.
 
         Returns:
-            float32 [N, G], equal to MilHead.from_hidden (or spread_from_hidden) within a relative
-            error of 1e-5.
+            float32 [N, G], equal to MilHead.from_hidden (or the deviation of its members) within a
+            relative error of 1e-5.
 
         Raises:
             ValueError: 'sd' is requested of a single network, or the factor does not fit the head.

@@ -22,7 +22,7 @@ from scellst_ray.models.mil.likelihood import nb_log_prob, nb_total_log_prob
 from scellst_ray.models.mil.stored_head import (
     Formula,
 )
-from tests.support.mil_heads import info_of
+from tests.support.mil_heads import info_of, spread_from_hidden
 
 
 def test_layers_are_those_of_the_paper(head):
@@ -160,7 +160,7 @@ def test_members_of_an_ensemble_share_nothing_but_their_inputs():
     hidden = head.hidden(x_ND)
     torch.testing.assert_close(head.from_hidden(hidden), each_KNG.mean(0))
     torch.testing.assert_close(
-        head.spread_from_hidden(hidden), each_KNG.std(0, correction=0), rtol=1e-4, atol=1e-6
+        spread_from_hidden(head, hidden), each_KNG.std(0, correction=0), rtol=1e-4, atol=1e-6
     )
     assert (each_KNG[0] - each_KNG[1]).abs().max() > 0.01
     # The ensemble's loss is the sum of its members' losses, so gradients are equal.

@@ -22,7 +22,7 @@ from scellst_ray.models.mil.stored_head import (
     expression_from_hidden,
     read_last_layer,
 )
-from tests.support.mil_heads import info_of
+from tests.support.mil_heads import info_of, spread_from_hidden
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_stored_heads_of_every_kind_read_alike_without_torch(tmp_path, loss, pre
     layer = read_last_layer(uri)
     with torch.no_grad():
         stored = stored_hidden(loaded.hidden(3 * torch.randn(40, 20)))
-        expected, spread = loaded.from_hidden(stored), loaded.spread_from_hidden(stored)
+        expected, spread = loaded.from_hidden(stored), spread_from_hidden(loaded, stored)
         single = loaded(torch.zeros(1, 20)).shape
     assert single == (1, ensemble * 3)
     np.testing.assert_allclose(layer.expression(stored.numpy()), expected, rtol=1e-5, atol=1e-30)
