@@ -1,4 +1,4 @@
-"""`scellst-ray crossvalidate`: heads trained on some slides and scored on others, over a grid.
+"""`scellst-ray crossvalidate`: heads trained on some slides and scored on other slides.
 
 This module lists the trials. evaluation/crossvalidation/trial.py runs one trial, training/grid.py
 runs trials in parallel, and crossvalidate_report.py prints and writes their results.

@@ -44,7 +44,7 @@ OPEN_S = 600.0
 
 
 def doctor(config: DoctorConfig) -> int:
-    """Run all checks; print one line each; return 0 if all passed, else 1."""
+    """Run all checks and print one line for each; return 0 if all passed, else 1."""
     console = Console()
     config = _with_job(config)
     failed_checks = [name for name, check in _checks(config) if _check(console, name, check)]

@@ -47,7 +47,7 @@ class Frame:
         origin_x0: Level-0 x of the image's left edge.
         origin_y0: Level-0 y of the image's top edge.
         ratio_x: Level-0 px per px in hand along x: the true ratio after rounding to whole pixels.
-        ratio_y: The same along y.
+        ratio_y: Level-0 px per px in hand along y.
     """
 
     origin_x0: float

@@ -1,4 +1,4 @@
-"""Figures for reports: how they are made and saved, and maps of genes over a slide."""
+"""Figures for reports: functions that make and save them, and maps of genes over a slide."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

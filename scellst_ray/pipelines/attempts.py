@@ -127,7 +127,7 @@ class Attempts:
                 content = storage.read_bytes(uri)
                 self._written = len(content)
                 note = json.loads(content)
-        _warn(outcome, f"{uri}: cannot be read, earlier attempts are forgotten")
+        _warn(outcome, f"{uri}: this note cannot be read, so earlier attempts do not count")
         for slide_id, tile_id, ended in note.get("ended", []):
             self.ended[slide_id, tile_id] = Ended(**ended)
         self.gpu.failed_slides = note.get("failed_slides", [])
@@ -247,7 +247,9 @@ class Attempts:
             content = json.dumps(note).encode().ljust(self._written)
             _overwrite(self.uri, content)
             self._written = len(content)
-        _warn(outcome, f"{self.uri}: cannot be written, no protection against crashes")
+        _warn(
+            outcome, f"{self.uri}: this note cannot be written, so crashes of tiles are not counted"
+        )
 
 
 def _is_live(row: Mapping[str, object]) -> bool:

@@ -62,7 +62,7 @@ class Progress:
     Attributes:
         num_tiles_known: Number of tiles of the slides planned so far.
         num_cells_before: The part of `num_cells` that an earlier driver found.
-        started: When this driver started, in seconds of the monotonic clock.
+        started: Start of this driver, in seconds of the monotonic clock.
     """
 
     num_slides: int

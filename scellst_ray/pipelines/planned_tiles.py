@@ -84,7 +84,7 @@ class PlanTiles:
         Args:
             spec: Settings of the computation.
             session: Folder for the notes of attempts.
-            limits: How often and how long a slide is tried.
+            limits: Limits of number and time of the attempts at a slide.
             plan: Plans one slide, as `plan_slide`.
             tiles_per_task: Number of tiles that a worker takes at a time.
         """

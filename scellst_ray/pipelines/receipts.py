@@ -68,7 +68,7 @@ class Resources:
         memory_gb: GiB of memory that each worker declares.
         tiles_per_task: Least number of tiles that a worker takes at a time.
         network_gb: GiB that the segmenting network takes in addition if it runs on a CPU.
-        limits: How often and how long workers try.
+        limits: Limits of number and time of the attempts at a tile.
         without_nodes: Ids of nodes on which nothing may run.
     """
 
@@ -168,7 +168,7 @@ def _place(
     if fitting < least:
         message = (
             f"{least} worker(s) of {memory / 2**30:.1f} GiB are needed, and the cluster's memory "
-            f"holds {fitting}; give a smaller memory_gb if workers need less, fewer workers, "
+            f"holds {fitting}. Give a smaller memory_gb if workers need less, fewer workers, "
             "smaller tiles (core_px), a smaller network, or nodes with more memory"
         )
         if not cluster.may_grow:
@@ -212,7 +212,7 @@ class Stages:
             spec: Settings of the computation.
             run: The run folder.
             session: Folder for the notes of attempts.
-            limits: How often and how long a tile is tried.
+            limits: Limits of number and time of the attempts at a tile.
             make: Makes a stage, as `make_stage`.
             on_gpu: Whether Ray gave this actor a GPU.
         """

@@ -114,7 +114,7 @@ def finish_slide(
         slide_id: The slide.
         receipts: RECEIPTS of this slide, one for each of its tiles.
         shards: Reader of shards, shared if several slides are finished.
-        imported: Whether the nuclei came from a file. The record then counts what became of them.
+        imported: Whether the nuclei came from a file. The record then counts them.
     """
     if (np.diff(receipts["tile_id"].to_numpy()) < 0).any():
         receipts = receipts.sort_by("tile_id")

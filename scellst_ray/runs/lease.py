@@ -120,7 +120,9 @@ class Lease:
             try:
                 self._renew()
             except OSError as error:
-                logger.warning("%s: not renewed, will try again: %s", self.uri, error)
+                logger.warning(
+                    "%s: the lease is not renewed, the next try follows: %s", self.uri, error
+                )
 
     def release(self) -> None:
         """Remove the lease, if it is still ours."""
@@ -130,7 +132,7 @@ class Lease:
                 if self._is_ours(_content(file.read())):
                     file.remove()
         except OSError as error:
-            logger.warning("%s: not removed, it will expire: %s", self.uri, error)
+            logger.warning("%s: the lease is not removed, it will expire: %s", self.uri, error)
 
     def _try(self, seen: LeaseInfo | None, unrenewed_s: float) -> LeaseInfo | None:
         """Take the lease if it is free; return the lease of a holder that may be dead, else None.

@@ -1,6 +1,6 @@
 """Types of the JSON documents of a run folder, key by key as FORMAT.md names them.
 
-A record says what became of one slide. It is the only proof that the slide's tables exist.
+A record states the outcome of one slide. It is the only proof that the slide's tables exist.
 """
 
 from typing import Literal, NotRequired, TypedDict
@@ -62,7 +62,7 @@ class SlideRecord(TypedDict):
 
     Attributes:
         slide_id: The slide.
-        status: What became of the slide.
+        status: Outcome of the slide.
         num_cells: Number of nuclei kept.
         num_tiles: Number of tiles of the slide.
         num_failed_tiles: Number of tiles that failed.
@@ -80,7 +80,7 @@ class SlideRecord(TypedDict):
         tables: Names of the tables that exist; absent if the slide failed.
         seams: Nuclei at borders between tiles; absent if the slide failed.
         domain_shift: `predict` only; absent without cells and from earlier releases.
-        imported: What became of imported nuclei; absent if nuclei were not imported.
+        imported: Counts of imported nuclei; absent if nuclei were not imported.
         num_crops: Number of crops. A driver adds it after cutting crops; it is never stored.
     """
 
@@ -126,7 +126,7 @@ class CropRecord(TypedDict):
 
     Attributes:
         slide_id: The slide.
-        status: What became of its crops.
+        status: Outcome of cutting its crops.
         num_crops: Number of crops.
         cutoff: Highest priority of a cell in the sample.
         scellst_ray: Release that wrote the record.
@@ -181,7 +181,7 @@ class CropIndex(TypedDict):
         format_version: Format version.
         run_digest: Digest of the run that has the cells.
         set: Name of the folder of this set of crops.
-        sample: Which cells are in the set.
+        sample: Settings of the sample of cells.
         crop_um: Side of a stored crop, um.
         crop_px: Side of a stored crop, px.
         codec: Coding of the images.
@@ -213,7 +213,7 @@ class SlideSource(TypedDict):
         bytes: Size of the file; None: not known.
         segmentation: File of imported nuclei.
         segmentation_bytes: Size of that file; None: not known.
-        colours: With `colours_from`, mean and deviation of RGB; None for a slide without crops.
+        colours: Mean and deviation of RGB, with `colours_from`; None for a slide without crops.
     """
 
     uri: str

@@ -1,9 +1,9 @@
 """State of a run, read from its folder alone, while a driver works on it or after.
 
 - `slides.json` lists the slides.
-- Records say what became of them.
-- The receipts log says how far unfinished slides are, and since when.
-- `lease.json` says who works on the run.
+- Records state the outcome of each slide.
+- The receipts log shows the progress of unfinished slides.
+- `lease.json` names the driver that works on the run.
 
 Nothing is written or locked here. The log knows times only by the names of its files, which are
 written a few seconds apart. So rates hold between two files.

@@ -95,7 +95,7 @@ def join_spots(
         source: The file or folder to name in errors.
 
     Raises:
-        ValueError: Where no spot has both, or the result is not sound (see check_spots).
+        ValueError: No spot has both, or the result is not sound (see check_spots).
     """
     position_ids = positions["spot_id"].to_list()
     count_rows, position_rows = _match(list(count_ids), position_ids, source)
@@ -143,9 +143,9 @@ def check_spots(spots: Spots, source: str) -> None:
         source: Name of the file or folder in errors.
 
     Raises:
-        ValueError: There are no spots, genes or counts; counts are negative or not finite; spot
-            ids or genes repeat; positions are not finite; the radius is not positive; or parts
-            differ in length. The message names the source, the value and the remedy.
+        ValueError: A part is empty, repeats a name or differs in length from another part. Or
+            counts, positions or radius are not finite, counts are negative, or the radius is 0 or
+            negative. The message names the source, the value and the remedy.
     """
     num_spots, num_genes = spots.counts.shape
     if (num_spots, num_genes) != (len(spots.spot_id), len(spots.genes)) or (

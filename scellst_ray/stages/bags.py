@@ -115,8 +115,8 @@ def make_bags(
     A spot without cells has no bag. Targets are log-normalised and scaled per slide.
 
     Raises:
-        ValueError: spots cannot be read, do not lie on the tissue, or have no cell; embeddings are
-            not finite; counts for a loss on counts are not whole numbers.
+        ValueError: spots cannot be read, do not lie on the tissue, or have no cell. Or embeddings
+            are not finite, or counts for a loss on counts are not whole numbers.
     """
     slide_id = slide.row.slide_id
     source = f"slide {slide_id}"
@@ -201,7 +201,7 @@ def provenance(panel: Panel, rules: Rules, bags: Mapping[str, Mapping[str, Any]]
 
     Args:
         panel: From choose_panel.
-        rules: How spots became supervision.
+        rules: Rules by which spots became supervision.
         bags: From build_bags.
     """
     left_out = ("slide_id", "error", "scale")  # the scale is in the head already

@@ -99,7 +99,9 @@ class ExtractConfig:
             raise ValueError(message)
         problems = segmenter_problems(self)
         if self.crops is None and (self.crops_per_slide or self.crops_per_type):
-            problems.append("crops_per_slide and crops_per_type need crops: how many in all")
+            problems.append(
+                "crops_per_slide and crops_per_type need crops; give the number of all crops"
+            )
         if self.colours_from is not None and self.encoder in WITHOUT_FILE:
             problems.append(f"colours_from is for encoders of crops; this is {self.encoder}")
         if problems:

@@ -35,7 +35,7 @@ def cache_root() -> Path:
 
 
 def lock_path(root: Path, identity: str) -> Path:
-    """Return the lock file of an entry: its locks say who uses the entry."""
+    """Return the lock file of an entry: its locks show the processes that use the entry."""
     return root / "locks" / identity
 
 

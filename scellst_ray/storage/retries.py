@@ -1,4 +1,4 @@
-"""Calls to object storage: which errors pass by themselves, and how long to try.
+"""Calls to object storage: the errors that pass by themselves, and the time of retries.
 
 Each storage library has its own errors and wraps those of the libraries below it. Two things say
 whether another try may help: the class of the error, and the HTTP status. Both are looked for along

@@ -1,4 +1,4 @@
-"""One trial of cross-validation: a head is fitted on some slides and scored on others.
+"""One trial of cross-validation: a head is fitted on some slides and scored on other slides.
 
 The panel (the genes to predict) is chosen on the training slides, too. Baselines are scored next to
 the head.

@@ -49,7 +49,7 @@ class EvaluateSegmentationConfig:
         elif self.truth is not None and self.run is None and self.predicted is None:
             message = "nothing to score: give predicted, or run and slide"
         elif (self.slide is not None) != (self.run is not None and self.truth is not None):
-            message = "slide names the slide of run that truth annotates; give both or neither"
+            message = "truth of a run needs slide, and slide needs both; give all three"
         elif not self.radius_um > 0:
             message = f"radius_um is {self.radius_um}; it must be positive"
         elif self.out is not None and not self.out.endswith((".json", ".csv")):

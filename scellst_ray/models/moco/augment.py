@@ -53,8 +53,8 @@ class AugmentConfig:
     Attributes:
         jitter_prob: Probability that a view's colours are changed, 0 to 1.
         brightness: The brightness factor is drawn from 1 - b to 1 + b; this is b, 0 to 1.
-        contrast: The same for contrast.
-        saturation: The same for saturation.
+        contrast: The contrast factor is drawn from 1 - c to 1 + c; this is c, 0 to 1.
+        saturation: The saturation factor is drawn from 1 - s to 1 + s; this is s, 0 to 1.
         hue: The turn of the hue is drawn from -h to h; this is h in whole turns, 0 to 0.5.
         degrees: The rotation is drawn from -d to d; this is d in degrees, 0 to 360.
         crop_scale: Least and greatest area of the random crop, as shares of the centre crop.

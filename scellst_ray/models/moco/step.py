@@ -178,9 +178,9 @@ def _gather_keys(
     """Return this worker's embeddings, the keys of all workers, and a row.
 
     Returns:
-        Embeddings [L, D] of this worker's first views; keys [M, P] of the first views; keys [M, P]
-        of the second views; the row where this worker's keys begin. Keys are in order of rank,
-        then of micro-batch.
+        (embeddings [L, D] of this worker's first views, keys [M, P] of the first views, keys [M, P]
+        of the second views, row where this worker's keys begin). Keys are in order of rank, then of
+        micro-batch.
     """
     counts = _gather_counts(views, collective)
     embeddings, firsts, seconds = [], [], []

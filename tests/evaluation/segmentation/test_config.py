@@ -21,7 +21,7 @@ def test_regions_and_types():
         ({}, "give either truth"),
         ({"truth": "t"}, "nothing to score"),
         (FILES | {"run": "r"}, "either predicted or run"),
-        ({"truth": "t", "run": "r"}, "slide names the slide of run"),
+        ({"truth": "t", "run": "r"}, "truth of a run needs slide"),
         (FILES | {"radius_um": 0.0}, "radius_um is 0.0"),
         (FILES | {"out": "a.txt"}, "must end in .json or .csv"),
         (FILES | {"types": ["a"]}, "types has 'a'"),
