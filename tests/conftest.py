@@ -102,9 +102,9 @@ def write_pyramid(path, levels, mpp, mpp_y=None, **options):
     with tifffile.TiffWriter(path) as tiff:
         for number, level in enumerate(levels):
             scale = levels[0].shape[1] / level.shape[1]
-            told = {}
+            tags = {}
             if mpp is not None:
-                told = {
+                tags = {
                     "resolution": (1e4 / (mpp * scale), 1e4 / ((mpp_y or mpp) * scale)),
                     "resolutionunit": "CENTIMETER",
                 }
@@ -115,7 +115,7 @@ def write_pyramid(path, levels, mpp, mpp_y=None, **options):
                 compression="adobe_deflate",
                 subfiletype=int(number > 0),
                 metadata=None,
-                **(told | options),
+                **(tags | options),
             )
     return Path(path)
 
@@ -151,7 +151,7 @@ def synthetic_slide(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir():
-    """Return the folder of real slides beside the repository; skip where it is absent."""
+    """Return the folder of real slides next to the repository; skip where it is absent."""
     folder = SHARED / "data"
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}")
@@ -194,7 +194,7 @@ def segmented_rows(synthetic_slide, cells_spec):
 
 @pytest.fixture(scope="session")
 def few_rows(segmented_rows):
-    """Return the same rows with at most six nuclei each: what is not about numbers is quick."""
+    """Return the same rows with at most six nuclei each, for tests that are not about numbers."""
     return lambda: [
         row | {"cells": row["cells"].slice(0, 6), "crops": row["crops"][:6]}
         for row in segmented_rows()

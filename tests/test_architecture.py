@@ -131,7 +131,7 @@ ROOMS = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
 
 
 def modules_in(names):
-    """Return the modules of the package among dotted names; what is in a module is that module."""
+    """Return the modules among dotted names; a name within a module stands for the module."""
     inside = (name.removeprefix("scellst_ray.") for name in names if name != "scellst_ray")
     return {name for name in inside if name in MODULES}
 

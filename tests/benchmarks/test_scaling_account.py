@@ -34,7 +34,7 @@ def test_each_cause_by_hand():
         # Three seconds late to start, half a second too long, two seconds without input.
         _call("a", 3.0, 5.5, [0, 1]),
         _call("a", 7.5, 8.5, [2]),
-        # Beside it on the same GPU, within its time: both get half of it, nothing is idle.
+        # Next to it on the same GPU, within its time: both get half of it, nothing is idle.
         _call("b", 0.0, 4.0, [3, 4]),
         _call("b", 1.0, 4.0, [3, 4], stage="embed", gpu_s=1.0),
     ]
@@ -92,8 +92,8 @@ def test_nothing_is_left_out_or_counted_twice(drawn, lost_at):
 
 
 def test_calls_as_processes_leave_them(tmp_path):
-    told = {"gpu": "n:0", "stage": "embed", "gpu_s": 0.5, "tiles": [["s", 1]], "began": 2.0}
-    lines = [json.dumps(told), json.dumps({"ended": 3.0}), json.dumps(told | {"began": 4.0})]
+    call = {"gpu": "n:0", "stage": "embed", "gpu_s": 0.5, "tiles": [["s", 1]], "began": 2.0}
+    lines = [json.dumps(call), json.dumps({"ended": 3.0}), json.dumps(call | {"began": 4.0})]
     (tmp_path / "whole").write_text("\n".join([*lines, '{"ended": 5']))
     (tmp_path / "begun").write_text("\n".join(lines[2:]))
     (tmp_path / "empty").write_text("")

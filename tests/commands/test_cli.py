@@ -1,4 +1,4 @@
-"""The command line: what it takes, what it refuses, and what a person is told."""
+"""The command line: what it takes, what it refuses, and what it prints."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""`scellst-ray models` and `models fetch`: what is told, what is checked, what is written down."""
+"""`scellst-ray models` and `models fetch`: output, checks and notes."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What is logged of a run, and how often."""
+"""Log lines of a run, and their times."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""`scellst-ray status`: what a person and a machine are told."""
+"""`scellst-ray status`: its output for people and for machines."""
 
 import json
 import re
@@ -28,13 +28,13 @@ def run(tmp_path):
     return make_run(tmp_path, sources, records, [(seconds - 300, good), (seconds - 100, more)])
 
 
-def told(capsys, run, **flags):
+def printed_status(capsys, run, **flags):
     assert status(StatusConfig(run=run.uri, **flags)) == 0
     return capsys.readouterr().out
 
 
 def test_nobody_works(capsys, run):
-    text = told(capsys, run)
+    text = printed_status(capsys, run)
     first, tiles, speed, driver, *_ = text.splitlines()
     assert first.endswith("4 slides: 1 done, 0 empty, 0 partial, 1 failed, 0 running, 2 pending")
     assert tiles == "tiles: 80 of 100 known, 0 failed; 150 cells"
@@ -50,7 +50,7 @@ def test_nobody_works(capsys, run):
 def test_a_driver_works(capsys, run):
     now = datetime.now(UTC)
     write_lease(run, now - timedelta(seconds=400), now)
-    lines = told(capsys, run).splitlines()
+    lines = printed_status(capsys, run).splitlines()
     assert lines[0].endswith("1 done, 0 empty, 0 partial, 1 failed, 1 running, 1 pending")
     assert lines[3].startswith(f"a driver works on it: {here()}, since 20")
     assert "(0:06:4" in lines[3]
@@ -62,7 +62,7 @@ def test_a_driver_works(capsys, run):
 def test_json(capsys, run):
     now = datetime.now(UTC)
     write_lease(run, now - timedelta(seconds=400), now)
-    found = json.loads(told(capsys, run, json=True))
+    found = json.loads(printed_status(capsys, run, json=True))
     assert found["slides"]["running"] == 1
     assert found["tiles_left"] == 87
     assert found["driver"]["state"] == "alive"
@@ -73,10 +73,10 @@ def test_json(capsys, run):
 
 def test_it_writes_nothing_unless_asked(capsys, run, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    told(capsys, run)
+    printed_status(capsys, run)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-    assert "wrote summary.json and SUMMARY.md" in told(capsys, run, write=True)
-    json.loads(told(capsys, run, json=True, write=True))
+    assert "wrote summary.json and SUMMARY.md" in printed_status(capsys, run, write=True)
+    json.loads(printed_status(capsys, run, json=True, write=True))
     assert {p.name for p in tmp_path.iterdir()} >= {"summary.json", "SUMMARY.md"}
 
 
@@ -113,5 +113,5 @@ def test_many_failures_are_cut_and_counted(capsys, tmp_path):
         for tile in range(25)
     ]
     run = make_run(tmp_path, {"s": 1}, log=[(0, rows)])
-    assert "and 5 more" in told(capsys, run)
+    assert "and 5 more" in printed_status(capsys, run)
     assert len(status_of(read_state(run.uri))["failures"]) == 25

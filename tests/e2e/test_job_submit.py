@@ -66,7 +66,7 @@ def ray_head(tmp_path_factory):
         wait_until_up(ray, environment)
         yield ray, environment, process.pid
     finally:
-        # Told to end, a head waits half a minute for its agents.
+        # After SIGTERM a head waits half a minute for its agents.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=60)
         shutil.rmtree(environment["RAY_TMPDIR"])

@@ -92,8 +92,8 @@ def shards_of(run):
 def test_a_driver_told_to_end_logs_what_it_has(cohort, tmp_path):
     # What a preempted node, `ray job stop` and a batch system send first.
     manifest, server = cohort
-    process = started_run(manifest, server, tmp_path / "told")
-    run = RunFolder(str(tmp_path / "told"), "")
+    process = started_run(manifest, server, tmp_path / "ended")
+    run = RunFolder(str(tmp_path / "ended"), "")
     before, shards = len(run.receipts()), shards_of(run)
     server.go_on.set()
     # The next shard comes, and with it a receipt, before the next file of the log is due.
@@ -110,7 +110,7 @@ def test_a_driver_told_to_end_logs_what_it_has(cohort, tmp_path):
             or not row["shard"]
             or Path(run.shard_uri(row["shard"])).exists()
         )
-    assert not (tmp_path / "told" / "lease.json").exists()
+    assert not (tmp_path / "ended" / "lease.json").exists()
 
 
 @pytest.mark.usefixtures("local_ray")

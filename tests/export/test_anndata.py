@@ -100,7 +100,7 @@ def test_layout_is_that_of_the_convention(predicted):
     np.testing.assert_array_equal(adata.obsm["spatial"], cells.select("x0", "y0").to_numpy())
     expected = [predicted.expression_numpy(["ERBB2", "EPCAM"], slide) for slide in ("b", "a")]
     np.testing.assert_array_equal(adata.X, np.concatenate(expected))
-    # Neoplastic has its own colour; the others take spare ones, in the order of categories.
+    # Neoplastic has its own colour. Other types take spare ones, in the order of categories.
     assert adata.obs["cell_type"].cat.categories.tolist() == ["Neoplastic", "immune", "stroma"]
     assert list(adata.uns["cell_type_colors"]) == ["#ff0000", "#1f77b4", "#9467bd"]
     library = adata.uns["spatial"]["a"]

@@ -22,8 +22,8 @@ def break_reader():
     def reading(self, box, mpp):
         folder = Path(self.uri).parent
         if "crash" in folder.name:
-            with (folder / "crashes").open("a") as told:
-                told.write("x")
+            with (folder / "crashes").open("a") as crashes:
+                crashes.write("x")
             signal.raise_signal(signal.SIGSEGV)  # in this thread, at once
         return read(self, box, mpp)
 

@@ -1,6 +1,6 @@
 """One cohort on several hosts, run by the command line, undisturbed and with faults.
 
-`INJECTORS` says what each fault does; `disturbed` runs the cohort under one, finishes the run as
+`INJECTORS` lists the faults; `disturbed` runs the cohort under one, finishes the run as
 its user would (the same command again, where its driver died) and compares all tables and records
 with those of the undisturbed run.
 """
@@ -44,14 +44,14 @@ RAYLET = "raylet/raylet"
 
 @dataclass
 class Outcome:
-    """What became of one disturbed run.
+    """Outcome of one disturbed run.
 
     Attributes:
-        fault: Its name.
-        num_faults: How many were injected.
-        seconds: From the first command to the end of the last.
-        commands: How often the command was run.
-        differences: What is not as in the undisturbed run; nothing, if all is well.
+        fault: Name of the fault.
+        num_faults: Number of injected faults.
+        seconds: Seconds from the first command to the end of the last.
+        commands: Number of runs of the command.
+        differences: Differences from the undisturbed run; empty if there are none.
     """
 
     fault: str
@@ -93,27 +93,29 @@ def broken_command(manifest, out):
 
 
 def differences(out, expected):
-    """Return how a run differs from the undisturbed one: in cells, in records, in what is left."""
+    """Return how a run differs from the undisturbed one: in cells, records and files left over."""
     run, whole = RunFolder(str(out), ""), RunFolder(str(expected), "")
     found, wanted = run.records(), whole.records()
-    told = []
+    texts = []
     crashed = found.pop(CRASHING, None)
     if crashed and (crashed["status"], crashed["error_type"]) != ("failed", "ProcessDied"):
-        told.append(f"the crashing slide is {crashed}")
+        texts.append(f"the crashing slide is {crashed}")
     if set(found) != set(wanted):
-        told.append(f"slides {sorted(set(found) ^ set(wanted))} have a record in one run only")
+        texts.append(f"slides {sorted(set(found) ^ set(wanted))} have a record in one run only")
     for slide_id in sorted(set(found) & set(wanted)):
         for name in SAME:
             pair = found[slide_id].get(name), wanted[slide_id].get(name)
             if pair[0] != pair[1]:
-                told.append(f"{slide_id}: {name} is {pair[0]!r}, not {pair[1]!r}")
+                texts.append(f"{slide_id}: {name} is {pair[0]!r}, not {pair[1]!r}")
         tables = [storage.read_table(r.cells_uri(slide_id)) for r in (run, whole)]
         if not tables[0].equals(tables[1]):
-            told.append(f"{slide_id}: {len(tables[0])} cells are not the {len(tables[1])} expected")
+            texts.append(
+                f"{slide_id}: {len(tables[0])} cells are not the {len(tables[1])} expected"
+            )
     for name in ("shards", "attempts"):
         left = storage.list_files(storage.join(str(out), name))
-        told += [f"{uri} is left over" for uri in left]
-    return told
+        texts += [f"{uri} is left over" for uri in left]
+    return texts
 
 
 class Running:
@@ -142,14 +144,14 @@ class Running:
         return self.process.poll() is not None
 
     def sleep(self, seconds):
-        """Wait, but no longer than the run takes; tell whether it goes on."""
+        """Wait, but no longer than the run takes; return whether it goes on."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.over():
             time.sleep(0.05)
         return not self.over()
 
     def until_working(self):
-        """Wait until workers are at tiles; tell whether the run goes on."""
+        """Wait until workers are at tiles; return whether the run goes on."""
         while not self.over() and not storage.list_files(storage.join(self.out, "attempts")):
             time.sleep(0.1)
         return not self.over()
@@ -171,7 +173,7 @@ def disturbed(hosts, fault, words, expected, *, seed=0):
         fault: One of `INJECTORS`.
         words: The command.
         expected: Folder of the undisturbed run.
-        seed: Decides when and whom.
+        seed: Seed of the times and targets of faults.
     """
     running = Running(hosts, words, seed)
     try:
@@ -191,7 +193,7 @@ def disturbed(hosts, fault, words, expected, *, seed=0):
 
 
 def undisturbed(running):
-    """Let it run."""
+    """Inject no fault."""
 
 
 def kill_processes(running, title):
@@ -226,8 +228,8 @@ def gpu_actors(hosts):
     asking = hosts.popen(
         [sys.executable, "-c", GPU_ACTORS, hosts.api], stdout=subprocess.PIPE, text=True
     )
-    told, _ = asking.communicate(timeout=60)
-    return json.loads(told) if asking.returncode == 0 else []
+    output, _ = asking.communicate(timeout=60)
+    return json.loads(output) if asking.returncode == 0 else []
 
 
 GPU_ACTORS = """
@@ -239,7 +241,7 @@ print(json.dumps([a.pid for a in actors if a.required_resources.get("GPU")]))
 
 
 def raylet_killed(running):
-    """SIGKILL the raylet of a host, which takes its workers with it; start it anew."""
+    """SIGKILL the raylet of a host, which takes its workers with it, and start it again."""
     running.until_working()
     if running.sleep(running.random.uniform(0, 5)):
         host = running.random.randrange(1, running.hosts.num + 1)
@@ -250,7 +252,7 @@ def raylet_killed(running):
 
 
 def host_lost(running):
-    """Take a host's network away and kill all that runs there; start it anew."""
+    """Take a host's network away and kill all that runs there, and start it again."""
     running.until_working()
     if running.sleep(running.random.uniform(0, 5)):
         host = running.random.randrange(1, running.hosts.num + 1)
@@ -269,7 +271,7 @@ def host_lost_for_good(running):
 
 
 def revive(running, host, after_s=3.0):
-    """Start a lost host again, as whoever runs the cluster does."""
+    """Start a lost host again, as the operator of the cluster does."""
     running.sleep(after_s)
     running.hosts.kill(host)
     running.hosts.join(host)
@@ -277,7 +279,7 @@ def revive(running, host, after_s=3.0):
 
 
 def host_cut_off(running):
-    """Take a host off the network for 30 s; if Ray gave it up meanwhile, start it anew."""
+    """Take a host off the network for 30 s; start it again if Ray has given it up."""
     running.until_working()
     if running.sleep(running.random.uniform(0, 5)):
         host = running.random.randrange(1, running.hosts.num + 1)
@@ -306,7 +308,7 @@ def driver_killed(running, times=1):
 
 
 def reader_crashes(running):
-    """Count the segmentation faults: `broken_reader` notes each beside the slide."""
+    """Count the segmentation faults: `broken_reader` notes each next to the slide."""
     manifest = next(word for word in running.words if word.startswith("--manifest="))
     noted = Path(manifest.removeprefix("--manifest=")).parent / CRASHING / "crashes"
     noted.unlink(missing_ok=True)

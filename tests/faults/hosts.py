@@ -62,8 +62,8 @@ class Hosts:
     """A head, which takes no work, and hosts that do; a context manager.
 
     Attributes:
-        environment: Of every process on a host.
-        folder: For logs, the token and Ray's own files.
+        environment: Environment of every process on a host.
+        folder: Folder of logs, the token and files of Ray.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Hosts:
         Args:
             network: What connects them; variables of this process, such as those that tell where
                 S3 is, are the hosts' too.
-            num: Hosts that work.
+            num: Number of hosts that work.
             num_cpus: CPUs that Ray counts on each.
             num_gpus: GPUs that Ray counts on each; there are none.
-            store_mib: Object store of each.
+            store_mib: Size of each object store in MiB.
             quick_health: Whether a host that does not answer for three seconds is given up.
             environment: More variables of the hosts' processes.
         """
@@ -159,7 +159,7 @@ class Hosts:
         """Start Ray on a host that has none.
 
         Args:
-            host: Which.
+            host: Number of the host.
             before: Shell commands of its own mount namespace, run first.
             environment: Variables of this host's processes.
         """
@@ -196,11 +196,11 @@ class Hosts:
 
     def processes(self, host):
         """Return all processes on a host."""
-        told = subprocess.run(
+        listing = subprocess.run(
             ["ip", "netns", "pids", self.space(host)], capture_output=True, text=True, check=True
         )
         found = []
-        for pid in map(int, told.stdout.split()):
+        for pid in map(int, listing.stdout.split()):
             with suppress(psutil.NoSuchProcess):
                 found.append(psutil.Process(pid))
         return found
@@ -229,18 +229,18 @@ class Hosts:
         ip("link", "set", self.link(host), "down")
 
     def join(self, host):
-        """Put it back."""
+        """Put a host back on the network."""
         ip("link", "set", self.link(host), "up")
 
     def num_alive(self):
-        """Return how many hosts Ray counts."""
+        """Return the number of hosts that Ray counts."""
         command = [sys.executable, "-c", COUNT, f"{self.address(HEAD)}:{PORT}"]
         running = self.popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        told, _ = running.communicate(timeout=60)
-        return int(told) if running.returncode == 0 else 0
+        output, _ = running.communicate(timeout=60)
+        return int(output) if running.returncode == 0 else 0
 
     def wait_for(self, num, timeout_s=120):
-        """Wait until Ray counts so many hosts."""
+        """Wait until Ray counts this number of hosts."""
         deadline = time.monotonic() + timeout_s
         while (found := self.num_alive()) != num:
             if time.monotonic() > deadline:

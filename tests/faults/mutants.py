@@ -360,7 +360,7 @@ def _big_strips(rng, _):
 def _big_png(rng, _):
     side = rng.choice((8_000, 12_000, 60_000))
     head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    # Decoding would go on to the end of the data: for what is refused anyway a little will do.
+    # Decoding would go on to the end of the data: a little suffices, since the image is refused.
     rows = _deflated(b"\0" + BLANK * side, min(side, 20_000))
     return b"\x89PNG\r\n\x1a\n" + b"".join(map(_chunk, (head, b"IDAT" + rows, b"IEND")))
 

@@ -1,4 +1,4 @@
-"""The fault matrix: which faults befall which cluster, and how often."""
+"""The fault matrix: the faults of each cluster, and their numbers."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ from tests.support.s3_server import BUCKET, serving_s3
 
 @dataclass(frozen=True)
 class Scenario:
-    """A cluster and what befalls it.
+    """A cluster and its faults.
 
     Attributes:
-        faults: Of `INJECTORS`, and how many runs of each the benchmark does.
-        hosts: As `Hosts` takes it.
+        faults: Names in `INJECTORS`, and the number of runs of each in the benchmark.
+        hosts: Arguments of `Hosts`.
         s3: Whether slides and output lie on S3.
-        share: Of the requests to it that fail.
+        share: Share of requests to S3 that fail.
         small_disk: Whether the last host's cache of slides is a disk that holds none.
         gpus: Whether the networks run on (pretended) GPUs.
     """
@@ -68,7 +68,7 @@ SCENARIOS = {
 def undisturbed_run(folder):
     """Write the cohort, run it on two hosts twice, undisturbed; return the seconds of the second.
 
-    Its tables, in folder/whole, are what all others are compared with.
+    All other tables are compared with its tables, in folder/whole.
     """
     write_cohort(folder)
     with Network() as network, Hosts(network) as hosts:
@@ -78,9 +78,9 @@ def undisturbed_run(folder):
             seconds = running.seconds
             if code:
                 raise RuntimeError(running.log.read_text())
-    told = differences(folder / "first", folder / "whole")
-    if told:
-        message = f"two undisturbed runs differ: {told}"
+    texts = differences(folder / "first", folder / "whole")
+    if texts:
+        message = f"two undisturbed runs differ: {texts}"
         raise RuntimeError(message)
     return seconds
 
@@ -89,9 +89,9 @@ def outcomes(name, folder, times=None, only=None):
     """Yield the outcome of every run of a scenario.
 
     Args:
-        name: Of `SCENARIOS`.
-        folder: Where `undisturbed_run` has been.
-        times: How often each fault is tried; by default as often as the scenario says.
+        name: Key of `SCENARIOS`.
+        folder: Folder that `undisturbed_run` has filled.
+        times: Number of runs of each fault; by default that of the scenario.
         only: Faults to try; by default all of the scenario.
     """
     scenario, folder = SCENARIOS[name], Path(folder)
@@ -123,7 +123,7 @@ def outcomes(name, folder, times=None, only=None):
 
 
 def start_those_given_up(hosts):
-    """Start hosts anew that Ray gave up only when the run was over: their raylets have ended."""
+    """Start hosts again that Ray gave up after the run: their raylets have ended."""
     for host in range(1, hosts.num + 1):
         if not hosts.titled(host, RAYLET):
             hosts.kill(host)
@@ -148,7 +148,7 @@ def copy_cohort(folder, root):
 
 
 def fill_disk(hosts, host):
-    """Start a host anew with a disk for its cache of slides that holds none."""
+    """Start a host again with a disk for its cache of slides that holds none."""
     cache = hosts.folder / "cache"
     cache.mkdir()
     hosts.kill(host)

@@ -54,7 +54,7 @@ FOLDERS = {"cwd", "home", "loop", "printed.txt", "run", "slides", "tmp"}
 
 
 class Watch(threading.Thread):
-    """Looks at all processes of a command, half a second apart, until told to stop."""
+    """A thread that looks at all processes of a command twice a second, until `ended` is set."""
 
     def __init__(self, pid):
         super().__init__()
@@ -69,7 +69,7 @@ class Watch(threading.Thread):
                 try:
                     rss += self._look(process)
                 except (psutil.Error, ProcessLookupError, FileNotFoundError):
-                    continue  # gone meanwhile
+                    continue  # it has ended
             self.most_gib = max(self.most_gib, rss / 2**30)
 
     def _look(self, process):
@@ -94,8 +94,8 @@ def tree(folder):
     """Return every path below a folder with its size, times and kind."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        told = path.lstat()
-        found[str(path.relative_to(folder))] = (told.st_mode, told.st_size, told.st_mtime_ns)
+        status = path.lstat()
+        found[str(path.relative_to(folder))] = (status.st_mode, status.st_size, status.st_mtime_ns)
     return found
 
 
@@ -221,7 +221,7 @@ def report(made, records, printed, watch, wall_s):
 
 
 def check_cohort(folder, num_mutants, seed, timeout_s, helpers):
-    """Let a cohort with so many mutants through `extract`, and check all that is promised."""
+    """Let a cohort with this number of mutants through `extract`, and check its promises."""
     made = write_cohort(folder / "slides", num_mutants, seed)
     assert sum(slide.kind != "intact" for slide in made) == num_mutants
     (folder / "loop").mkdir()

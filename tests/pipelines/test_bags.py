@@ -364,7 +364,7 @@ def test_choose_panel(small, slides, tmp_path):
 
 
 def test_only_training_slides_and_spots_with_cells_choose(small, slides):
-    """What is held out must not matter, and neither do spots that cannot train."""
+    """Held-out spots do not matter, and neither do spots that cannot train."""
     alone = choose_panel(slides[:1], "variable:3", small.run)
     assert alone.info["training_slides"] == ["s0"]
     barcodes, genes, counts, _ = outs_of(slides[0])

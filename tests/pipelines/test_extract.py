@@ -191,7 +191,7 @@ def test_cohort_of_five(small_cohort, plain, tmp_path):
     assert "cut.tiff" in records["cut"]["error"]
     failures = pq.read_table(tmp_path / "run" / "failures" / "no_mpp.parquet").to_pylist()
     assert failures[0]["stage"] == "plan"
-    # Mended, the failed slide is done by the same command, and nothing else is touched.
+    # The same command does the failed slide after its file is fixed, and touches nothing else.
     manifest.write_text(manifest.read_text().replace("no_mpp.png,", "no_mpp.png,0.5"))
     stamp = (tmp_path / "run" / "cells" / "good0.parquet").stat().st_mtime_ns
     assert extract(config)["no_mpp"]["status"] in {"done", "empty"}

@@ -54,14 +54,14 @@ def test_tells_people_and_machines(manifest, tmp_path, capsys):
     words += ["--encoder=none", "--cpu-price=0.5", f"--json={tmp_path}/plan.json"]
     assert main([*words, "--processes=1"]) == 1  # a slide is gone
     shown = capsys.readouterr().out
-    told = json.loads((tmp_path / "plan.json").read_text())
-    good, gone = told["slides"]
-    assert good["num_tiles"] == told["total"]["tiles"] > 20
+    document = json.loads((tmp_path / "plan.json").read_text())
+    good, gone = document["slides"]
+    assert good["num_tiles"] == document["total"]["tiles"] > 20
     assert "no such file" in gone["error"]
-    assert told["price"] == pytest.approx(4 * 0.5 * told["wall_s"] / 3600, rel=0.01)
-    assert told["cluster"] == {"cpus": 4, "gpus": 0, "workers": 4}
-    assert told["rates"]["segment"] == {"value": 0.25, "source": "default"}
-    assert told["rates"]["stored_cell_bytes"]["value"] is None
+    assert document["price"] == pytest.approx(4 * 0.5 * document["wall_s"] / 3600, rel=0.01)
+    assert document["cluster"] == {"cpus": 4, "gpus": 0, "workers": 4}
+    assert document["rates"]["segment"] == {"value": 0.25, "source": "default"}
+    assert document["rates"]["stored_cell_bytes"]["value"] is None
     lines = shown.splitlines()
     assert lines[0].split()[:2] == ["slide", "tiles"]
     assert lines[1].split()[:2] == ["good", str(good["num_tiles"])]

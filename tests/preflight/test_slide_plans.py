@@ -32,9 +32,9 @@ def cohort(synthetic_slide, tmp_path_factory):
 
 
 def test_tiles_are_those_of_plan_slide_and_bad_slides_are_rows(cohort, cells_spec):
-    told = []
-    plans = plan_slides(cohort, cells_spec, keep=1000, processes=1, report=told.append)
-    assert told == [1, 2, 3, 4, 5, 6]
+    reported = []
+    plans = plan_slides(cohort, cells_spec, keep=1000, processes=1, report=reported.append)
+    assert reported == [1, 2, 3, 4, 5, 6]
     assert [plan.slide_id for plan in plans] == [slide.slide_id for slide in cohort]
     for slide, plan in zip(cohort[:2], plans, strict=False):
         rows = plan_slide(slide_row(slide), cells_spec)

@@ -43,9 +43,9 @@ def write_sample(root, sample="T1", metadata=None, tiff_mpp=MPP, parts=("st", "w
         adata.write_h5ad(root / f"st/{sample}.h5ad")
     if "wsis" in parts:
         per_cm = 1e4 / (tiff_mpp or 1)
-        told = {"resolution": (per_cm, per_cm), "resolutionunit": "CENTIMETER"} if tiff_mpp else {}
+        tags = {"resolution": (per_cm, per_cm), "resolutionunit": "CENTIMETER"} if tiff_mpp else {}
         image = np.full((HEIGHT0, WIDTH0, 3), 230, np.uint8)
-        tifffile.imwrite(root / f"wsis/{sample}.tif", image, **told)
+        tifffile.imwrite(root / f"wsis/{sample}.tif", image, **tags)
     if "metadata" in parts:
         (root / f"metadata/{sample}.json").write_text(json.dumps(METADATA | (metadata or {})))
 
@@ -152,10 +152,10 @@ def test_command_writes_a_manifest_that_jobs_read(tmp_path, capsys):
     )
     config = ManifestHestConfig(folder=str(tmp_path / "hest"), out=str(tmp_path / "m.csv"))
     assert write_hest_manifest(config) == 0
-    told = capsys.readouterr().out
-    assert "A1: 0.5 um/px estimated, but 0.25 by pixel_size_um_embedded" in told
-    assert "left out C3: no st/C3.h5ad, wsis/C3.tif" in told
-    assert "2 slides" in told
+    output = capsys.readouterr().out
+    assert "A1: 0.5 um/px estimated, but 0.25 by pixel_size_um_embedded" in output
+    assert "left out C3: no st/C3.h5ad, wsis/C3.tif" in output
+    assert "2 slides" in output
     rows = read_manifest(str(tmp_path / "m.csv"), ("spots",))
     assert [(row.slide_id, row.mpp) for row in rows] == [("A1", MPP), ("B2", MPP)]
     assert isinstance(rows[0], SlideRow)

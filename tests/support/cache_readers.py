@@ -1,4 +1,4 @@
-"""What other processes do with the node's cache; light, since each of them imports it anew."""
+"""Uses of the node's cache by other processes. It imports little, since each process imports it."""
 
 import hashlib
 import multiprocessing

@@ -1,6 +1,6 @@
 """Checkpoint files of CellViT with deterministic weights, for tests that need one.
 
-The rule for the weights is that of the reference outputs beside the repository, so that any
+The rule for the weights is that of the reference outputs next to the repository, so that any
 machine makes the network those outputs came from.
 """
 

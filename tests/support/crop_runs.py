@@ -31,7 +31,7 @@ def numbers_of(crops):
 
 
 def write_crop_run(folder, num_crops, images=None):
-    """Write a run folder whose slides have so many crops each, numbered through from 0.
+    """Write a run folder whose slides have these numbers of crops, numbered through from 0.
 
     Args:
         folder: The run folder.

@@ -1,4 +1,4 @@
-"""A server on loopback that stands in for an object store, and misbehaves as told."""
+"""A server on loopback that stands in for an object store, and misbehaves on request."""
 
 import socket
 import struct
@@ -47,25 +47,25 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
-        faults = self.server.told.head_faults
+        faults = self.server.objects.head_faults
         self._answer(faults.pop(0) if faults else None)
 
     def do_GET(self):
-        told = self.server.told
-        told.when()
-        self._answer(told.faults.pop(0) if told.faults else None)
+        objects = self.server.objects
+        objects.when()
+        self._answer(objects.faults.pop(0) if objects.faults else None)
 
     def _answer(self, fault):
-        told, path = self.server.told, unquote(self.path.partition("?")[0])
-        told.asked.append((self.command, path))
+        objects, path = self.server.objects, unquote(self.path.partition("?")[0])
+        objects.asked.append((self.command, path))
         if fault == "drop":
             self.connection.close()
             return
-        status = fault if isinstance(fault, int) else 200 if path in told.files else 404
-        body = told.files[path] if status == 200 else b""
+        status = fault if isinstance(fault, int) else 200 if path in objects.files else 404
+        body = objects.files[path] if status == 200 else b""
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        etag = told.etags.get(path, f'"{hash(body):x}"')
+        etag = objects.etags.get(path, f'"{hash(body):x}"')
         if etag:
             self.send_header("ETag", etag)
         self.end_headers()
@@ -79,9 +79,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
             self.connection.close()
             return
-        if not told.go_on.is_set():
-            told.half_sent.set()
-            told.go_on.wait(told.patience_s)
+        if not objects.go_on.is_set():
+            objects.half_sent.set()
+            objects.go_on.wait(objects.patience_s)
         self.wfile.write(body[half:])
 
 
@@ -94,16 +94,18 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def serving(files, **changes):
-    """Serve on loopback while the `with` lasts; yield the address and what is told."""
+    """Serve on loopback while the `with` lasts; yield the address and the objects."""
     with Server(("127.0.0.1", 0), Handler) as server:
-        server.told = Objects({f"/{name}": content for name, content in files.items()}, **changes)
-        server.told.go_on.set()
+        server.objects = Objects(
+            {f"/{name}": content for name, content in files.items()}, **changes
+        )
+        server.objects.go_on.set()
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", server.told
+            yield f"http://127.0.0.1:{server.server_port}", server.objects
         finally:
-            server.told.go_on.set()
+            server.objects.go_on.set()
             server.shutdown()
             thread.join()
 

@@ -1,4 +1,4 @@
-"""Where the repository lies, and real data beside it if there is any."""
+"""Folders of the repository and of real data next to it, if present."""
 
 from pathlib import Path
 

@@ -80,8 +80,11 @@ class Faulty:
             get_input_stream(environ).read()  # or the client would see a reset
             is_head = environ["REQUEST_METHOD"] == "HEAD"
             body = b"" if is_head else ANSWER.format(code).encode()
-            told = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
-            start_response(status, told)
+            response_headers = [
+                ("Content-Type", "application/xml"),
+                ("Content-Length", str(len(body))),
+            ]
+            start_response(status, response_headers)
             return [body]
         if fault == "slow":
             time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""A server on loopback that sends one file, and misbehaves as told."""
+"""A server on loopback that sends one file, and misbehaves on request."""
 
 import re
 import threading
@@ -39,41 +39,41 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        told = self.server.behaviour
-        told.requests.append((self.path, dict(self.headers)))
-        if told.statuses:
-            return self._answer(told.statuses.pop(0), b"")
-        if self.path in told.pages:
-            return self._answer(200, told.pages[self.path])
-        start = self._start(told)
-        if start is not None and start >= len(told.content):
-            return self._answer(416, b"", {"Content-Range": f"bytes */{len(told.content)}"})
-        extra = {"ETag": told.etag} if told.etag else {}
+        behaviour = self.server.behaviour
+        behaviour.requests.append((self.path, dict(self.headers)))
+        if behaviour.statuses:
+            return self._answer(behaviour.statuses.pop(0), b"")
+        if self.path in behaviour.pages:
+            return self._answer(200, behaviour.pages[self.path])
+        start = self._start(behaviour)
+        if start is not None and start >= len(behaviour.content):
+            return self._answer(416, b"", {"Content-Range": f"bytes */{len(behaviour.content)}"})
+        extra = {"ETag": behaviour.etag} if behaviour.etag else {}
         if start is None:
-            return self._answer(200, told.content, extra, told)
-        end = len(told.content)
+            return self._answer(200, behaviour.content, extra, behaviour)
+        end = len(behaviour.content)
         extra["Content-Range"] = f"bytes {start}-{end - 1}/{end}"
-        return self._answer(206, told.content[start:], extra, told)
+        return self._answer(206, behaviour.content[start:], extra, behaviour)
 
-    def _start(self, told):
+    def _start(self, behaviour):
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        same = self.headers.get("If-Range", told.etag) == told.etag
-        return int(match[1]) if match and told.ranges and same else None
+        same = self.headers.get("If-Range", behaviour.etag) == behaviour.etag
+        return int(match[1]) if match and behaviour.ranges and same else None
 
-    def _answer(self, status, body, headers=None, told=None):
+    def _answer(self, status, body, headers=None, behaviour=None):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        if told is None or told.tells_length:
+        if behaviour is None or behaviour.tells_length:
             self.send_header("Content-Length", str(len(body)))
         else:
             self.close_connection = True
         self.end_headers()
-        cut = told.cut_after.pop(0) if told and told.cut_after else None
+        cut = behaviour.cut_after.pop(0) if behaviour and behaviour.cut_after else None
         self.wfile.write(body[:cut])
         self.wfile.flush()
-        if told:
-            told.sent.append(len(body[:cut]))
+        if behaviour:
+            behaviour.sent.append(len(body[:cut]))
         if cut is not None:
             self.close_connection = True
 

@@ -14,7 +14,7 @@ WAIT_S = 60
 
 
 class Meeting:
-    """Threads hand over tensors and all get all of them; a failed one frees the others."""
+    """Threads hand over tensors and all get all of them; a failed one frees all threads."""
 
     def __init__(self, world_size):
         self.parts = [None] * world_size

@@ -87,9 +87,11 @@ def test_what_fails_is_told_and_tried_again_alone(tmp_path):
     assert ended.pop("t2") == "ValueError: trial 2 cannot be fitted"
     assert set(ended.values()) == {None}
     assert [trial.name for trial in list_pending(folder, trials)] == ["t2"]
-    mended = make_trials()
-    assert dict(run(list_pending(folder, mended), refs, folder, TrialResources())) == {"t2": None}
-    assert list_pending(folder, mended) == []
+    corrected = make_trials()
+    assert dict(run(list_pending(folder, corrected), refs, folder, TrialResources())) == {
+        "t2": None
+    }
+    assert list_pending(folder, corrected) == []
     counts = [len((tmp_path / f"worked_{number}").read_text()) for number in range(6)]
     assert counts == [1, 1, 2, 1, 1, 1]
 

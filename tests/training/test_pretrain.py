@@ -178,7 +178,7 @@ def until_alone(crops, out):
             lost.write_text(ray.get_runtime_context().get_node_id())
         while step.epoch == 1 and context.get_world_size() == 2:
             time.sleep(0.5)
-        # Ray may begin with one worker, and add the other when it looks anew.
+        # Ray may begin with one worker, and add the other when it looks again.
         while context.get_world_size() == 1 and not lost.exists():
             time.sleep(0.5)
 

@@ -103,9 +103,9 @@ def test_a_region_of_a_slide():
     assert found.centroids.num_predicted == inside.sum()
     # Points have no edges unless a size is given.
     points = as_points(as_map(part))
-    told = score_image(points, whole, Annotated(Frame(30, 20, 1, 1), 0.25, (50, 40)), NO_NAMES, 3)
-    assert told.centroids == found.centroids
-    assert told.masks is None
+    sized = score_image(points, whole, Annotated(Frame(30, 20, 1, 1), 0.25, (50, 40)), NO_NAMES, 3)
+    assert sized.centroids == found.centroids
+    assert sized.masks is None
     untold = score_image(points, whole, Annotated(Frame(30, 20, 1, 1), 0.25), NO_NAMES, 3)
     assert untold.centroids.num_predicted == len(whole.types_N)
 

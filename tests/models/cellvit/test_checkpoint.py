@@ -1,4 +1,4 @@
-"""Checkpoints: every published form is read; a refusal of another file says what is expected."""
+"""Checkpoints: every published form is read; the refusal of another file names these."""
 
 import hashlib
 import os

@@ -4,8 +4,8 @@ import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.util import find_spec
 
-# By module: what is replaced, and by what. A node says that torch can use 64 GPUs, any number that
-# Ray may count.
+# Replaced names and their replacements, by module. A node says that torch can use 64 GPUs, any
+# number that Ray may count.
 REPLACEMENTS = {
     "scellst_ray.models.device": ("device_of_worker", lambda **_: "cpu"),
     "scellst_ray.preflight.nodes": ("COUNT_GPUS", "print(64)"),
