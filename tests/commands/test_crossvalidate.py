@@ -124,7 +124,7 @@ def test_a_slide_that_cannot_be_used_is_named_before_anything_runs(make_config):
         crossvalidate(config, lambda _: None)
 
 
-def test_a_failed_trial_is_told_and_makes_the_command_fail(make_config, monkeypatch):
+def test_a_failed_trial_is_reported_and_makes_the_command_fail(make_config, monkeypatch):
     config = make_config()
     console = Console(record=True, width=100)
     monkeypatch.setattr(crossvalidate_report, "Console", lambda: console)

@@ -28,7 +28,7 @@ SEND_SIGTERM = "os.kill(os.getpid(), signal.SIGTERM)"
 
 
 @pytest.mark.parametrize(("inner", "between"), [(SEND_SIGTERM, "pass"), ("pass", SEND_SIGTERM)])
-def test_what_encloses_is_cleaned_up_whichever_block_is_told(inner, between):
+def test_what_encloses_is_cleaned_up_whichever_block_gets_the_signal(inner, between):
     code = NESTED.format(inner=inner, between=between)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)
     assert done.stdout == "cleaned up\n"

@@ -89,7 +89,7 @@ def shards_of(run):
     return set(storage.list_files(run.shards_uri))
 
 
-def test_a_driver_told_to_end_logs_what_it_has(cohort, tmp_path):
+def test_a_driver_that_gets_sigterm_logs_what_it_has(cohort, tmp_path):
     # What a preempted node, `ray job stop` and a batch system send first.
     manifest, server = cohort
     process = started_run(manifest, server, tmp_path / "ended")

@@ -64,7 +64,7 @@ def test_embeddings_are_measured_by_the_cell(tiles, cells_spec):
     assert sample.rates["stored_cell_bytes"] > 0.7 * vectors
 
 
-def test_bad_tiles_are_left_out_and_told_of(tiles, cells_spec):
+def test_bad_tiles_are_left_out_and_reported(tiles, cells_spec):
     spec = replace(cells_spec, encoder="none")
     bad = [tile | {"uri": "gone.tiff", "slide_id": "bad"} for tile in tiles[:2]]
     sample = calibrate([*tiles, *bad], spec, 2, on_gpu=False)
@@ -77,7 +77,7 @@ def test_bad_tiles_are_left_out_and_told_of(tiles, cells_spec):
         calibrate([], spec, 2, on_gpu=False)
 
 
-def test_a_ray_that_does_not_start_is_told_of(tiles, cells_spec, monkeypatch):
+def test_a_ray_that_does_not_start_is_reported(tiles, cells_spec, monkeypatch):
     monkeypatch.setattr(calibration, "START_RAY", "raise SystemExit('no room')")
     with pytest.raises(ValueError, match="Ray does not start on this machine"):
         calibrate(tiles[:1], replace(cells_spec, encoder="none"), 2, on_gpu=False)

@@ -56,7 +56,7 @@ def test_all_well(tmp_path):
     }
 
 
-def test_everything_that_a_node_lacks_is_told_at_once(tmp_path):
+def test_everything_that_a_node_lacks_is_reported_at_once(tmp_path):
     (tmp_path / "other.pth").write_bytes(b"another file")
     asked = NodeRequirements(
         out=str(tmp_path),
@@ -130,7 +130,7 @@ def test_gpus_that_torch_cannot_use(monkeypatch):
         ({"spill_free_share": 0.03}, "is 97% full"),
     ],
 )
-def test_what_may_go_wrong_later_is_told_and_stops_nothing(changes, part):
+def test_what_may_go_wrong_later_is_reported_and_stops_nothing(changes, part):
     (problem,) = texts(**changes)
     assert part in problem.text
     assert not problem.stops

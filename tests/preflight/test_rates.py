@@ -82,7 +82,7 @@ def test_a_run_with_nothing_done_is_refused(tmp_path):
         with_runs(Rates(), [str(tmp_path / "nothing")], {}, on_gpu=False)
 
 
-def test_segmenting_is_split_only_where_that_can_be_told():
+def test_segmenting_is_split_only_where_both_rates_can_be_known():
     mpx, cells = np.array([1.0, 1, 1, 0.5, 1, 0.2]), np.array([0.0, 500, 100, 30, 900, 5])
     seconds = 0.2 * mpx + 4e-4 * cells
     found = split_segment(seconds, mpx, cells)

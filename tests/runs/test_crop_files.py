@@ -154,7 +154,7 @@ def test_coding_keeps_colours():
     assert np.abs(out[0].astype(int) - crop).mean() < 1
 
 
-def test_a_damaged_crop_is_told():
+def test_a_damaged_crop_is_reported():
     image = np.frombuffer(encode(np.zeros((72, 72, 3), np.uint8)), np.uint8)
     for bad in (image[:30], np.zeros(50, np.uint8)):
         with pytest.raises(ValueError, match="cannot be decoded"):

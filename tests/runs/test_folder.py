@@ -86,7 +86,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert begin_run(str(tmp_path / "empty"), "extract", IDENTITY, {})
 
 
-def test_a_run_with_embeddings_is_told_from_other_folders(tmp_path):
+def test_a_run_with_embeddings_is_distinguished_from_other_folders(tmp_path):
     uri = str(tmp_path)
     with pytest.raises(ValueError, match=r"holds no run of scellst_ray; run `scellst-ray extract`"):
         open_embedded_run(uri)

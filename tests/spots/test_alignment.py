@@ -54,7 +54,7 @@ def test_sound_spots_have_no_problem():
         (lambda x, y: (x / 1.4, y / 1.4), "scaled by about 1.5"),
     ],
 )
-def test_mistakes_are_told_with_their_cause(mistake, cause):
+def test_mistakes_are_reported_with_their_cause(mistake, cause):
     found = found_for(np.column_stack(mistake(*SPOTS.T)))
     assert found.problem is not None
     assert cause in found.problem

@@ -86,7 +86,7 @@ def test_a_sound_sample(tmp_path):
         ({"pixel_size_um_estimated": 4.0}, MPP, r"mpp 4 is outside 0\.1-1\.2"),
     ],
 )
-def test_conflicts_are_told(tmp_path, metadata, tiff_mpp, conflict):
+def test_conflicts_are_reported(tmp_path, metadata, tiff_mpp, conflict):
     write_sample(tmp_path, metadata=metadata, tiff_mpp=tiff_mpp)
     (sample,), _ = read_hest(str(tmp_path))
     text = "; ".join(sample.conflicts)

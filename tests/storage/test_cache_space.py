@@ -100,7 +100,7 @@ def test_pinned_files_stay(put, cache, monkeypatch):
     assert path.read_bytes() == b"w"
 
 
-def test_unless_told_otherwise_half_of_the_disk_is_the_bound(put, cache, monkeypatch):
+def test_by_default_half_of_the_disk_is_the_bound(put, cache, monkeypatch):
     monkeypatch.delenv("SCELLST_RAY_CACHE_GB")
     uris = [put(name, b"x" * 8192) for name in "abcde"]
     limit_disk(monkeypatch, lambda: 8 * 8192 - sum(8192 for _ in copies(cache)))

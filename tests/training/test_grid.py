@@ -78,7 +78,7 @@ def test_trials_equal_a_plain_loop_and_slides_are_prepared_once(tmp_path):
     assert (tmp_path / "prepared_a").read_text() == "xx"  # on Ray, and here
 
 
-def test_what_fails_is_told_and_tried_again_alone(tmp_path):
+def test_what_fails_is_reported_and_tried_again_alone(tmp_path):
     refs = prepare_inputs(partial(prepare, tmp_path), ["a", "bb"], TrialResources()).refs
     folder = str(tmp_path / "trials")
     trials = make_trials(t2={"fails": True})

@@ -41,7 +41,7 @@ def test_backbones_of_timm(arch, dim):
     assert network(torch.zeros(2, 3, 48, 48)).shape == (2, dim)
 
 
-def test_names_that_cannot_be_had_are_told(monkeypatch):
+def test_names_that_cannot_be_had_are_reported(monkeypatch):
     with pytest.raises(ValueError, match="expected one of resnet18"):
         new_backbone("resnet99", 0)
     pytest.importorskip("timm")

@@ -131,7 +131,7 @@ def test_one_worker_keeps_plain_norms():
     assert type(plain[1]) is nn.BatchNorm2d
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_reported():
     with pytest.raises(ValueError, match="pass all_reduce"):
         convert(tiny_backbone(), None, 2)
     norm = convert(make_norm("1d"), lambda total: total, 2)

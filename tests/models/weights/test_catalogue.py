@@ -31,7 +31,7 @@ def write_sparse(path, size):
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_entries_can_be_told_from_files_and_checked(name):
+def test_entries_are_distinguished_from_files_and_checked(name):
     entry = CATALOGUE[name]
     assert re.fullmatch(r"[a-z0-9-]+", name)
     assert entry.url.startswith("https://")

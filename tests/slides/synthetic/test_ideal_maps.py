@@ -70,7 +70,7 @@ def test_every_nucleus_is_found_with_its_type(seed, num, side):
 
 @pytest.mark.parametrize("radius", [6, 8, 12, 18])
 @pytest.mark.parametrize("angle", [0, 30, 45, 90])
-def test_two_that_touch_are_told_apart(radius, angle):
+def test_two_that_touch_are_separated(radius, angle):
     turn = np.deg2rad(angle)
     across = (2 * radius - 0.5) * np.array([np.cos(turn), np.sin(turn)])
     middle = np.array([48.2, 47.6])
