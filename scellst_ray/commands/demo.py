@@ -62,7 +62,7 @@ def demo(config: DemoConfig) -> int:
         row["spots"] = str(files.space_ranger and files.space_ranger.absolute())
         pl.DataFrame([row]).write_csv(out / f"{name}.csv")
     with ray_session(dashboard=True):
-        encoder = _pretrained(out, config.crops, console)
+        encoder = _pretrain_encoder(out, config.crops, console)
         console.rule(f"4. extract {TRAINED}: nuclei and their embeddings")
         cells = ExtractConfig(
             manifest=str(out / f"{TRAINED}.csv"), out=str(out / "extract"), encoder=encoder
@@ -99,7 +99,7 @@ def demo(config: DemoConfig) -> int:
     return 0
 
 
-def _pretrained(out: Path, num_crops: int, console: Console) -> str:
+def _pretrain_encoder(out: Path, num_crops: int, console: Console) -> str:
     """Pretrain an encoder on crops of both slides for 2 epochs; return its file."""
     console.rule("2. crops of cells of both slides")
     both = pl.concat([pl.read_csv(out / f"{name}.csv") for name in (TRAINED, UNSEEN)])

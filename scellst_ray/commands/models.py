@@ -80,7 +80,7 @@ def fetch_model(config: ModelsFetchConfig) -> int:
     say = line_printer(console)
     model = find_published(config.name)
     say(f"{model.name}: {model.what}\nlicence: {model.licence}\nsource: {model.source}")
-    bar, report = _shown(console, model.file_name)
+    bar, report = _show_progress(console, model.file_name)
     with bar:
         fetch(config, say, report)
     say(f"{model.name} is {model.path}")
@@ -119,7 +119,7 @@ def fetch(
         try:
             digests = download(config.url or model.url, model.path, expected, report, patience)
         except WrongFileError as error:
-            message = f"{error}{_explained(error.found, expected)}{_lock_hint(model)}"
+            message = f"{error}{_explain_mismatch(error.found, expected)}{_lock_hint(model)}"
             raise ValueError(message) from error
         say(f"SHA-256 {digests.sha256}; expected: {pinned}")
     if not model.lock_content or model.lock_content["sha256"] != digests.sha256:
@@ -146,7 +146,7 @@ def _with_record(
     return ExpectedFile(expected.size, expected.sha256, stated.md5)
 
 
-def _explained(digests: Digests, expected: ExpectedFile) -> str:
+def _explain_mismatch(digests: Digests, expected: ExpectedFile) -> str:
     """Return a hint if the record states a file that the catalogue does not know."""
     if expected.md5 is None or digests.md5 != expected.md5:
         return ""
@@ -161,7 +161,7 @@ def _lock_hint(model: PublishedFile) -> str:
     return f" (the digest is that of {model.lock_path})" if model.lock_content else ""
 
 
-def _shown(console: Console, name: str) -> tuple[AbstractContextManager[object], Report]:
+def _show_progress(console: Console, name: str) -> tuple[AbstractContextManager[object], Report]:
     """Return a progress bar and the function that moves it; no bar without a terminal."""
     if not console.is_terminal:
         return nullcontext(), lambda _done, _size: None

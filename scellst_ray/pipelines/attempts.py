@@ -116,7 +116,7 @@ class Attempts:
         self.gpu = GpuWatch(on_gpu=on_gpu)
         self.uri, self.max_attempts, self.timeout_s, self.host = uri, max_attempts, timeout_s, host
         self.ended: dict[Key, Ended] = {}
-        self.watchdog = Watchdog(self._expired)
+        self.watchdog = Watchdog(self._note_expiry)
         self._writing = threading.Lock()
         self._written = 0
         self._begin([])
@@ -179,7 +179,7 @@ class Attempts:
         self.stage = stage
         self._write()
 
-    def _expired(self, seconds: float) -> None:
+    def _note_expiry(self, seconds: float) -> None:
         """Note the reason for which the process is about to end."""
         self.reason = f"took longer than {seconds:g} s"
         log_args = (_name_tiles(self.begun), self.reason, self.stage or "unknown")

@@ -124,7 +124,7 @@ class Driver:
             done = found.get(slide.slide_id, log.slice(0, 0))
             self._add(slide.slide_id, done)
             if slide.slide_id not in self.complete:
-                segmentation, imported_uri = self._imported(slide, spec)
+                segmentation, imported_uri = self._find_imported(slide, spec)
                 rows.append(
                     {
                         "slide_id": slide.slide_id,
@@ -150,7 +150,7 @@ class Driver:
     def _use(self, slide_id: str, receipts: pa.Table) -> None:
         self.uses.add(slide_id, receipts["shard"].drop_null().unique().to_pylist())
 
-    def _imported(self, slide: SlideRow, spec: CellsSpec) -> tuple[str | None, str | None]:
+    def _find_imported(self, slide: SlideRow, spec: CellsSpec) -> tuple[str | None, str | None]:
         """Return the file of a slide's imported nuclei, and the file for them sorted by tile."""
         source = slide.columns.get("segmentation")
         if spec.segmenter != "imported" or source is None:

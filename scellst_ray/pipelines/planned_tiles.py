@@ -102,10 +102,10 @@ class PlanTiles:
             (tiles,) = self.attempts.run_guarded([row], self._plan)
             waiting += tiles
             while len(waiting) >= self.tiles_per_task:
-                yield self._padded(waiting[: self.tiles_per_task])
+                yield self._pad_rows(waiting[: self.tiles_per_task])
                 waiting = waiting[self.tiles_per_task :]
         if waiting:
-            yield self._padded(waiting)
+            yield self._pad_rows(waiting)
 
     def _plan(self, rows: list[AttemptedSlide], begins: Callable[[str], None]) -> list[TileRow]:
         (row,) = rows
@@ -123,7 +123,7 @@ class PlanTiles:
         begins("plan")
         return self.plan(row, self.spec)
 
-    def _padded(self, rows: list[TileRow]) -> pa.Table:
+    def _pad_rows(self, rows: list[TileRow]) -> pa.Table:
         tiles = pa.Table.from_pylist(stamp_queued(rows), schema=PLANNED)
         num_bytes = padding_bytes(self.tiles_per_task, tiles.nbytes)
         padding = [bytes(num_bytes), *[b""] * (len(tiles) - 1)]

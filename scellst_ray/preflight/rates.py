@@ -51,7 +51,7 @@ def with_runs(
             message = f"{uri}: no slide of this run is finished; give a run with finished slides"
             raise ValueError(message)
         units = sum_by_key([units, units_of_run])
-        by_slide += _segmented(run)
+        by_slide += _list_segmenting(run)
         suffix = "_gpu" if _on_gpu(run, notes, on_gpu=on_gpu) else ""
         seconds = sum_by_key([seconds, _seconds(run, suffix)])
         known = run.info["identity"]
@@ -122,7 +122,7 @@ def _table_bytes(run: Run, record: SlideRecord) -> int:
     return sum(sum(storage.sizes(uri).values()) for uri in uris)
 
 
-def _segmented(run: Run) -> list[tuple[float, float, float]]:
+def _list_segmenting(run: Run) -> list[tuple[float, float, float]]:
     """Return (seconds of segmenting, Mpx, cells) of each slide."""
     sides_px = _sides_px(run)
     return [

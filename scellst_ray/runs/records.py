@@ -274,7 +274,7 @@ def known_mpp(record: SlideRecord, name: Literal["mpp", "read_mpp"] = "mpp") -> 
     """
     value = record.get(name)
     if value is None:
-        raise ValueError(_unknown(record, name))
+        raise ValueError(_explain_unknown(record, name))
     return float(value)
 
 
@@ -286,11 +286,11 @@ def known_size0(record: SlideRecord) -> tuple[int, int]:
     """
     width0, height0 = record.get("width0"), record.get("height0")
     if width0 is None or height0 is None:
-        raise ValueError(_unknown(record, "width0 and height0"))
+        raise ValueError(_explain_unknown(record, "width0 and height0"))
     return width0, height0
 
 
-def _unknown(record: SlideRecord, names: str) -> str:
+def _explain_unknown(record: SlideRecord, names: str) -> str:
     return (
         f"slide {record['slide_id']!r}: its record does not know {names}, so the slide was never "
         "opened; fix its file and run the same command again"

@@ -62,8 +62,8 @@ def progress_of(state: RunState) -> dict[str, Any]:
         "num_cells": int(slides["num_cells"].sum()),
         "throughput": {
             "seconds": round(rate.seconds, 3),
-            "tiles_per_s": _rounded(rate.tiles_per_s),
-            "cells_per_s": _rounded(rate.cells_per_s),
+            "tiles_per_s": _round_rate(rate.tiles_per_s),
+            "cells_per_s": _round_rate(rate.cells_per_s),
         },
         "slowest": slowest(slides),
         "failures": failure_groups(state),
@@ -218,7 +218,7 @@ def format_number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def _rounded(value: float | None) -> float | None:
+def _round_rate(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 

@@ -52,7 +52,7 @@ class FindNuclei:
             if self.spec.segmenter == "imported":
                 seam = np.zeros(len(nuclei), np.uint8)
             else:
-                nuclei, seam = _offered(nuclei, row, self._margin_um(row))
+                nuclei, seam = _select_nuclei(nuclei, row, self._margin_um(row))
             if len(nuclei) > MAX_CELLS_PER_TILE:
                 message = f"{len(nuclei)} nuclei in one tile; use smaller tiles (core_px)"
                 raise ValueError(message)
@@ -86,7 +86,9 @@ class FindNuclei:
         return hematoxylin.segment(row["image"], row["read_mpp"])
 
 
-def _offered(nuclei: Nuclei, row: TileRow, margin_um: float) -> tuple[Nuclei, NDArray[np.uint8]]:
+def _select_nuclei(
+    nuclei: Nuclei, row: TileRow, margin_um: float
+) -> tuple[Nuclei, NDArray[np.uint8]]:
     """Return the nuclei that this tile offers, and their bits for the settling of seams."""
     frame: Frame = row["frame"]
     boxes = nuclei.boxes_px().astype(np.float64)

@@ -100,7 +100,7 @@ def training_slides(
     by_id = {row.slide_id: row for row in rows}
     chosen = wanted or [row.slide_id for row in rows if row.columns.get("spots")]
     records = run.records()
-    problems = [f"{slide_id} is asked for twice" for slide_id in _repeated(chosen)]
+    problems = [f"{slide_id} is asked for twice" for slide_id in _find_repeated(chosen)]
     for slide_id in chosen:
         status = records[slide_id]["status"] if slide_id in records else None
         if slide_id not in by_id:
@@ -125,7 +125,7 @@ def _training_slide(row: SlideRow, record: SlideRecord) -> TrainingSlide:
     return TrainingSlide(row, known_mpp(record), size0)
 
 
-def _repeated(names: Sequence[str]) -> list[str]:
+def _find_repeated(names: Sequence[str]) -> list[str]:
     return sorted({name for name in names if list(names).count(name) > 1})
 
 

@@ -217,7 +217,7 @@ def test_no_network_is_one_line(entry, capsys, monkeypatch):
 
 
 def test_a_bar_is_drawn_where_somebody_looks():
-    bar, report = models._shown(Console(force_terminal=True, record=True), "w.pth")
+    bar, report = models._show_progress(Console(force_terminal=True, record=True), "w.pth")
     with bar:
         report(50, 100)
         assert bar.tasks[0].completed == 50

@@ -22,6 +22,6 @@ def test_a_slide_that_ended_too_many_processes_is_one_failed_row():
     error = {"stage": None, "error_type": "ProcessDied", "error": "slide 's': 3 attempts"}
     (row,) = planner._plan([slide | error], lambda _: pytest.fail("planned again"))
     assert row == slide | error | {"num_tiles": 0}
-    (arrived,) = unpack(planner._padded([row]))
+    (arrived,) = unpack(planner._pad_rows([row]))
     assert arrived["error"] == error["error"]
     assert "padding" not in arrived

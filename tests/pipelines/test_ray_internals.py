@@ -105,7 +105,7 @@ def test_planned_tiles_are_one_block(num_tiles):
     planner = PlanTiles.__new__(PlanTiles)
     planner.tiles_per_task = num_tiles
     row = {"slide_id": "s", "tile_id": 1, "num_tiles": 9, "uri": "/data/slides/s.svs"}
-    table = planner._padded([dict(row) for _ in range(num_tiles)])
+    table = planner._pad_rows([dict(row) for _ in range(num_tiles)])
     size = ray_internals.block_bytes(num_tiles)
     assert size < table.nbytes < 1.5 * size
 

@@ -35,7 +35,9 @@ def pearson_by_column(a_SG: ArrayLike, b_SG: ArrayLike) -> Array:
     Raises:
         ValueError: the shapes differ or are not two-dimensional.
     """
-    return _by_block(lambda a_BS, b_BS: _correlate(_centred(a_BS), _centred(b_BS)), a_SG, b_SG)
+    return _by_block(
+        lambda a_BS, b_BS: _correlate(_centre_rows(a_BS), _centre_rows(b_BS)), a_SG, b_SG
+    )
 
 
 def spearman_by_column(a_SG: ArrayLike, b_SG: ArrayLike) -> Array:
@@ -45,7 +47,7 @@ def spearman_by_column(a_SG: ArrayLike, b_SG: ArrayLike) -> Array:
     """
 
     def rho(a_BS: Array, b_BS: Array) -> Array:
-        return _correlate(_centred(average_ranks(a_BS)), _centred(average_ranks(b_BS)))
+        return _correlate(_centre_rows(average_ranks(a_BS)), _centre_rows(average_ranks(b_BS)))
 
     return _by_block(rho, a_SG, b_SG)
 
@@ -73,10 +75,12 @@ def partial_pearson_by_column(a_SG: ArrayLike, b_SG: ArrayLike, covariate_S: Arr
         rows = len(np.asarray(a_SG))
         message = f"covariate of shape {covariate.shape}, expected one value per row: ({rows},)."
         raise ValueError(message)
-    axis_S = _centred(covariate[None])[0]
+    axis_S = _centre_rows(covariate[None])[0]
 
     def partial(a_BS: Array, b_BS: Array) -> Array:
-        return _correlate(_residual(_centred(a_BS), axis_S), _residual(_centred(b_BS), axis_S))
+        return _correlate(
+            _residual(_centre_rows(a_BS), axis_S), _residual(_centre_rows(b_BS), axis_S)
+        )
 
     return _by_block(partial, a_SG, b_SG)
 
@@ -140,7 +144,7 @@ def _by_block(score: Callable[[Array, Array], Array], a_SG: ArrayLike, b_SG: Arr
     return result
 
 
-def _centred(values_BS: Array) -> Array:
+def _centre_rows(values_BS: Array) -> Array:
     """Subtract row means; a constant row becomes exactly zero, not rounding noise."""
     centred: Array = values_BS - values_BS.mean(axis=1, keepdims=True)
     centred[values_BS.min(axis=1) == values_BS.max(axis=1)] = 0.0

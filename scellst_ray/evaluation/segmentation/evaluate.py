@@ -62,11 +62,11 @@ def evaluate_segmentation(config: EvaluateSegmentationConfig) -> Evaluation:
     images, true_names, predicted_names = {}, set[str](), set[str]()
     for name, case in _cases(config).items():
         truth = read_nuclei(case["truth"], case.get("truth_types"))
-        predicted = _predicted(name, case, run)
+        predicted = _read_predicted(name, case, run)
         mpp = _number(case, "mpp", name)
         if mpp is None and run is not None:
             mpp = run.records[name].get("mpp") if name in run.records else None
-        annotated = _annotated(name, case, mpp)
+        annotated = _place_annotation(name, case, mpp)
         images[name] = score_image(truth, predicted, annotated, names, config.radius_um)
         true_names.update(truth.types_N.tolist())
         predicted_names.update(predicted.types_N.tolist())
@@ -107,14 +107,14 @@ def _cases(config: EvaluateSegmentationConfig) -> dict[str, dict[str, str]]:
     return cases
 
 
-def _predicted(name: str, case: Mapping[str, str], run: Run | None) -> NucleiFile:
+def _read_predicted(name: str, case: Mapping[str, str], run: Run | None) -> NucleiFile:
     """Return the nuclei to score."""
     if "predicted" in case or run is None:
         return read_nuclei(case["predicted"], case.get("predicted_types"))
     return nuclei_of_cells(run.cells(name, CELL_COLUMNS), f"CELLS of slide {name!r} of {run.uri}")
 
 
-def _annotated(name: str, case: Mapping[str, str], mpp: float | None) -> Annotated:
+def _place_annotation(name: str, case: Mapping[str, str], mpp: float | None) -> Annotated:
     """Return the frame and the size of an annotation.
 
     Raises:
