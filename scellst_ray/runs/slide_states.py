@@ -65,7 +65,7 @@ def list_slides(run: Run, logged: pl.DataFrame, *, may_run: bool) -> pl.DataFram
     for slide_id in sorted({*sources, *run.records, *of_slide}):
         source, record = sources.get(slide_id), run.records.get(slide_id)
         counts = of_slide.get(slide_id)
-        row = _from_log(counts, may_run=may_run) if record is None else _from_record(record)
+        row = _from_log(counts, may_run=may_run) if record is None else _from_record(record, counts)
         if slide_id in failed_crops and row["status"] in FINISHED:
             row |= {"status": "partial"} | failed_crops[slide_id]
         size = None if source is None else source.get("bytes")
@@ -87,18 +87,20 @@ def _from_log(counts: Mapping[str, int] | None, *, may_run: bool) -> dict[str, o
     }
 
 
-def _from_record(record: SlideRecord) -> dict[str, object]:
-    """Return a slide with a record, whatever the log says."""
-    num_tiles, num_failed = record["num_tiles"], record["num_failed_tiles"]
+def _from_record(record: SlideRecord, counts: Mapping[str, int] | None) -> dict[str, object]:
+    """Return a slide with a record; a record that lacks a count must not cost the whole status."""
+    logged = None if counts is None else counts["tiles_logged"]
+    num_tiles: int | None = record.get("num_tiles", logged)
+    num_failed = record.get("num_failed_tiles", 0)
     seconds = record.get("seconds", {})
     by_stage = {f"seconds_{stage}": value for stage, value in seconds.items()}
     return {
         "status": record["status"],
         **{name: by_stage.get(name) for name in STAGE_SECONDS},
         "num_tiles": num_tiles,
-        "tiles_done": max(num_tiles - num_failed, 0),
-        "tiles_failed": min(num_failed, num_tiles),
-        "num_cells": record["num_cells"],
+        "tiles_done": max((num_tiles or 0) - num_failed, 0),
+        "tiles_failed": min(num_failed, num_tiles or 0),
+        "num_cells": record.get("num_cells", 0 if counts is None else counts["cells"]),
         "seconds": sum(by_stage.get(name) or 0.0 for name in STAGE_SECONDS),
         **{name: record.get(name) for name in WHY},
     }

@@ -107,3 +107,13 @@ def test_a_slide_without_its_crops_is_partial(tmp_path):
     state = read_state(run.uri)
     assert [state.counts()[name] for name in ("done", "partial")] == [1, 1]
     assert state.failures.rows() == [("b", None, "crops", "OSError", "a: b")]
+
+
+def test_a_record_that_lacks_counts_takes_those_of_the_log(tmp_path):
+    whole = record("a", "done", num_tiles=2, num_failed_tiles=0, num_cells=5)
+    bare = {key: value for key, value in whole.items() if not key.startswith("num_")}
+    rows = [receipt("a", 0, 2, 3), receipt("a", 1, 2, 2)]
+    run = make_run(tmp_path, {"a": 100}, [bare], [(0, rows)])
+    found = frame(read_state(run.uri))["a"]
+    names = ("status", "num_tiles", "tiles_done", "tiles_failed", "num_cells")
+    assert [found[name] for name in names] == ["done", 2, 2, 0, 5]
