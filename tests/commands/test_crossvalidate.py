@@ -14,28 +14,14 @@ from scellst_ray.commands.crossvalidate_report import results_table, run_crossva
 from scellst_ray.evaluation.crossvalidation.folds import make_folds
 from scellst_ray.evaluation.crossvalidation.trial import run_trial
 from scellst_ray.runs.folder import open_embedded_run
-from tests.support.crossvalidation import prepared_slides, small_config, trial_of
-from tests.support.small_run import write_small_run
+from tests.support import crossvalidation
+from tests.support.crossvalidation import trial_of
 
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return write_small_run(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def make_config(small, tmp_path_factory):
-    """Return a function that makes a configuration with its own output folder."""
-
-    def make(**changes):
-        return small_config(small, tmp_path_factory.mktemp("out"), **changes)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def slides(small, make_config):
-    return prepared_slides(small, make_config())
+small, make_config, slides = (
+    crossvalidation.small,
+    crossvalidation.make_config,
+    crossvalidation.slides,
+)  # fixtures
 
 
 def test_a_trial_is_named_by_all_that_decides_its_result(make_config):

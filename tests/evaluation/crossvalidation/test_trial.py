@@ -22,28 +22,15 @@ from scellst_ray.stages.bags import choose_panel, make_bags
 from scellst_ray.stages.networks import vectors
 from scellst_ray.stages.supervision import training_slides
 from scellst_ray.training.bag_files import load_bags
-from tests.support.crossvalidation import prepared_slides, small_config, trial_of
+from tests.support import crossvalidation
+from tests.support.crossvalidation import trial_of
 from tests.support.small_run import DIM, write_small_run
 
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return write_small_run(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def make_config(small, tmp_path_factory):
-    """Return a function that makes a configuration with its own output folder."""
-
-    def make(**changes):
-        return small_config(small, tmp_path_factory.mktemp("out"), **changes)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def slides(small, make_config):
-    return prepared_slides(small, make_config())
+small, make_config, slides = (
+    crossvalidation.small,
+    crossvalidation.make_config,
+    crossvalidation.slides,
+)  # fixtures
 
 
 @pytest.mark.parametrize("loss", ["mse", "nb"])
