@@ -77,8 +77,9 @@ def srun(words):
     log_call("srun", nodes, command[:4], os.environ.get("SRUN_CPUS_PER_TASK"))
     if len(nodes) == 1:
         os.execvp(command[0], command)
-    tasks = [subprocess.Popen(command) for _ in nodes]
+    tasks = []
     signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+    tasks += [subprocess.Popen(command) for _ in nodes]
     sys.exit(max(task.wait() for task in tasks))
 
 
@@ -91,7 +92,10 @@ def scontrol(words):
 
 
 def ray(words):
-    """Stand in for Ray: a node waits for its end; a job waits, then exits with the given status."""
+    """Stand in for Ray: a node waits for its end; a job waits, then exits with the given status.
+
+    The list of nodes holds those that have started, so that a job waits for them as with Ray.
+    """
     log_call("ray", *words)
     if words[0] == "start":
         if os.environ.get("STAND_IN_HEAD") == "fails":
@@ -102,7 +106,8 @@ def ray(words):
                 stack.enter_context(socket.create_server(("127.0.0.1", port)))
             time.sleep(60)
     if words[0] == "list":
-        print('"node_id"\n' * int(os.environ["SLURM_JOB_NUM_NODES"]))
+        calls = map(json.loads, Path(os.environ["STAND_IN_LOG"]).read_text().splitlines())
+        print('"node_id"\n' * sum(call[:2] == ["ray", "start"] for call in calls))
     if words[:2] == ["job", "submit"]:
         seconds, status = words[-2:]
         time.sleep(float(seconds))
