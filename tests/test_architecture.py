@@ -26,10 +26,12 @@ MAY_IMPORT = {
     "models": GROUND,
     # Without torch, so that a run can be read without it.
     "models.mil.stored_head": GROUND,
+    "models.mil.head_file": GROUND,
     "models.weights": GROUND,
     "spots": GROUND,
     "runs": GROUND
-    | {"slides.manifest", "nuclei.seams", "nuclei.imported.table", "models.mil.stored_head"},
+    | {"slides.manifest", "nuclei.seams", "nuclei.imported.table"}
+    | {"models.mil.stored_head", "models.mil.head_file"},
     "stages": KNOWLEDGE | {"runs"},
     "training": GROUND | {"models", "runs"},
     "export": GROUND | {"slides", "runs"},
@@ -42,7 +44,7 @@ MAY_IMPORT = {
 MAX_FLOORS = 9
 WITHOUT_TORCH = (
     *("core/", "storage/", "slides/", "nuclei/", "spots/", "runs/", "export/"),
-    *("models/weights/", "models/mil/stored_head.py"),
+    *("models/weights/", "models/mil/stored_head.py", "models/mil/head_file.py"),
 )
 
 # Files without a test of their own name: tests of the files around them cover them. This list may

@@ -14,7 +14,7 @@ from scellst_ray.runs.identity import NetworkIdentity
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.checked_networks import check_networks
-from scellst_ray.stages.config import PredictConfig, head_file
+from scellst_ray.stages.config import PredictConfig, encoder_of_head, head_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
         raise ValueError(message)
     content = storage.read_bytes(uri)
     _, info = head_from_bytes(content, uri)
-    encoder = info["encoder"] if config.encoder == "head" else config.encoder
+    encoder = encoder_of_head(info, uri) if config.encoder == "head" else config.encoder
     config = replace(config, encoder=encoder)
     networks = check_networks(config)
     digest = networks.identity.encoder

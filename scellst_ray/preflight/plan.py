@@ -38,6 +38,7 @@ from scellst_ray.stages.checked_networks import (
 from scellst_ray.stages.config import (
     ExtractConfig,
     PredictConfig,
+    encoder_of_head,
     head_file,
     resolve_config,
     tiles_of_task,
@@ -116,7 +117,7 @@ def _job(config: PlanConfig) -> tuple[ExtractConfig, int, str | None]:
     uri = head_file(job.head)
     head, info = load_head(uri)
     if job.encoder == "head":
-        job = replace(job, encoder=info["encoder"])
+        job = replace(job, encoder=encoder_of_head(info, uri))
     return job, head.formula.ensemble * schemas.HIDDEN_DIM + 1, uri
 
 

@@ -238,7 +238,7 @@ def _write_expression(
         return None
     score = SlideScore()
     _write(uri, schema, score.counting(rows))
-    return score.result(limit_of_head(storage.join(run.uri, HEAD_FILE)))
+    return score.result(limit_of_head(storage.join(run.uri, HEAD_FILE), run.head_digest()))
 
 
 def _seam_cells(cells: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:

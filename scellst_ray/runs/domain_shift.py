@@ -8,9 +8,9 @@ the highest score that a training slide had when it was left out.
 Shape letters: L instances of a slide, N cells, D features.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypedDict
 
 import numpy as np
@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from scellst_ray import storage
+from scellst_ray.models.mil.head_file import parse_head
 from scellst_ray.runs.records import DomainShift, SlideRecord
 
 BLOCK = 4096
@@ -140,12 +141,27 @@ class SlideScore:
         return {"score": score, "limit": limit, "beyond": beyond}
 
 
-def limit_of_head(uri: str) -> float | None:
-    """Read a head's limit from the header of its file; None if the head has none."""
-    size = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
-    header = json.loads(storage.read_bytes(uri, 8, 8 + size))
-    limit = json.loads(header["__metadata__"]["info"]).get("domain", {}).get("limit")
+def limit_of_head(uri: str, sha256: str | None = None) -> float | None:
+    """Return the limit that a head states; None if the head has none.
+
+    Args:
+        uri: The head's file.
+        sha256: SHA-256 of the expected head in hex; None: any head. A process reads an expected
+            head once, since one SHA-256 means one content.
+
+    Raises:
+        ValueError: The file is another head, or is damaged.
+    """
+    return _read_limit(uri, sha256) if sha256 is None else _read_limit_once(uri, sha256)
+
+
+def _read_limit(uri: str, sha256: str | None) -> float | None:
+    domain = parse_head(storage.read_bytes(uri), uri, sha256).info.get("domain") or {}
+    limit = domain.get("limit")
     return None if limit is None else float(limit)
+
+
+_read_limit_once = lru_cache(maxsize=8)(_read_limit)
 
 
 def domain_warnings(records: Mapping[str, SlideRecord], at_most: int = 10) -> list[str]:

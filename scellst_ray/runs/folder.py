@@ -106,6 +106,11 @@ class RunFolder:
             records: list[SlideRecord] = list(readers.map(storage.read_json, uris))
         return {record["slide_id"]: record for record in records}
 
+    def head_digest(self) -> str | None:
+        """Return the SHA-256 that `run.json` states for the run's head; None if it states none."""
+        info: RunInfo = storage.read_json(storage.join(self.uri, RUN_FILE))
+        return info.get("identity", {}).get("head")
+
     def log_receipts(self, receipts: pa.Table) -> None:
         """Add receipts to the log. From here on they survive the driver."""
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")

@@ -86,13 +86,20 @@ class Run:
     def last_layer(self) -> LastLayer:
         """Return the last layer of the run's head.
 
+        The file is compared with the SHA-256 in run.json when it is first read.
+
         Raises:
-            ValueError: the run has no head, or the file is not a whole head.
+            ValueError: the run has no head, or the file is missing, damaged or another head.
         """
         if not self.has_expression:
             message = f"{self.uri}: this run has no expression: run predict (scellst-ray predict)"
             raise ValueError(message)
-        return read_last_layer(storage.join(self.uri, HEAD_FILE))
+        uri = storage.join(self.uri, HEAD_FILE)
+        try:
+            return read_last_layer(uri, self.info.get("identity", {}).get("head"))
+        except FileNotFoundError as error:
+            message = f"{uri}: the run's head is missing: put it back, or run predict again"
+            raise ValueError(message) from error
 
     @property
     def genes(self) -> list[str]:
@@ -102,7 +109,8 @@ class Run:
     @property
     def has_expression(self) -> bool:
         """Return whether this is a run of `predict`."""
-        return storage.exists(storage.join(self.uri, HEAD_FILE))
+        states_head = "head" in self.info.get("identity", {})
+        return states_head or storage.exists(storage.join(self.uri, HEAD_FILE))
 
     @property
     def embedding_dim(self) -> int | None:

@@ -110,4 +110,5 @@ def cells_spec(config: ExtractConfig, networks: CheckedNetworks) -> CellsSpec:
         weights_digest=networks.identity.segmenter_weights,
         encoder_digest=None if config.encoder in WITHOUT_FILE else networks.identity.encoder,
         window_px=config.segmenter_window_px,
+        head_digest=networks.identity.head,
     )

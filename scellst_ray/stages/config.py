@@ -1,7 +1,8 @@
 """Settings of `extract` and `predict`: checked, and decided once for all processes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from scellst_ray import storage
 from scellst_ray.core.geometry import MAX_MPP, MIN_MPP
@@ -159,6 +160,18 @@ class PredictConfig(ExtractConfig):
     was trained with, under the name they had then."""
     store_embeddings: bool = False
     """Store the embedding of each cell too (4 kB)."""
+
+
+def encoder_of_head(info: Mapping[str, Any], source: str) -> str:
+    """Return the weights with which a head was trained, under the name they had then.
+
+    Raises:
+        ValueError: the head does not name them.
+    """
+    if "encoder" not in info:
+        message = f"{source}: the head does not name its encoder: give it with --encoder"
+        raise ValueError(message)
+    return str(info["encoder"])
 
 
 def head_file(head: str) -> str:

@@ -93,7 +93,7 @@ class Embed:
             self.encoder.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head: MilHead | None = None
         if spec.head_uri is not None:
-            self.head = load_head(spec.head_uri)[0].to(device)
+            self.head = load_head(spec.head_uri, spec.head_digest)[0].to(device)
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Replace `crops`, or `tokens` and `boxes`, by vector columns of `cells`."""

@@ -50,6 +50,7 @@ class CellsSpec:
         window_px: Neighbourhood for the network's edge maps in px read; None: the whole tile.
         colours: Mean and deviation of RGB that normalise the crops of a slide, by slide_id; None:
             those of the encoder for all slides.
+        head_digest: SHA-256 that the head's file must have; None: not checked.
     """
 
     segmenter: str
@@ -67,6 +68,7 @@ class CellsSpec:
     encoder_digest: str | None = None
     window_px: int | None = None
     colours: dict[str, Colours] | None = None
+    head_digest: str | None = None
 
     @property
     def needs_crops(self) -> bool:

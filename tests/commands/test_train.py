@@ -10,7 +10,7 @@ from scellst_ray.commands import train as train_module
 from scellst_ray.commands.train import train
 from scellst_ray.commands.training_configs import TrainConfig
 from scellst_ray.models.mil.head import load_head
-from scellst_ray.models.mil.stored_head import Formula
+from scellst_ray.models.mil.head_file import Formula
 from tests.support.small_run import DIM, IDENTITY, write_small_run
 
 

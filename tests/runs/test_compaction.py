@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -202,6 +204,12 @@ def test_the_record_says_how_far_the_cells_lie_from_the_training_slides(tmp_path
     info = {"genes": ["A"], "scaling": {}, "embedding_dim": 3, "encoder_digest": "e"}
     info |= {"training_slides": [], "metrics": {}, "domain": {"held_out": {}, "limit": limit}}
     save_head(f"{run.uri}/head.safetensors", MilHead(3, 1), info)
+    sha256 = hashlib.sha256(storage.read_bytes(f"{run.uri}/head.safetensors")).hexdigest()
+    storage.publish_json(f"{run.uri}/run.json", {"identity": {"head": "0" * 64}})
+    with pytest.raises(ValueError, match="it is not the head of this run"):
+        compaction.finish_slide(run, "s", receipts)
+    assert run.records() == {}
+    storage.publish_json(f"{run.uri}/run.json", {"identity": {"head": sha256}})
     record = compaction.finish_slide(run, "s", receipts)
     assert record["status"] == "done"
     table = storage.read_table(run.expression_uri("s"))

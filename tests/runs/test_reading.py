@@ -1,5 +1,6 @@
 """Runs of the real writers (compaction, save_head) are read and compared with torch."""
 
+import hashlib
 import subprocess
 import sys
 import tracemalloc
@@ -18,7 +19,7 @@ import scellst_ray
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.models.mil import stored_head
-from scellst_ray.models.mil.head import MilHead, formula_of, save_head
+from scellst_ray.models.mil.head import MilHead, formula_of, head_to_bytes, save_head
 from scellst_ray.runs import compaction
 from scellst_ray.runs.folder import begin_run
 from scellst_ray.runs.reading import open_run
@@ -156,6 +157,38 @@ def test_an_ensemble_has_a_mean_and_a_deviation_for_every_cell(tmp_path):
     ids = table["cell_id"].to_numpy()[[7, 2]]
     found = run.expression_numpy(["KRT8", "EPCAM"], "a", ids, "sd")
     np.testing.assert_allclose(found, spread[[7, 2]][:, [4, 0]], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["another head", "a flipped bit", "cut off"])
+def test_a_head_that_is_not_the_runs_is_refused(tmp_path, head, change):
+    info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}
+    right = head_to_bytes(head, info | {"training_slides": [], "metrics": {}})
+    uri = str(tmp_path / "run")
+    folder = begin_run(uri, "predict", Settings(head=hashlib.sha256(right).hexdigest()), {})
+    path = tmp_path / "run/head.safetensors"
+    path.write_bytes(right)
+    add_slide(folder, "a", embedding=False, hidden=True)
+    assert open_run(uri).expression_numpy(None, "a").shape == (30, len(GENES))
+    other = head_to_bytes(MilHead(8, len(GENES)), info | {"training_slides": [], "metrics": {}})
+    flipped = bytearray(right)
+    flipped[-1] ^= 0x40
+    path.write_bytes(
+        {"another head": other, "a flipped bit": bytes(flipped), "cut off": right[:-4]}[change]
+    )
+    run = open_run(uri)
+    for ask in (
+        lambda: run.genes,
+        lambda: run.expression(GENES[:1], "a"),
+        lambda: list(run.iter_expression(None, "a")),
+    ):
+        with pytest.raises(ValueError, match=r"head\.safetensors: it is not the head of this run"):
+            ask()
+    path.unlink()
+    assert run.has_expression
+    with pytest.raises(ValueError, match=r"head\.safetensors: the run's head is missing: put it"):
+        run.choose_genes()
+    path.write_bytes(right)
+    assert run.genes == GENES
 
 
 def test_one_network_has_no_deviation(predicted):

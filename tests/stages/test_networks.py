@@ -96,6 +96,8 @@ def test_tokens_become_embeddings_and_hidden_vectors(tmp_path, network, network_
     info = {"genes": ["A", "B"], "scaling": {}, "embedding_dim": 384, "encoder_digest": "tokens:x"}
     save_head(str(tmp_path / "head"), head, info | {"training_slides": [], "metrics": {}})
     spec = replace(network_spec, head_uri=str(tmp_path / "head"))
+    with pytest.raises(ValueError, match="it is not the head of this run"):
+        Embed(replace(spec, head_digest="0" * 64), "cpu")
     rows = FindNuclei(spec)(network(read_rows()))
     assert sum(len(row["cells"]) for row in rows) > 0
     boxes = [row["boxes"] for row in rows]

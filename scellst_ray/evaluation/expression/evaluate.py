@@ -30,7 +30,6 @@ from scellst_ray.evaluation.expression.scores import (
     measured_columns,
     score_models,
 )
-from scellst_ray.models.mil.stored_head import Formula
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.runs.records import known_mpp
 from scellst_ray.slides.manifest import SlideRow, read_manifest
@@ -277,7 +276,7 @@ def _learn(run: Run, rows: list[SlideRow], *, colour: bool) -> tuple[Units, Base
         if colour:
             colours.append(slide_colours(row, spots.select(targets.kept)))
     targets_SG = np.concatenate(scaled)
-    counts = Formula(**info.get("formula", {})).counts
+    counts = run.last_layer.formula.counts
     per_rate = 1e4 / float(np.mean(libraries)) if counts else None
     scale_G = np.mean([info["scaling"][row.slide_id] for row in rows], axis=0)
     ridge = fit_colour_ridge(np.concatenate(colours), targets_SG) if colour else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from scellst_ray.models.mil.bags import BagSet
 from scellst_ray.models.mil.fit import Fit, FitConfig, fit_head
 from scellst_ray.models.mil.head import MilHead
-from scellst_ray.models.mil.stored_head import Formula
+from scellst_ray.models.mil.head_file import Formula
 
 
 class RowHead(MilHead):

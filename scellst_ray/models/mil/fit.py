@@ -19,7 +19,7 @@ from torch import nn
 from scellst_ray.models.mil.bags import BagSet, epoch_batches
 from scellst_ray.models.mil.epoch import WorkerOptions, train_epoch, validation_loss
 from scellst_ray.models.mil.head import OURS, MilHead, formula_of
-from scellst_ray.models.mil.stored_head import Formula
+from scellst_ray.models.mil.head_file import Formula
 
 
 @dataclass(frozen=True)

@@ -28,18 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 from torch.nn import functional
 
 from scellst_ray import storage
 from scellst_ray.models.mil import likelihood
-from scellst_ray.models.mil.stored_head import (
+from scellst_ray.models.mil.head_file import (
     HEAD_FORMAT,
     HEAD_VERSION,
     Formula,
-    check_info,
+    check_head,
     parse_head,
 )
 
@@ -282,30 +281,30 @@ def head_to_bytes(head: MilHead, info: Mapping[str, Any]) -> bytes:
             are kept if JSON can hold them.
 
     Raises:
-        ValueError: A key of info is missing, or info does not describe this head.
+        ValueError: A key of info is missing, info does not describe this head, or the head holds
+            numbers that are not finite.
     """
-    check_info(info, head.state_dict(), "head", head.formula.ensemble)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    arrays = {name: value.numpy() for name, value in tensors.items()}
+    check_head(arrays, info, head.formula, "head")
     metadata = {
         "format": HEAD_FORMAT,
         "format_version": str(HEAD_VERSION),
         "info": json.dumps(dict(info), sort_keys=True),
         "formula": json.dumps(asdict(head.formula), sort_keys=True),
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     return tensors_to_bytes(tensors, metadata=metadata)
 
 
-def head_from_bytes(data: bytes, source: str) -> tuple[MilHead, dict[str, Any]]:
-    """Return the head (in eval mode, on the CPU) and its info; errors name `source`."""
-    tensors, info, formula = parse_head(data, source, parse_tensors)
-    num_genes, hidden_dim = len(info["genes"]), tensors["last.weight"].shape[1]
-    head = MilHead(int(info["embedding_dim"]), num_genes, hidden_dim, formula)
-    try:
-        head.load_state_dict(tensors)
-    except RuntimeError as error:
-        message = f"{source}: tensors do not fit a MIL head: {error}"
-        raise ValueError(message) from error
-    return head.eval(), info
+def head_from_bytes(
+    data: bytes, source: str, sha256: str | None = None
+) -> tuple[MilHead, dict[str, Any]]:
+    """Return the head (in eval mode, on the CPU) and its info; for arguments see parse_head."""
+    stored = parse_head(data, source, sha256)
+    num_genes, hidden_dim = len(stored.info["genes"]), stored.tensors["last.weight"].shape[1]
+    head = MilHead(len(stored.tensors["mean_D"]), num_genes, hidden_dim, stored.formula)
+    head.load_state_dict({name: torch.tensor(value) for name, value in stored.tensors.items()})
+    return head.eval(), stored.info
 
 
 def save_head(path: str, head: MilHead, info: Mapping[str, Any]) -> None:
@@ -322,18 +321,22 @@ def save_head(path: str, head: MilHead, info: Mapping[str, Any]) -> None:
     storage.publish(path, write)
 
 
-def load_head(path: str) -> tuple[MilHead, dict[str, Any]]:
+def load_head(path: str, sha256: str | None = None) -> tuple[MilHead, dict[str, Any]]:
     """Read a head from a path or any fsspec address.
 
+    Args:
+        path: The file.
+        sha256: SHA-256 of the expected head in hex; None: any head.
+
     Returns:
-        The head in eval mode on the CPU, and its info (genes in order, scaling, and so on).
+        The head in eval mode on the CPU, and its info.
 
     Raises:
-        ValueError: The file does not exist, is cut off or is no head.
+        ValueError: The file does not exist, is cut off, is no head or not the expected head.
     """
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:
         message = f"{path}: no such head; give the file that `scellst-ray train` wrote."
         raise ValueError(message) from error
-    return head_from_bytes(data, path)
+    return head_from_bytes(data, path, sha256)

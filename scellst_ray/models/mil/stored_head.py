@@ -7,77 +7,22 @@ network library.
 Shape letters: N cells, K members of an ensemble (mostly 1), H hidden (256), G genes.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as parse_arrays
 
 from scellst_ray import storage
+from scellst_ray.models.mil.head_file import Formula, parse_head
 
 # Name of a head file in the folder of `train` and in the run of `predict`.
 HEAD_FILE = "head.safetensors"
-HEAD_FORMAT = "scellst_ray.mil_head"
-HEAD_VERSION = 2
-# Version 1 had one formula, Formula().
-READ_VERSIONS = ("1", "2")
-# Keys that the info of a stored head must have; further keys are kept.
-INFO_KEYS = ("genes", "scaling", "embedding_dim", "encoder_digest", "training_slides", "metrics")
-LOSSES = ("mse", "nb", "nb_total")
-Array = TypeVar("Array", bound=Sized)
 # Number of values computed at a time: 32 MB of float32 for any number of genes.
 BLOCK_VALUES = 1 << 23
-
-
-@dataclass(frozen=True)
-class Formula:
-    """The computation of a head, from embeddings to expression; the defaults are ours.
-
-    Attributes:
-        negative_slope: Slope of the hidden layers' LeakyReLU below 0; 0 is ReLU.
-        dropout: Share of hidden values dropped in training.
-        beta: Sharpness of the last softplus, log(1 + exp(beta z)) / beta.
-        loss: Loss of the training. 'mse': squared error of scaled log-normalised expression.
-            'nb': negative binomial likelihood of counts, given by mean and inverse dispersion.
-            'nb_total': the same, given by total count and logits (likelihood.py).
-        ensemble: Number K of members: networks that share nothing but their inputs.
-    """
-
-    negative_slope: float = 0.0
-    dropout: float = 0.0
-    beta: float = 1.0
-    loss: Literal["mse", "nb", "nb_total"] = "mse"
-    ensemble: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse values outside of their range.
-
-        Raises:
-            ValueError: A value is out of range. The message names the field, its value and the
-                range.
-        """
-        allowed = {
-            "negative_slope": (0 <= self.negative_slope < 1, "a number from 0 to below 1"),
-            "dropout": (0 <= self.dropout < 1, "a number from 0 to below 1"),
-            "beta": (0 < self.beta < np.inf, "a positive number"),
-            "loss": (self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
-            "ensemble": (self.ensemble >= 1, "at least 1"),
-        }
-        for name, (is_allowed, expected) in allowed.items():
-            if not is_allowed:
-                message = f"{name} is {getattr(self, name)}, expected {expected}."
-                raise ValueError(message)
-
-    @property
-    def counts(self) -> bool:
-        """Whether the head is for counts: it then gives counts in a spot of size factor 1."""
-        return self.loss != "mse"
 
 
 @dataclass(frozen=True)
@@ -89,7 +34,7 @@ class LastLayer:
         weight_KGH: Weights, float32 [K, G, H].
         bias_KG: Biases, float32 [K, G].
         scale_KG: Factors of the softplus, float32 [K, G]; 1 unless the head is for counts.
-        beta: Sharpness of the softplus (see Formula).
+        formula: Computation of the head.
         info: Info of the head (see INFO_KEYS).
     """
 
@@ -97,7 +42,7 @@ class LastLayer:
     weight_KGH: NDArray[np.float32]
     bias_KG: NDArray[np.float32]
     scale_KG: NDArray[np.float32]
-    beta: float
+    formula: Formula
     info: dict[str, Any]
 
     def select(self, index: NDArray[np.integer]) -> "LastLayer":
@@ -142,7 +87,7 @@ class LastLayer:
         members = zip(self.weight_KGH, self.bias_KG, self.scale_KG, strict=True)
         for count, (weight_GH, bias_G, scale_G) in enumerate(members, start=1):
             h_NH = hidden_NKH[:, (count - 1) * hidden_dim : count * hidden_dim]
-            y_NG = expression_from_hidden(h_NH, weight_GH, bias_G, self.beta) * scale_G
+            y_NG = expression_from_hidden(h_NH, weight_GH, bias_G, self.formula.beta) * scale_G
             # Welford's update gives a deviation without subtracting large squares.
             step_NG = y_NG - mean_NG
             mean_NG += step_NG / count
@@ -151,16 +96,20 @@ class LastLayer:
         return mean_NG if square_NG is None else np.sqrt(square_NG / num_members)
 
 
-def read_last_layer(uri: str) -> LastLayer:
+def read_last_layer(uri: str, sha256: str | None = None) -> LastLayer:
     """Read the last layer of a head from a path or any fsspec address.
+
+    Args:
+        uri: The file.
+        sha256: SHA-256 of the expected head in hex; None: any head.
 
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: See parse_head.
     """
-    data = storage.read_bytes(uri)
-    tensors, info, formula = parse_head(data, uri, parse_arrays)
-    genes = [str(gene) for gene in info["genes"]]
+    head = parse_head(storage.read_bytes(uri), uri, sha256)
+    tensors, formula = head.tensors, head.formula
+    genes: list[str] = head.info["genes"]
     shape = (formula.ensemble, len(genes))
     scale_KG = np.ones(shape, np.float32)
     if formula.counts:
@@ -169,7 +118,7 @@ def read_last_layer(uri: str) -> LastLayer:
         scale_KG = scale_KG * np.exp(tensors["log_dispersion"].reshape(shape))
     weight_KGH = tensors["last.weight"].reshape(*shape, -1)
     bias_KG = tensors["last.bias"].reshape(shape)
-    return LastLayer(genes, weight_KGH, bias_KG, scale_KG, formula.beta, info)
+    return LastLayer(genes, weight_KGH, bias_KG, scale_KG, formula, head.info)
 
 
 def expression_from_hidden(
@@ -240,73 +189,3 @@ def vector_matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
     flat = [np.asarray(chunk.flatten()) for chunk in column.chunks]
     values = flat[0] if len(flat) == 1 else np.concatenate([*flat, np.zeros(0, np.float16)])
     return values.reshape(len(column), column.type.list_size)
-
-
-def parse_head(
-    data: bytes, source: str, parse: Callable[[bytes], dict[str, Array]]
-) -> tuple[dict[str, Array], dict[str, Any], Formula]:
-    """Return the tensors, the info and the formula of a stored head.
-
-    Args:
-        data: Content of the file.
-        source: Name of the file for messages.
-        parse: `load` of safetensors.numpy or of safetensors.torch.
-
-    Raises:
-        ValueError: The content is not a whole safetensors file, it has another format or version,
-            or its info does not describe the tensors.
-    """
-    try:
-        tensors = parse(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError) as error:
-        message = (
-            f"{source}: its {len(data)} bytes are not a whole safetensors file ({error}). "
-            "Expected a head written by `scellst-ray train`: copy it again."
-        )
-        raise ValueError(message) from error
-    metadata = header.get("__metadata__") or {}
-    form, version = metadata.get("format"), metadata.get("format_version")
-    if form != HEAD_FORMAT or version not in READ_VERSIONS:
-        message = (
-            f"{source}: format {form!r} version {version!r}, expected {HEAD_FORMAT!r} version "
-            f"{' or '.join(READ_VERSIONS)}. Give a head written by `scellst-ray train` of this "
-            "version."
-        )
-        raise ValueError(message)
-    info: dict[str, Any] = json.loads(metadata["info"])
-    formula = Formula(**json.loads(metadata.get("formula", "{}")))
-    check_info(info, tensors, source, formula.ensemble)
-    return tensors, info, formula
-
-
-def check_info(
-    info: Mapping[str, Any], tensors: Mapping[str, Sized], source: str, ensemble: int = 1
-) -> None:
-    """Refuse info that does not describe the tensors.
-
-    Raises:
-        ValueError: A part does not fit. The message names `source` and the part.
-    """
-    missing = [key for key in INFO_KEYS if key not in info]
-    if missing or "last.weight" not in tensors or "mean_D" not in tensors:
-        message = (
-            f"{source}: it holds {sorted(tensors)} and info {sorted(info)}; info lacks {missing}. "
-            f"Expected the tensors of a MIL head and info with {list(INFO_KEYS)}."
-        )
-        raise ValueError(message)
-    num_genes, num_features = len(tensors["last.weight"]) // ensemble, len(tensors["mean_D"])
-    if (len(info["genes"]), info["embedding_dim"]) != (num_genes, num_features):
-        message = (
-            f"{source}: info names {len(info['genes'])} genes and embedding_dim "
-            f"{info['embedding_dim']}, but the tensors hold {num_genes} genes and {num_features} "
-            "features. Save the panel and the encoder that the head was trained with."
-        )
-        raise ValueError(message)
-    wrong = [slide for slide, scale in info["scaling"].items() if len(scale) != num_genes]
-    if wrong:
-        message = (
-            f"{source}: scaling of slides {wrong[:5]} does not have one number per gene "
-            f"({num_genes}). Save the scale that robust_scale returned for this panel."
-        )
-        raise ValueError(message)

@@ -8,7 +8,7 @@ from scellst_ray.evaluation.simulation.fit import RowHead, Search, fit_rows, pre
 from scellst_ray.models.mil.bags import BagSet, bag_mean
 from scellst_ray.models.mil.fit import FitConfig, fit_head
 from scellst_ray.models.mil.head import MilHead
-from scellst_ray.models.mil.stored_head import Formula
+from scellst_ray.models.mil.head_file import Formula
 
 
 def test_a_row_head_is_the_plain_head_on_the_rows():

@@ -18,10 +18,8 @@ from scellst_ray.models.mil.head import (
     save_head,
     stored_hidden,
 )
+from scellst_ray.models.mil.head_file import Formula
 from scellst_ray.models.mil.likelihood import nb_log_prob, nb_total_log_prob
-from scellst_ray.models.mil.stored_head import (
-    Formula,
-)
 from tests.support.mil_heads import info_of, spread_from_hidden
 
 

@@ -16,9 +16,8 @@ from scellst_ray.models.mil.head import (
     save_head,
     stored_hidden,
 )
+from scellst_ray.models.mil.head_file import HEAD_FORMAT, Formula
 from scellst_ray.models.mil.stored_head import (
-    HEAD_FORMAT,
-    Formula,
     expression_from_hidden,
     read_last_layer,
 )
