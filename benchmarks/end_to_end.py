@@ -71,6 +71,7 @@ def main() -> None:
             "uri": str(slide),
             "mpp": None,
             "mpp_error": None,
+            "mpp_confirmed": False,
             "done_tiles": [],
             "segmentation": None,
             "imported_uri": None,

@@ -213,4 +213,5 @@ def find_stage(spec):
 def slide_row(path, **changes):
     """Return one slide as `plan_slide` takes it."""
     row = {"slide_id": "s", "uri": str(path), "mpp": None, "mpp_error": None, "done_tiles": []}
+    row["mpp_confirmed"] = False
     return row | {"segmentation": None, "imported_uri": None} | changes

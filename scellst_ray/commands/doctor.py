@@ -189,7 +189,11 @@ def _slides(console: Console, slides: list[SlideRow], search: FoundSlides) -> in
         if reason is not None:
             _print(console, reason, f"slide {slide.slide_id}")
             num_bad += 1
-        elif len(slides) <= MAX_LISTED:
+            continue
+        for note in header.get("notes", ()) if isinstance(header, dict) else ():
+            text = f"[yellow]note[/] slide {slide.slide_id}: {escape(note)}"
+            console.print(text, highlight=False, soft_wrap=True)
+        if len(slides) <= MAX_LISTED:
             text = f"[green]ok[/]  slide {slide.slide_id}: {about}"
             console.print(text, highlight=False, soft_wrap=True)
     if len(slides) > MAX_LISTED:

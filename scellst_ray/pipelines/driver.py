@@ -131,6 +131,7 @@ class Driver:
                         "uri": slide.uri,
                         "mpp": slide.mpp,
                         "mpp_error": slide.mpp_error,
+                        "mpp_confirmed": slide.mpp_confirmed,
                         "done_tiles": done["tile_id"].to_pylist(),
                         "segmentation": segmentation,
                         "imported_uri": imported_uri,

@@ -18,7 +18,7 @@ from scellst_ray.preflight.checks import size_of
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
-from scellst_ray.stages.plan_slide import imported_name, plan_slide
+from scellst_ray.stages.plan_slide import check_slide, imported_name, plan_slide
 from scellst_ray.stages.rows import Outcome, PendingSlide, TileRow
 from scellst_ray.stages.tiles import CellsSpec, guarded
 from scellst_ray.storage.node_cache import hold
@@ -37,11 +37,12 @@ class SampledTile(TileRow):
 
 
 class Header(Outcome, total=False):
-    """Header of a slide: size in level-0 px, and um per level-0 px."""
+    """Header of a slide: size in level-0 px, um per level-0 px, and lines about doubts."""
 
     width0: int
     height0: int
     mpp: float
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def slide_row(slide: SlideRow) -> PendingSlide:
         "uri": slide.uri,
         "mpp": slide.mpp,
         "mpp_error": slide.mpp_error,
+        "mpp_confirmed": slide.mpp_confirmed,
         "done_tiles": [],
         "segmentation": slide.columns.get("segmentation"),
         "imported_uri": None,
@@ -190,6 +192,7 @@ def header_of(row: PendingSlide) -> Header:
         if row["mpp_error"]:
             raise ValueError(row["mpp_error"])
         with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
+            header["notes"] = check_slide(slide, row)
             header |= {"width0": slide.width0, "height0": slide.height0, "mpp": slide.mpp}
     return header
 

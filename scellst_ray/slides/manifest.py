@@ -10,6 +10,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from scellst_ray.core.geometry import check_mpp
+from scellst_ray.core.resolution import CONFIRMED
 from scellst_ray.storage.credentials import redact, secret_in
 from scellst_ray.storage.retries import call_with_retries
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 ALIASES = {"path": "uri", "wsi": "uri", "wsi_mpp": "mpp"}
 PATH_COLUMNS = ("spots", "spot_positions", "segmentation", "xenium", "xenium_alignment")
+YES, NO = ("yes", "y", "true", "t", "1", "1.0"), ("no", "n", "false", "f", "0", "0.0")
 SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -30,6 +32,7 @@ class SlideRow:
         uri: Local path or fsspec URI of the image.
         mpp: Resolution in um per level-0 px if the manifest overrides the file, else None.
         mpp_error: Reason why the manifest's mpp cannot be used; None if it can.
+        mpp_confirmed: Whether the resolution in use counts whatever else states another one.
         columns: All further columns as read, without missing values.
     """
 
@@ -38,14 +41,15 @@ class SlideRow:
     mpp: float | None
     mpp_error: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    mpp_confirmed: bool = False
 
 
 def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
     """Read a manifest (CSV or Parquet) and return one row per slide, in the manifest's order.
 
     Required columns are `slide_id` and `uri` (aliases `path`, `wsi`). Optional columns are `mpp`
-    (alias `wsi_mpp`) and `patient_id`; further columns are kept. A relative path starts at the
-    manifest's folder. An unusable mpp becomes an error of that slide alone.
+    (alias `wsi_mpp`), `mpp_confirmed` and `patient_id`; further columns are kept. A relative path
+    starts at the manifest's folder. An unusable mpp becomes an error of that slide alone.
 
     Args:
         uri: Local path or fsspec URI of the manifest.
@@ -133,8 +137,10 @@ def _slide_row(values: dict[str, Any], base: str) -> SlideRow:
     kept = {key: value for key, value in values.items() if value is not None and value != ""}
     slide_id, uri = str(kept.pop("slide_id", "")).strip(), str(kept.pop("uri", "")).strip()
     mpp, mpp_error = _parse_mpp(kept.pop("mpp", None), slide_id)
+    confirmed, confirmed_error = _parse_confirmed(kept.pop(CONFIRMED, None), slide_id)
     kept |= {key: absolute(str(kept[key]), base) for key in PATH_COLUMNS if key in kept}
-    return SlideRow(slide_id, absolute(uri, base), mpp, mpp_error, kept)
+    mpp_error = mpp_error or confirmed_error
+    return SlideRow(slide_id, absolute(uri, base), mpp, mpp_error, kept, confirmed)
 
 
 def absolute(uri: str, base: str) -> str:
@@ -154,6 +160,20 @@ def _parse_mpp(value: Any, slide_id: str) -> tuple[float | None, str | None]:  #
     except ValueError as error:
         text = str(error)
         return None, text if source in text else f"{source}: mpp {value!r} is not a number"
+
+
+def _parse_confirmed(
+    value: Any,  # noqa: ANN401
+    slide_id: str,
+) -> tuple[bool, str | None]:
+    """Return whether a cell confirms the slide's mpp, and the reason why it cannot be used."""
+    text = "" if value is None else str(value).strip().lower()
+    if text in ("", *NO):
+        return False, None
+    source = f"slide {slide_id!r} in the manifest"
+    if text not in YES:
+        return False, f"{source}: {CONFIRMED} {value!r} is neither 'yes' nor 'no'"
+    return True, None
 
 
 def _problems(rows: list[SlideRow]) -> list[str]:

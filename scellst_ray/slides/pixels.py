@@ -15,6 +15,21 @@ import numpy as np
 import openslide
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.TiffImagePlugin import (
+    IMAGEDESCRIPTION,
+    RESOLUTION_UNIT,
+    X_RESOLUTION,
+    Y_RESOLUTION,
+    TiffImageFile,
+)
+
+from scellst_ray.core.geometry import MAX_MPP, MIN_MPP
+from scellst_ray.slides.resolution import (
+    UM_PER_TIFF_UNIT,
+    FileResolution,
+    collect_statements,
+    ome_pixel_size,
+)
 
 WHITE = 255
 # A plain image is held decoded in memory; larger images belong in a pyramidal TIFF.
@@ -39,14 +54,12 @@ class Pixels(Protocol):
     Attributes:
         dimensions: (width, height) in level-0 px.
         downsamples: Level-0 px per px of each level, ascending.
-        mpp: Resolution that the file states, um per level-0 px; None if it states none.
-        mpp_error: Reason why the file's resolution cannot be used; None if it can.
+        resolution: All that the file states about its resolution.
     """
 
     dimensions: tuple[int, int]
     downsamples: list[float]
-    mpp: float | None
-    mpp_error: str | None
+    resolution: FileResolution
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
         """Return level px [x, x + w) x [y, y + h) as RGB [h, w, 3], white outside the image."""
@@ -88,7 +101,7 @@ class _OpenSlidePixels:
         self.dimensions = self._slide.dimensions
         self._check_tiles()
         self.downsamples = [self._downsample(level) for level in range(self._slide.level_count)]
-        self.mpp, self.mpp_error = self._file_mpp()
+        self.resolution = self._resolution()
 
     def _check_tiles(self) -> None:
         """Raise ValueError if the file's tiles would not fit into memory."""
@@ -116,21 +129,21 @@ class _OpenSlidePixels:
             return float(whole)
         return float(self._slide.level_downsamples[level])
 
-    def _file_mpp(self) -> tuple[float | None, str | None]:
-        """Return the file's um per px and why it cannot be used; None for absent."""
-        values = [
-            self._slide.properties.get(name)
-            for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-        ]
-        numbers = [float(value) for value in values if value is not None]
-        if not numbers:
-            return None, None
-        if max(numbers) > 1.02 * min(numbers):
-            return None, (
-                f"pixels are not square: mpp {numbers[0]:g} by {numbers[1]:g}; resample the "
-                "image, or give one mpp (um per level-0 px) in the manifest's mpp column"
-            )
-        return numbers[0], None
+    def _resolution(self) -> FileResolution:
+        """Return what OpenSlide finds, and the OME-XML that it does not look at."""
+        properties = self._slide.properties
+        names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+        sides = [float(properties[name]) for name in names if name in properties]
+        is_generic = properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff"
+        description = properties.get("tiff.ImageDescription", "") if is_generic else ""
+        return collect_statements(
+            {
+                "the file's tags" if is_generic else "the file": (
+                    (sides[0], sides[-1]) if sides else None
+                ),
+                "the file's OME-XML": ome_pixel_size(description, self.dimensions),
+            }
+        )
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
         # OpenSlide rounds a negative location by up to a level px, so read only inside the level.
@@ -159,10 +172,8 @@ class _OpenSlidePixels:
 
 
 class _PlainPixels:
-    """A PNG, JPEG or plain TIFF, decoded whole: one level, and no resolution in the file."""
+    """A PNG, JPEG or plain TIFF, decoded whole: one level. Only a TIFF states its resolution."""
 
-    mpp: float | None = None
-    mpp_error: str | None = None
     downsamples: list[float] = [1.0]  # noqa: RUF012 - never changed
 
     def __init__(self, path: Path, uri: str) -> None:
@@ -171,6 +182,7 @@ class _PlainPixels:
                 image = stack.enter_context(Image.open(path, formats=PLAIN_FORMATS))
             self.dimensions = image.size
             _check_plain(image, path, uri)
+            self.resolution = _plain_resolution(image)
             with _report_damage(uri):
                 # Converting an RGB image would double its memory.
                 whole = image if image.mode == "RGB" else image.convert("RGB")
@@ -207,6 +219,28 @@ def _on_white(
         part = inside(left, top, right - left, bottom - top)
         out[top - y : bottom - y, left - x : right - x] = part
     return out
+
+
+def _plain_resolution(image: Image.Image) -> FileResolution:
+    """Return what the tags of a TIFF state about its resolution; nothing for other formats."""
+    if not isinstance(image, TiffImageFile):
+        return FileResolution()
+    tags = image.tag_v2
+    um = UM_PER_TIFF_UNIT.get(tags.get(RESOLUTION_UNIT, 2))
+    per_unit = [float(tags.get(tag, 0)) for tag in (X_RESOLUTION, Y_RESOLUTION)]
+    sides = (um / per_unit[0], um / per_unit[1]) if um and min(per_unit) > 0 else None
+    # Pillow takes the text for Latin-1; OME-XML is UTF-8.
+    text = str(tags.get(IMAGEDESCRIPTION, "")).encode("latin-1", "replace")
+    description = text.decode("utf-8", "replace")
+    # The tags of a plain TIFF are most often those of a screen or a printer.
+    if sides and not all(MIN_MPP <= side <= MAX_MPP for side in sides):
+        sides = None
+    return collect_statements(
+        {
+            "the file's tags": sides,
+            "the file's OME-XML": ome_pixel_size(description, image.size),
+        }
+    )
 
 
 def _check_plain(image: Image.Image, path: Path, uri: str) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scellst_ray.core.geometry import Box, Frame, check_mpp
+from scellst_ray.core.resolution import check_agreement
 from scellst_ray.slides.pixels import open_pixels
 
 STRIP_PIXELS = 16_000_000
@@ -53,15 +54,31 @@ class Slide:
             raise FileNotFoundError(message)
         self._pixels = open_pixels(path, self.uri)
         try:
-            if mpp is None and self._pixels.mpp_error:
-                message = f"{self.uri}: {self._pixels.mpp_error}"
+            stated = self._pixels.resolution
+            if mpp is None and stated.mpp is None and stated.error:
+                message = f"{self.uri}: {stated.error}"
                 raise ValueError(message)
-            self.mpp = check_mpp(self._pixels.mpp if mpp is None else mpp, self.uri)
+            self.mpp = check_mpp(stated.mpp if mpp is None else mpp, self.uri)
             self.width0, self.height0 = self._pixels.dimensions
             self._check_sides()
         except ValueError:
             self._pixels.close()
             raise
+
+    def check_resolution(self, *, confirmed: bool) -> list[str]:
+        """Compare the resolution in use with all that the file states.
+
+        Args:
+            confirmed: Whether the manifest confirms the resolution in use.
+
+        Returns:
+            One line for each statement that differs a little.
+
+        Raises:
+            ValueError: a statement differs by more than 10 % and nothing confirms the one in use.
+        """
+        stated = self._pixels.resolution.stated
+        return check_agreement(stated, self.mpp, confirmed=confirmed, source=self.uri)
 
     def _check_sides(self) -> None:
         """Raise ValueError if the slide is larger than any glass slide."""

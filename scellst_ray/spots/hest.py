@@ -17,6 +17,7 @@ from anndata.io import read_elem
 from scipy.spatial import cKDTree
 
 from scellst_ray.core.geometry import check_mpp
+from scellst_ray.core.resolution import CONFIRMED
 from scellst_ray.spots.tenx import read_bytes
 from scellst_ray.storage.node_cache import hold
 
@@ -25,6 +26,7 @@ SEGMENTATIONS = ("{}_cellvit_seg.parquet", "{}_cellvit_seg.geojson")
 MPP_TOLERANCE = 0.02
 # Metadata kept in the manifest so that users can select slides; no job needs them.
 KEPT = ("organ", "species", "st_technology", "disease_state", "oncotree_code", "dataset_title")
+PITCH = "the pitch of the spots"
 UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
 
 
@@ -46,7 +48,8 @@ def read_hest(folder: str) -> tuple[list[HestSample], list[str]]:
 
     `mpp` is `pixel_size_um_estimated` of the metadata, which HEST fits to the spots. It is compared
     with `pixel_size_um_embedded`, with the TIFF's resolution and with the pitch of the spots. The
-    size of the TIFF is compared with the metadata. Differences become conflicts.
+    size of the TIFF is compared with the metadata. Differences become conflicts. Where the pitch
+    agrees, `mpp_confirmed` is yes, so that a wrong resolution in the TIFF does not stop the slide.
 
     Args:
         folder: Path or any fsspec address. A sample consists of st/<id>.h5ad, wsis/<id>.tif and
@@ -109,7 +112,10 @@ def _sample(fs: fsspec.AbstractFileSystem, root: str, sample: str) -> HestSample
     if row["segmentation"] is None and any(fs.exists(f"{uri}.zip") for uri in nuclei):
         conflicts.append(f"{sample}_cellvit_seg is still zipped: unzip it to import its nuclei")
     row |= {key: metadata.get(key) for key in KEPT}
-    conflicts += _mpp_conflicts(fs, uris, metadata, mpp)
+    found, agrees_with_spots = _mpp_conflicts(fs, uris, metadata, mpp)
+    # The estimate is HEST's own correction of the TIFF: no contradiction of the two stops a slide.
+    row[CONFIRMED] = "yes" if agrees_with_spots else None
+    conflicts += found
     return HestSample(row, conflicts)
 
 
@@ -118,8 +124,8 @@ def _mpp_conflicts(
     uris: dict[str, str],
     metadata: dict[str, Any],
     mpp: float | None,
-) -> list[str]:
-    """Return the points that contradict the metadata's resolution and size."""
+) -> tuple[list[str], bool]:
+    """Return what contradicts the metadata's resolution and size, and whether the spots agree."""
     conflicts = []
     tiff_mpp, size0 = _tiff(fs, uris["uri"])
     stated0 = tuple(_number(metadata, f"fullres_px_{side}") for side in ("width", "height"))
@@ -131,14 +137,13 @@ def _mpp_conflicts(
     others = {
         "pixel_size_um_embedded": _number(metadata, "pixel_size_um_embedded"),
         "the TIFF": tiff_mpp,
-        "the pitch of the spots": _pitch_mpp(
-            _uri(fs, uris["spots"]), _number(metadata, "inter_spot_dist")
-        ),
+        PITCH: _pitch_mpp(_uri(fs, uris["spots"]), _number(metadata, "inter_spot_dist")),
     }
     for name, other in others.items():
         if mpp and other and abs(other / mpp - 1) > MPP_TOLERANCE:
             conflicts.append(f"{mpp:g} um/px estimated, but {other:.4g} by {name}")
-    return conflicts
+    pitch = others[PITCH]
+    return conflicts, bool(mpp and pitch and abs(pitch / mpp - 1) <= MPP_TOLERANCE)
 
 
 def _tiff(fs: fsspec.AbstractFileSystem, path: str) -> tuple[float | None, tuple[int, int]]:

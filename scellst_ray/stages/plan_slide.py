@@ -1,6 +1,7 @@
 """TILES: from a slide to the boxes of its tiles. Only a view of low magnification is read."""
 
 import hashlib
+import logging
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from scellst_ray.stages.rows import PendingSlide, TileRow
 from scellst_ray.stages.tiles import CellsSpec, box_columns, guarded
 from scellst_ray.storage import node_cache
 from scellst_ray.storage.node_cache import hold
+
+logger = logging.getLogger(__name__)
 
 
 def plan_slide(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
@@ -44,6 +47,7 @@ def plan_slide(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
         if row["mpp_error"]:
             raise ValueError(row["mpp_error"])
         with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
+            check_slide(slide, row)
             read_mpp = _read_mpp(slide, spec)
             nothing["mpp"], nothing["read_mpp"] = slide.mpp, read_mpp
             nothing["width0"], nothing["height0"] = slide.width0, slide.height0
@@ -61,6 +65,21 @@ def plan_slide(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
     rows = rows or [nothing]
     rows[-1]["seconds_plan"] = nothing["seconds_plan"]
     return rows
+
+
+def check_slide(slide: Slide, row: PendingSlide) -> list[str]:
+    """Check what only a look at the pixels, or the manifest's row, can tell about a slide.
+
+    Returns:
+        One line for each doubt that does not stop the slide; each is also logged.
+
+    Raises:
+        ValueError: the slide must not be used; the message says why.
+    """
+    notes = slide.check_resolution(confirmed=bool(row.get("mpp_confirmed")))
+    for note in notes:
+        logger.warning("%s", note)
+    return notes
 
 
 def _read_mpp(slide: Slide, spec: CellsSpec) -> float:

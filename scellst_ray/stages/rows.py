@@ -85,6 +85,7 @@ class PendingSlide(TypedDict):
         uri: Its file.
         mpp: um per level-0 px, as the manifest says; None: the file says it.
         mpp_error: Problem of the manifest's mpp; None without one.
+        mpp_confirmed: Whether the resolution in use counts whatever else states another one.
         done_tiles: tile_ids that need not be done again.
         segmentation: File of imported nuclei; None without one.
         imported_uri: File for the imported nuclei, sorted by tile; None without imported nuclei.
@@ -94,6 +95,7 @@ class PendingSlide(TypedDict):
     uri: str
     mpp: float | None
     mpp_error: str | None
+    mpp_confirmed: bool
     done_tiles: list[int]
     segmentation: str | None
     imported_uri: str | None

@@ -23,7 +23,7 @@ def cohort(synthetic_slide, tmp_path_factory):
     uri = str(synthetic_slide.slide)
     return [
         SlideRow("fine", uri, None),
-        SlideRow("coarse", uri, 0.8),
+        SlideRow("coarse", uri, 0.8, mpp_confirmed=True),
         SlideRow("blank", str(folder / "blank.png"), 0.5),
         SlideRow("cut", str(folder / "cut.tiff"), 0.5),
         SlideRow("gone", str(folder / "gone.tiff"), None),

@@ -60,6 +60,7 @@ def test_a_sound_sample(tmp_path):
         "slide_id": "T1",
         "uri": f"{tmp_path}/wsis/T1.tif",
         "mpp": MPP,
+        "mpp_confirmed": "yes",
         "patient_id": "Patient 1",
         "spots": f"{tmp_path}/st/T1.h5ad",
         "spot_diameter_um": 11.0,
@@ -165,3 +166,13 @@ def test_command_writes_a_manifest_that_jobs_read(tmp_path, capsys):
     assert read_spots({**rows[0].columns, "slide_id": "A1"}, rows[0].mpp).radius0 == 11.0
     with pytest.raises(ValueError, match="there is a file already"):
         write_hest_manifest(config)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "confirmed"),
+    [({}, "yes"), ({"inter_spot_dist": 100.0}, None), ({"inter_spot_dist": None}, None)],
+)
+def test_an_estimate_that_the_spots_bear_out_is_confirmed(tmp_path, metadata, confirmed):
+    write_sample(tmp_path, metadata=metadata, tiff_mpp=0.25)
+    (sample,), _ = read_hest(str(tmp_path))
+    assert sample.row["mpp_confirmed"] == confirmed

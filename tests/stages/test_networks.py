@@ -154,7 +154,7 @@ def test_a_run_has_the_stages_it_needs(cells_spec, segmenter, encoder, gpus, gro
 
 
 def test_a_slide_too_coarse_for_the_network_says_so(network_spec, synthetic_slide, helpers):
-    row = helpers.slide_row(synthetic_slide.slide, mpp=0.9)
+    row = helpers.slide_row(synthetic_slide.slide, mpp=0.9, mpp_confirmed=True)
     (planned,) = plan_slide(row, network_spec)
     assert planned["stage"] == "plan"
     assert "0.9 um/px is coarser than 0.75, the limit of CellViT" in planned["error"]
