@@ -138,5 +138,5 @@ def imported_name(source: str, mpp: float | None, spec: CellsSpec) -> str:
     The name is a hash of source file, resolution and tile size: if any changes, the table is made
     again.
     """
-    made_of = (source, node_cache.identity(source), mpp, spec.read_mpp, spec.core_px)
+    made_of = (source, str(node_cache.fingerprint(source)), mpp, spec.read_mpp, spec.core_px)
     return f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.parquet"

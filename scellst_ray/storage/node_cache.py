@@ -46,6 +46,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from scellst_ray.storage import cache_space
 from scellst_ray.storage.credentials import redact
+from scellst_ray.storage.fingerprint import Fingerprint, fingerprint_of, look, of_object
 from scellst_ray.storage.retries import DISK_FULL, TRIES, call_with_retries
 
 # Characters kept of an object's name: a file name has at most 255 bytes, a character up to 4.
@@ -59,11 +60,14 @@ class Held:
     Attributes:
         path: The file.
         name: Its URI without credentials, for messages.
+        mark: Fingerprint of the object that was copied; None for a local file, which may change.
     """
 
-    def __init__(self, path: Path, name: str, lock: int | None = None) -> None:
+    def __init__(
+        self, path: Path, name: str, lock: int | None = None, mark: Fingerprint | None = None
+    ) -> None:
         """Take over the descriptor of a lock file; None for a local file, which has no lock."""
-        self.path, self.name = path, name
+        self.path, self.name, self.mark = path, name, mark
         self._release = None if lock is None else weakref.finalize(self, _release, lock)
 
     @property
@@ -121,7 +125,7 @@ def hold(uri: str) -> Held:
     for _ in range(TRIES):
         with ExitStack() as stack:
             lock = cache_space.open_lock(entry.lock)
-            held = stack.enter_context(Held(entry.file, entry.name, lock))
+            held = stack.enter_context(Held(entry.file, entry.name, lock, entry.mark))
             cache_space.lock_file(lock, fcntl.LOCK_SH, entry.lock)
             if entry.is_whole():
                 cache_space.mark_used(lock)
@@ -152,17 +156,16 @@ def pin(uri: str) -> Path:
     return held.path
 
 
-def identity(uri: str) -> str | None:
-    """Return a text that changes when the content of `uri` changes; None if it is not known.
+def fingerprint(uri: str) -> Fingerprint | None:
+    """Return the fingerprint of a file without fetching it; None if it cannot be known now.
 
     A later read of the file raises the reason.
     """
     fs, path = fsspec.core.url_to_fs(uri)
     try:
         if isinstance(fs, LocalFileSystem):
-            stat = Path(path).stat()
-            return f"{stat.st_size}-{stat.st_mtime_ns}"
-        return _ask_store(fs, str(path), uri).identity
+            return fingerprint_of(look(Path(path)))
+        return _ask_store(fs, str(path), uri).mark
     except OSError:
         return None
 
@@ -181,6 +184,7 @@ class _Entry:
     """An object as its store describes it now, and the place of its copy.
 
     Attributes:
+        mark: Fingerprint of the content, which the URI does not change.
         extra: Further files of the object, in a folder next to it (MRXS only).
     """
 
@@ -188,6 +192,7 @@ class _Entry:
     remote: str
     uri: str
     identity: str
+    mark: Fingerprint
     main: _File
     extra: tuple[_File, ...]
     root: Path
@@ -254,7 +259,8 @@ def _ask_store(fs: fsspec.AbstractFileSystem, path: str, uri: str) -> _Entry:
     name = redact(path).rsplit("/", 1)[-1][-LONGEST_NAME:].lstrip(".") or "file"
     files = [_File(str(extra[name]["name"]), name, extra[name].get("size")) for name in extra]
     main = _File(path, name, info.get("size"))
-    return _Entry(fs, path, uri, identity, main, tuple(files), cache_space.cache_root())
+    mark = of_object([str(info.get("size")), *marks])
+    return _Entry(fs, path, uri, identity, mark, main, tuple(files), cache_space.cache_root())
 
 
 def _mark(info: dict[str, Any]) -> str:
