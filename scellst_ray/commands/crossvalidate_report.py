@@ -20,6 +20,7 @@ from scellst_ray.commands.training_configs import CrossvalidateConfig
 from scellst_ray.core.version import __version__
 from scellst_ray.evaluation.crossvalidation.trial import MODELS
 from scellst_ray.evaluation.expression.scores import METRICS
+from scellst_ray.runs.lease import hold_lease
 
 SETTINGS = {"panel": pl.String, "loss": pl.String}
 INTERVALS = ("pcc_low", "pcc_high", "pcc_given_depth_low", "pcc_given_depth_high")
@@ -52,9 +53,11 @@ def run_crossvalidate(config: CrossvalidateConfig) -> int:
     """Run `crossvalidate`: print and write its tables; return 0 only if every trial is done."""
     console, started = Console(), time.monotonic()
     say = line_printer(console)
-    grid = crossvalidate(config, say)
+    with hold_lease(storage.absolute(config.out)):
+        grid = crossvalidate(config, say)
+        if grid.results:
+            write_results(config, grid, time.monotonic() - started)
     if grid.results:
-        write_results(config, grid, time.monotonic() - started)
         rows = _rows(summary(results_table(grid)))
         console.print(framed_table(HEADINGS, rows, TITLE))
         for name in ("results.md", "results.parquet", "genes.parquet"):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from scellst_ray import storage
 from scellst_ray.commands.reports import line_printer
 from scellst_ray.commands.training_configs import PretrainConfig
@@ -22,12 +24,12 @@ from scellst_ray.models.encoder.encoder import (
 from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_store import CropStore, open_store
-from scellst_ray.runs.folder import RunFolder, begin_run
-from scellst_ray.runs.lease import hold_lease
+from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.start import hold_run
 from scellst_ray.training.moco_loop import PretrainIdentity, Recipe, crop_order
 from scellst_ray.training.pretrain import Keeping, PretrainWorkers, encoder_state, pretrain
 
-ENCODER_FILE, INIT_FILE = "encoder.safetensors", "init.safetensors"
+ENCODER_FILE, INIT_FILE, INFO_FILE = "encoder.safetensors", "init.safetensors", "encoder.json"
 
 
 def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -41,32 +43,44 @@ def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print)
     steps = crop_order(store, recipe).steps_per_epoch
     _, dim = new_backbone(config.arch, config.seed)
     identity = PretrainIdentity(recipe, store.digest, _init_digest(config))
-    run = begin_run(config.out, "pretrain", identity, asdict(config))
-    encoder_uri = storage.join(run.uri, ENCODER_FILE)
-    if storage.exists(encoder_uri):
-        provenance: dict[str, Any] = storage.read_json(storage.join(run.uri, "encoder.json"))
-        say(f"{encoder_uri} is finished; there is nothing to do")
-        return provenance
-    say(
-        f"{store.num_crops:,} crops of {len(store.slides)} slides; {steps} steps of {config.batch} "
-        f"an epoch; {config.arch}, embeddings of length {dim}"
-    )
-    with hold_lease(run.uri), ray_session(dashboard=True) as cluster:
-        check_before_run(asked_for(run.uri, gpus=bool(config.gpus)), cluster)
-        workers = _workers(config, cluster)
-        keep = Keeping(run.uri, config.checkpoint_steps, config.keep_best)
-        init = _publish_init(config, run, store)
-        checkpoint, metrics = pretrain(store.uris, recipe, init, workers, keep)
-    info = _provenance(config, store, recipe, metrics)
-    network, _ = new_backbone(config.arch, config.seed)
-    network.load_state_dict(encoder_state(checkpoint))
-    storage.publish_json(storage.join(run.uri, "encoder.json"), info)
-    storage.publish(
-        encoder_uri,
-        lambda path: save_encoder(path, network, store.mean, store.std, config.arch, info),
-    )
+    with hold_run(config.out, "pretrain", identity) as (run, lease):
+        run.write_config(asdict(config))
+        if storage.exists(storage.join(run.uri, ENCODER_FILE)):
+            provenance: dict[str, Any] = storage.read_json(storage.join(run.uri, INFO_FILE))
+            say(f"{run.uri}/{ENCODER_FILE} is finished; there is nothing to do")
+            return provenance
+        say(
+            f"{store.num_crops:,} crops of {len(store.slides)} slides; {steps} steps of "
+            f"{config.batch} an epoch; {config.arch}, embeddings of length {dim}"
+        )
+        with ray_session(dashboard=True) as cluster:
+            check_before_run(asked_for(run.uri, gpus=bool(config.gpus)), cluster)
+            workers = _workers(config, cluster)
+            keep = Keeping(run.uri, config.checkpoint_steps, config.keep_best)
+            init = _publish_init(config, run, store)
+            checkpoint, metrics = pretrain(store.uris, recipe, init, workers, keep)
+        lease.check()
+        info = _provenance(config, store, recipe, metrics)
+        _publish_encoder(config, run, store, encoder_state(checkpoint), info)
     say(f"encoder after epoch {int(metrics['epoch']) + 1}: training loss {metrics['loss']:.4f}")
     return info
+
+
+def _publish_encoder(
+    config: PretrainConfig,
+    run: RunFolder,
+    store: CropStore,
+    state: dict[str, torch.Tensor],
+    info: dict[str, Any],
+) -> None:
+    """Publish the encoder with these weights, after its provenance."""
+    network, _ = new_backbone(config.arch, config.seed)
+    network.load_state_dict(state)
+    storage.publish_json(storage.join(run.uri, INFO_FILE), info)
+    storage.publish(
+        storage.join(run.uri, ENCODER_FILE),
+        lambda path: save_encoder(path, network, store.mean, store.std, config.arch, info),
+    )
 
 
 def _precision(config: PretrainConfig) -> str:

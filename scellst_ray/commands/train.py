@@ -22,6 +22,7 @@ from scellst_ray.pipelines.bags import build_bags
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.domain_shift import domain_of_bags
 from scellst_ray.runs.folder import RunFolder, open_embedded_run
+from scellst_ray.runs.lease import hold_lease
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.bags import choose_panel, provenance
 from scellst_ray.stages.supervision import training_slides
@@ -32,55 +33,62 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     """Train a head and publish it below `config.out`; return its info.
 
     Raises:
-        ValueError: slides, spots, panel or the output folder cannot be used.
+        ValueError: slides, spots, panel or the output folder cannot be used, or another driver
+            works on that folder.
     """
     # Absolute, so that they mean the same in every process.
     cells, out = storage.absolute(config.cells), storage.absolute(config.out)
     run, run_json = open_embedded_run(cells)
-    head_uri = storage.join(out, HEAD_FILE)
-    if storage.exists(head_uri):
-        message = f"{head_uri}: there is a head already; give another --out"
-        raise ValueError(message)
+    _check_no_head(out)
     slides = training_slides(read_manifest(config.manifest, ("spots",)), run, config.slides)
     rules = config.rules()
     chosen = choose_panel(slides, config.genes, run, rules)
     panel = chosen.genes
     say(f"panel of {len(panel)} genes: {', '.join(panel[:6])}{' ...' if len(panel) > 6 else ''}")
-    with ray_session(dashboard=True) as cluster:
-        check_before_run(asked_for(out, gpus=bool(config.gpus)), cluster)
-        bags = build_bags(slides, panel, run, out, cluster.num_cpus, rules)
-        for slide_id, row in bags.items():
-            say(
-                f"{slide_id}: {row['num_spots']} spots with {row['num_links']} cells "
-                f"({row['share_spots_with_cells']:.0%} of its spots have cells)"
+    with hold_lease(out) as lease:
+        _check_no_head(out)  # again, now that no other driver can write one
+        with ray_session(dashboard=True) as cluster:
+            check_before_run(asked_for(out, gpus=bool(config.gpus)), cluster)
+            bags = build_bags(slides, panel, run, out, cluster.num_cpus, rules)
+            for slide_id, row in bags.items():
+                say(
+                    f"{slide_id}: {row['num_spots']} spots with {row['num_links']} cells "
+                    f"({row['share_spots_with_cells']:.0%} of its spots have cells)"
+                )
+            ids = [slide.row.slide_id for slide in slides]
+            names = {slide_id: storage.join(out, "bags", f"{slide_id}.parquet") for slide_id in ids}
+            domain = domain_of_bags(names)
+            head, result = fit(
+                list(names.values()), config.fit_config(), _workers(config, cluster), out
             )
-        ids = [slide.row.slide_id for slide in slides]
-        names = {slide_id: storage.join(out, "bags", f"{slide_id}.parquet") for slide_id in ids}
-        domain = domain_of_bags(names)
-        head, result = fit(
-            list(names.values()), config.fit_config(), _workers(config, cluster), out
-        )
-    settings = yaml.safe_load(_run_config(run))
-    info = {
-        "genes": panel,
-        "scaling": {slide_id: row["scale"] for slide_id, row in bags.items()},
-        "embedding_dim": len(head.mean_D),
-        "formula": asdict(head.formula),
-        "encoder_digest": run_json["identity"]["encoder"],
-        "encoder": settings["encoder"],
-        "cells": run_json["identity"],
-        "training_slides": sorted(bags),
-        "supervision": provenance(chosen, rules, bags),
-        "num_spots": sum(row["num_spots"] for row in bags.values()),
-        "metrics": _metrics(result),
-        "domain": domain,
-        "config": asdict(config),
-        "scellst_ray": __version__,
-    }
-    save_head(head_uri, head, info)
-    storage.publish_json(storage.join(out, "head.json"), info)
+        info = {
+            "genes": panel,
+            "scaling": {slide_id: row["scale"] for slide_id, row in bags.items()},
+            "embedding_dim": len(head.mean_D),
+            "formula": asdict(head.formula),
+            "encoder_digest": run_json["identity"]["encoder"],
+            "encoder": yaml.safe_load(_run_config(run))["encoder"],
+            "cells": run_json["identity"],
+            "training_slides": sorted(bags),
+            "supervision": provenance(chosen, rules, bags),
+            "num_spots": sum(row["num_spots"] for row in bags.values()),
+            "metrics": _metrics(result),
+            "domain": domain,
+            "config": asdict(config),
+            "scellst_ray": __version__,
+        }
+        lease.check()
+        save_head(storage.join(out, HEAD_FILE), head, info)
+        storage.publish_json(storage.join(out, "head.json"), info)
     say(f"head after epoch {result.best_epoch + 1}: validation loss {result.best_loss:.4f}")
     return info
+
+
+def _check_no_head(out: str) -> None:
+    uri = storage.join(out, HEAD_FILE)
+    if storage.exists(uri):
+        message = f"{uri}: there is a head already; give another --out"
+        raise ValueError(message)
 
 
 def _run_config(run: RunFolder) -> str:

@@ -14,11 +14,11 @@ from scellst_ray.pipelines.receipts import Resources, WorkFunctions, receipts_da
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_files import CropSample
 from scellst_ray.runs.crop_store import colours_by_slide
-from scellst_ray.runs.folder import FINISHED, RunFolder, begin_run, check_manifest_unchanged
+from scellst_ray.runs.folder import FINISHED, RunFolder, check_manifest_unchanged
 from scellst_ray.runs.identity import OF_EACH_SLIDE, NetworkIdentity, RunIdentity
-from scellst_ray.runs.lease import hold_lease
 from scellst_ray.runs.records import SlideRecord, SlideSource
 from scellst_ray.runs.sources import sources_of
+from scellst_ray.runs.start import hold_run
 from scellst_ray.runs.summary import write_summary
 from scellst_ray.slides.manifest import SlideRow, read_manifest, select_slides
 from scellst_ray.stages.checked_networks import CheckedNetworks, cells_spec, check_networks
@@ -64,9 +64,8 @@ def run_cells(
     config, slides = resolve_config(config), select_slides(slides, config.slides)
     colours = None if config.colours_from is None else colours_by_slide(config.colours_from)
     identity = _make_identity(config, networks)
-    run = begin_run(config.out, job, identity)
-    # Before this driver holds the lease, it writes nothing else and does not start Ray.
-    with hold_lease(run.uri) as lease:
+    # Before this driver holds the lease, it writes nothing and does not start Ray.
+    with hold_run(config.out, job, identity) as (run, lease):
         run.write_config(asdict(config))
         prepare()
         sources = sources_of(slides, colours, imported=config.segmenter == "imported")

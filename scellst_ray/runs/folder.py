@@ -192,27 +192,45 @@ def begin_run(
     # Absolute, so that it means the same in every process.
     uri = storage.absolute(uri)
     wanted, digest = stored_identity(job, identity)
-    run_uri = storage.join(uri, RUN_FILE)
-    if storage.exists(run_uri):
-        found = storage.read_json(run_uri)
-        if found.get("digest") != digest:
-            raise ValueError(_other_run(uri, found.get("identity", {}), wanted))
-    else:
-        if storage.list_files(uri):
-            message = f"{uri}: holds files that are no run of scellst_ray; give an empty folder"
-            raise ValueError(message)
-        created = datetime.now(UTC).isoformat(timespec="seconds")
+    if check_folder(uri, job, identity) is None:
         info: RunInfo = {
             "digest": digest,
             "identity": wanted,
-            "created": created,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "format_version": schemas.FORMAT_VERSION,
         }
-        storage.publish_json(run_uri, info)
+        storage.publish_json(storage.join(uri, RUN_FILE), info)
+        # On object storage two drivers may hold the lease for a moment: the last to write counts.
+        check_folder(uri, job, identity)
     run = RunFolder(uri, digest)
     if config is not None:
         run.write_config(config)
     return run
+
+
+def check_folder(uri: str, job: str, identity: Identity) -> RunInfo | None:
+    """Return the content of a folder's run.json; None if the folder holds nothing yet.
+
+    Args:
+        uri: The folder. Nothing is written to it.
+        job: The command.
+        identity: Every setting that changes results.
+
+    Raises:
+        ValueError: the folder holds another run (the message says what differs) or other files.
+    """
+    run_uri = storage.join(uri, RUN_FILE)
+    if storage.exists(run_uri):
+        found: RunInfo = storage.read_json(run_uri)
+        wanted, digest = stored_identity(job, identity)
+        if found.get("digest") != digest:
+            raise ValueError(_other_run(uri, found.get("identity", {}), wanted))
+        return found
+    # A driver that has just taken the lease has written nothing else yet.
+    if {name.rsplit("/", 1)[-1] for name in storage.list_files(uri)} - {LEASE_FILE}:
+        message = f"{uri}: holds files that are no run of scellst_ray; give an empty folder"
+        raise ValueError(message)
+    return None
 
 
 def open_embedded_run(uri: str) -> tuple[RunFolder, RunInfo]:

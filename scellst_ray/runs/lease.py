@@ -263,6 +263,7 @@ def _exclusive(uri: str) -> Iterator[_Locked | _Unlocked]:
 
 def _open_locked(path: Path) -> int | None:
     """Open and lock a file, creating it if it is absent; return None on a disk without locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -11,6 +11,7 @@ from scellst_ray.commands.train import train
 from scellst_ray.commands.training_configs import TrainConfig
 from scellst_ray.models.mil.head import load_head
 from scellst_ray.models.mil.head_file import Formula
+from scellst_ray.runs.lease import LeaseError, hold_lease
 from tests.support.small_run import DIM, IDENTITY, write_small_run
 
 
@@ -30,6 +31,12 @@ def small(tmp_path_factory):
 def config_of(small, out, **changes):
     settings = {"manifest": str(small.manifest), "cells": small.run.uri, "out": str(out)}
     return TrainConfig(**settings | {"genes": "variable:3"} | changes)
+
+
+def test_two_drivers_do_not_write_one_head(small, tmp_path):
+    with hold_lease(str(tmp_path)), pytest.raises(LeaseError, match="has held the lease"):
+        train(config_of(small, tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.ray
