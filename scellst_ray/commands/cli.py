@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show_commands(words)
         values = parse(name, words[len(name.split()) :])
     except UsageError as error:
-        _refuse(error.prog or prog, str(error))
+        from scellst_ray.storage.credentials import redact  # noqa: PLC0415 - not for help
+
+        _refuse(error.prog or prog, redact(str(error)))
     try:
         command = table.COMMANDS[name]
         work = command.load_work()
@@ -54,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         # Errors that users can fix, such as bad input, take one line. All others are bugs and keep
         # their traceback.
-        text = f"[red]error:[/] {escape(str(error))}"
+        from scellst_ray.storage.credentials import redact  # noqa: PLC0415 - not for help
+
+        text = f"[red]error:[/] {escape(redact(str(error)))}"
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         return 1
 
@@ -85,10 +89,10 @@ def _settings(command: table.Command, values: dict[str, Any]) -> Any:  # noqa: A
     """
     from scellst_ray.storage.credentials import refuse_credentials  # noqa: PLC0415 - not for help
 
-    settings = command.load_settings()
-    config = getattr(settings, "from_flags", settings)(**values)
+    # First, so that no message about another mistake shows them.
     refuse_credentials(values)
-    return config
+    settings = command.load_settings()
+    return getattr(settings, "from_flags", settings)(**values)
 
 
 def _command_named(words: Sequence[str]) -> str | None:

@@ -18,6 +18,7 @@ from scellst_ray.core.logs import log_context
 from scellst_ray.nuclei import seams
 from scellst_ray.runs.crop_files import Colours
 from scellst_ray.stages.rows import SECONDS_OF_STAGE, Outcome, TileBoxes, TileRow
+from scellst_ray.storage.credentials import redact
 
 MAX_CELLS_PER_TILE = 1 << seams.TILE_BITS
 OUT_OF_MEMORY = (
@@ -96,7 +97,8 @@ def guarded(row: Outcome, stage: str) -> Iterator[None]:
         kind = type(error).__name__
         if isinstance(error, MemoryError):  # numpy and pyarrow have kinds of their own
             kind, notes = "MemoryError", f"{notes} {OUT_OF_MEMORY}"
-        row |= {"stage": stage, "error_type": kind, "error": f"{error} {notes}".strip() or kind}
+        text = redact(f"{error} {notes}".strip()) or kind
+        row |= {"stage": stage, "error_type": kind, "error": text}
     finally:
         if stage in SECONDS_OF_STAGE:
             row[SECONDS_OF_STAGE[stage]] = time.perf_counter() - started
