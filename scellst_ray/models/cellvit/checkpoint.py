@@ -21,6 +21,7 @@ from torch import Tensor
 
 from scellst_ray.core.schemas import MAP_TYPE_SHIFT
 from scellst_ray.models.cellvit.network import ARCHS, MAP_CHANNELS, Arch, CellViT
+from scellst_ray.models.encoder.read_weights import value_problem
 from scellst_ray.models.weights.digests import DAMAGE, file_digest
 
 PANNUKE_TYPES = ("Background", "Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
@@ -76,7 +77,7 @@ def load_cellvit(path: str | Path) -> CellVit:
     checkpoint = _read(path)
     try:
         return _build(checkpoint, digest)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = f"CellViT checkpoint {path}: {error}"
         raise ValueError(message) from error
 
@@ -133,7 +134,12 @@ def _build(checkpoint: object, digest: str) -> CellVit:
     with torch.device("meta"):  # shapes only: no time spent on weights that are replaced
         network = CellViT(arch, num_types, num_tissues, regression_loss=has_regression)
     _check_tensors(network, state)
-    tensors = {key: state[key].to(value.dtype) for key, value in network.state_dict().items()}
+    expected = network.state_dict()
+    problem = value_problem({key: state[key] for key in expected}, expected)
+    if problem:
+        message = f"{problem}; download or copy it again"
+        raise ValueError(message)
+    tensors = {key: state[key].to(value.dtype) for key, value in expected.items()}
     network.load_state_dict(tensors, assign=True)
     return CellVit(
         network=network.eval().requires_grad_(requires_grad=False),
@@ -287,8 +293,8 @@ def _read_rgb(
     try:
         numbers = ast.literal_eval(value) if isinstance(value, str) else value
         red, green, blue = (float(number) for number in numbers)
-    except (ValueError, TypeError, SyntaxError):
-        message = f"{key} is {value!r}; expected three numbers"
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, OverflowError):
+        message = f"{key} is {repr(value)[:80]}; expected three numbers"
         raise ValueError(message) from None
     return red, green, blue
 

@@ -3,7 +3,7 @@
 | weights | meaning |
 | --- | --- |
 | a file | safetensors of this project, or a torch checkpoint of torchvision's ResNet-50 |
-| 'imagenet' | torchvision's ResNet-50, IMAGENET1K_V2; torchvision downloads it on first use |
+| 'imagenet' | torchvision's ResNet-50, IMAGENET1K_V2; downloaded on first use |
 | 'timm:NAME' | timm's pretrained network; timm downloads it (Hugging Face) on first use |
 | 'random:SEED', 'random:SEED:ARCH' | an untrained ResNet-50, or another architecture |
 
@@ -11,7 +11,6 @@ Shape letters: N crops, D embedding.
 """
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import ResNet50_Weights, resnet50
 
 from scellst_ray.models.encoder.header import (
     IMAGENET_MEAN,
@@ -42,13 +39,10 @@ from scellst_ray.models.encoder.named_networks import (
     parse_random,
     timm_name,
 )
-from scellst_ray.models.weights.digests import DAMAGE, file_digest
+from scellst_ray.models.encoder.read_weights import UNREADABLE, fit_tensors, read_weights
+from scellst_ray.models.weights.digests import file_digest
+from scellst_ray.models.weights.imagenet import find_imagenet, imagenet_path
 
-UNREADABLE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError, SafetensorError)
-# Prefixes of parameter names in checkpoints of other projects: DataParallel, MoCo v3.
-PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "backbone.")
-# Counters of training steps: old checkpoints lack them, and results do not depend on them.
-COUNTER = "num_batches_tracked"
 # Values of oneDNN's variable ONEDNN_MAX_CPU_ISA that keep it from native bfloat16.
 ISAS_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
@@ -80,14 +74,18 @@ def is_named(weights: str) -> bool:
 def encoder_digest(weights: str) -> str:
     """Return the identifier of an encoder's weights, without building the encoder.
 
+    For 'imagenet' the name identifies the content, since no other file is loaded. A wrong file on
+    this machine is refused here already.
+
     Raises:
-        ValueError: There is no such file or name.
+        ValueError: There is no such file or name, or the file of 'imagenet' is not the published.
     """
     random = parse_random(weights)
     if random is not None:
         check_arch(random[1], weights)
         return weights.removesuffix(":resnet50")
     if weights == "imagenet":
+        find_imagenet()
         return "imagenet:IMAGENET1K_V2"
     if weights.startswith(TIMM):
         return f"{TIMM}{timm_name(weights, weights)}"
@@ -145,8 +143,7 @@ def load_encoder(weights: str) -> Encoder:
     if random is not None:
         network, dim = make_random_network(*random, weights)
     elif weights == "imagenet":
-        network, dim = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2), RESNET_DIMS["resnet50"]
-        network.fc = nn.Identity()
+        network, dim = _load_network(str(imagenet_path()), Header())
     elif weights.startswith(TIMM):
         network, dim, mean, std = load_timm_network(weights)
     else:
@@ -181,7 +178,7 @@ def save_encoder(
     """
     blank_network, dim = make_blank_network(arch, str(path))
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
-    _check_tensors(state, blank_network, str(path), arch)
+    fit_tensors(state, blank_network, str(path), arch)
     header = Header(arch, dim, mean, std, provenance=dict(provenance or {}))
     save_file(state, path, metadata=header.metadata())
 
@@ -216,58 +213,19 @@ def _explain_unreadable(weights: str, error: Exception) -> str:
 def _load_network(weights: str, header: Header) -> tuple[nn.Module, int]:
     """Return the network of a file, with its weights, and the length of its embeddings."""
     try:
-        state = _read_weights(Path(weights))
+        state = read_weights(Path(weights))
     except UNREADABLE as error:
         raise ValueError(_explain_unreadable(weights, error)) from error
     network, dim = make_blank_network(header.arch, weights)
-    shapes = _check_tensors(state, network, weights, header.arch)
+    values = fit_tensors(state, network, weights, header.arch)
     if dim != header.dim:
         message = (
             f"encoder {weights}: its header states embeddings of length {header.dim}, but "
             f"{header.arch} gives {dim}"
         )
         raise ValueError(message)
-    values = {key: state[key] for key in shapes}
-    values = {key: v.float() if v.is_floating_point() else v for key, v in values.items()}
     network.load_state_dict(values, strict=False, assign=True)
     return network, dim
-
-
-def _check_tensors(
-    state: Mapping[str, torch.Tensor], network: nn.Module, source: str, arch: str
-) -> dict[str, torch.Size]:
-    """Return the shapes of the tensors a network needs; `state` holds all of them.
-
-    Raises:
-        ValueError: A tensor is missing or has another shape.
-    """
-    shapes = {k: v.shape for k, v in network.state_dict().items() if not k.endswith(COUNTER)}
-    wrong = [k for k, shape in shapes.items() if k not in state or state[k].shape != shape]
-    if wrong:
-        named = {"resnet50": "ResNet-50", "resnet34": "ResNet-34", "resnet18": "ResNet-18"}
-        kind = f"{named[arch]} as torchvision names it" if arch in named else arch
-        message = (
-            f"encoder {source}: not a {kind}; {len(wrong)} tensors are missing or have another "
-            f"shape, for example {wrong[0]}"
-        )
-        raise ValueError(message)
-    return shapes
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict):
-        message = f"it holds a {type(state).__name__}, expected a state dict"
-        raise RuntimeError(message)
-    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    for prefix in PREFIXES:
-        nested = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        if "conv1.weight" in nested:
-            return nested
-    return state
 
 
 def best_precision(device: str) -> Literal["float32", "bfloat16", "float16"]:

@@ -7,6 +7,7 @@ of these metadata. They are read as a ResNet-50 with ImageNet's normalisation.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,7 @@ def _parse_header(stored: Mapping[str, str]) -> Header:
                 values[name] = tuple(float(value) for value in values[name])
         header = Header(arch=stored.get("arch", "resnet50"), **values)
         is_sound = len(header.mean) == len(header.std) == 3 and min(header.std) > 0
+        is_sound &= all(math.isfinite(value) for value in (*header.mean, *header.std))
         is_sound &= header.dim > 0 and isinstance(header.provenance, dict)
     except TypeError as error:
         message = f"its header is damaged ({error}); write or copy the encoder again"

@@ -22,6 +22,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from scellst_ray.models.weights.digests import file_digest
 from scellst_ray.storage.cache_space import DIR_VARIABLE
 
 
@@ -70,12 +71,26 @@ class PublishedFile:
         """Content of `lock_path`; empty before the first `fetch`."""
         if not self.lock_path.is_file():
             return {}
-        return dict(json.loads(self.lock_path.read_text(encoding="utf-8")))
+        try:
+            content = dict(json.loads(self.lock_path.read_text(encoding="utf-8")))
+            int(content["size"]), str(content["sha256"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            message = (
+                f"{self.lock_path}: damaged ({error!r}); remove it and run `scellst-ray models "
+                f"fetch {self.name}`"
+            )
+            raise ValueError(message) from error
+        return content
 
     @property
     def expected_size(self) -> int:
         """Size in bytes of the received file; before the first `fetch` of the published file."""
         return int(self.lock_content.get("size", self.size))
+
+    @property
+    def expected_sha256(self) -> str:
+        """SHA-256 in hex (or its first digits) of the received file; before that as published."""
+        return str(self.lock_content.get("sha256", self.sha256)).lower()
 
     @property
     def is_here(self) -> bool:
@@ -158,20 +173,26 @@ def find_published(name: str) -> PublishedFile:
 def weights_path(name_or_path: str) -> str:
     """Return the fetched file of a name of the catalogue; a path is returned as it is.
 
+    The file's SHA-256 is compared with that of its download at every use.
+
     Raises:
         ValueError: The weights of that name are not in this machine's cache, or are not whole.
     """
     if not is_catalogued(name_or_path):
         return name_or_path
     entry = CATALOGUE[name_or_path]
-    if entry.is_here:
-        return str(entry.path)
     problem = "does not exist on this node"
-    if entry.path.is_file():
+    remove = "remove it and " if entry.path.is_file() else ""
+    if entry.is_here:
+        digest = file_digest(entry.path).removeprefix("sha256:")
+        if digest.startswith(entry.expected_sha256):
+            return str(entry.path)
+        problem = f"has the SHA-256 {digest}, expected {entry.expected_sha256}"
+    elif entry.path.is_file():
         size = entry.path.stat().st_size
         problem = f"has {size:,} bytes, expected {entry.expected_size:,}"
     message = (
-        f"weights {entry.name}: {entry.path} {problem}; run `scellst-ray models fetch "
+        f"weights {entry.name}: {entry.path} {problem}; {remove}run `scellst-ray models fetch "
         f"{entry.name}` on every node, or give the path of a copy that all nodes see"
     )
     raise ValueError(message)

@@ -4,6 +4,7 @@ import hashlib
 import struct
 import zipfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 _BLOCK = 1 << 20
@@ -47,7 +48,18 @@ def digests_of(path: Path) -> Digests:
 
 
 def file_digest(path: Path) -> str:
-    """Return 'sha256:...' of a file, the identifier of weights in a run."""
+    """Return 'sha256:...' of a file, the identifier of weights in a run.
+
+    A process reads a file once, and again if its size, time or inode has changed.
+    """
+    stat = path.stat()
+    return _digest_of(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, state: tuple[int, ...]) -> str:
+    """Return the digest of a file in this state (size, times and inode)."""
+    del state
     with path.open("rb") as handle:
         return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
 

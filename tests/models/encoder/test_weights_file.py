@@ -1,5 +1,7 @@
 """Local paths of weights, by name, by name of the catalogue, and by URI."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import fsspec
@@ -24,8 +26,9 @@ def test_names_of_the_catalogue_become_the_fetched_file():
     with pytest.raises(ValueError, match="run `scellst-ray models fetch resnet50-imagenet`"):
         local_weights(entry.name)
     entry.path.parent.mkdir(parents=True)
-    with entry.path.open("wb") as handle:
-        handle.truncate(entry.size)  # a sparse file takes no disk space
+    entry.path.write_bytes(b"abc")  # fetched by the user's own digest
+    lock = {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+    entry.lock_path.write_text(json.dumps(lock))
     assert local_weights(entry.name) == str(entry.path)
 
 

@@ -1,5 +1,6 @@
 """The catalogue of published weights, and the paths of their files."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -87,15 +88,34 @@ def test_names_become_the_cached_file(cache):
         weights_path(name)
     assert not entry.is_here
     write_sparse(entry.path, entry.size - 1)
-    with pytest.raises(ValueError, match="has 187,226,631 bytes, expected 187,226,632; run"):
+    with pytest.raises(
+        ValueError, match="has 187,226,631 bytes, expected 187,226,632; remove it and run"
+    ):
         weights_path(name)
     write_sparse(entry.path, entry.size)
-    assert weights_path(name) == str(cache / "CellViT-256-x40-AMP.pth")
+    assert entry.is_here
+    with pytest.raises(ValueError, match=r"has the SHA-256 \w{64}, expected c58d356c92d3fd21; rem"):
+        weights_path(name)
     # A file fetched by the user's own digest may have another size.
-    entry.lock_path.write_text(json.dumps({"size": 9, "sha256": "0" * 64}))
+    content = b"nine byte"
+    lock = {"size": 9, "sha256": hashlib.sha256(content).hexdigest()}
+    entry.lock_path.write_text(json.dumps(lock))
     assert not entry.is_here
-    write_sparse(entry.path, 9)
-    assert weights_path(name) == str(entry.path)
+    entry.path.write_bytes(content)
+    assert weights_path(name) == str(cache / "CellViT-256-x40-AMP.pth")
+    entry.path.write_bytes(b"nine Byte")
+    with pytest.raises(ValueError, match="has the SHA-256"):
+        weights_path(name)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"size": "x", "sha256": "0"}', "[" * 100_000])
+def test_a_damaged_note_of_a_download_is_named(text):
+    entry = find_published("cellvit-256-x40")
+    write_sparse(entry.path, 5)
+    entry.lock_path.write_text(text)
+    with pytest.raises(ValueError, match=r"AMP\.pth\.json: damaged .*remove it and run"):
+        weights_path("cellvit-256-x40")
 
 
 def test_unknown_names():
