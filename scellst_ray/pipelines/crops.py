@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from typing import cast
 
 import cv2
 import numpy as np
@@ -58,6 +59,8 @@ ROWS = pa.schema(
         ("read_mpp", pa.float64()),
     ]
 )
+# Keys of a record of crops that crops.json repeats.
+IN_INDEX = ("num_crops", "num_types", "num_bytes", "digest", "centre", "file")
 CANDIDATES = pa.schema(
     [
         ("slide_id", pa.string()),
@@ -340,10 +343,4 @@ def _publish_index(crops: CropSet, records: CropRecords) -> None:
 
 def _in_index(record: CropRecord) -> SlideCrops:
     """Return the entry of a slide in crops.json."""
-    return {
-        "num_crops": record["num_crops"],
-        "num_types": record["num_types"],
-        "num_bytes": record["num_bytes"],
-        "digest": record["digest"],
-        "centre": record["centre"],
-    }
+    return cast("SlideCrops", {k: v for k, v in record.items() if k in IN_INDEX})

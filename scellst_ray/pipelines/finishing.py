@@ -8,9 +8,10 @@ import ray
 
 from scellst_ray import storage
 from scellst_ray.core.logs import log_context
-from scellst_ray.runs.compaction import Shards, finish_slide, unfinished_record
+from scellst_ray.runs.compaction import finish_slide, unfinished_record
 from scellst_ray.runs.folder import RunFolder, split_by_slide
 from scellst_ray.runs.records import SlideRecord
+from scellst_ray.runs.shards import DamagedShardsError, Shards
 from scellst_ray.stages.rows import Outcome
 from scellst_ray.stages.tiles import guarded
 
@@ -32,12 +33,19 @@ def finish_slides(run: RunFolder, receipts: pa.Table, *, imported: bool) -> list
     def finish(slide: CompleteSlide) -> SlideRecord:
         slide_id, of_slide = slide
         outcome = Outcome()
+        damaged: list[str] = []
         with log_context(slide_id), guarded(outcome, "finish"):
-            record = finish_slide(run, slide_id, of_slide, shards, imported=imported)
+            try:
+                record = finish_slide(run, slide_id, of_slide, shards, imported=imported)
+            except DamagedShardsError as found:
+                damaged = list(found.problems)
+                raise
         error = outcome.get("error")
         if error is not None:
             # Shards and receipts of the slide stay: the next run finishes it.
             record = unfinished_record(slide_id, str(outcome["error_type"]), error)
+            if damaged:
+                record["damaged_shards"] = damaged
         return record
 
     threads = THREADS_HERE if storage.is_local(run.uri) else THREADS_REMOTE

@@ -10,11 +10,9 @@ A shard holds the cells of some tiles; a seam is the border between two tiles.
 """
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -32,11 +30,9 @@ from scellst_ray.nuclei.imported.table import import_report
 from scellst_ray.runs.domain_shift import SlideScore, limit_of_head
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.records import DomainShift, ImportReport, SlideRecord, SlideStatus
+from scellst_ray.runs.shards import Shards, SlideCells
 
 ROW_GROUP = 16_384
-# Bytes of small shards kept in memory for the next table or slide that needs them.
-KEPT_BYTES = 2**27
-Stretch = tuple[str, int, int]
 GEO = {
     "version": "1.1.0",
     "primary_column": "polygon",
@@ -55,6 +51,7 @@ class TableCounts:
         num_doubled: Number of nuclei found by two tiles and kept once.
         num_adopted: Number of nuclei owned by no tile and kept.
         domain_shift: Distance from the cells of the head's training; None without a head.
+        files: Stamps of the tables' files, by name of the table.
     """
 
     tables: tuple[str, ...] = ()
@@ -62,39 +59,7 @@ class TableCounts:
     num_doubled: int = 0
     num_adopted: int = 0
     domain_shift: DomainShift | None = None
-
-
-class Shards:
-    """Reader of the shards of a run. A small shard is read once for all tables and slides."""
-
-    def __init__(self, run: RunFolder) -> None:
-        """Read the shards of `run`."""
-        self.run = run
-        self.kept: dict[str, pa.Table] = {}
-        self.lock = threading.Lock()
-
-    def read(self, name: str, columns: list[str], *, keep: bool) -> pa.Table:
-        """Return some columns of a shard; with `keep`, a small shard stays in memory."""
-        table = self.kept.get(name)
-        if table is None and keep:
-            # Without the lock, so that no thread waits for a request of another one.
-            table = storage.read_small_table(self.run.shard_uri(name), ROW_GROUP)
-            if table is not None:
-                self._keep(name, table)
-        if table is None:
-            return storage.read_table(self.run.shard_uri(name), columns)
-        return table.select(columns)
-
-    def schema(self, name: str) -> pa.Schema:
-        """Return a shard's schema."""
-        table = self.kept.get(name)
-        return storage.read_schema(self.run.shard_uri(name)) if table is None else table.schema
-
-    def _keep(self, name: str, table: pa.Table) -> None:
-        with self.lock:
-            self.kept[name] = table
-            while sum(kept.nbytes for kept in self.kept.values()) > KEPT_BYTES:
-                del self.kept[next(iter(self.kept))]
+    files: dict[str, storage.StoredStamp] = field(default_factory=dict)
 
 
 def finish_slide(
@@ -115,17 +80,29 @@ def finish_slide(
         receipts: RECEIPTS of this slide, one for each of its tiles.
         shards: Reader of shards, shared if several slides are finished.
         imported: Whether the nuclei came from a file. The record then counts them.
+
+    Raises:
+        DamagedShardsError: shards are not what the receipts say. Nothing is written.
     """
     if (np.diff(receipts["tile_id"].to_numpy()) < 0).any():
         receipts = receipts.sort_by("tile_id")
     failed = receipts.filter(pc.is_valid(receipts["error"]))
+    cells = SlideCells(shards or Shards(run), slide_id, receipts)
+    cells.check()
+    files = {}
     if len(failed):
-        failures = schemas.conform(failed, schemas.FAILURES, "FAILURES", run.digest)
-        storage.publish_table(run.failures_uri(slide_id), failures)
+        table = schemas.conform(failed, schemas.FAILURES, "FAILURES", run.digest)
+        files["FAILURES"] = _write(run.failures_uri(slide_id), table.schema, iter([table]))
     elif storage.exists(run.failures_uri(slide_id)):
         storage.remove_tree(run.failures_uri(slide_id))
-    written = _write_tables(run, slide_id, receipts, shards or Shards(run))
+    try:
+        written = _write_tables(run, slide_id, cells)
+    except storage.DamagedFileError:
+        # A shard is whole where its ids lie, and not elsewhere: find all such shards.
+        cells.check(thoroughly=True)
+        raise
     record = _record(slide_id, receipts, failed, written)
+    record["files"] = files | written.files
     report = _import_report(run, slide_id) if imported else None
     if report is not None:
         record["imported"] = report
@@ -195,31 +172,24 @@ def _record(
     return record
 
 
-def _write_tables(run: RunFolder, slide_id: str, receipts: pa.Table, shards: Shards) -> TableCounts:
+def _write_tables(run: RunFolder, slide_id: str, cells: SlideCells) -> TableCounts:
     """Write CELLS, each nucleus once, and EXPRESSION if the shards hold hidden factors."""
-    stretches = list(_stretches(receipts))
-    if not stretches:
+    if not cells.num_cells:
         return TableCounts()
-    num_offered = pc.sum(receipts["num_cells"]).as_py()
-
-    def cells(columns: list[str]) -> Iterator[pa.Table]:
-        keep = num_offered <= ROW_GROUP
-        return _cells_in_order(stretches, lambda name: shards.read(name, columns, keep=keep))
-
-    resolved = seams.resolve(lambda: _seam_cells(cells(["cell_id", "seam", "polygon"])))
-    shard = shards.schema(stretches[0][0])
+    resolved = seams.resolve(lambda: _seam_cells(cells.read(["cell_id", "seam", "polygon"])))
+    shard = cells.schema()
     dim = shard.field("embedding").type.list_size if "embedding" in shard.names else None
     geo = {b"geo": json.dumps(GEO).encode()}
     schema = schemas.sign_schema(schemas.cells_schema(dim), "CELLS", run.digest, geo)
-    _write(run.cells_uri(slide_id), schema, _without(resolved.dropped, cells(schema.names)))
-    tables, shift = ["CELLS"], None
+    rows = _without(resolved.dropped, cells.read(schema.names))
+    files, shift = {"CELLS": _write(run.cells_uri(slide_id), schema, rows)}, None
     if "hidden" in shard.names:
         schema = _expression_schema(run, shard)
-        rows = _without(resolved.dropped, cells(schema.names))
-        shift = _write_expression(run, slide_id, schema, rows)
-        tables.append("EXPRESSION")
-    num_cells = num_offered - len(resolved.dropped)
-    return TableCounts(tuple(tables), num_cells, resolved.num_doubled, resolved.num_adopted, shift)
+        rows = _without(resolved.dropped, cells.read(schema.names))
+        files["EXPRESSION"], shift = _write_expression(run, slide_id, schema, rows)
+    num_cells = cells.num_cells - len(resolved.dropped)
+    counts = (num_cells, resolved.num_doubled, resolved.num_adopted)
+    return TableCounts(tuple(files), *counts, shift, files)
 
 
 def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:
@@ -230,15 +200,15 @@ def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:
 
 def _write_expression(
     run: RunFolder, slide_id: str, schema: pa.Schema, rows: Iterator[pa.Table]
-) -> DomainShift | None:
-    """Write EXPRESSION; return how far the cells lie from those of the head's training."""
+) -> tuple[storage.StoredStamp, DomainShift | None]:
+    """Write EXPRESSION; return its stamp, and how far its cells lie from the head's training."""
     uri = run.expression_uri(slide_id)
     if "distance" not in schema.names:  # shards of an earlier release
-        _write(uri, schema, rows)
-        return None
+        return _write(uri, schema, rows), None
     score = SlideScore()
-    _write(uri, schema, score.counting(rows))
-    return score.result(limit_of_head(storage.join(run.uri, HEAD_FILE), run.head_digest()))
+    stamp = _write(uri, schema, score.counting(rows))
+    limit = limit_of_head(storage.join(run.uri, HEAD_FILE), run.head_digest())
+    return stamp, score.result(limit)
 
 
 def _seam_cells(cells: Iterator[pa.Table]) -> Iterator[seams.SeamCells]:
@@ -258,49 +228,19 @@ def _without(dropped: NDArray[np.int64], cells: Iterator[pa.Table]) -> Iterator[
         yield part.filter(pa.array(~np.isin(cell_id, dropped[start:end]))) if end > start else part
 
 
-def _cells_in_order(
-    stretches: list[Stretch], read: Callable[[str], pa.Table]
-) -> Iterator[pa.Table]:
-    """Yield the cells of all tiles, in tile order, holding one shard at a time."""
-    open_name, shard = "", pa.table({})
-    for name, start, num_cells in stretches:
-        if name != open_name:
-            open_name, shard = name, read(name)
-        yield shard.slice(start, num_cells)
-
-
-def _stretches(receipts: pa.Table) -> Iterator[Stretch]:
-    """Yield shard, first row and number of rows of tiles that follow each other in a shard."""
-    name, start, end = "", 0, 0
-    columns = (receipts[n].to_pylist() for n in ("shard", "shard_row", "num_cells"))
-    for shard, row, num_cells in zip(*columns, strict=True):
-        if not num_cells:
-            continue
-        if (shard, row) != (name, end):
-            if end > start:
-                yield name, start, end - start
-            name, start = shard, row
-        end = row + num_cells
-    if end > start:
-        yield name, start, end - start
-
-
-def _write(uri: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+def _write(uri: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> storage.StoredStamp:
     """Publish tables as one Parquet file in row groups of a fixed number of rows."""
 
-    def write(path: Path) -> None:
-        names = [name for name in storage.DICTIONARY if name in schema.names]
-        options = {"compression": storage.COMPRESSION, "use_dictionary": names}
-        with pq.ParquetWriter(path, schema, **options) as writer:
-            waiting, num_rows = [schema.empty_table()], 0
-            for table in tables:
-                waiting.append(table.select(schema.names).cast(schema))
-                num_rows += len(table)
-                while num_rows >= ROW_GROUP:
-                    joined = pa.concat_tables(waiting)
-                    writer.write_table(joined.slice(0, ROW_GROUP))
-                    waiting, num_rows = [joined.slice(ROW_GROUP)], num_rows - ROW_GROUP
-            if num_rows:
-                writer.write_table(pa.concat_tables(waiting))
+    def write(writer: pq.ParquetWriter) -> None:
+        waiting, num_rows = [schema.empty_table()], 0
+        for table in tables:
+            waiting.append(table.select(schema.names).cast(schema))
+            num_rows += len(table)
+            while num_rows >= ROW_GROUP:
+                joined = pa.concat_tables(waiting)
+                writer.write_table(joined.slice(0, ROW_GROUP))
+                waiting, num_rows = [joined.slice(ROW_GROUP)], num_rows - ROW_GROUP
+        if num_rows:
+            writer.write_table(pa.concat_tables(waiting))
 
-    storage.publish(uri, write)
+    return storage.publish_stamped(uri, schema, write).as_json()

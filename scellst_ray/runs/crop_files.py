@@ -15,9 +15,8 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -258,8 +257,8 @@ class Spool:
             self.start[row], self.num_bytes[row] = self._end, len(image)
             self._end += len(image)
 
-    def publish(self, uri: str, cells: pa.Table, run_digest: str) -> str:
-        """Write the file of a slide; return a digest of its content.
+    def publish(self, uri: str, cells: pa.Table, run_digest: str) -> tuple[str, storage.TableStamp]:
+        """Write the file of a slide; return a digest of its content, and the file's stamp.
 
         Args:
             uri: URI of the file.
@@ -275,17 +274,8 @@ class Spool:
         digest = hashlib.sha256()
         self._file.flush()
 
-        def write(path: Path) -> None:
-            options: dict[str, Any] = {
-                # Coded images do not shrink, and the least and greatest of them say nothing.
-                "compression": {n: storage.COMPRESSION for n in schema.names if n != "image"},
-                "use_dictionary": ["slide_id", "nucleus_type"],
-                "write_statistics": ["cell_id"],
-            }
-            with (
-                mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-                pq.ParquetWriter(path, schema, **options) as writer,
-            ):
+        def write(writer: pq.ParquetWriter) -> None:
+            with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 for first in range(0, len(cells), ROW_GROUP):
                     rows = range(first, min(first + ROW_GROUP, len(cells)))
                     images = [data[self.start[i] : self.start[i] + self.num_bytes[i]] for i in rows]
@@ -296,8 +286,13 @@ class Spool:
                     digest.update(b"".join(images))
                     writer.write_table(group.select(schema.names).cast(schema))
 
-        storage.publish(uri, write)
-        return digest.hexdigest()
+        options: dict[str, object] = {
+            # Coded images do not shrink, and the least and greatest of them say nothing.
+            "compression": {n: storage.COMPRESSION for n in schema.names if n != "image"},
+            "write_statistics": ["slide_id", "cell_id"],
+        }
+        stamp = storage.publish_stamped(uri, schema, write, **options)
+        return digest.hexdigest(), stamp
 
 
 def crops_uri(run_uri: str) -> str:

@@ -6,7 +6,6 @@ training/crop_order.py hands them to the training. Shapes: N crops, H W px, C ch
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -34,12 +33,14 @@ class CropFile:
         uri: Its file.
         num_crops: Number of rows.
         row_group: Number of rows of each row group but the last.
+        stamp: Stamp of the file; None from earlier releases.
     """
 
     slide_id: str
     uri: str
     num_crops: int
     row_group: int
+    stamp: storage.TableStamp | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def open_store(uris: Sequence[str]) -> CropStore:
                 )
                 raise ValueError(message)
             place = file_uri(uri, index["set"], slide_id)
-            files[slide_id] = CropFile(slide_id, place, crops["num_crops"], index["row_group"])
+            stamp = storage.TableStamp(**crops["file"]) if "file" in crops else None
+            shape = (crops["num_crops"], index["row_group"])
+            files[slide_id] = CropFile(slide_id, place, *shape, stamp)
             digests[slide_id] = crops["digest"]
             colours.join(**crops["centre"])
     num_crops = sum(file.num_crops for file in files.values())
@@ -173,14 +176,8 @@ class CropFiles:
         return call_with_retries(partial(self._read, file, groups, columns), redact(file.uri))
 
     def _read(self, file: CropFile, groups: list[int], columns: list[str]) -> pa.Table:
-        fs, path = storage.resolve(file.uri)
         footer = self._footers.get(file.uri)
-        with ExitStack() as stack:
-            source = path
-            if not storage.is_local(file.uri):
-                # Without fsspec's cache, which would read bytes ahead that nobody needs.
-                source = stack.enter_context(fs.open(path, "rb", cache_type="none"))
-            parquet = stack.enter_context(pq.ParquetFile(source, metadata=footer, pre_buffer=True))
+        with storage.open_parquet(file.uri, file.stamp, footer) as parquet:
             if footer is None:
                 schemas.check(parquet.schema_arrow, "CROPS", file.uri)
                 if parquet.metadata.num_rows != file.num_crops:
@@ -191,7 +188,13 @@ class CropFiles:
                     )
                     raise ValueError(message)
                 self._footers[file.uri] = parquet.metadata
-            return parquet.read_row_groups(groups, columns=columns, use_threads=False)
+            table = parquet.read_row_groups(groups, columns=columns, use_threads=False)
+        expected = sum(
+            min(file.row_group, file.num_crops - group * file.row_group) for group in groups
+        )
+        if len(table) != expected:
+            raise storage.DamagedFileError(file.uri, f"is damaged: {len(table)} of {expected} rows")
+        return table
 
 
 def image_bytes(column: pa.ChunkedArray) -> list[NDArray[np.uint8]]:

@@ -6,6 +6,7 @@ A record states the outcome of one slide. It is the only proof that the slide's 
 from typing import Literal, NotRequired, TypedDict
 
 from scellst_ray.runs.identity import StoredIdentity
+from scellst_ray.storage import StoredStamp
 
 SlideStatus = Literal["done", "empty", "partial", "failed"]
 CropStatus = Literal["done", "empty", "failed"]
@@ -82,6 +83,9 @@ class SlideRecord(TypedDict):
         domain_shift: `predict` only; absent without cells and from earlier releases.
         imported: Counts of imported nuclei; absent if nuclei were not imported.
         num_crops: Number of crops. A driver adds it after cutting crops; it is never stored.
+        damaged_shards: Shards whose tiles must be done again before the slide can be finished; it
+            is never stored.
+        files: Stamp of each table's file, by name of the table; absent from earlier releases.
     """
 
     slide_id: str
@@ -105,6 +109,8 @@ class SlideRecord(TypedDict):
     domain_shift: NotRequired[DomainShift]
     imported: NotRequired[ImportReport]
     num_crops: NotRequired[int]
+    damaged_shards: NotRequired[list[str]]
+    files: NotRequired[dict[str, StoredStamp]]
 
 
 class ColourTotals(TypedDict):
@@ -138,6 +144,7 @@ class CropRecord(TypedDict):
         seconds: Seconds that the slide took.
         error_type: Class of the exception, if crops could not be cut.
         error: Message of the exception.
+        file: Stamp of the file of crops; absent from earlier releases.
     """
 
     slide_id: str
@@ -153,6 +160,7 @@ class CropRecord(TypedDict):
     seconds: NotRequired[float]
     error_type: NotRequired[str]
     error: NotRequired[str]
+    file: NotRequired[StoredStamp]
 
 
 class SlideCrops(TypedDict):
@@ -163,6 +171,7 @@ class SlideCrops(TypedDict):
     num_bytes: int
     digest: str
     centre: ColourTotals
+    file: NotRequired[StoredStamp]
 
 
 class SampleSettings(TypedDict):

@@ -88,12 +88,13 @@ def cut_slide(crops: CropSet, row: CropSlide) -> CropRecord:
             for rows in windows(xy0, row["read_mpp"] / row["mpp"]):
                 spool.add(rows, cut_window(slide, xy0[rows], row["read_mpp"]))
         uri = file_uri(crops.run.uri, crops.set_id, row["slide_id"])
-        digest = spool.publish(uri, cells.select(schemas.CROPS.names[:-1]), crops.run.digest)
+        digest, stamp = spool.publish(uri, cells.select(schemas.CROPS.names[:-1]), crops.run.digest)
         counts = cells["nucleus_type"].value_counts().to_pylist()
         record["num_crops"] = num
         record["num_types"] = {count["values"]: count["counts"] for count in counts}
         record["num_bytes"] = int(spool.num_bytes.sum())
         record["digest"] = digest
+        record["file"] = stamp.as_json()
         record["centre"] = spool.colours.as_json()
         record["seconds"] = round(time.perf_counter() - started, 3)
         return record

@@ -4,9 +4,9 @@ import uuid
 
 import pyarrow as pa
 
-from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.shards import publish_shard
 from scellst_ray.stages.rows import Outcome, TileRow
 from scellst_ray.stages.tiles import guarded
 
@@ -45,7 +45,7 @@ class WriteShards:
         with guarded(outcome, "write"):
             # To write one chunk takes two thirds of the time of a chunk for each tile.
             table = pa.concat_tables([row["cells"] for row in rows]).combine_chunks()
-            storage.publish_table(self.run.shard_uri(name), table)
+            publish_shard(self.run, name, table)
         start = 0
         for row in rows:
             row["seconds_write"] = outcome["seconds_write"] / len(rows)

@@ -1,11 +1,11 @@
 """Files and URIs: published whole, retried, cached on each node.
 
-This file re-exports the names of files.py, so that other rooms write `storage.publish`.
+This file re-exports the names of damage.py, files.py and tables.py, so that other rooms write
+`storage.publish`.
 """
 
+from scellst_ray.storage.damage import DamagedFileError, naming_damage
 from scellst_ray.storage.files import (
-    COMPRESSION,
-    DICTIONARY,
     TEMPORARY_NAME,
     absolute,
     content_size,
@@ -14,42 +14,62 @@ from scellst_ray.storage.files import (
     join,
     list_files,
     local_copy,
-    open_parquet,
     publish,
     publish_bytes,
     publish_json,
-    publish_table,
     publish_text,
     read_bytes,
     read_json,
-    read_schema,
-    read_small_table,
-    read_table,
     read_text,
     remove_files,
     remove_tree,
     resolve,
     sizes,
 )
+from scellst_ray.storage.tables import (
+    COMPRESSION,
+    DICTIONARY,
+    StoredStamp,
+    TableStamp,
+    digest_of,
+    open_parquet,
+    publish_stamped,
+    publish_table,
+    read_all,
+    read_footer,
+    read_schema,
+    read_small_table,
+    read_table,
+    stamp_of,
+    write_parquet,
+)
 
 __all__ = [
     "COMPRESSION",
     "DICTIONARY",
     "TEMPORARY_NAME",
+    "DamagedFileError",
+    "StoredStamp",
+    "TableStamp",
     "absolute",
     "content_size",
+    "digest_of",
     "exists",
     "is_local",
     "join",
     "list_files",
     "local_copy",
+    "naming_damage",
     "open_parquet",
     "publish",
     "publish_bytes",
     "publish_json",
+    "publish_stamped",
     "publish_table",
     "publish_text",
+    "read_all",
     "read_bytes",
+    "read_footer",
     "read_json",
     "read_schema",
     "read_small_table",
@@ -59,4 +79,6 @@ __all__ = [
     "remove_tree",
     "resolve",
     "sizes",
+    "stamp_of",
+    "write_parquet",
 ]

@@ -17,15 +17,13 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from scellst_ray.storage import node_cache
@@ -36,9 +34,6 @@ T = TypeVar("T")
 
 # Name of a file until it is whole, see _publish_here.
 TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}")
-COMPRESSION = "zstd"
-# Columns with dictionaries: names. On float16 vectors dictionaries double the reading time.
-DICTIONARY = ["slide_id", "nucleus_type", "spot_id"]
 # Stores without folders: making one would cost a request and, on S3, may make the bucket.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 # Bytes of a part of an upload, if the store's library lets us choose (its default is 50 MiB). A
@@ -46,8 +41,6 @@ OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 PART_BYTES = 16 * 2**20
 MOST_PARTS = 10_000  # the limit of S3
 LOCAL = LocalFileSystem()
-# Up to this number of rows, threads take longer than they save.
-FEW_ROWS = 16_384
 CHOOSE_PARTS = {"s3", "s3a", "gs", "gcs"}
 
 
@@ -80,7 +73,7 @@ def is_local(uri: str) -> bool:
     return isinstance(resolve(uri)[0], LocalFileSystem)
 
 
-def _retry(uri: str, call: Callable[[], T]) -> T:
+def call_for(uri: str, call: Callable[[], T]) -> T:
     """Call a function; for a remote URI call it again while the error may pass, without caches.
 
     Raises:
@@ -107,7 +100,7 @@ def exists(uri: str) -> bool:
     if isinstance(fs, LocalFileSystem):
         return bool(fs.exists(path))
     try:
-        _retry(uri, partial(fs.info, path))
+        call_for(uri, partial(fs.info, path))
     except FileNotFoundError:
         return False
     return True
@@ -120,7 +113,7 @@ def list_files(uri: str) -> list[str]:
     """
     fs, path = resolve(uri)
     try:
-        entries = _retry(uri, partial(fs.ls, path, detail=True))
+        entries = call_for(uri, partial(fs.ls, path, detail=True))
     except FileNotFoundError:
         return []
     # A file, or an object that stands for an empty folder, lists itself.
@@ -140,7 +133,7 @@ def sizes(uri: str) -> dict[str, int]:
         fs.invalidate_cache()  # folders below may be cached too
         return dict(fs.find(path, detail=True))
 
-    files = _retry(uri, ask)
+    files = call_for(uri, ask)
     return {name: int(files[name].get("size") or 0) for name in sorted(files)}
 
 
@@ -158,7 +151,7 @@ def publish(uri: str, write: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "upload"
         write(temporary)
-        _retry(uri, partial(_upload, fs, temporary, path))
+        call_for(uri, partial(_upload, fs, temporary, path))
 
 
 def _publish_here(target: Path, write: Callable[[Path], None]) -> None:
@@ -205,14 +198,6 @@ def publish_bytes(uri: str, content: bytes) -> None:
     publish(uri, write)
 
 
-def publish_table(uri: str, table: pa.Table) -> None:
-    """Publish an Arrow table as one Parquet file."""
-    names = [name for name in DICTIONARY if name in table.column_names]
-    publish(
-        uri, lambda path: pq.write_table(table, path, compression=COMPRESSION, use_dictionary=names)
-    )
-
-
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     """Read a whole file, or its bytes from `start` up to but not including `end`.
 
@@ -221,7 +206,7 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
         OSError: the file cannot be read.
     """
     fs, path = resolve(uri)
-    return _retry(uri, lambda: bytes(fs.cat_file(path, start=start, end=end)))
+    return call_for(uri, lambda: bytes(fs.cat_file(path, start=start, end=end)))
 
 
 def read_text(uri: str) -> str:
@@ -234,77 +219,6 @@ def read_json(uri: str) -> Any:  # noqa: ANN401 - any JSON document
     return json.loads(read_bytes(uri))
 
 
-def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file; the file's own schema metadata is kept."""
-    return _retry(uri, lambda: _read_parquet(uri, partial(_read_columns, columns=columns)))
-
-
-def read_small_table(uri: str, most_rows: int) -> pa.Table | None:
-    """Read one Parquet file; return None if it has more than `most_rows` rows."""
-
-    def read(source: Any) -> pa.Table | None:  # noqa: ANN401 - path or file
-        with pq.ParquetFile(source, pre_buffer=not isinstance(source, str)) as file:
-            if file.metadata.num_rows > most_rows:
-                return None
-            return file.read(use_threads=False)
-
-    return _retry(uri, lambda: _read_parquet(uri, read))
-
-
-def _read_columns(source: Any, columns: list[str] | None) -> pa.Table:  # noqa: ANN401 - path or file
-    # `pq.read_table` first looks for partitions, which takes longer than reading a small file.
-    with pq.ParquetFile(source, pre_buffer=not isinstance(source, str)) as file:
-        threads = file.metadata.num_rows > FEW_ROWS
-        if columns is None:
-            return file.read(use_threads=threads)
-        missing = set(columns) - set(file.schema_arrow.names)
-        if missing:
-            message = f"columns {sorted(missing)} are missing; it has {file.schema_arrow.names}"
-            raise ValueError(message)
-        return file.read(columns, use_threads=threads).select(columns)
-
-
-def read_schema(uri: str) -> pa.Schema:
-    """Read the Arrow schema of a Parquet file, metadata included."""
-    return _retry(uri, lambda: _read_parquet(uri, pq.read_schema))
-
-
-def _read_parquet(uri: str, read: Callable[[Any], T]) -> T:
-    if is_local(uri):
-        return read(resolve(uri)[1])
-    with _open_remote(uri) as handle:
-        return read(handle)
-
-
-def _open_remote(uri: str) -> Any:  # noqa: ANN401 - fsspec's files have no common type
-    """Return an open remote file for pyarrow.
-
-    pyarrow itself would take a store that does not answer for an absent file. pyarrow asks for
-    whole columns at once, so nothing is read ahead.
-    """
-    fs, path = resolve(uri)
-    return fs.open(path, "rb", cache_type="none")
-
-
-@contextmanager
-def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file whose parts are read when they are needed.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        OSError: the file cannot be read.
-    """
-    with ExitStack() as stack:
-        if is_local(uri):
-            yield stack.enter_context(pq.ParquetFile(resolve(uri)[1]))
-            return
-
-        def open_file() -> pq.ParquetFile:
-            return pq.ParquetFile(stack.enter_context(_open_remote(uri)), pre_buffer=True)
-
-        yield stack.enter_context(_retry(uri, open_file))
-
-
 def remove_tree(uri: str) -> None:
     """Remove a file, or a folder and all files below it, if it exists."""
     fs, path = resolve(uri)
@@ -312,7 +226,7 @@ def remove_tree(uri: str) -> None:
     with suppress(FileNotFoundError):
         if not isinstance(fs, LocalFileSystem):
             if exists(uri):
-                _retry(uri, partial(fs.rm, path, recursive=True))
+                call_for(uri, partial(fs.rm, path, recursive=True))
         elif Path(path).is_dir():
             shutil.rmtree(path)
         else:
@@ -334,7 +248,7 @@ def remove_files(uris: Collection[str]) -> None:
         with suppress(FileNotFoundError):
             fs.rm([resolve(uri)[1] for uri in uris])
 
-    _retry(first, remove)
+    call_for(first, remove)
 
 
 def local_copy(uri: str) -> Path:

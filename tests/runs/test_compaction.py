@@ -12,7 +12,9 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.runs import compaction
+from scellst_ray.runs import shards as shards_module
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.shards import Shards
 
 HIDDEN = schemas.HIDDEN_DIM
 
@@ -321,9 +323,9 @@ def test_a_shard_of_several_small_slides_is_read_once(tmp_path, monkeypatch):
     asked = []
     read = storage.read_small_table
     monkeypatch.setattr(storage, "read_small_table", lambda *a: asked.append(a) or read(*a))
-    shards = compaction.Shards(run)
+    shards = Shards(run)
     for number, (name, table) in enumerate(tables.items()):
-        row = receipt(0, 1, 6, "x.parquet", 6 * number) | {"slide_id": name}
+        row = receipt(number, 1, 6, "x.parquet", 6 * number) | {"slide_id": name}
         receipts = pa.Table.from_pylist([row], schema=schemas.RECEIPTS)
         assert compaction.finish_slide(run, name, receipts, shards)["status"] == "done"
         found = storage.read_table(run.cells_uri(name))
@@ -332,7 +334,7 @@ def test_a_shard_of_several_small_slides_is_read_once(tmp_path, monkeypatch):
         assert storage.read_table(run.expression_uri(name)).num_rows == len(found) > 0
     assert asked == [(run.shard_uri("x.parquet"), compaction.ROW_GROUP)]
     # The tables in memory are bounded: the oldest one goes.
-    monkeypatch.setattr(compaction, "KEPT_BYTES", 1)
+    monkeypatch.setattr(shards_module, "KEPT_BYTES", 1)
     shards.read("x.parquet", ["cell_id"], keep=True)
     storage.publish_table(run.shard_uri("y.parquet"), mixed[0])
     shards.read("y.parquet", ["cell_id"], keep=True)

@@ -166,7 +166,7 @@ def test_a_failure_at_any_later_stage(
         "segment": "find.hematoxylin.segment",
         "crop": "find.crop_nuclei",
         "embed": "networks.embed_crops",
-        "write": "write.storage.publish_table",
+        "write": "write.publish_shard",
     }
     rows = plan_slide(helpers.slide_row(synthetic_slide.slide), cells_spec)[:2]
     run = RunFolder(str(tmp_path), "d1g")

@@ -220,15 +220,13 @@ def publish_by_tile(
     table = table.cast(large).combine_chunks()
     groups = _groups(tile_id[order])
 
-    def write(path: Path) -> None:
-        options = {"compression": storage.COMPRESSION, "use_dictionary": ["nucleus_type"]}
-        with pq.ParquetWriter(path, schema, write_statistics=["tile_id"], **options) as writer:
-            for start, stop in groups:
-                rows = order[start:stop]
-                part = table.take(pa.array(rows)).add_column(0, schema.field(0), [tile_id[rows]])
-                writer.write_table(part.cast(schema), row_group_size=len(rows))
+    def write(writer: pq.ParquetWriter) -> None:
+        for start, stop in groups:
+            rows = order[start:stop]
+            part = table.take(pa.array(rows)).add_column(0, schema.field(0), [tile_id[rows]])
+            writer.write_table(part.cast(schema), row_group_size=len(rows))
 
-    storage.publish(uri, write)
+    storage.publish_stamped(uri, schema, write, write_statistics=["tile_id"])
     return import_report(table)
 
 

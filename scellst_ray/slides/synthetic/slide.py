@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from scellst_ray import storage
 from scellst_ray.core.geometry import Box
 from scellst_ray.slides.synthetic.config import NUCLEUS_TYPES, SyntheticConfig
 from scellst_ray.slides.synthetic.expression import (
@@ -180,7 +180,6 @@ def write_synthetic_slide(
 
 
 def _write_parquet(path: Path, table: pa.Table) -> Path:
-    """Write a table under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    return temporary.replace(path)
+    """Publish a table; return its path."""
+    storage.publish_table(str(path), table)
+    return path
