@@ -5,6 +5,7 @@ own for groups of flags, shell completion, suggestions and an import of 0.05 s.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -12,17 +13,37 @@ from typing import Any, NoReturn
 
 from scellst_ray.commands import table
 from scellst_ray.core.logs import log_to_stderr
+from scellst_ray.core.signals import catch_sigint
 from scellst_ray.core.version import __version__
 
 PROG = "scellst-ray"
+INTERRUPTED = f"""{PROG}: interrupted (Ctrl-C); everything that is finished is stored
+{PROG}: give the same command again to go on from there"""
+EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code.
 
     0: all slides done or empty (or the job succeeded). 1: some slide is partial or failed, or the
-    job could not be done. 2: the command line is wrong.
+    job could not be done. 2: the command line is wrong. 130: Ctrl-C.
     """
+    with catch_sigint() as interrupts:
+        try:
+            return _run(argv)
+        except BaseException:
+            if not interrupts.came:
+                raise
+    sys.stdout.flush()
+    print(INTERRUPTED, file=sys.stderr, flush=True)  # noqa: T201
+    if argv is None:
+        # Threads that wait for a store would hold this process for half a minute.
+        os._exit(EXIT_INTERRUPTED)
+    return EXIT_INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run the command line without regard to Ctrl-C; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["--version"]:
         print(f"{PROG} {__version__}")  # noqa: T201

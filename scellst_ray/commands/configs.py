@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from scellst_ray.core.numbers import check_numbers
+
 # Crops in a step of the demo's pretraining.
 BATCH = 64
 
@@ -37,7 +39,9 @@ class RetryConfig:
     """Seconds that opening a slide and finding its tissue may take. By default as in the run."""
 
     def __post_init__(self) -> None:
-        """Refuse two choices of slides."""
+        """Refuse two choices of slides, and numbers that cannot work."""
+        low = {"workers": 1, "memory_gb": 0.1, "max_attempts": 1}
+        check_numbers(self, low | {"tile_timeout_s": 1, "plan_timeout_s": 1})
         if self.failed and self.slides is not None:
             message = "failed and slides both choose slides; give one of them"
             raise ValueError(message)
@@ -107,6 +111,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Refuse slides too small to hold spots, and fewer crops than a step takes."""
+        check_numbers(self)
         if self.size_um < 500:
             message = f"size_um is {self.size_um}; give at least 500, to get enough spots"
             raise ValueError(message)

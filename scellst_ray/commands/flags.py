@@ -5,7 +5,6 @@ that holds other settings stands for their fields.
 """
 
 import inspect
-import json
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
@@ -13,6 +12,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 from docstring_parser import parse_from_object
+
+from scellst_ray.commands.yaml_text import parse_list, split_words
 
 TRUTHS = {"true": True, "false": False}
 CONFIG_HELP = "YAML file with the same keys. Flags override it."
@@ -48,6 +49,11 @@ class Flag:
     def is_switch(self) -> bool:
         """Whether the flag may stand without a value, which means true."""
         return set(self.kinds) <= {bool, types.NoneType}
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the flag takes a list of values."""
+        return _item(self) is not None
 
     @property
     def is_optional(self) -> bool:
@@ -183,16 +189,16 @@ def _item(flag: Flag) -> Any:  # noqa: ANN401 - a type
 
 
 def _read_list(kind: Any, tokens: Sequence[Token]) -> list[Any]:  # noqa: ANN401 - a type
-    """Read a list: a,b or ["a", "b"], or the items of a file's list."""
+    """Read a list: a,b or ["a", "b"] or [a, b], or the items of a file's list."""
     item = next((get_args(k)[0] for k in (kind, *get_args(kind)) if get_origin(k) is list), str)
     words: list[Any] = []
     for token in tokens:
         if token.source != "cli":
             words.append(token.value)
         elif token.value.startswith("["):
-            words += json.loads(token.value)
+            words += parse_list(token.value)
         else:
-            words += [word.strip() for word in token.value.split(",")]
+            words += split_words(token.value)
     return [_exact_int(str(word)) if item is int else item(word) for word in words]
 
 

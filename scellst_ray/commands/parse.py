@@ -4,10 +4,9 @@ import inspect
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import yaml
 from cyclopts import (
     App,
     CycloptsError,
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from scellst_ray.commands import table
 from scellst_ray.commands.flags import TRUTHS, Flag, flags_of, signature_of
+from scellst_ray.commands.yaml_file import read_settings
 from scellst_ray.core.version import __version__
 
 PROG = "scellst-ray"
@@ -38,7 +38,8 @@ class UsageError(Exception):
 
     def __init__(self, text: str, prog: str | None = None) -> None:
         """Keep the text in one line, without its full stop."""
-        super().__init__(" ".join(text.split()).rstrip("."))
+        line = " ".join(text.split()).rstrip(".")
+        super().__init__(line if len(line) <= 400 else f"{line[:200]} ... {line[-190:]}")
         self.prog = prog
 
 
@@ -55,7 +56,10 @@ def parse(name: str, words: Sequence[str]) -> Values:
     words, nulls = _normalise(words, flags)
     values: Values = {}
     for file in files:
-        values |= _read_config(file, flags)
+        try:
+            values |= read_settings(file, flags)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     # cyclopts has no word for the value None.
     absent = {key: None for key, value in values.items() if value is None}
     given = {key: value for key, value in values.items() if value is not None}
@@ -69,7 +73,7 @@ def parse(name: str, words: Sequence[str]) -> Values:
             [*name.split(), *words], exit_on_error=False, print_error=False
         )
     except CycloptsError as error:
-        raise UsageError(_explain(error)) from error
+        raise UsageError(_explain(error, flags)) from error
     if function.__name__ != "collect":
         function(*bound.args, **bound.kwargs)
         sys.exit(0)
@@ -207,40 +211,12 @@ def _normalise(words: Sequence[str], flags: Mapping[str, Flag]) -> tuple[list[st
     return rest, nulls
 
 
-def _read_config(file: str, flags: Mapping[str, Flag]) -> Values:
-    """Return the keys and values of a YAML file.
-
-    Raises:
-        UsageError: there is no such file, it is not YAML, or it has a key that is no flag.
-    """
-    try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        message = f"--config {file}: the file does not exist"
-        raise UsageError(message) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        message = f"--config {file}: {error}"
-        raise UsageError(message) from error
-    if not isinstance(found, dict):
-        message = f"--config {file}: expected lines of `key: value`"
-        raise UsageError(message)
-    values = {str(key).replace("-", "_"): value for key, value in found.items()}
-    for key, value in values.items():
-        if key not in flags:
-            near = get_close_matches(key, flags, n=1)
-            hint = f". Did you mean {near[0]!r}?" if near else ""
-            message = f"{file}: there is no key {key!r}{hint}"
-            raise UsageError(message)
-        if value is None and not flags[key].is_optional:
-            message = f"{file}: {key} has no value"
-            raise UsageError(message)
-    return values
-
-
-def _explain(error: CycloptsError) -> str:
+def _explain(error: CycloptsError, flags: Mapping[str, Flag] = MappingProxyType({})) -> str:
     """Return the reason why a command line cannot be understood."""
     if isinstance(error, UnusedCliTokensError):
-        return f"unexpected {', '.join(map(repr, error.unused_tokens or ()))}"
+        lists = ", ".join(f"--{f.name.replace('_', '-')}" for f in flags.values() if f.is_list)
+        hint = f"; separate the values of {lists} by commas" if lists else ""
+        return f"unexpected {', '.join(map(repr, error.unused_tokens or ()))}{hint}"
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         if error.keyword is not None:
             return f"{error.keyword} needs a value"

@@ -7,6 +7,8 @@ of a command reads only these classes.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from scellst_ray.core.numbers import check_numbers
+
 if TYPE_CHECKING:
     from scellst_ray.models.mil.fit import FitConfig
     from scellst_ray.stages.supervision import Rules
@@ -119,13 +121,10 @@ class TrainConfig(HeadSettings):
         """Refuse values that cannot work."""
         from scellst_ray.spots.selection import parse_rule  # noqa: PLC0415 - not for help
 
+        check_numbers(self, {"ensemble": 1, "workers": 1, "cpus_per_worker": 1})
         self.fit_config()
         parse_rule(self.genes)
         self.rules()
-        for name, least in (("workers", 1), ("max_failures", 0), ("memory_gb", 0)):
-            if getattr(self, name) < least:
-                message = f"{name} is {getattr(self, name)}; it must be at least {least}"
-                raise ValueError(message)
 
     def rules(self) -> "Rules":
         """Return the rules by which spots become supervision."""
@@ -176,19 +175,13 @@ class CrossvalidateConfig(HeadSettings):
         """Refuse values that cannot work."""
         from scellst_ray.spots.selection import parse_rule  # noqa: PLC0415 - not for help
 
+        check_numbers(self, {"ensemble": 1, "num_seeds": 1, "cpus_per_trial": 1})
         for panel in self.all_panels():
             parse_rule(panel)
         for loss in self.all_losses():
             fit = self.fit_with(loss, 0)
             assert fit.loss == loss
             self.rules_for(fit)
-        for name, least in (("num_seeds", 1), ("cpus_per_trial", 1), ("bootstraps", 0)):
-            if getattr(self, name) < least:
-                message = f"{name} is {getattr(self, name)}; it must be at least {least}"
-                raise ValueError(message)
-        if self.gpus_per_trial < 0:
-            message = f"gpus_per_trial is {self.gpus_per_trial}; it must not be negative"
-            raise ValueError(message)
 
     def all_panels(self) -> list[str]:
         """Return the rules of gene panels."""
@@ -278,18 +271,21 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        least = {"epochs": 1, "warmup_epochs": 0, "batch": 2, "workers": 1, "min_workers": 1}
+        least = {"epochs": 1, "batch": 2, "workers": 1, "min_workers": 1}
         least |= {"crops_at_once": 2, "cpus_per_worker": 1, "checkpoint_steps": 1, "keep_best": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                message = f"{name} is {value}; it must be at least {low}"
+        least |= {"projector_dim": 1, "out_dim": 1}
+        check_numbers(self, least, positive=("base_lr", "temperature", "min_crop_scale"))
+        for name in ("momentum", "hue", "stain_jitter", "min_crop_scale"):
+            if getattr(self, name) > 1:
+                message = f"{name} is {getattr(self, name)}; it must be at most 1"
                 raise ValueError(message)
-        if self.base_lr <= 0 or self.weight_decay < 0 or self.warmup_epochs >= self.epochs:
+        if not self.crops:
+            message = "crops is empty; name at least one run folder of `extract --crops`"
+            raise ValueError(message)
+        if self.warmup_epochs >= self.epochs:
             message = (
-                f"base_lr is {self.base_lr}, weight_decay {self.weight_decay}, warmup_epochs "
-                f"{self.warmup_epochs} of {self.epochs}; give a rate above 0, a decay from 0, "
-                "and fewer warm-up epochs than epochs"
+                f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs; give fewer "
+                "warm-up epochs than epochs"
             )
             raise ValueError(message)
         if self.min_workers is not None and self.min_workers > self.workers:

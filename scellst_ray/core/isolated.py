@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from scellst_ray.core.memory_limit import limit_memory
+from scellst_ray.core.signals import start_without_sigint
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -97,14 +99,14 @@ def _until_broken(
         most: Number of processes, and number of items handed out at a time.
         suspects: Filled with the items without a result: one of them ended a process.
     """
-    context = multiprocessing.get_context("spawn")
     under_way: dict[Future[R], T] = {}
     done: deque[Future[R]] = deque()
-    with ProcessPoolExecutor(most[0], context, limit_memory) as pool:
+    with _pool(most[0]) as pool:
         while not suspects:
             for item in items:
                 try:
-                    under_way[pool.submit(call, item)] = item
+                    with start_without_sigint():
+                        under_way[pool.submit(call, item)] = item
                 except BrokenProcessPool:
                     suspects.append(item)
                     break
@@ -127,6 +129,22 @@ def _until_broken(
                 yield item, future.result()
             else:
                 suspects.append(item)
+
+
+@contextmanager
+def _pool(num: int) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool of processes. On an error, such as Ctrl-C, end them without waiting for calls."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(num, multiprocessing.get_context("spawn"), limit_memory)
+    is_done = False
+    try:
+        yield pool
+        is_done = True
+    finally:
+        if not is_done:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+        pool.shutdown(wait=is_done, cancel_futures=True)
 
 
 def _reason(timeout_s: float | None) -> str:

@@ -100,8 +100,12 @@ def find_slides(slides: Sequence[SlideRow], *, imported: bool = False) -> FoundS
             return None, None
         return _look_up(slide, imported=imported)
 
-    with ThreadPoolExecutor(NUM_ASKERS) as askers:
+    askers = ThreadPoolExecutor(NUM_ASKERS)
+    try:
         answers = list(askers.map(ask, slides))
+    finally:
+        # After Ctrl-C nobody waits for a store that does not answer.
+        askers.shutdown(wait=False, cancel_futures=True)
     rows = [(slide, *answer) for slide, answer in zip(slides, answers, strict=True)]
     existing = [(slide, num_bytes) for slide, num_bytes, _ in rows if num_bytes is not None]
     return FoundSlides(

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
+from scellst_ray.core.numbers import check_numbers
 from scellst_ray.preflight.costs import PlannedCluster
 from scellst_ray.stages.config import ExtractConfig, PredictConfig
 
@@ -38,16 +39,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        for name, least in (("cpus", 1), ("calibrate", 1), ("processes", 1), ("gpus", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                message = f"{name} is {value}; it must be at least {least}"
-                raise ValueError(message)
-        for name in ("cpu_price", "gpu_price"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                message = f"{name} is {value}; give the price for an hour, 0 or more"
-                raise ValueError(message)
+        check_numbers(self, {"cpus": 1, "calibrate": 1, "processes": 1})
 
     @classmethod
     def from_flags(cls, **values: Any) -> "PlanConfig":  # noqa: ANN401 - flags of all types

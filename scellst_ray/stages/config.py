@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from scellst_ray import storage
 from scellst_ray.core.geometry import MAX_MPP, MIN_MPP
+from scellst_ray.core.numbers import MAX_INT, check_numbers
 from scellst_ray.models.device import device_name, uses_own_gpu
 from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.models.weights.catalogue import is_catalogued
@@ -15,6 +16,8 @@ from scellst_ray.stages.segmenter_settings import WITHOUT_FILE, segmenter_proble
 # there. Ray's driver costs time per task, and so keeps four times as many GPUs busy as with 2.
 GPU_TILES = 8
 CPUS_PER_PLANNER = 8
+# Longest side of a tile in px: its pixels take 0.8 GB, and the maps of it several times as much.
+MAX_TILE_PX = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +90,16 @@ class ExtractConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        low = {"core_px": 64, "halo_px": 0, "tiles_per_task": 1, "memory_gb": 0.1, "workers": 1}
+        low = {"core_px": 64, "tiles_per_task": 1, "memory_gb": 0.1, "workers": 1}
         low |= {"max_attempts": 1, "tile_timeout_s": 1, "plan_timeout_s": 1}
-        low |= {"crops": 1, "crops_per_slide": 1, "crops_per_type": 1}
-        for name, least in low.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                message = f"{name} is {value}; it must be at least {least}"
-                raise ValueError(message)
+        low |= {"crops": 1, "crops_per_slide": 1, "crops_per_type": 1, "crops_seed": -MAX_INT}
+        check_numbers(self, low)
+        if self.core_px + 2 * self.halo_px > MAX_TILE_PX:
+            message = (
+                f"core_px is {self.core_px} and halo_px {self.halo_px}; a tile, core_px + 2 x "
+                f"halo_px, must have at most {MAX_TILE_PX} px"
+            )
+            raise ValueError(message)
         if self.read_mpp is not None and not MIN_MPP <= self.read_mpp <= MAX_MPP:
             message = f"read_mpp is {self.read_mpp}; it must lie in {MIN_MPP}-{MAX_MPP} um/px"
             raise ValueError(message)

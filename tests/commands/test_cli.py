@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from scellst_ray.commands import table
-from scellst_ray.commands.cli import main
+from scellst_ray.commands.cli import INTERRUPTED, main
 from scellst_ray.commands.models import ModelsConfig, ModelsFetchConfig
 from scellst_ray.core.version import __version__
 from scellst_ray.evaluation.segmentation.config import EvaluateSegmentationConfig
@@ -94,7 +95,7 @@ def test_genes_of_training_stay_one_string(seen):
 def test_negative_numbers_reach_the_check_of_the_value(seen, capsys, number):
     # Refused by what it means, not taken for a flag.
     assert main([*TRAIN, "--learning-rate", number]) == 1
-    assert f"lr is {float(number)}, expected a positive number" in capsys.readouterr().err
+    assert f"learning_rate is {float(number)}; it must be at least 0" in capsys.readouterr().err
     assert seen == []
 
 
@@ -367,3 +368,32 @@ def test_a_missing_manifest_from_a_process_that_loaded_all_commands(tmp_path):
     assert done.returncode == 1
     assert done.stderr == "error: missing.csv: no such manifest\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("turned by a library"), ImportError("cut")])
+def test_ctrl_c_ends_in_two_lines(monkeypatch, capsys, error):
+    def work(_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)  # a second press a moment later is ignored
+            if error is not None:
+                raise error from None
+            raise
+
+    monkeypatch.setattr(table.Command, "load_work", lambda _: work)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(EXTRACT) == 130
+    assert capsys.readouterr() == ("", f"{INTERRUPTED}\n")
+    assert INTERRUPTED.count("\n") == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_error_without_ctrl_c_keeps_its_traceback(monkeypatch):
+    def work(_):
+        message = "a bug"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(table.Command, "load_work", lambda _: work)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(EXTRACT)

@@ -1,7 +1,13 @@
 """Words to values, and files of YAML."""
 
+import itertools
+from dataclasses import MISSING
+from typing import get_args
+
 import pytest
 
+from scellst_ray.commands.cli import _settings
+from scellst_ray.commands.flags import flags_of
 from scellst_ray.commands.parse import UsageError, make_app, parse
 from scellst_ray.commands.table import COMMANDS
 
@@ -61,11 +67,11 @@ def test_of_two_files_the_later_wins(tmp_path):
     ("text", "part"),
     [
         ("- a\n", "expected lines of `key: value`"),
-        ("a: [\n", "while parsing"),
-        ("core_px: null\n", "core_px has no value"),
         ("core_px: 1.5\n", '"1.5"'),
+        ("core_px: .inf\n", '".inf"'),
+        (f"core_px: {'9' * 5000}\n", "into int"),
+        ("memory_gb: .nan\n", '".nan"'),
         ("segmenter: magic\n", "magic"),
-        ("cor_px: 3\n", "Did you mean 'core_px'?"),
     ],
 )
 def test_refuses_files(tmp_path, text, part):
@@ -74,6 +80,62 @@ def test_refuses_files(tmp_path, text, part):
         parse("extract", ["--out=o", *PLAN, f"--config={tmp_path}/a.yaml"])
     assert part in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+LISTS = [
+    (name, flag.name)
+    for name, command in COMMANDS.items()
+    for flag in flags_of(command.load_settings()).values()
+    if flag.is_list and flag.name not in command.hidden
+]
+
+
+@pytest.mark.parametrize(("name", "flag"), LISTS)
+def test_every_list_takes_one_value_or_several_as_flag_and_in_a_file(tmp_path, name, flag):
+    flags = flags_of(COMMANDS[name].load_settings())
+    needed = [f"--{f.name}=x" for f in flags.values() if f.default is MISSING and f.name != flag]
+    word = f"--{flag.replace('_', '-')}"
+    one, two = ([1], [1, 2]) if "list[str]" not in str(flags[flag].kind) else (["1"], ["1", "2"])
+    for value, expected in (("1", one), ("1,2", two), ("[1, 2]", two), ('["1", "2"]', two)):
+        (tmp_path / "a.yaml").write_text(f"{flag}: {value}\n")
+        for words in ([word, value], ["--config", f"{tmp_path}/a.yaml"]):
+            assert parse(name, [*needed, *words])[flag] == expected
+    with pytest.raises(UsageError, match="expected at least one value"):
+        parse(name, [*needed, word, ""])
+
+
+def test_values_without_a_comma_between_them():
+    with pytest.raises(UsageError, match="unexpected 'b'; separate the values of --crops by comma"):
+        parse("pretrain", ["--crops", "a", "b", "--out", "o"])
+
+
+def numbers_of(flags):
+    """Return the names of flags that take numbers."""
+    return [
+        flag.name
+        for flag in flags.values()
+        if {int, float} & {*flag.kinds, *(part for kind in flag.kinds for part in get_args(kind))}
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, c in COMMANDS.items() if numbers_of(flags_of(c.load_settings()))]
+)
+def test_every_number_must_be_one(tmp_path, name):
+    """As a flag and in a file: infinite, none, text, too large."""
+    flags = flags_of(COMMANDS[name].load_settings())
+    needed = [f"--{f.name}=x" for f in flags.values() if f.default is MISSING]
+    values = itertools.cycle(["inf", ".inf", "nan", ".nan", "-inf", "1e400", "two", "9" * 5000])
+    for flag, value in zip([n for n in numbers_of(flags) for _ in range(3)], values, strict=False):
+        words = [f"--{flag}={value}"]
+        if value.startswith("."):
+            (tmp_path / "a.yaml").write_text(f"{flag}: {value}\n")
+            words = ["--config", f"{tmp_path}/a.yaml"]
+        with pytest.raises((UsageError, ValueError)) as refused:
+            _settings(COMMANDS[name], parse(name, [*needed, *words]))
+        assert flag in str(refused.value).replace("-", "_")
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["extract", "plan", "evaluate expression", "models fetch"])

@@ -59,7 +59,7 @@ def test_refuses(kind, wrong, part):
     ("wrong", "part"),
     [
         ({"batch": 1}, "batch is 1"),
-        ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs 5 of 5"),
+        ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs is 5 of 5"),
         ({"workers": 2, "min_workers": 3}, "min_workers is 3; give at most workers, 2"),
     ],
 )

@@ -1,11 +1,15 @@
 """Calls in other processes give all results, even if an item ends its process."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from scellst_ray.core.isolated import WAITING, ProcessDeath, map_isolated
+from tests.support.paths import ROOT
 
 
 def square(number):
@@ -47,3 +51,38 @@ def test_no_items_and_errors():
     assert list(map_isolated(square, [], processes=1)) == []
     with pytest.raises(ValueError, match="not 1"):
         list(map_isolated(refuse, [1], processes=1))
+
+
+INTERRUPTED = """
+import sys
+from scellst_ray.core.isolated import map_isolated
+from scellst_ray.core.signals import catch_sigint
+from tests.support.sleeper import sleep_long
+
+if __name__ == "__main__":
+    with catch_sigint() as interrupts:
+        try:
+            list(map_isolated(sleep_long, [sys.argv[1]], processes=1))
+        except KeyboardInterrupt:
+            print("interrupted")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of process groups")
+def test_ctrl_c_ends_the_processes_without_waiting_for_their_calls(tmp_path):
+    """The whole process group gets the signal, as from a terminal."""
+    (tmp_path / "main.py").write_text(INTERRUPTED)
+    process = subprocess.Popen(
+        [sys.executable, "main.py", str(tmp_path / "begun")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60) == ("interrupted\n", "")
+    assert process.returncode == 0

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from scellst_ray.core.numbers import check_numbers
+
 # Encoders that make embeddings without crops.
 WITHOUT_CROPS = ("none", "tokens", "types")
 
@@ -42,14 +44,12 @@ class EvaluateEncoderConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that do not name an encoder and cells to evaluate it on."""
+        check_numbers(self, {"max_cells": 1, "neighbours": 1, "queries": 1})
         message = ""
         if (self.manifest is None) == (self.run is None):
             message = "give either manifest (annotated images) or run (typed cells)"
         elif self.slides is not None and self.run is None:
             message = "slides are those of run; a manifest lists its own: leave slides out"
-        for name in ("max_cells", "neighbours", "queries"):
-            if getattr(self, name) < 1:
-                message = f"{name} is {getattr(self, name)}; it must be at least 1"
         for name in (self.encoder, *(self.also or [])):
             if name in WITHOUT_CROPS:
                 message = f"encoder {name!r} embeds no crops; give weights that do"

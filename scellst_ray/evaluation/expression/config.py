@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from scellst_ray.core.numbers import check_numbers
 from scellst_ray.evaluation.expression.scores import Bootstrap
 
 
@@ -33,12 +34,9 @@ class EvaluateExpressionConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
+        check_numbers(self, positive=("radius_um",))
         message = ""
-        if not self.radius_um > 0:
-            message = f"radius_um is {self.radius_um}; it must be positive"
-        elif self.bootstraps < 0 or self.seed < 0:
-            message = f"bootstraps {self.bootstraps} and seed {self.seed} must not be negative"
-        elif self.out is not None and not self.out.endswith(".json"):
+        if self.out is not None and not self.out.endswith(".json"):
             message = f"out is {self.out}; it must end in .json"
         if message:
             raise ValueError(message)

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from scellst_ray.core.numbers import check_numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSegmentationConfig:
@@ -41,6 +43,7 @@ class EvaluateSegmentationConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that do not name an annotation and a prediction."""
+        check_numbers(self, positive=("mpp", "truth_mpp", "radius_um"))
         message = ""
         if (self.truth is None) == (self.manifest is None):
             message = "give either truth (one image) or manifest (many)"
@@ -50,8 +53,6 @@ class EvaluateSegmentationConfig:
             message = "nothing to score: give predicted, or run and slide"
         elif (self.slide is not None) != (self.run is not None and self.truth is not None):
             message = "truth of a run needs slide, and slide needs both; give all three"
-        elif not self.radius_um > 0:
-            message = f"radius_um is {self.radius_um}; it must be positive"
         elif self.out is not None and not self.out.endswith((".json", ".csv")):
             message = f"out is {self.out}; it must end in .json or .csv"
         if message:

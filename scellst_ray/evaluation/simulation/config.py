@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from scellst_ray.core.numbers import check_numbers
+
 if TYPE_CHECKING:
     from scellst_ray.evaluation.simulation.fit import Search
     from scellst_ray.models.mil.fit import FitConfig
@@ -71,13 +73,7 @@ class SimulateConfig:
             "num_variable": 1,
             "num_markers": 1,
         }
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                message = f"{name} is {getattr(self, name)}; it must be at least {low}"
-                raise ValueError(message)
-        if not self.spread > 0:
-            message = f"spread is {self.spread}; it must be positive"
-            raise ValueError(message)
+        check_numbers(self, lowest, positive=("spread",))
         if not self.learning_rates:
             message = "learning_rates is empty; give at least one"
             raise ValueError(message)
