@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -199,3 +200,88 @@ def test_two_downloads_are_not_promised_the_same_room(monkeypatch, cache):
             objects.go_on.set()
             assert first.result() == content
     assert objects.gets("/b") == 0
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Return where the cache of this user would lie; nothing is there."""
+    monkeypatch.setenv("SCELLST_RAY_CACHE_DIR", str(tmp_path / "parent"))
+    (tmp_path / "parent").mkdir()
+    return tmp_path / "parent" / f"scellst_ray_cache_{os.getuid()}"
+
+
+def refusal(root):
+    """Return the message of the refusal, which names folder and variable."""
+    with pytest.raises(PermissionError) as raised:
+        cache_space.cache_root()
+    message = str(raised.value)
+    assert message.startswith(f"{root}: ")
+    assert "SCELLST_RAY_CACHE_DIR" in message
+    assert "\n" not in message
+    return message
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o707, 0o1777, 0o2775, 0o720, 0o702])
+def test_a_folder_that_others_can_write_is_refused(root, mode):
+    root.mkdir()
+    root.chmod(mode)
+    assert f"(mode {mode:o})" in refusal(root)
+    assert mode_of(root) == mode
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o750, 0o711, 0o701])
+def test_a_folder_that_others_can_only_read_is_closed(root, mode):
+    root.mkdir()
+    root.chmod(mode)
+    assert cache_space.cache_root() == root
+    assert mode_of(root) == 0o700
+
+
+def test_a_folder_of_another_user_is_refused(root, monkeypatch):
+    root.mkdir(mode=0o700)
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    assert f"belongs to user {own}, not to user {own + 1}" in refusal(root)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_given_away_is_refused_though_it_is_closed(root):
+    root.mkdir(mode=0o700)
+    os.chown(root, 65534, 65534)
+    assert "belongs to user 65534" in refusal(root)
+
+
+@pytest.mark.parametrize("target", ["own", "absent", "itself"])
+def test_a_link_is_not_followed(root, tmp_path, target):
+    (tmp_path / "own").mkdir(mode=0o700)
+    root.symlink_to(root if target == "itself" else tmp_path / target)
+    assert "symbolic link" in refusal(root)
+    assert list((tmp_path / "own").iterdir()) == []
+
+
+def test_a_file_in_its_place_is_refused(root):
+    root.write_text("")
+    assert "no folder" in refusal(root)
+
+
+@pytest.mark.parametrize("parent", [0o700, 0o755, 0o1777, 0o777])
+def test_it_is_made_for_this_user_alone_in_any_parent(root, parent):
+    root.parent.chmod(parent)
+    before = os.umask(0)
+    try:
+        assert cache_space.cache_root() == root
+    finally:
+        os.umask(before)
+    assert mode_of(root) == 0o700
+    assert mode_of(root.parent) == parent
+
+
+def test_an_absent_parent_is_made(root, monkeypatch):
+    monkeypatch.setenv("SCELLST_RAY_CACHE_DIR", str(root.parent / "a" / "b"))
+    found = cache_space.cache_root()
+    assert found.parent == root.parent / "a" / "b"
+    assert mode_of(found) == 0o700
