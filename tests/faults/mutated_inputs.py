@@ -368,8 +368,8 @@ def of_gzip(rng, data):
         return gzip.compress(data)
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     text = gzip.decompress(data)
-    block = rng.choice((b"\0", b" ", b"1", text)) * (2**22)
-    block = block[: 2**22]
+    piece = rng.choice((b"\0", b" ", b"1", text))
+    block = piece * (2**22 // len(piece))
     parts = [packer.compress(text), *(packer.compress(block) for _ in range(rng.choice((64, 600))))]
     return b"".join([*parts, packer.flush()])
 
