@@ -4,17 +4,18 @@ Files are not trusted. Sizes are checked before memory is allocated, and every e
 file causes in a library becomes a ValueError that names the file.
 """
 
+import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import openslide
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import (
     IMAGEDESCRIPTION,
     RESOLUTION_UNIT,
@@ -30,8 +31,20 @@ from scellst_ray.slides.resolution import (
     collect_statements,
     ome_pixel_size,
 )
+from scellst_ray.slides.tiff_pages import (
+    COMMON_COMPRESSIONS,
+    CONVERSION,
+    Page,
+    check_alpha_known,
+    check_orientation,
+    check_pages,
+    check_tiles_upright,
+    compression_name,
+    is_level,
+    read_pages,
+)
+from scellst_ray.slides.white import WHITE, blend_on_white, decode_on_white, paste_on_white
 
-WHITE = 255
 # A plain image is held decoded in memory; larger images belong in a pyramidal TIFF.
 MAX_PLAIN_PIXELS = 600_000_000
 # Pillow's further formats hold no slides, and for some of them (EPS) it starts other programs.
@@ -41,6 +54,10 @@ PLAIN_FORMATS = ("BMP", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PACKING, MIN_PACKED_BYTES = 2000, 100_000_000
 # A tile of the file is decoded whole for every read. Scanners write tiles of 240 to 4096 px.
 MAX_TILE_PIXELS = 8192**2
+# OpenSlide's names of formats. Levels of a generic TIFF are pages with a tag, those of Aperio all
+# tiled pages. The files of Hamamatsu are TIFFs with tags of another meaning.
+GENERIC, LEVELS_BY_TAGS, UNLIKE_TIFF = "generic-tiff", ("generic-tiff", "aperio"), ("hamamatsu",)
+GREY_MODES = ("1", "L", "LA", "La")
 # Errors that Pillow raises on damaged files.
 DAMAGE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError),
@@ -55,11 +72,17 @@ class Pixels(Protocol):
         dimensions: (width, height) in level-0 px.
         downsamples: Level-0 px per px of each level, ascending.
         resolution: All that the file states about its resolution.
+        bits: Bits of a channel in the file: 8 or 16.
+        is_grey: Whether the file has one channel, which cannot hold colours.
+        is_generic: Whether the pyramid is that of no vendor: a level may be anything.
     """
 
     dimensions: tuple[int, int]
     downsamples: list[float]
     resolution: FileResolution
+    bits: int
+    is_grey: bool
+    is_generic: bool
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
         """Return level px [x, x + w) x [y, y + h) as RGB [h, w, 3], white outside the image."""
@@ -83,24 +106,48 @@ def open_pixels(path: Path, uri: str) -> Pixels:
     if not (path.is_file() or path.is_dir()):
         message = f"{uri}: neither a file nor a folder (a pipe, a device?); give an image file"
         raise ValueError(message)
+    pages = read_pages(path)
     try:
-        if openslide.OpenSlide.detect_format(str(path)) is not None:
-            return _OpenSlidePixels(path, uri)
+        vendor = openslide.OpenSlide.detect_format(str(path))
+        if vendor == GENERIC:
+            check_pages(pages, uri)
+        elif vendor not in UNLIKE_TIFF:
+            check_tiles_upright(pages, uri)
+        if vendor is not None:
+            return _OpenSlidePixels(path, uri, pages)
     except openslide.OpenSlideError as error:
-        message = f"{uri}: OpenSlide cannot open it ({error}); the file may be cut off or damaged"
-        raise ValueError(message) from error
-    return _PlainPixels(path, uri)
+        raise ValueError(_cause(str(error), uri)) from error
+    check_pages(pages, uri)
+    check_alpha_known(pages, uri)
+    return _PlainPixels(path, uri, pages)
+
+
+def _cause(error: str, uri: str) -> str:
+    """Return a message about an error of OpenSlide on opening a file."""
+    compression = re.search(r"compression:? (\d+)", error)
+    if compression:
+        name = compression_name(int(compression[1]))
+        return f"{uri}: compressed as {name}, which OpenSlide does not read; {CONVERSION}"
+    return f"{uri}: OpenSlide cannot open it ({error}); the file may be cut off or damaged"
 
 
 class _OpenSlidePixels:
     """A slide in a format that OpenSlide reads."""
 
-    def __init__(self, path: Path, uri: str) -> None:
+    def __init__(self, path: Path, uri: str, pages: list[Page]) -> None:
         self._uri = uri
         self._slide = openslide.OpenSlide(str(path))
         self.dimensions = self._slide.dimensions
         self._check_tiles()
-        self.downsamples = [self._downsample(level) for level in range(self._slide.level_count)]
+        vendor = self._slide.properties.get(openslide.PROPERTY_NAME_VENDOR)
+        self.bits = 16 if pages and pages[0].bits > 8 else 8
+        self.is_grey, self.is_generic = False, vendor == GENERIC
+        self._has_alpha = self.is_generic and bool(pages) and bool(pages[0].extra)
+        self._levels = list(range(self._slide.level_count))
+        if vendor in LEVELS_BY_TAGS:
+            sizes = self._slide.level_dimensions
+            self._levels = [n for n in self._levels if is_level(self.dimensions, sizes[n])]
+        self.downsamples = [self._downsample(level) for level in self._levels]
         self.resolution = self._resolution()
 
     def _check_tiles(self) -> None:
@@ -112,8 +159,7 @@ class _OpenSlidePixels:
                 self._slide.close()
                 message = (
                     f"{self._uri}: tiles of {sides[0]} x {sides[1]} px in level {level} are too "
-                    "large; if the file is not damaged, convert it to smaller tiles (for example "
-                    "`vips tiffsave --tile --pyramid`)"
+                    f"large; if the file is not damaged, {CONVERSION}"
                 )
                 raise ValueError(message)
 
@@ -134,11 +180,10 @@ class _OpenSlidePixels:
         properties = self._slide.properties
         names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
         sides = [float(properties[name]) for name in names if name in properties]
-        is_generic = properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff"
-        description = properties.get("tiff.ImageDescription", "") if is_generic else ""
+        description = properties.get("tiff.ImageDescription", "") if self.is_generic else ""
         return collect_statements(
             {
-                "the file's tags" if is_generic else "the file": (
+                "the file's tags" if self.is_generic else "the file": (
                     (sides[0], sides[-1]) if sides else None
                 ),
                 "the file's OME-XML": ome_pixel_size(description, self.dimensions),
@@ -148,18 +193,22 @@ class _OpenSlidePixels:
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
         # OpenSlide rounds a negative location by up to a level px, so read only inside the level.
         # It divides a location by its own downsample; the error is at most half a level-0 px.
+        level = self._levels[level]
         scale = self._slide.level_downsamples[level]
 
         def inside(left: int, top: int, width: int, height: int) -> NDArray[np.uint8]:
             location = (round(left * scale), round(top * scale))
             rgba = np.asarray(self._slide.read_region(location, level, (width, height)))
+            if self._has_alpha:
+                return blend_on_white(rgba)
+            # Without alpha in the file, OpenSlide gives the rim of a level a part of it.
             alpha = rgba[..., 3:]
             if alpha.min() == WHITE:
                 return rgba[..., :3]
             return np.where(alpha == 0, np.uint8(WHITE), rgba[..., :3]).astype(np.uint8)
 
         try:
-            return _on_white(self._slide.level_dimensions[level], (x, y, w, h), inside)
+            return paste_on_white(self._slide.level_dimensions[level], (x, y, w, h), inside)
         except openslide.OpenSlideError as error:
             message = (
                 f"{self._uri}: OpenSlide cannot read {w} x {h} px at ({x}, {y}) of level {level} "
@@ -175,22 +224,25 @@ class _PlainPixels:
     """A PNG, JPEG or plain TIFF, decoded whole: one level. Only a TIFF states its resolution."""
 
     downsamples: list[float] = [1.0]  # noqa: RUF012 - never changed
+    is_generic = True
 
-    def __init__(self, path: Path, uri: str) -> None:
+    def __init__(self, path: Path, uri: str, pages: list[Page]) -> None:
         with _lift_pillow_limit(), ExitStack() as stack:
-            with _report_damage(uri):
+            with _report_damage(uri, pages):
                 image = stack.enter_context(Image.open(path, formats=PLAIN_FORMATS))
             self.dimensions = image.size
             _check_plain(image, path, uri)
             self.resolution = _plain_resolution(image)
-            with _report_damage(uri):
-                # Converting an RGB image would double its memory.
-                whole = image if image.mode == "RGB" else image.convert("RGB")
-                self._image = np.asarray(whole)
+            raw = str(image.tile[0][3]) if image.tile else ""
+            self.bits = 16 if ";16" in raw or (pages and pages[0].bits > 8) else 8
+            check_orientation(_exif_orientation(image), uri)
+            self.is_grey = image.mode in GREY_MODES
+            with _report_damage(uri, pages):
+                self._image = decode_on_white(image)
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
         assert level == 0
-        return _on_white(
+        return paste_on_white(
             self.dimensions,
             (x, y, w, h),
             lambda left, top, w, h: self._image[top : top + h, left : left + w],
@@ -200,25 +252,11 @@ class _PlainPixels:
         self._image = np.empty((0, 0, 3), np.uint8)
 
 
-def _on_white(
-    size: tuple[int, int],
-    box: tuple[int, int, int, int],
-    inside: Callable[[int, int, int, int], NDArray[np.uint8]],
-) -> NDArray[np.uint8]:
-    """Return a box of an image as RGB [height, width, 3], white outside the image.
-
-    Args:
-        size: (width, height) of the image.
-        box: (x, y, width, height) to return, px of the image.
-        inside: Reads a box (x, y, width, height) that lies inside the image.
-    """
-    x, y, w, h = box
-    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
-    out = np.full((h, w, 3), WHITE, np.uint8)
-    if left < right and top < bottom:
-        part = inside(left, top, right - left, bottom - top)
-        out[top - y : bottom - y, left - x : right - x] = part
-    return out
+def _exif_orientation(image: Image.Image) -> int:
+    """Return the orientation that the file's EXIF states; 1 if it states none."""
+    with suppress(*DAMAGE_ERRORS):
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
 
 
 def _plain_resolution(image: Image.Image) -> FileResolution:
@@ -248,8 +286,8 @@ def _check_plain(image: Image.Image, path: Path, uri: str) -> None:
     width, height = image.size
     if width * height > MAX_PLAIN_PIXELS:
         message = (
-            f"{uri}: {width} x {height} px is too large for a plain image; convert it to a "
-            "pyramidal TIFF (for example `vips tiffsave --tile --pyramid`)"
+            f"{uri}: {width} x {height} px is too large for a plain image, which is held in "
+            f"memory; {CONVERSION}"
         )
         raise ValueError(message)
     num_bytes = path.stat().st_size
@@ -268,11 +306,15 @@ def _check_plain(image: Image.Image, path: Path, uri: str) -> None:
 
 
 @contextmanager
-def _report_damage(uri: str) -> Iterator[None]:
+def _report_damage(uri: str, pages: list[Page]) -> Iterator[None]:
     """Turn Pillow's errors on a damaged file into a ValueError that names the file."""
     try:
         yield
     except DAMAGE_ERRORS as error:
+        if pages and pages[0].compression not in COMMON_COMPRESSIONS:
+            name = compression_name(pages[0].compression)
+            message = f"{uri}: compressed as {name}, which Pillow does not read; {CONVERSION}"
+            raise ValueError(message) from error
         message = (
             f"{uri}: neither OpenSlide nor Pillow can read it as an image ({error}); "
             "it may be cut off, damaged or in another format: copy or convert it again"

@@ -15,6 +15,7 @@ from PIL import Image
 
 from scellst_ray.core.geometry import Box, Frame, check_mpp
 from scellst_ray.core.resolution import check_agreement
+from scellst_ray.slides.content import check_colours, check_content
 from scellst_ray.slides.pixels import open_pixels
 
 STRIP_PIXELS = 16_000_000
@@ -79,6 +80,25 @@ class Slide:
         """
         stated = self._pixels.resolution.stated
         return check_agreement(stated, self.mpp, confirmed=confirmed, source=self.uri)
+
+    def check_content(self) -> None:
+        """Check a sample of the pixels: whether they are those of an H&E slide in one pyramid.
+
+        Raises:
+            ValueError: the picture is grey or nearly black, or a level is another picture.
+        """
+        check_content(self._pixels, self.uri)
+
+    def check_overview(self, image: NDArray[np.uint8]) -> None:
+        """Check the whole slide at a coarse resolution, where no tissue was found on it.
+
+        Args:
+            image: What `overview` returned, RGB uint8 [H, W, 3].
+
+        Raises:
+            ValueError: the picture is grey or nearly black.
+        """
+        check_colours([image], self._pixels.bits, self.uri)
 
     def _check_sides(self) -> None:
         """Raise ValueError if the slide is larger than any glass slide."""

@@ -76,6 +76,7 @@ def check_slide(slide: Slide, row: PendingSlide) -> list[str]:
     Raises:
         ValueError: the slide must not be used; the message says why.
     """
+    slide.check_content()
     notes = slide.check_resolution(confirmed=bool(row.get("mpp_confirmed")))
     for note in notes:
         logger.warning("%s", note)
@@ -92,8 +93,11 @@ def _read_mpp(slide: Slide, spec: CellsSpec) -> float:
 def _tiles_of_tissue(slide: Slide, read_mpp: float, spec: CellsSpec) -> list[Tile]:
     mpp = max(TISSUE_MPP, slide.mpp)
     image, frame = slide.overview(mpp)
+    mask = tissue_mask(image, mpp)
+    if not mask.any():
+        slide.check_overview(image)
     size0, ratio = (slide.width0, slide.height0), read_mpp / slide.mpp
-    return plan_tiles(size0, ratio, tissue_mask(image, mpp), frame, spec.core_px, spec.halo_px)
+    return plan_tiles(size0, ratio, mask, frame, spec.core_px, spec.halo_px)
 
 
 def _imported_files(row: PendingSlide) -> tuple[str, str]:

@@ -1,0 +1,131 @@
+"""A look at a slide's pixels: pictures that are no H&E slide, and levels of another picture.
+
+It reads some 200 small windows, a fraction of what looking for tissue reads.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scellst_ray.slides.pixels import Pixels
+from scellst_ray.slides.tiff_pages import TO_8_BITS
+
+GREY = (
+    "a grey picture; H&E has colours. Give the colour scan; if its channels are separate pages or "
+    "files, join them to RGB"
+)
+WINDOWS, WINDOW_PX = 8, 64
+# Channels of a grey picture differ by no more, of one in JPEG included.
+GREY_SPREAD = 2
+# A picture with less contrast is blank glass.
+MIN_CONTRAST = 30
+# H&E is scanned on white glass. The brightest pixel of 14 bits in 16 is 63 of 255.
+DARK, DARK_16_BITS = 64, 128
+# Levels of more px are no label, no overview of the glass and no thumbnail.
+MAX_FOREIGN_PX = 4_000_000
+# A level that is coarser against the finer one is not used to look for tissue.
+MAX_FINE_PX = 1536
+BLOCK_PX, BLOCKS, DARKEST = 16, 6, 6
+# The mean of a block differs by less between two levels, however the smaller one was made.
+MAX_BLOCK_DIFFERENCE = 40
+MIN_DIFFERENT = 2
+
+
+def check_content(pixels: Pixels, uri: str) -> None:
+    """Check that pixels are those of an H&E slide in one pyramid.
+
+    Args:
+        pixels: The open slide.
+        uri: Name for messages.
+
+    Raises:
+        ValueError: the picture is grey, or nearly black as 10 to 14 bits in 16 are, or a level is
+            another picture than the level above it.
+    """
+    if pixels.is_grey:
+        message = f"{uri}: {GREY}"
+        raise ValueError(message)
+    check_colours(list(_windows(pixels)), pixels.bits, uri)
+    if pixels.is_generic:
+        for level in range(1, len(pixels.downsamples)):
+            _check_level(pixels, level, uri)
+
+
+def check_colours(parts: Sequence[NDArray[np.uint8]], bits: int, uri: str) -> None:
+    """Check that a picture is bright and has colours.
+
+    Args:
+        parts: Parts of the picture, RGB uint8 [H, W, 3] each.
+        bits: Bits a channel in the file.
+        uri: Name for messages.
+
+    Raises:
+        ValueError: it is not bright, or is grey and not blank.
+    """
+    brightest = max(int(part.max()) for part in parts)
+    darkest = min(int(part.min()) for part in parts)
+    if brightest < (DARK if bits == 8 else DARK_16_BITS):
+        used = round(math.log2(256 * max(brightest, 1)))
+        cause = f"; of 16 bits a channel, {used} are used" if bits > 8 else ""
+        message = (
+            f"{uri}: the picture is nearly black, its brightest value is {brightest} of 255{cause}"
+            f"; H&E is bright. If its samples have fewer bits than the file says, {TO_8_BITS}"
+        )
+        raise ValueError(message)
+    spread = max(int(np.ptp(part.astype(np.int16), axis=2).max()) for part in parts)
+    if spread <= GREY_SPREAD and brightest - darkest > MIN_CONTRAST:
+        message = f"{uri}: red, green and blue are equal everywhere: {GREY}"
+        raise ValueError(message)
+
+
+def _windows(pixels: Pixels) -> Iterator[NDArray[np.uint8]]:
+    """Yield windows spread evenly over the coarsest level."""
+    level = len(pixels.downsamples) - 1
+    width, height = _size(pixels, level)
+    side = (min(WINDOW_PX, width), min(WINDOW_PX, height))
+    lefts = np.unique(np.linspace(0, width - side[0], WINDOWS).astype(int))
+    tops = np.unique(np.linspace(0, height - side[1], WINDOWS).astype(int))
+    for top in tops.tolist():
+        for left in lefts.tolist():
+            yield pixels.region(level, left, top, *side)
+
+
+def _size(pixels: Pixels, level: int) -> tuple[int, int]:
+    """Return the (width, height) of a level up to rounding."""
+    width, height = (max(1, int(side / pixels.downsamples[level])) for side in pixels.dimensions)
+    return width, height
+
+
+def _check_level(pixels: Pixels, level: int, uri: str) -> None:
+    """Check a level against the finer one in blocks: on a grid, and where the level is darkest."""
+    width, height = _size(pixels, level)
+    columns, rows = width // BLOCK_PX, height // BLOCK_PX
+    if width * height > MAX_FOREIGN_PX or min(columns, rows) < 2:
+        return
+    whole = pixels.region(level, 0, 0, columns * BLOCK_PX, rows * BLOCK_PX)
+    means = whole.reshape(rows, BLOCK_PX, columns, BLOCK_PX, 3).mean(axis=(1, 3))
+    grid = [
+        (int(row), int(column))
+        for row in np.unique(np.linspace(0, rows - 1, BLOCKS).astype(int))
+        for column in np.unique(np.linspace(0, columns - 1, BLOCKS).astype(int))
+    ]
+    order = np.argsort(means.mean(axis=2), axis=None)[:DARKEST]
+    darkest = [(int(at) // columns, int(at) % columns) for at in order]
+    ratio = pixels.downsamples[level] / pixels.downsamples[level - 1]
+    side = max(1, round(BLOCK_PX * ratio))
+    if side > MAX_FINE_PX:
+        return
+    num_different = 0
+    for row, column in {*grid, *darkest}:
+        left, top = (round(place * BLOCK_PX * ratio) for place in (column, row))
+        fine = pixels.region(level - 1, left, top, side, side).mean(axis=(0, 1))
+        num_different += bool(np.abs(fine - means[row, column]).max() > MAX_BLOCK_DIFFERENCE)
+    if num_different >= MIN_DIFFERENT:
+        message = (
+            f"{uri}: the page of {width} x {height} px, marked as a smaller copy, is another "
+            "picture than the slide (a label, a view of the glass?); remove that page, or write "
+            "the first page alone to a new pyramid"
+        )
+        raise ValueError(message)
