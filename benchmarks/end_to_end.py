@@ -75,6 +75,7 @@ def main() -> None:
             "done_tiles": [],
             "segmentation": None,
             "imported_uri": None,
+            "source": None,
         }
         for number in range(options.repeat):
             out = RunFolder(str(Path(folder) / f"bare{number}"), "bench")

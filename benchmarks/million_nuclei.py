@@ -32,7 +32,8 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Box
 from scellst_ray.core.version import __version__
-from scellst_ray.pipelines.driver import Driver, Progress
+from scellst_ray.pipelines.driver import Driver
+from scellst_ray.pipelines.progress import Progress
 from scellst_ray.pipelines.session import ray_session
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.records import SlideRecord

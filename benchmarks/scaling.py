@@ -52,8 +52,8 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Box
 from scellst_ray.core.version import __version__
-from scellst_ray.pipelines.driver import Progress
 from scellst_ray.pipelines.extract import run_cells
+from scellst_ray.pipelines.progress import Progress
 from scellst_ray.pipelines.receipts import WorkFunctions
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.identity import NetworkIdentity

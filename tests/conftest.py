@@ -214,4 +214,4 @@ def slide_row(path, **changes):
     """Return one slide as `plan_slide` takes it."""
     row = {"slide_id": "s", "uri": str(path), "mpp": None, "mpp_error": None, "done_tiles": []}
     row["mpp_confirmed"] = False
-    return row | {"segmentation": None, "imported_uri": None} | changes
+    return row | {"segmentation": None, "imported_uri": None, "source": None} | changes

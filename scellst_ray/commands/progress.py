@@ -15,8 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from scellst_ray.pipelines.driver import Progress as RunProgress
-from scellst_ray.pipelines.driver import Report
+from scellst_ray.pipelines.progress import Progress as RunProgress
+from scellst_ray.pipelines.progress import Report
 
 LOG_EVERY_S = 30.0
 logger = logging.getLogger("scellst_ray")

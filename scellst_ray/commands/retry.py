@@ -10,9 +10,9 @@ from scellst_ray.commands.progress import shown_progress
 from scellst_ray.commands.run_end import summarise
 from scellst_ray.core.names import check_names
 from scellst_ray.models.mil.stored_head import HEAD_FILE
-from scellst_ray.pipelines.driver import Report
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.pipelines.predict import predict
+from scellst_ray.pipelines.progress import Report
 from scellst_ray.runs.folder import FINISHED, read_config
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.runs.records import SlideRecord

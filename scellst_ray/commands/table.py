@@ -14,14 +14,14 @@ RUNS, TRAINING, SCORES, OTHERS = "Runs", "Training", "Scores", "Set-up"
 WORKERS = "workers gpus memory_gb"
 RETRIES = "max_attempts tile_timeout_s plan_timeout_s"
 OF_EXTRACT = {
-    "Input and output": "manifest out slides",
+    "Input and output": "manifest out slides moved",
     "Nuclei": "segmenter segmenter_weights segmenter_window_px",
     "Tiles": "read_mpp core_px halo_px",
     "Embedding": "encoder colours_from precision store_embeddings",
     "Crops": "crops crops_per_slide crops_per_type crops_seed",
     "Resources": f"{WORKERS} tiles_per_task {RETRIES}",
 }
-OF_PREDICT = OF_EXTRACT | {"Input and output": "manifest out head slides"}
+OF_PREDICT = OF_EXTRACT | {"Input and output": "manifest out head slides moved"}
 OF_HEADS = {
     "Spots and genes": "min_gene_counts min_spot_share min_spot_counts keep_mitochondrial "
     "check_alignment",
@@ -108,7 +108,7 @@ COMMANDS = {
             "Tasks": f"tiles_per_task {RETRIES}",
         },
         # Part of a job's file, which is taken as it is; a plan writes no run folder.
-        hidden=("out",),
+        hidden=("out", "moved"),
     ),
     "status": Command(
         "commands.status:StatusConfig",

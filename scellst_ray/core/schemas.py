@@ -46,6 +46,7 @@ TILES = pa.schema(
         pa.field("stage", pa.string()),
         pa.field("error_type", pa.string()),
         pa.field("error", pa.string()),
+        pa.field("source", pa.string()),
     ]
 )
 
@@ -68,6 +69,7 @@ RECEIPTS = pa.schema(
         pa.field("error", pa.string()),
         *[pa.field(f"seconds_{stage}", pa.float32()) for stage in STAGES],
         pa.field("waited_s", pa.float32()),
+        pa.field("source", pa.string()),
     ]
 )
 

@@ -52,12 +52,8 @@ logger = logging.getLogger(__name__)
 SlideRecords = Mapping[str, SlideRecord]
 CropRecords = Mapping[str, CropRecord]
 ROWS = pa.schema(
-    [
-        ("slide_id", pa.string()),
-        ("uri", pa.string()),
-        ("mpp", pa.float64()),
-        ("read_mpp", pa.float64()),
-    ]
+    [(name, pa.string()) for name in ("slide_id", "uri", "source")]
+    + [(name, pa.float64()) for name in ("mpp", "read_mpp")]
 )
 # Keys of a record of crops that crops.json repeats.
 IN_INDEX = ("num_crops", "num_types", "num_bytes", "digest", "centre", "file")
@@ -162,7 +158,10 @@ def _crop_slide(slide: SlideRow, record: SlideRecord) -> CropSlide:
     mpp, read_mpp = record.get("mpp"), record.get("read_mpp")
     assert mpp is not None, "a slide with cells was opened"
     assert read_mpp is not None, "a slide with cells was read"
-    return {"slide_id": slide.slide_id, "uri": slide.uri, "mpp": mpp, "read_mpp": read_mpp}
+    source = record.get("source")
+    return CropSlide(
+        slide_id=slide.slide_id, uri=slide.uri, mpp=mpp, read_mpp=read_mpp, source=source
+    )
 
 
 def _read_index(run: RunFolder) -> CropIndex | None:
@@ -180,7 +179,10 @@ def _select_with_cells(records: SlideRecords) -> SlideRecords:
 
 def _hash_sample(run: RunFolder, cells: SlideRecords, sample: CropSample) -> str:
     """Return a hash of the sample and of the cells from which it is drawn."""
-    stamps = {s: [r["num_cells"], r.get("finished")] for s, r in sorted(cells.items())}
+    stamps = {
+        s: [r["num_cells"], r.get("finished"), *([r["source"]] if "source" in r else [])]
+        for s, r in sorted(cells.items())
+    }
     text = json.dumps([run.digest, asdict(sample), stamps], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -317,10 +319,8 @@ def _publish_index(crops: CropSet, records: CropRecords) -> None:
     done = {s: r for s, r in sorted(records.items()) if r["status"] == "done"}
     failed = {s: r for s, r in sorted(records.items()) if r["status"] == "failed"}
     for slide_id, record in failed.items():
-        log_args = (slide_id, record["error"])
-        logger.error(
-            "no crops of slide %s: %s", *log_args, extra=log_fields(slide_id, None, "crops")
-        )
+        extra = log_fields(slide_id, None, "crops")
+        logger.error("no crops of slide %s: %s", slide_id, record["error"], extra=extra)
     index: CropIndex = {
         "format_version": schemas.FORMAT_VERSION,
         "run_digest": crops.run.digest,

@@ -12,13 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.exceptions
@@ -27,13 +24,15 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.logs import log_fields
 from scellst_ray.pipelines.finishing import CompleteSlide, RemoteFinisher
+from scellst_ray.pipelines.incomplete import IncompleteSlides
+from scellst_ray.pipelines.progress import Progress, Report
 from scellst_ray.pipelines.ray_internals import total_resources
+from scellst_ray.pipelines.resume import read_logged_work
 from scellst_ray.pipelines.shard_uses import ShardUses
 from scellst_ray.runs.compaction import unfinished_record
-from scellst_ray.runs.folder import FINISHED, RunFolder, last_of_each_tile, split_by_slide
+from scellst_ray.runs.folder import FINISHED, RunFolder, split_by_slide
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.slides.manifest import SlideRow
-from scellst_ray.stages.plan_slide import imported_name
 from scellst_ray.stages.rows import PendingSlide
 from scellst_ray.stages.tiles import CellsSpec
 
@@ -49,29 +48,7 @@ SILENT_S = 600.0
 SLIDES_PER_TASK, CELLS_PER_TASK = 64, 200_000
 # The pipeline waits while more receipts than this wait in memory for their slide to be finished.
 MAX_WAITING_TILES = 200_000
-# Tables of receipts of one slide are joined beyond this number: each takes ten kilobytes.
-MAX_PARTS = 32
-Report = Callable[["Progress"], None]
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """The progress of a run: counts of tiles with a receipt, and records of finished slides.
-
-    Attributes:
-        num_tiles_known: Number of tiles of the slides planned so far.
-        num_cells_before: The part of `num_cells` that an earlier driver found.
-        started: Start of this driver, in seconds of the monotonic clock.
-    """
-
-    num_slides: int
-    records: dict[str, SlideRecord] = field(default_factory=dict)
-    num_tiles: int = 0
-    num_tiles_known: int = 0
-    num_cells: int = 0
-    num_cells_before: int = 0
-    started: float = field(default_factory=time.monotonic)
 
 
 class Driver:
@@ -86,8 +63,8 @@ class Driver:
     ) -> None:
         """Start without receipts; `check` raises if another driver has taken over the run."""
         self.run, self.progress, self.report, self.check = run, progress, report, check
-        # Receipts of incomplete slides. Both threads use the fields below, under the lock.
-        self.receipts: dict[str, list[pa.Table]] = {}
+        # Both threads use the fields below, under the lock.
+        self.incomplete = IncompleteSlides(progress)
         self.complete: set[str] = set()
         self.unlogged: list[pa.Table] = []
         self.unlogged_complete: list[CompleteSlide] = []
@@ -102,7 +79,11 @@ class Driver:
         self.finishing: dict[Any, tuple[Any, list[CompleteSlide]]] = {}
 
     def resume(
-        self, pending: list[SlideRow], spec: CellsSpec, finished: Collection[str] = ()
+        self,
+        pending: list[SlideRow],
+        spec: CellsSpec,
+        finished: Collection[str] = (),
+        trusted: Collection[str] = (),
     ) -> list[PendingSlide]:
         """Read the receipts of an earlier driver; return the slides that still need work.
 
@@ -110,54 +91,21 @@ class Driver:
             pending: The slides to finish. Shards of slides neither pending nor finished stay.
             spec: Settings of the computation.
             finished: slide_ids of all finished slides of this run.
+            trusted: slide_ids whose receipts may count without a source, see resume.py.
         """
         self.imported = spec.segmenter == "imported"
-        log = self.run.receipts(without=finished)
-        log = log.filter(pc.and_(pc.is_null(log["error"]), pc.greater_equal(log["tile_id"], 0)))
-        found = dict(split_by_slide(self._with_shards(log).sort_by("slide_id")))
-        wanted = {slide.slide_id for slide in pending}
-        for slide_id, receipts in found.items():
-            if slide_id not in wanted:
-                self._use(slide_id, receipts)
-        rows: list[PendingSlide] = []
-        for slide in pending:
-            done = found.get(slide.slide_id, log.slice(0, 0))
-            self._add(slide.slide_id, done)
-            if slide.slide_id not in self.complete:
-                segmentation, imported_uri = self._find_imported(slide, spec)
-                rows.append(
-                    {
-                        "slide_id": slide.slide_id,
-                        "uri": slide.uri,
-                        "mpp": slide.mpp,
-                        "mpp_error": slide.mpp_error,
-                        "mpp_confirmed": slide.mpp_confirmed,
-                        "done_tiles": done["tile_id"].to_pylist(),
-                        "segmentation": segmentation,
-                        "imported_uri": imported_uri,
-                    }
-                )
+        work = read_logged_work(self.run, pending, spec, finished, trusted)
+        self.unlogged += work.adopted
+        for slide_id, receipts in work.others.items():
+            self._use(slide_id, receipts)
+        for slide_id, receipts in work.receipts.items():
+            self._add(slide_id, receipts)
         self.progress.num_cells_before = self.progress.num_cells
         self.report(self.progress)
-        return rows
-
-    def _with_shards(self, receipts: pa.Table) -> pa.Table:
-        """Return the receipts whose shard exists, and those of tiles without cells."""
-        uris = storage.list_files(self.run.shards_uri)
-        names = pa.array([uri.rsplit("/", 1)[-1] for uri in uris], pa.string())
-        exists = pc.is_in(receipts["shard"], value_set=names)
-        return receipts.filter(pc.or_(exists, pc.equal(receipts["num_cells"], 0)))
+        return [row for row in work.rows if row["slide_id"] not in self.complete]
 
     def _use(self, slide_id: str, receipts: pa.Table) -> None:
         self.uses.add(slide_id, receipts["shard"].drop_null().unique().to_pylist())
-
-    def _find_imported(self, slide: SlideRow, spec: CellsSpec) -> tuple[str | None, str | None]:
-        """Return the file of a slide's imported nuclei, and the file for them sorted by tile."""
-        source = slide.columns.get("segmentation")
-        if spec.segmenter != "imported" or source is None:
-            return None, None
-        folder = self.run.imported_uri(slide.slide_id)
-        return source, storage.join(folder, imported_name(source, slide.mpp, spec))
 
     def consume(self, dataset: ray.data.Dataset) -> None:
         """Run the pipeline to its end."""
@@ -203,32 +151,11 @@ class Driver:
 
     def _add(self, slide_id: str, receipts: pa.Table) -> None:
         """Take receipts of one slide; if all are present now, the slide can be finished."""
-        if not len(receipts):
-            return
-        parts = self.receipts.setdefault(slide_id, [])
-        num_tiles = receipts["num_tiles"][0].as_py()
-        self.progress.num_tiles_known += 0 if parts else num_tiles
-        parts.append(receipts)
         self._use(slide_id, receipts)
-        self._count(receipts, 1)
-        num = sum(map(len, parts))
-        if len(parts) > MAX_PARTS or num >= max(1, num_tiles):
-            joined = pa.concat_tables(parts).combine_chunks() if len(parts) > 1 else receipts
-            parts[:] = [joined]
-            if len(np.unique(joined["tile_id"].to_numpy())) < num:
-                # A tile that came twice counts once.
-                parts[:] = [last_of_each_tile(joined)]
-                self._count(joined, -1)
-                self._count(parts[0], 1)
-        if len(parts[0]) >= max(1, num_tiles):
+        complete = self.incomplete.add(slide_id, receipts)
+        if complete is not None:
             self.complete.add(slide_id)
-            self.unlogged_complete.append((slide_id, *self.receipts.pop(slide_id)))
-
-    def _count(self, receipts: pa.Table, sign: int) -> None:
-        """Add receipts to the progress, or with sign -1 subtract them."""
-        num_tiles, num_cells = (receipts[n].to_numpy() for n in ("num_tiles", "num_cells"))
-        self.progress.num_tiles += sign * int(np.count_nonzero(num_tiles))
-        self.progress.num_cells += sign * int(num_cells.sum())
+            self.unlogged_complete.append((slide_id, complete))
 
     def _tend_until(self, ended: threading.Event) -> None:
         """Log receipts and have slides finished, until the event is set."""

@@ -8,14 +8,16 @@ from scellst_ray.models.device import uses_cluster_gpus
 from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.attempts import Limits, forget_attempts
 from scellst_ray.pipelines.crops import check_sample, crops_missing, make_crops, with_crops
-from scellst_ray.pipelines.driver import Driver, Progress, Report
+from scellst_ray.pipelines.driver import Driver
 from scellst_ray.pipelines.metrics import report_with_metrics
+from scellst_ray.pipelines.progress import Progress, Report
 from scellst_ray.pipelines.receipts import Resources, WorkFunctions, receipts_dataset
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_files import CropSample
 from scellst_ray.runs.crop_store import colours_by_slide
-from scellst_ray.runs.folder import FINISHED, RunFolder, check_manifest_unchanged
+from scellst_ray.runs.folder import FINISHED, RunFolder
 from scellst_ray.runs.identity import OF_EACH_SLIDE, NetworkIdentity, RunIdentity
+from scellst_ray.runs.known_slides import accept_slides
 from scellst_ray.runs.records import SlideRecord, SlideSource
 from scellst_ray.runs.sources import sources_of
 from scellst_ray.runs.start import hold_run
@@ -66,16 +68,16 @@ def run_cells(
     identity = _make_identity(config, networks)
     # Before this driver holds the lease, it writes nothing and does not start Ray.
     with hold_run(config.out, job, identity) as (run, lease):
+        sources = sources_of(slides, colours, imported=config.segmenter == "imported")
+        finished = _read_finished(run)
+        trusted = accept_slides(run, sources, finished, config.moved or ())
         run.write_config(asdict(config))
         prepare()
-        sources = sources_of(slides, colours, imported=config.segmenter == "imported")
-        check_manifest_unchanged(run, sources)
         sample = _make_sample(config)
         if sample is not None:
             check_sample(run, sample)
         progress = Progress(len(slides))
         driver = Driver(run, progress, report, lease.check)
-        finished = _read_finished(run)
         pending = _sort_by_size(_select_pending(slides, finished, progress), sources)
         report(progress)
         if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
@@ -88,7 +90,7 @@ def run_cells(
             driver.report = report_with_metrics(run, report)
             spec = replace(cells_spec(config, networks), colours=colours)
             resources = replace(_make_resources(config, networks), without_nodes=unfit)
-            rows = driver.resume(pending, spec, finished)
+            rows = driver.resume(pending, spec, finished, trusted)
             if rows:
                 driver.consume(receipts_dataset(rows, spec, run, resources, cluster, work))
             driver.finish()

@@ -8,8 +8,8 @@ from typing import Any
 from scellst_ray import storage
 from scellst_ray.models.mil.head import head_from_bytes
 from scellst_ray.models.mil.stored_head import HEAD_FILE
-from scellst_ray.pipelines.driver import Report
 from scellst_ray.pipelines.extract import run_cells
+from scellst_ray.pipelines.progress import Report
 from scellst_ray.runs.identity import NetworkIdentity
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.slides.manifest import read_manifest

@@ -18,7 +18,7 @@ from scellst_ray.preflight.checks import size_of
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
-from scellst_ray.stages.plan_slide import check_slide, imported_name, plan_slide
+from scellst_ray.stages.plan_slide import check_slide, plan_slide
 from scellst_ray.stages.rows import Outcome, PendingSlide, TileRow
 from scellst_ray.stages.tiles import CellsSpec, guarded
 from scellst_ray.storage.node_cache import hold
@@ -135,6 +135,7 @@ def slide_row(slide: SlideRow) -> PendingSlide:
         "done_tiles": [],
         "segmentation": slide.columns.get("segmentation"),
         "imported_uri": None,
+        "source": None,
     }
 
 
@@ -143,10 +144,9 @@ def plan_one(row: PendingSlide, spec: CellsSpec, keep: int = 0) -> SlidePlan:
     started = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         if spec.segmenter == "imported" and row["segmentation"] is not None:
-            name = imported_name(row["segmentation"], row["mpp"], spec)
-            row = {**row, "imported_uri": storage.join(folder, name)}
+            row = {**row, "imported_uri": folder}
         tiles = plan_slide(row, spec)
-        num_cells = _imported_cells(row, tiles)
+        num_cells = _imported_cells(tiles[0])
     wall_s, cpu_s = time.perf_counter() - started[0], time.process_time() - started[1]
     first = tiles[0]
     if first.get("error") is not None:
@@ -207,10 +207,10 @@ def _key(tile: SampledTile) -> tuple[int, str, int]:
     return tile["key"], tile["slide_id"], tile["tile_id"]
 
 
-def _imported_cells(row: PendingSlide, tiles: list[TileRow]) -> int | None:
-    if row["imported_uri"] is None or tiles[0].get("error") is not None:
+def _imported_cells(tile: TileRow) -> int | None:
+    if tile.get("imported") is None or tile.get("error") is not None:
         return None
-    return len(storage.read_table(row["imported_uri"], ["tile_id"]))
+    return len(storage.read_table(tile["imported"], ["tile_id"]))
 
 
 def _tissue_mm2(row: PendingSlide, sample: tuple[SampledTile, ...]) -> float:

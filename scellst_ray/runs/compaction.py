@@ -29,6 +29,7 @@ from scellst_ray.nuclei import seams
 from scellst_ray.nuclei.imported.table import import_report
 from scellst_ray.runs.domain_shift import SlideScore, limit_of_head
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.receipt_sources import only_source
 from scellst_ray.runs.records import DomainShift, ImportReport, SlideRecord, SlideStatus
 from scellst_ray.runs.shards import Shards, SlideCells
 
@@ -83,7 +84,9 @@ def finish_slide(
 
     Raises:
         DamagedShardsError: shards are not what the receipts say. Nothing is written.
+        ValueError: the receipts are of several files. Nothing is written.
     """
+    source = only_source(slide_id, receipts)
     if (np.diff(receipts["tile_id"].to_numpy()) < 0).any():
         receipts = receipts.sort_by("tile_id")
     failed = receipts.filter(pc.is_valid(receipts["error"]))
@@ -103,6 +106,8 @@ def finish_slide(
         raise
     record = _record(slide_id, receipts, failed, written)
     record["files"] = files | written.files
+    if source is not None:
+        record["source"] = source
     report = _import_report(run, slide_id) if imported else None
     if report is not None:
         record["imported"] = report

@@ -23,7 +23,7 @@ import yaml
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.identity import Identity, stored_identity
-from scellst_ray.runs.records import RunInfo, SlideRecord, SlideSource
+from scellst_ray.runs.records import RunInfo, SlideRecord
 from scellst_ray.storage.credentials import refuse_credentials
 
 # Sub folders, with what they hold.
@@ -129,8 +129,9 @@ class RunFolder:
 
         def read(uri: str) -> pa.Table:
             table = storage.read_table(uri)
-            if "waited_s" not in table.column_names:  # written by an earlier release
-                table = table.append_column("waited_s", pa.nulls(len(table), pa.float32()))
+            for field in schemas.RECEIPTS:
+                if field.name not in table.column_names:  # written by an earlier release
+                    table = table.append_column(field, pa.nulls(len(table), field.type))
             return table.filter(pc.invert(pc.is_in(table["slide_id"], unwanted)))
 
         with ThreadPoolExecutor(NUM_READERS) as readers:
@@ -265,33 +266,3 @@ def _other_run(uri: str, found: Mapping[str, object], wanted: Mapping[str, objec
         f"{k}: {found.get(k)!r} in the folder, {wanted.get(k)!r} now" for k in keys
     )
     return f"{uri}: holds another run ({differences}); give another --out, or the same settings"
-
-
-def check_manifest_unchanged(run: RunFolder, slides: Mapping[str, SlideSource]) -> None:
-    """Refuse a manifest whose rows differ from those that this run read under the same slide_ids.
-
-    Args:
-        run: The run.
-        slides: Sources by slide_id, as the manifest has them now. `slides.json` keeps the union
-            of these and those of earlier commands.
-
-    Raises:
-        ValueError: a slide_id now names another file or resolution.
-    """
-    uri = storage.join(run.uri, SLIDES_FILE)
-    known: dict[str, SlideSource] = storage.read_json(uri) if storage.exists(uri) else {}
-    changed = [s for s, row in slides.items() if s in known and known[s] != row]
-    # A slide that failed may be fixed in the manifest: it is done again from the start.
-    records = run.records() if changed else {}
-    changed = [s for s in changed if s not in records or records[s]["status"] != "failed"]
-    if changed:
-        slide_id = changed[0]
-        message = (
-            f"{run.uri}: slide {slide_id!r} was read as {known[slide_id]} and is now "
-            f"{slides[slide_id]} ({len(changed)} such slides); give another --out, or the "
-            "manifest as it was"
-        )
-        raise ValueError(message)
-    now = known | dict(slides)
-    if now != known:
-        storage.publish_json(uri, now)

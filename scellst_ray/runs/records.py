@@ -48,6 +48,7 @@ class ImportReport(TypedDict):
         dropped: Number of objects left out, by reason.
         changed: Number of objects kept in another shape, by reason.
         lonlat: Whether the file says that its coordinates are longitude and latitude.
+        fingerprint: Fingerprint of the file; absent from earlier releases.
     """
 
     source: str
@@ -56,6 +57,7 @@ class ImportReport(TypedDict):
     dropped: dict[str, int]
     changed: dict[str, int]
     lonlat: bool
+    fingerprint: NotRequired[str]
 
 
 class SlideRecord(TypedDict):
@@ -82,6 +84,8 @@ class SlideRecord(TypedDict):
         seams: Nuclei at borders between tiles; absent if the slide failed.
         domain_shift: `predict` only; absent without cells and from earlier releases.
         imported: Counts of imported nuclei; absent if nuclei were not imported.
+        source: What the slide was read from, see FORMAT.md; absent if the slide was never opened
+            and from earlier releases.
         num_crops: Number of crops. A driver adds it after cutting crops; it is never stored.
         damaged_shards: Shards whose tiles must be done again before the slide can be finished; it
             is never stored.
@@ -108,6 +112,7 @@ class SlideRecord(TypedDict):
     seams: NotRequired[SeamCounts]
     domain_shift: NotRequired[DomainShift]
     imported: NotRequired[ImportReport]
+    source: NotRequired[str]
     num_crops: NotRequired[int]
     damaged_shards: NotRequired[list[str]]
     files: NotRequired[dict[str, StoredStamp]]
@@ -223,6 +228,9 @@ class SlideSource(TypedDict):
         segmentation: File of imported nuclei.
         segmentation_bytes: Size of that file; None: not known.
         colours: Mean and deviation of RGB, with `colours_from`; None for a slide without crops.
+        named: Path of the file from the manifest's folder; absent if it is not below it.
+        segmentation_named: The same of the file of imported nuclei.
+        changed: True if the slide was another one in an earlier command and was not finished.
     """
 
     uri: str
@@ -231,6 +239,9 @@ class SlideSource(TypedDict):
     segmentation: NotRequired[str]
     segmentation_bytes: NotRequired[int | None]
     colours: NotRequired[list[list[float]] | None]
+    named: NotRequired[str]
+    segmentation_named: NotRequired[str]
+    changed: NotRequired[bool]
 
 
 class RunInfo(TypedDict):

@@ -25,6 +25,9 @@ def sources_of(
         if imported and segmentation is not None:
             source["segmentation"] = segmentation
             source["segmentation_bytes"] = storage.content_size(segmentation)
+            named = _below(slide.folder, segmentation)
+            if named is not None:
+                source["segmentation_named"] = named
         if colours is not None:
             source["colours"] = _lists(colours.get(slide.slide_id))
         sources[slide.slide_id] = source
@@ -32,7 +35,15 @@ def sources_of(
 
 
 def _image(slide: SlideRow) -> SlideSource:
-    return {"uri": slide.uri, "mpp": slide.mpp, "bytes": storage.content_size(slide.uri)}
+    size = storage.content_size(slide.uri)
+    source: SlideSource = {"uri": slide.uri, "mpp": slide.mpp, "bytes": size}
+    named = _below(slide.folder, slide.uri)
+    return source if named is None else {**source, "named": named}
+
+
+def _below(folder: str, uri: str) -> str | None:
+    """Return the path of a file from a folder; None if it does not lie below it."""
+    return uri[len(folder) + 1 :] if folder and uri.startswith(f"{folder}/") else None
 
 
 def _lists(colours: Colours | None) -> list[list[float]] | None:

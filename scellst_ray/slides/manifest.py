@@ -34,6 +34,7 @@ class SlideRow:
         mpp_error: Reason why the manifest's mpp cannot be used; None if it can.
         mpp_confirmed: Whether the resolution in use counts whatever else states another one.
         columns: All further columns as read, without missing values.
+        folder: Folder of the manifest; empty if the row was not read from one.
     """
 
     slide_id: str
@@ -42,6 +43,7 @@ class SlideRow:
     mpp_error: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     mpp_confirmed: bool = False
+    folder: str = ""
 
 
 def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
@@ -140,7 +142,7 @@ def _slide_row(values: dict[str, Any], base: str) -> SlideRow:
     confirmed, confirmed_error = _parse_confirmed(kept.pop(CONFIRMED, None), slide_id)
     kept |= {key: absolute(str(kept[key]), base) for key in PATH_COLUMNS if key in kept}
     mpp_error = mpp_error or confirmed_error
-    return SlideRow(slide_id, absolute(uri, base), mpp, mpp_error, kept, confirmed)
+    return SlideRow(slide_id, absolute(uri, base), mpp, mpp_error, kept, confirmed, base)
 
 
 def absolute(uri: str, base: str) -> str:

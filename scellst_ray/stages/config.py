@@ -10,6 +10,7 @@ from scellst_ray.core.numbers import MAX_INT, check_numbers
 from scellst_ray.models.device import device_name, uses_own_gpu
 from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.models.weights.catalogue import is_catalogued
+from scellst_ray.runs.known_slides import check_moved
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE, segmenter_problems
 
 # Lowest number of tiles in a task with GPUs: the batch of a segmenting network. Tiles are quick
@@ -30,6 +31,9 @@ class ExtractConfig:
     """Run folder to write. The same command on it does only the missing work."""
     slides: list[str] | None = None
     """Comma-separated slide_ids to process. By default all of the manifest."""
+    moved: list[str] | None = None
+    """OLD=NEW: a file or folder of slides that was moved since the run was begun, so that finished
+    slides are known under their new names. May be given several times."""
     segmenter: Literal["hematoxylin", "cellvit", "imported"] = "hematoxylin"
     """Method that finds nuclei: `hematoxylin` needs no weights, `cellvit` is a network, `imported`
     reads files that the manifest names."""
@@ -103,6 +107,7 @@ class ExtractConfig:
         if self.read_mpp is not None and not MIN_MPP <= self.read_mpp <= MAX_MPP:
             message = f"read_mpp is {self.read_mpp}; it must lie in {MIN_MPP}-{MAX_MPP} um/px"
             raise ValueError(message)
+        check_moved(self.moved or ())
         problems = segmenter_problems(self)
         if self.crops is None and (self.crops_per_slide or self.crops_per_type):
             problems.append(

@@ -22,8 +22,8 @@ from scellst_ray.runs.crop_files import CropSample, Spool, draw, file_uri, set_u
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.records import CropRecord, CropStatus
 from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.source import open_slide
 from scellst_ray.stages.rows import CropSlide
-from scellst_ray.storage.node_cache import hold
 
 # Cells are cut in squares of this side in px read. Of a square only the part with cells is read.
 WINDOW_PX = 512
@@ -72,7 +72,7 @@ def cut_slide(crops: CropSet, row: CropSlide) -> CropRecord:
         row: The slide.
 
     Raises:
-        ValueError: the slide or its cells cannot be read.
+        ValueError: the slide or its cells cannot be read, or its file is not that of its record.
         OSError: a file of the slide or of its cells cannot be read.
     """
     started = time.perf_counter()
@@ -83,10 +83,11 @@ def cut_slide(crops: CropSet, row: CropSlide) -> CropRecord:
     if not num:
         return record
     with Spool(num) as spool:
-        with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
+        with open_slide(row["uri"], row["mpp"], recorded=row["source"]) as opened:
             xy0 = np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()])
             for rows in windows(xy0, row["read_mpp"] / row["mpp"]):
-                spool.add(rows, cut_window(slide, xy0[rows], row["read_mpp"]))
+                spool.add(rows, cut_window(opened.slide, xy0[rows], row["read_mpp"]))
+            opened.check()
         uri = file_uri(crops.run.uri, crops.set_id, row["slide_id"])
         digest, stamp = spool.publish(uri, cells.select(schemas.CROPS.names[:-1]), crops.run.digest)
         counts = cells["nucleus_type"].value_counts().to_pylist()

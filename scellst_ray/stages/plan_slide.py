@@ -1,14 +1,18 @@
 """TILES: from a slide to the boxes of its tiles. Only a view of low magnification is read."""
 
 import hashlib
+import json
 import logging
 
 import numpy as np
+import pyarrow as pa
 
 from scellst_ray import storage
 from scellst_ray.core.geometry import Frame
+from scellst_ray.nuclei.imported.table import REPORT_KEY, import_report
 from scellst_ray.nuclei.imported.tiles import check_within, publish_by_tile, read_segmentation
 from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.source import ChangedFileError, open_slide
 from scellst_ray.slides.tiling import (
     Tile,
     default_read_mpp,
@@ -18,8 +22,9 @@ from scellst_ray.slides.tiling import (
 )
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
 from scellst_ray.stages.rows import PendingSlide, TileRow
+from scellst_ray.stages.slide_source import source_of
 from scellst_ray.stages.tiles import CellsSpec, box_columns, guarded
-from scellst_ray.storage import node_cache
+from scellst_ray.storage.fingerprint import Fingerprint, fingerprint_of, look
 from scellst_ray.storage.node_cache import hold
 
 logger = logging.getLogger(__name__)
@@ -46,17 +51,20 @@ def plan_slide(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
     with guarded(nothing, "plan"):
         if row["mpp_error"]:
             raise ValueError(row["mpp_error"])
-        with hold(row["uri"]) as held, Slide(held.path, held.name, row["mpp"]) as slide:
+        with open_slide(row["uri"], row["mpp"]) as opened:
+            slide = opened.slide
             check_slide(slide, row)
             read_mpp = _read_mpp(slide, spec)
             nothing["mpp"], nothing["read_mpp"] = slide.mpp, read_mpp
             nothing["width0"], nothing["height0"] = slide.width0, slide.height0
             if spec.segmenter == "imported":
-                source, nothing["imported"] = _imported_files(row)
-                tiles = _tiles_of_nuclei(slide, read_mpp, source, nothing["imported"], spec)
+                mark, nothing["imported"], tiles = _plan_imported(slide, read_mpp, row, spec)
+                nothing["source"] = source_of(row, spec, opened.fingerprint, mark)
             else:
+                nothing["source"] = source_of(row, spec, opened.fingerprint, None)
                 tiles = _tiles_of_tissue(slide, read_mpp, spec)
-        done = set(row["done_tiles"])
+            opened.check()
+        done = set(row["done_tiles"]) if row["source"] == nothing["source"] else set()
         for tile in tiles:
             if tile.tile_id not in done:
                 boxes = box_columns(tile.core, tile.read)
@@ -100,47 +108,54 @@ def _tiles_of_tissue(slide: Slide, read_mpp: float, spec: CellsSpec) -> list[Til
     return plan_tiles(size0, ratio, mask, frame, spec.core_px, spec.halo_px)
 
 
-def _imported_files(row: PendingSlide) -> tuple[str, str]:
-    """Return the file of a slide's imported nuclei, and the file for them sorted by tile.
+def _plan_imported(
+    slide: Slide, read_mpp: float, row: PendingSlide, spec: CellsSpec
+) -> tuple[Fingerprint, str, list[Tile]]:
+    """Sort a slide's imported nuclei by tile.
+
+    Returns:
+        Fingerprint of their file, the file sorted by tile, and the tiles that have nuclei. The
+        slide's tissue is not looked for: the segmentation decided which nuclei count.
 
     Raises:
-        ValueError: the manifest names no file of imported nuclei.
+        ValueError: the manifest names no file of imported nuclei, or it cannot be used.
+        OSError: the file cannot be read.
     """
-    source, by_tile = row["segmentation"], row["imported_uri"]
-    if not source or by_tile is None:
+    segmentation, folder = row["segmentation"], row["imported_uri"]
+    if not segmentation or folder is None:
         message = f"slide {row['slide_id']!r}: the manifest names no file in column segmentation"
         raise ValueError(message)
-    return source, by_tile
-
-
-def _tiles_of_nuclei(
-    slide: Slide, read_mpp: float, source: str, by_tile: str, spec: CellsSpec
-) -> list[Tile]:
-    """Return the tiles that have imported nuclei, after sorting these by tile.
-
-    The slide's tissue is not looked for: the segmentation decided which nuclei count.
-    """
     size0, ratio = (slide.width0, slide.height0), read_mpp / slide.mpp
-    if not storage.exists(by_tile):
-        with hold(source) as held:
+    with hold(segmentation) as held:
+        mark = held.mark or fingerprint_of(look(held.path))
+        by_tile = storage.join(folder, _imported_name(mark, row["mpp"], spec))
+        if not storage.exists(by_tile):
             table = read_segmentation(held.path, held.name)
-        table = check_within(table, *size0, held.name, slide.mpp)
-        edges_x, edges_y = map(np.array, tile_edges(size0, ratio, spec.core_px))
-        publish_by_tile(table, edges_x, edges_y, by_tile)
-        for uri in storage.list_files(by_tile.rsplit("/", 1)[0]):
-            if uri != by_tile:  # made of another file, or for other tiles
-                storage.remove_tree(uri)
+            table = check_within(table, *size0, held.name, slide.mpp)
+            if held.mark is None and fingerprint_of(look(held.path)) != mark:
+                message = f"{held.name}: the file changed while it was read; run the same command"
+                raise ChangedFileError(message + " again")
+            edges_x, edges_y = map(np.array, tile_edges(size0, ratio, spec.core_px))
+            publish_by_tile(_note_fingerprint(table, mark), edges_x, edges_y, by_tile)
+    for uri in storage.list_files(folder):
+        if uri != by_tile:  # made of another file, or for other tiles
+            storage.remove_tree(uri)
     wanted = set(storage.read_table(by_tile, ["tile_id"])["tile_id"].to_pylist())
     everywhere, frame = np.ones((1, 1), np.bool_), Frame(0.0, 0.0, *map(float, size0))
     tiles = plan_tiles(size0, ratio, everywhere, frame, spec.core_px, spec.halo_px)
-    return [tile for tile in tiles if tile.tile_id in wanted]
+    return mark, by_tile, [tile for tile in tiles if tile.tile_id in wanted]
 
 
-def imported_name(source: str, mpp: float | None, spec: CellsSpec) -> str:
+def _note_fingerprint(table: pa.Table, mark: Fingerprint) -> pa.Table:
+    """Add the fingerprint of the file to the report of imported nuclei, for the slide's record."""
+    report = json.dumps(import_report(table) | {"fingerprint": str(mark)})
+    return table.replace_schema_metadata({REPORT_KEY: report.encode()})
+
+
+def _imported_name(mark: Fingerprint, mpp: float | None, spec: CellsSpec) -> str:
     """Return the file name of a slide's imported nuclei sorted by tile.
 
-    The name is a hash of source file, resolution and tile size: if any changes, the table is made
-    again.
+    The name is a hash of file, resolution and tile size: if any changes, the table is made again.
     """
-    made_of = (source, str(node_cache.fingerprint(source)), mpp, spec.read_mpp, spec.core_px)
+    made_of = (str(mark), mpp, spec.read_mpp, spec.core_px)
     return f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.parquet"

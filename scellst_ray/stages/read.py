@@ -4,10 +4,12 @@ from contextlib import ExitStack
 
 import cv2
 
-from scellst_ray.slides.reader import Slide, box_frame
+from scellst_ray.slides.reader import box_frame
+from scellst_ray.slides.source import SourcedSlide, open_slide
 from scellst_ray.stages.rows import TileRow
 from scellst_ray.stages.tiles import CellsSpec, box_of, guarded, todo
-from scellst_ray.storage.node_cache import hold
+
+Key = tuple[str, float, str | None]
 
 
 class OpenSlides:
@@ -15,24 +17,32 @@ class OpenSlides:
 
     def __init__(self) -> None:
         """Start without an open slide."""
-        self._open: dict[tuple[str, float], tuple[Slide, ExitStack]] = {}
+        self._open: dict[Key, tuple[SourcedSlide, ExitStack]] = {}
 
-    def get(self, uri: str, mpp: float) -> Slide:
-        """Return an open slide; open it if it is not open yet."""
-        key = (uri, mpp)
+    def get(self, uri: str, mpp: float, source: str | None = None) -> SourcedSlide:
+        """Return an open slide; open it if it is not open yet.
+
+        Args:
+            uri: The slide's file.
+            mpp: um per level-0 px.
+            source: Source with which the slide was planned; None: not checked.
+
+        Raises:
+            ChangedFileError: the file is another one than when the slide was planned.
+        """
+        key = (uri, mpp, source)
         if key not in self._open:
             while len(self._open) >= 2:
                 self.drop(*next(iter(self._open)))
             with ExitStack() as stack:
-                held = stack.enter_context(hold(uri))
-                slide = stack.enter_context(Slide(held.path, held.name, mpp))
+                slide = stack.enter_context(open_slide(uri, mpp, planned=source))
                 self._open[key] = slide, stack.pop_all()
         return self._open[key][0]
 
-    def drop(self, uri: str, mpp: float) -> None:
+    def drop(self, uri: str, mpp: float, source: str | None = None) -> None:
         """Close a slide. OpenSlide refuses all reads after one that failed."""
-        if (uri, mpp) in self._open:
-            _, opened = self._open.pop((uri, mpp))
+        if (uri, mpp, source) in self._open:
+            _, opened = self._open.pop((uri, mpp, source))
             opened.close()
 
 
@@ -52,9 +62,12 @@ class Read:
             if self.no_pixels:
                 row["frame"] = box_frame(box_of(row, "read"), row["read_mpp"] / row["mpp"])
                 continue
+            key = (row["uri"], row["mpp"], row.get("source"))
             with guarded(row, "read"):
-                slide = self.slides.get(row["uri"], row["mpp"])
-                row["image"], row["frame"] = slide.read(box_of(row, "read"), row["read_mpp"])
+                opened = self.slides.get(*key)
+                image, frame = opened.slide.read(box_of(row, "read"), row["read_mpp"])
+                opened.check()
+                row["image"], row["frame"] = image, frame
             if row.get("error") is not None:
-                self.slides.drop(row["uri"], row["mpp"])
+                self.slides.drop(*key)
         return rows

@@ -88,7 +88,9 @@ class PendingSlide(TypedDict):
         mpp_confirmed: Whether the resolution in use counts whatever else states another one.
         done_tiles: tile_ids that need not be done again.
         segmentation: File of imported nuclei; None without one.
-        imported_uri: File for the imported nuclei, sorted by tile; None without imported nuclei.
+        imported_uri: Folder for the imported nuclei, sorted by tile; None without imported nuclei.
+        source: Source of the slide that `done_tiles` are of; if its files are others now, no tile
+            is done. None: no tile is done.
     """
 
     slide_id: str
@@ -99,6 +101,7 @@ class PendingSlide(TypedDict):
     done_tiles: list[int]
     segmentation: str | None
     imported_uri: str | None
+    source: str | None
 
 
 class AttemptedSlide(PendingSlide, Outcome):
@@ -119,12 +122,14 @@ class CropSlide(TypedDict):
         uri: Its file.
         mpp: um per level-0 px.
         read_mpp: um per px at which its cells were found.
+        source: Source in its record; None in records of earlier releases.
     """
 
     slide_id: str
     uri: str
     mpp: float
     read_mpp: float
+    source: str | None
 
 
 class AttemptedCropSlide(CropSlide, Outcome):
@@ -164,6 +169,7 @@ class TileRow(AttemptedRow, TileBoxes, total=False):
         width0: Width of the slide in level-0 px.
         height0: Height of the slide in level-0 px.
         imported: File of the slide's imported nuclei, sorted by tile.
+        source: What the tile is read from, see stages/slide_source.py.
         queued_at: Time at which the row left for another process, in seconds of the Unix epoch.
         waited_s: Seconds that the row has lain between processes, by their clocks.
         frame: Place of the pixels read on the slide.
@@ -185,6 +191,7 @@ class TileRow(AttemptedRow, TileBoxes, total=False):
     width0: int
     height0: int
     imported: str
+    source: str
     queued_at: float
     waited_s: float
     frame: Frame

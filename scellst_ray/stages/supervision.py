@@ -13,14 +13,13 @@ from scellst_ray.core.logs import log_fields
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.records import SlideRecord, known_mpp
 from scellst_ray.slides.manifest import SlideRow
-from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.source import ChangedFileError, open_slide
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
 from scellst_ray.spots.alignment import Alignment, check_alignment
 from scellst_ray.spots.links import Links, alignment_report, link_cells
 from scellst_ray.spots.panel import DEFAULT_FILTER, CountFilter
 from scellst_ray.spots.read import read_spots
 from scellst_ray.spots.table import Spots, check_inside
-from scellst_ray.storage.node_cache import hold
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +56,13 @@ class TrainingSlide:
         row: The slide's row of the manifest.
         mpp: um per level-0 px.
         size0: Width and height in level-0 px, as the run found them; None if unknown.
+        source: Source in the slide's record; None in those of earlier releases.
     """
 
     row: SlideRow
     mpp: float
     size0: tuple[int, int] | None = None
+    source: str | None = None
 
     def spots_row(self) -> dict[str, Any]:
         """Return the manifest row as the spot readers take it."""
@@ -122,7 +123,7 @@ def training_slides(
 def _training_slide(row: SlideRow, record: SlideRecord) -> TrainingSlide:
     width0, height0 = record.get("width0"), record.get("height0")
     size0 = (int(width0), int(height0)) if width0 and height0 else None
-    return TrainingSlide(row, known_mpp(record), size0)
+    return TrainingSlide(row, known_mpp(record), size0, record.get("source"))
 
 
 def _find_repeated(names: Sequence[str]) -> list[str]:
@@ -190,12 +191,14 @@ def tissue_points(slide: TrainingSlide) -> NDArray[np.float64] | None:
     if not storage.is_local(slide.row.uri):
         return None
     try:
-        with hold(slide.row.uri) as held, Slide(held.path, held.name, slide.mpp) as image:
-            mpp = max(TISSUE_MPP, image.mpp)
-            view, frame = image.overview(mpp)
+        with open_slide(slide.row.uri, slide.mpp, recorded=slide.source) as opened:
+            mpp = max(TISSUE_MPP, opened.slide.mpp)
+            view, frame = opened.slide.overview(mpp)
+            opened.check()
     except (OSError, ValueError) as error:
         log_args = (slide.row.slide_id, error)
-        logger.info(
+        logger.log(
+            logging.WARNING if isinstance(error, ChangedFileError) else logging.INFO,
             "slide %s: its cells show the tissue, since the image cannot be read: %s",
             *log_args,
             extra=log_fields(slide.row.slide_id),

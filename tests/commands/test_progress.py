@@ -6,7 +6,7 @@ import pytest
 
 from scellst_ray.commands import progress as module
 from scellst_ray.commands.progress import cells_per_second, log_lines, shown_progress
-from scellst_ray.pipelines.driver import Progress
+from scellst_ray.pipelines.progress import Progress
 
 
 @pytest.fixture

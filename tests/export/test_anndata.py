@@ -16,7 +16,8 @@ from scellst_ray.core import schemas
 from scellst_ray.export.anndata import Thumbnail, read_thumbnail, to_anndata, write_anndata
 from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.runs import compaction
-from scellst_ray.runs.folder import begin_run, check_manifest_unchanged
+from scellst_ray.runs.folder import begin_run
+from scellst_ray.runs.known_slides import accept_slides
 from scellst_ray.runs.reading import open_run
 from tests.support.run_folders import Settings
 
@@ -75,7 +76,7 @@ def make_run(tmp_path, *, head):
         image[:, WIDTH0 // 2 :] = (90, 60, 140)
         cv2.imwrite(str(tmp_path / f"{slide_id}.png"), image[..., ::-1])
         slides[slide_id] = {"uri": str(tmp_path / f"{slide_id}.png"), "mpp": MPP}
-    check_manifest_unchanged(folder, slides)
+    accept_slides(folder, slides, {})
     return open_run(uri)
 
 
@@ -190,7 +191,7 @@ def test_a_moved_slide_costs_only_its_picture(predicted, tmp_path, caplog):
 
 
 def test_partial_slides_are_said_to_be_so(predicted, caplog):
-    check_manifest_unchanged(predicted.folder, {"c": {"uri": "c.png", "mpp": MPP}})
+    accept_slides(predicted.folder, {"c": {"uri": "c.png", "mpp": MPP}}, {})
     add_slide(predicted.folder, "c", 5, embedding=False, hidden=True, missing_tiles=2)
     adata = to_anndata(open_run(predicted.uri), ["c"])
     assert adata.n_obs == 5

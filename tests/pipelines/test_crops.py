@@ -88,6 +88,7 @@ def test_a_cohort_with_a_bad_slide_resumed_and_changed(cohort, local_ray, tmp_pa
         cells = storage.read_table(run.cells_uri(row.slide_id))
         storage.publish_table(plain.cells_uri(row.slide_id), cells)
         values = {"slide_id": row.slide_id, "uri": row.uri, "mpp": 0.5, "read_mpp": 0.5}
+        values["source"] = None
         record = cut_slide(CropSet(plain, "set", sample, last), values)
         assert record["digest"] == made[row.slide_id]["digest"]
         assert record["centre"] == made[row.slide_id]["centre"]

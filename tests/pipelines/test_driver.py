@@ -11,11 +11,14 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.pipelines import driver as driver_module
 from scellst_ray.pipelines import extract
-from scellst_ray.pipelines.driver import MAX_PARTS, Driver, Progress
+from scellst_ray.pipelines.driver import Driver
 from scellst_ray.pipelines.finishing import finish_slides
+from scellst_ray.pipelines.incomplete import MAX_PARTS
+from scellst_ray.pipelines.progress import Progress
 from scellst_ray.runs.folder import RunFolder, begin_run
 from scellst_ray.runs.identity import NetworkIdentity, RunIdentity
 from scellst_ray.runs.lease import LeaseError, hold_lease
+from scellst_ray.runs.receipt_sources import with_source
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE
 from tests.support.run_folders import Settings
@@ -67,6 +70,13 @@ def at(table, shard, row):
     return table.set_column(table.schema.get_field_index("shard_row"), "shard_row", pa.array([row]))
 
 
+def present_slides(folder, *names):
+    """Write a file for each slide; return the rows of their manifest."""
+    for name in names:
+        (folder / f"{name}.svs").write_bytes(name.encode())
+    return [SlideRow(name, str(folder / f"{name}.svs"), None) for name in names]
+
+
 def driver_of(run, num_slides=1, check=lambda: None):
     return Driver(run, Progress(num_slides), lambda _: None, check)
 
@@ -107,8 +117,8 @@ def test_what_comes_after_a_slide_is_whole_is_dropped(run, caplog):
 
 def test_many_small_receipts_of_a_slide_stay_few_tables(run):
     driver = take(driver_of(run), *(receipts("a", [tile], 500) for tile in range(499)))
-    assert len(driver.receipts["a"]) <= MAX_PARTS
-    assert sum(map(len, driver.receipts["a"])) == 499
+    assert len(driver.incomplete.parts["a"]) <= MAX_PARTS
+    assert sum(map(len, driver.incomplete.parts["a"])) == 499
     take(driver, receipts("a", [499], 500))
     assert complete_slides(driver) == {"a": list(range(500))}
     assert driver.progress.num_tiles_known == 500
@@ -137,7 +147,7 @@ def test_a_slide_that_cannot_be_finished_costs_no_other_anything(run):
     assert set(run.records()) == {"good", "none"}
 
 
-def test_resume_takes_up_what_has_a_shard(run, cells_spec):
+def test_resume_takes_up_what_has_a_shard(run, cells_spec, tmp_path):
     write_shard(run, "h.parquet", half=[0, 1])
     write_shard(run, "w.parquet", whole=[0, 1])
     failed = receipts("half", [2], 4, num_cells=0).to_pylist()[0] | {"error": "lost"}
@@ -151,16 +161,21 @@ def test_resume_takes_up_what_has_a_shard(run, cells_spec):
         receipts("half", [3], 4, num_cells=0),
     ):
         run.log_receipts(table)
-    slides = [SlideRow(s, f"{s}.svs", None) for s in ("gone", "half", "new", "whole")]
+    slides = present_slides(tmp_path, "gone", "half", "new", "whole")
     driver = driver_of(run, 4)
-    rows = driver.resume(slides, cells_spec)
+    rows = driver.resume(slides, cells_spec, trusted=["gone", "half", "new", "whole"])
     done = {row["slide_id"]: sorted(row["done_tiles"]) for row in rows}
     assert done == {"gone": [], "half": [0, 1, 3], "new": []}
     assert complete_slides(driver) == {"whole": [0, 1]}
     assert driver.progress.num_cells_before == driver.progress.num_cells == 4
-    # Receipts in the log are not logged again.
+    # Receipts that lacked a source are logged with it, once.
     driver._log()
-    assert len(storage.list_files(f"{run.uri}/receipts")) == 7
+    assert len(storage.list_files(f"{run.uri}/receipts")) == 8
+    driver = driver_of(run, 4)
+    again = driver.resume(slides, cells_spec)
+    assert {row["slide_id"]: sorted(row["done_tiles"]) for row in again} == done
+    driver._log()
+    assert len(storage.list_files(f"{run.uri}/receipts")) == 8
 
 
 def test_a_refused_driver_leaves_the_folder_as_it_is(tmp_path):
@@ -270,7 +285,7 @@ class TestWithRay:
         left = storage.list_files(run.shards_uri)
         assert left == [run.shard_uri("b.parquet")]
 
-    def test_a_partial_slide_keeps_its_shards_until_it_is_done(self, run, cells_spec):
+    def test_a_partial_slide_keeps_its_shards_until_it_is_done(self, run, cells_spec, tmp_path):
         write_shard(run, "a.parquet", a=[0])
         failed = receipts("a", [1], 2, num_cells=0).to_pylist()[0] | {"error": "lost"}
         failed = pa.Table.from_pylist([failed], schema=schemas.RECEIPTS)
@@ -279,13 +294,14 @@ class TestWithRay:
         assert run.records()["a"]["status"] == "partial"
         assert storage.list_files(run.shards_uri) == [run.shard_uri("a.parquet")]
         driver = driver_of(run)
-        (row,) = driver.resume([SlideRow("a", "a.svs", None)], cells_spec)
+        (row,) = driver.resume(present_slides(tmp_path, "a"), cells_spec, trusted=["a"])
         assert row["done_tiles"] == [0]
-        take(driver, receipts("a", [1], 2, num_cells=0)).finish()
+        rest = with_source(receipts("a", [1], 2, num_cells=0), row["source"])
+        take(driver, rest).finish()
         assert run.records()["a"]["status"] == "done"
         assert not storage.exists(run.shards_uri)
 
-    def test_a_shard_stays_until_no_slide_needs_it(self, run, cells_spec):
+    def test_a_shard_stays_until_no_slide_needs_it(self, run, cells_spec, tmp_path):
         write_shard(run, "first.parquet", a=[0, 1], b=[0])
         write_shard(run, "second.parquet", b=[1], c=[0])
         write_shard(run, "orphan.parquet", c=[0])
@@ -294,7 +310,8 @@ class TestWithRay:
         run.log_receipts(at(receipts("b", [1], 2), "second.parquet", 0))
         run.log_receipts(at(receipts("c", [0], 2), "second.parquet", 1))
         driver = take(driver_of(run, 1), whole_a)
-        slides = {name: SlideRow(name, f"{name}.svs", None) for name in ("a", "b", "c")}
+        names = ("a", "b", "c")
+        slides = dict(zip(names, present_slides(tmp_path, *names), strict=True))
         # b and c have cells in the shard, and this run does not ask for them.
         driver.resume([slides["a"]], cells_spec)
         driver.finish()
@@ -304,16 +321,16 @@ class TestWithRay:
         assert names == {"first.parquet", "second.parquet", "orphan.parquet"}
 
         driver = driver_of(run, 1)
-        assert driver.resume([slides["b"]], cells_spec, finished=["a"]) == []
+        assert driver.resume([slides["b"]], cells_spec, finished=["a"], trusted=["b"]) == []
         driver.finish()
         assert storage.read_table(run.cells_uri("b"))["slide_id"].to_pylist() == ["b", "b"]
         names = {uri.rsplit("/", 1)[-1] for uri in storage.list_files(run.shards_uri)}
         assert names == {"second.parquet", "orphan.parquet"}
 
         driver = driver_of(run, 1)
-        (row,) = driver.resume([slides["c"]], cells_spec, finished=["a", "b"])
+        (row,) = driver.resume([slides["c"]], cells_spec, finished=["a", "b"], trusted=["c"])
         assert row["done_tiles"] == [0]
-        take(driver, receipts("c", [1], 2, num_cells=0))
+        take(driver, with_source(receipts("c", [1], 2, num_cells=0), row["source"]))
         driver.finish()
         assert storage.read_table(run.cells_uri("c"))["slide_id"].to_pylist() == ["c"]
         # With the last slide goes what no receipt ever named.

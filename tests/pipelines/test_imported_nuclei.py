@@ -1,6 +1,7 @@
 """Slides segmented by other software: their nuclei go through the pass unchanged, by tile."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.config import ExtractConfig
 from scellst_ray.stages.plan_slide import plan_slide
 from scellst_ray.stages.write import WriteShards
+from scellst_ray.storage import node_cache
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_every_nucleus_once_with_its_outline_and_type(
     row = helpers.slide_row(
         synthetic_slide.slide,
         segmentation=str(segmentation),
-        imported_uri=storage.join(run.imported_uri("s"), "x.parquet"),
+        imported_uri=run.imported_uri("s"),
     )
     rows = plan_slide(row, imported_spec)
     assert len(rows) > 4
@@ -69,6 +71,7 @@ def test_every_nucleus_once_with_its_outline_and_type(
     centroids = shapely.get_coordinates(shapely.centroid(polygons))
     inside = (centroids >= 0).all(1) & (centroids < (720, 520)).all(1)
     assert record["num_cells"] == len(cells) == inside.sum()
+    assert record["imported"]["fingerprint"] == str(node_cache.fingerprint(str(segmentation)))
     assert record["imported"]["dropped"].get("outside", 0) == (~inside).sum()
     found = np.stack([cells["x0"], cells["y0"]], axis=1)
     order, expected = np.lexsort(found.T), np.lexsort(centroids[inside].T)
@@ -87,14 +90,36 @@ def test_every_nucleus_once_with_its_outline_and_type(
 def test_tiles_done_are_not_done_again_and_the_file_is_sorted_once(
     tmp_path, segmentation, imported_spec, synthetic_slide, helpers, monkeypatch
 ):
-    uri = str(tmp_path / "x.parquet")
+    uri = str(tmp_path / "by_tile")
     row = helpers.slide_row(synthetic_slide.slide, segmentation=str(segmentation), imported_uri=uri)
     rows = plan_slide(row, imported_spec)
     monkeypatch.setattr("scellst_ray.stages.plan_slide.read_segmentation", None)
     done = [r["tile_id"] for r in rows[::2]]
-    rest = plan_slide(row | {"done_tiles": done}, imported_spec)
+    row |= {"done_tiles": done, "source": rows[0]["source"]}
+    rest = plan_slide(row, imported_spec)
     assert [r["tile_id"] for r in rest] == [r["tile_id"] for r in rows[1::2]]
     assert {r["num_tiles"] for r in rest} == {len(rows)}
+
+
+def test_nuclei_that_were_replaced_are_sorted_again(
+    tmp_path, segmentation, imported_spec, synthetic_slide, helpers
+):
+    nuclei, folder = tmp_path / "nuclei.geojson", tmp_path / "by_tile"
+    shutil.copy(segmentation, nuclei)
+    changes = {"segmentation": str(nuclei), "imported_uri": str(folder)}
+    row = helpers.slide_row(synthetic_slide.slide, **changes)
+    rows = plan_slide(row, imported_spec)
+    collection = json.loads(nuclei.read_text())
+    features = collection["features"] if isinstance(collection, dict) else collection
+    del features[1::2]
+    nuclei.write_text(json.dumps(collection))
+    row |= {"done_tiles": [rows[0]["tile_id"]], "source": rows[0]["source"]}
+    again = plan_slide(row, imported_spec)
+    assert again[0]["source"] != rows[0]["source"]
+    assert len(again) == again[0]["num_tiles"]
+    (by_tile,) = folder.iterdir()  # what was made of the file before is gone
+    assert again[0]["imported"] == str(by_tile) != rows[0]["imported"]
+    assert len(storage.read_table(str(by_tile))) <= len(features)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +132,7 @@ def test_tiles_done_are_not_done_again_and_the_file_is_sorted_once(
 def test_a_slide_without_its_segmentation_says_so(
     tmp_path, imported_spec, synthetic_slide, helpers, changes, reason
 ):
-    uri = str(tmp_path / "x.parquet")
+    uri = str(tmp_path / "by_tile")
     row = helpers.slide_row(synthetic_slide.slide, imported_uri=uri, **changes)
     (planned,) = plan_slide(row, imported_spec)
     assert planned["stage"] == "plan"

@@ -7,13 +7,13 @@ import pytest
 
 from scellst_ray.core import schemas
 from scellst_ray.pipelines import metrics as module
-from scellst_ray.pipelines.driver import Progress
 from scellst_ray.pipelines.metrics import (
     DriverMetrics,
     WorkerMetrics,
     report_with_metrics,
     run_name,
 )
+from scellst_ray.pipelines.progress import Progress
 from scellst_ray.runs.folder import RunFolder
 
 RUN = RunFolder("s3://bucket/cohort/run7/", "0123")

@@ -1,5 +1,7 @@
 """Crops cut by windows are those cut one by one, and their centres are what `extract` embeds."""
 
+import os
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,13 +13,21 @@ from scellst_ray.runs.crop_files import NO_CUTOFF, CropSample, decode_into, enco
 from scellst_ray.runs.crop_store import CropFile, CropStore
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.source import ChangedFileError
 from scellst_ray.stages import cut_crops
 from scellst_ray.stages.cut_crops import CropSet, candidates, cut_slide, cut_window, windows
 from scellst_ray.stages.find import FindNuclei
 from scellst_ray.stages.plan_slide import plan_slide
 from scellst_ray.stages.read import Read
 from scellst_ray.stages.tiles import CellsSpec
+from scellst_ray.storage import node_cache
 from tests.support.crop_runs import read_crops, write_cells
+
+
+def crop_row(slide, read_mpp, source=None):
+    """Return a slide as `cut_slide` takes it."""
+    row = {"slide_id": "s", "uri": str(slide), "mpp": 0.5}
+    return row | {"read_mpp": read_mpp, "source": source}
 
 
 def crops_of(run, record):
@@ -45,7 +55,7 @@ def test_a_slide_by_windows_equals_cell_by_cell(synthetic_slide, run, read_mpp, 
     write_cells(run, "s", xy0)
     sample = CropSample(18, seed=2)
     crops = CropSet(run, "set", sample, NO_CUTOFF)
-    row = {"slide_id": "s", "uri": str(synthetic_slide.slide), "mpp": 0.5, "read_mpp": read_mpp}
+    row = crop_row(synthetic_slide.slide, read_mpp)
     record = cut_slide(crops, row)
     found = crops_of(run, record)
     cells, priority = candidates(run, "s", sample)
@@ -78,7 +88,7 @@ def centres_and_crops(slide, mpp, core_px, num_tiles=None):
         "hematoxylin", None, core_px, 32, "random:0", "float32", None, store_embeddings=True
     )
     row = {"slide_id": "s", "uri": str(slide), "mpp": mpp, "mpp_error": None, "done_tiles": []}
-    rows = plan_slide(row | {"segmentation": None, "imported_uri": None}, spec)
+    rows = plan_slide(row | {"segmentation": None, "imported_uri": None, "source": None}, spec)
     rows = [row for row in FindNuclei(spec)(Read(spec)(rows[:num_tiles])) if len(row["cells"])]
     cells = pa.concat_tables([row["cells"] for row in rows])
     embedded = np.concatenate([row["crops"] for row in rows])
@@ -119,7 +129,22 @@ def test_the_centre_is_what_extract_embeds_of_real_slides(data_dir, name, mpp):
 
 def test_no_candidate_below_the_cutoff_is_no_file(synthetic_slide, run):
     write_cells(run, "s", np.full((5, 2), 100.0))
-    row = {"slide_id": "s", "uri": str(synthetic_slide.slide), "mpp": 0.5, "read_mpp": 0.5}
+    row = crop_row(synthetic_slide.slide, 0.5)
     record = cut_slide(CropSet(run, "set", CropSample(3), 0), row)
     assert (record["status"], record["num_crops"]) == ("empty", 0)
     assert not storage.exists(file_uri(run.uri, "set", "s"))
+
+
+def test_crops_are_cut_only_from_the_file_of_the_record(tmp_path, synthetic_slide, run):
+    slide = tmp_path / "s.tiff"
+    slide.write_bytes(synthetic_slide.slide.read_bytes())
+    source = f"{node_cache.fingerprint(str(slide))}-rest0000"
+    write_cells(run, "s", np.array([[50.0, 50.0]]))
+    crops = CropSet(run, "set", CropSample(3), NO_CUTOFF)
+    os.utime(slide, ns=(1, 1))  # a copy has another time
+    assert cut_slide(crops, crop_row(slide, 0.5, source))["num_crops"] == 1
+    slide.write_bytes(slide.read_bytes() + b"x")
+    with pytest.raises(ChangedFileError, match="another one than that in which the run found"):
+        cut_slide(crops, crop_row(slide, 0.5, source))
+    # Records of earlier releases do not say which file it was.
+    assert cut_slide(crops, crop_row(slide, 0.5))["num_crops"] == 1

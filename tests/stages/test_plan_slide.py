@@ -1,11 +1,14 @@
 """Tiles of a slide, and slides that give none."""
 
+import os
+
 import numpy as np
 import pytest
 
 from scellst_ray.core import schemas
 from scellst_ray.runs.compaction import finish_slide
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.slides.reader import Slide
 from scellst_ray.stages.plan_slide import plan_slide
 from scellst_ray.stages.write import WriteShards
 
@@ -49,9 +52,44 @@ def test_a_blank_slide_is_empty_and_no_error(tmp_path, cells_spec, embed_stage, 
 def test_tiles_already_done_are_not_planned_again(synthetic_slide, cells_spec, helpers):
     every = plan_slide(helpers.slide_row(synthetic_slide.slide), cells_spec)
     done = [row["tile_id"] for row in every[::2]]
-    row = helpers.slide_row(synthetic_slide.slide, done_tiles=done)
+    row = helpers.slide_row(synthetic_slide.slide, done_tiles=done, source=every[0]["source"])
     rest = plan_slide(row, cells_spec)
     boxes = [name for name in schemas.TILES.names if name != "seconds_plan"]
     assert [{k: r.get(k) for k in boxes} for r in rest] == [
         {k: r.get(k) for k in boxes} for r in every[1::2]
     ]
+
+
+@pytest.mark.parametrize("change", ["touched", "mpp"])
+def test_tiles_of_another_file_are_planned_again(
+    tmp_path, synthetic_slide, cells_spec, helpers, change
+):
+    slide = tmp_path / "s.tiff"
+    slide.write_bytes(synthetic_slide.slide.read_bytes())
+    every = plan_slide(helpers.slide_row(slide), cells_spec)
+    again = {"done_tiles": [0, 1, 2], "source": every[0]["source"]}
+    assert len(plan_slide(helpers.slide_row(slide, **again), cells_spec)) == len(every) - 3
+    if change == "touched":
+        os.utime(slide, ns=(1, 1))
+    mpp = 0.5 if change == "mpp" else None
+    rows = plan_slide(helpers.slide_row(slide, mpp=mpp, **again), cells_spec)
+    assert [row["tile_id"] for row in rows] == [row["tile_id"] for row in every]
+    assert {row["source"] for row in rows} & {row["source"] for row in every} == set()
+
+
+def test_a_file_that_changes_while_it_is_planned(
+    tmp_path, synthetic_slide, cells_spec, helpers, monkeypatch
+):
+    slide = tmp_path / "s.tiff"
+    slide.write_bytes(synthetic_slide.slide.read_bytes())
+    real = Slide.overview
+
+    def overview(self, mpp):
+        found = real(self, mpp)
+        os.utime(slide, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(Slide, "overview", overview)
+    (row,) = plan_slide(helpers.slide_row(slide), cells_spec)
+    assert (row["tile_id"], row["error_type"]) == (-1, "ChangedFileError")
+    assert "run the same command again" in row["error"]

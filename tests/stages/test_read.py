@@ -1,11 +1,12 @@
 """Pixels of tiles, and slides that cannot be read."""
 
 import numpy as np
+import pytest
 
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.slides.reader import Slide
 from scellst_ray.stages.plan_slide import plan_slide
-from scellst_ray.stages.read import OpenSlides
+from scellst_ray.stages.read import OpenSlides, Read
 from scellst_ray.stages.write import WriteShards
 
 
@@ -51,3 +52,21 @@ def test_the_last_two_slides_stay_open(synthetic_slide, helpers, tmp_path):
     assert slides.get(uris[0], 0.5) is not first
     slides.drop(uris[0], 0.5)
     slides.drop(str(synthetic_slide.slide), 0.5)
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "while it is read"])
+def test_tiles_of_a_file_that_changed_fail(tmp_path, synthetic_slide, cells_spec, helpers, when):
+    slide = tmp_path / "s.tiff"
+    slide.write_bytes(synthetic_slide.slide.read_bytes())
+    rows = plan_slide(helpers.slide_row(slide), cells_spec)
+    read = Read(cells_spec)
+    first, rest = ([], rows) if when == "before it is opened" else (rows[:2], rows[2:])
+    assert [row.get("error") for row in read(first)] == [None] * len(first)
+    content = bytearray(slide.read_bytes())
+    content[len(content) // 2 :] = content[len(content) // 2 :][::-1]  # as many bytes
+    slide.write_bytes(content)
+    for row in read(rest):
+        assert (row["stage"], row["error_type"]) == ("read", "ChangedFileError")
+        assert "the file changed while the run was reading it; run the same command" in row["error"]
+        assert "image" not in row
+    assert all("image" in row for row in first)

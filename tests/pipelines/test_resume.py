@@ -1,0 +1,98 @@
+"""What of the receipts log counts, when files have changed between two drivers."""
+
+import os
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+
+from scellst_ray.core import schemas
+from scellst_ray.pipelines.resume import pending_slide, read_logged_work
+from scellst_ray.runs.folder import begin_run
+from scellst_ray.slides.manifest import SlideRow
+from scellst_ray.stages.slide_source import present_source
+from tests.support.run_folders import Settings
+
+
+@pytest.fixture
+def run(tmp_path):
+    return begin_run(str(tmp_path / "run"), "extract", Settings())
+
+
+def slide(tmp_path, name, content, **more):
+    (tmp_path / name).write_bytes(content)
+    return SlideRow(name, str(tmp_path / name), None, **more)
+
+
+def log(run, slide_id, tiles, source):
+    rows = [
+        {"slide_id": slide_id, "tile_id": t, "num_tiles": 4, "num_cells": 0, "source": source}
+        for t in tiles
+    ]
+    run.log_receipts(pa.Table.from_pylist(rows, schema=schemas.RECEIPTS))
+
+
+def done(run, slides, spec, **more):
+    settings = {"finished": (), "trusted": ()} | more
+    work = read_logged_work(run, slides, spec, **settings)
+    return {row["slide_id"]: sorted(row["done_tiles"]) for row in work.rows}, work
+
+
+def test_receipts_of_the_file_that_is_there(run, cells_spec, tmp_path, caplog):
+    slides = [slide(tmp_path, name, b"first") for name in ("same", "touched", "grown", "gone")]
+    for row in slides:
+        source = present_source(pending_slide(row, cells_spec, run), cells_spec)
+        log(run, row.slide_id, [0, 1], source)
+    os.utime(slides[1].uri, ns=(1, 1))
+    slide(tmp_path, "grown", b"first and more")
+    os.unlink(slides[3].uri)  # noqa: PTH108
+    found, work = done(run, slides, cells_spec)
+    assert found == {"same": [0, 1], "touched": [], "grown": [], "gone": []}
+    assert work.rows[0]["source"] is not None
+    assert [row["source"] for row in work.rows[1:]] == [None] * 3
+    assert "3 slide(s) are done from the start" in caplog.text
+    assert "touched, grown, gone" in caplog.text
+    assert work.adopted == []
+    # A manifest with another mpp, or other nuclei, is about another slide.
+    other = [replace(slides[0], mpp=0.25)]
+    assert done(run, other, cells_spec)[0] == {"same": []}
+
+
+def test_a_log_of_two_files(run, cells_spec, tmp_path):
+    row = slide(tmp_path, "a", b"first")
+    first = present_source(pending_slide(row, cells_spec, run), cells_spec)
+    log(run, "a", [0, 1, 2], first)
+    row = slide(tmp_path, "a", b"second, which was mended once more")
+    second = present_source(pending_slide(row, cells_spec, run), cells_spec)
+    log(run, "a", [1], second)
+    found, work = done(run, [row], cells_spec)
+    assert found == {"a": [1]}
+    assert set(work.receipts["a"]["source"].to_pylist()) == {second}
+
+
+def test_receipts_of_an_earlier_release(run, cells_spec, tmp_path):
+    rows = [slide(tmp_path, name, b"x") for name in ("known", "changed")]
+    for row in rows:
+        log(run, row.slide_id, [0, 1], None)
+    found, work = done(run, rows, cells_spec, trusted={"known"})
+    assert found == {"known": [0, 1], "changed": []}
+    (adopted,) = work.adopted
+    assert adopted["source"].to_pylist() == [work.rows[0]["source"]] * 2
+    # Once they have a source, a change of the file is noticed.
+    run.log_receipts(adopted)
+    rows[0] = slide(tmp_path, "known", b"y")
+    assert done(run, rows, cells_spec, trusted={"known"})[0] == {"known": [], "changed": []}
+
+
+def test_imported_nuclei_that_were_replaced(run, cells_spec, tmp_path):
+    spec = replace(cells_spec, segmenter="imported")
+    nuclei = tmp_path / "n.geojson"
+    nuclei.write_text("[]")
+    row = slide(tmp_path, "a", b"x", columns={"segmentation": str(nuclei)})
+    pending = pending_slide(row, spec, run)
+    assert pending["imported_uri"] == run.imported_uri("a")
+    log(run, "a", [0], present_source(pending, spec))
+    assert done(run, [row], spec)[0] == {"a": [0]}
+    nuclei.write_text("{}")
+    assert done(run, [row], spec)[0] == {"a": []}
+    assert pending_slide(row, cells_spec, run)["segmentation"] is None
