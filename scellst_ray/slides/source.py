@@ -3,9 +3,10 @@
 A source is a text that begins with the fingerprint of a slide's file, see storage/fingerprint.py.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from scellst_ray.slides.reader import Slide
 from scellst_ray.storage.fingerprint import (
@@ -24,17 +25,19 @@ class ChangedFileError(ValueError):
 
 @dataclass(frozen=True)
 class SourcedSlide:
-    """An open slide and the identity of its file.
+    """An open slide and the identity of its file. Close it, or use it in a `with`.
 
     Attributes:
         slide: The slide.
         fingerprint: Fingerprint of its file.
         files: Its local files when it was opened; none for a copy, which never changes.
+        held: The file.
     """
 
     slide: Slide
     fingerprint: Fingerprint
-    files: tuple[LocalFile, ...] = ()
+    files: tuple[LocalFile, ...]
+    held: Held
 
     def check(self) -> None:
         """Make sure that what was read since the slide was opened is of one file.
@@ -45,12 +48,29 @@ class SourcedSlide:
         if not is_unchanged(self.files):
             raise ChangedFileError(_explain_change(self.slide.uri))
 
+    def close(self) -> None:
+        """Close the slide and release its file."""
+        self.slide.close()
+        self.held.close()
 
-@contextmanager
+    def __enter__(self) -> Self:
+        """Return this object."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the slide and release its file."""
+        self.close()
+
+
 def open_slide(
     uri: str, mpp: float | None, *, planned: str | None = None, recorded: str | None = None
-) -> Iterator[SourcedSlide]:
-    """Open a slide inside a `with`.
+) -> SourcedSlide:
+    """Open a slide.
 
     Args:
         uri: Local path or fsspec URI.
@@ -64,12 +84,14 @@ def open_slide(
         ValueError: the file cannot be read as a slide.
         OSError: the file cannot be read.
     """
-    with hold(uri) as held:
+    with ExitStack() as stack:
+        held = stack.enter_context(hold(uri))
         files = look(held.path) if held.mark is None else ()
         fingerprint = held.mark or fingerprint_of(files)
         _refuse_others(fingerprint, held, planned, recorded)
-        with Slide(held.path, held.name, mpp) as slide:
-            yield SourcedSlide(slide, fingerprint, files)
+        slide = Slide(held.path, held.name, mpp)
+        stack.pop_all()
+        return SourcedSlide(slide, fingerprint, files, held)
 
 
 def _refuse_others(

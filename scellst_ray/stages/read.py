@@ -1,7 +1,5 @@
 """The stage that reads tiles: from boxes to pixels."""
 
-from contextlib import ExitStack
-
 import cv2
 
 from scellst_ray.slides.reader import box_frame
@@ -17,7 +15,7 @@ class OpenSlides:
 
     def __init__(self) -> None:
         """Start without an open slide."""
-        self._open: dict[Key, tuple[SourcedSlide, ExitStack]] = {}
+        self._open: dict[Key, SourcedSlide] = {}
 
     def get(self, uri: str, mpp: float, source: str | None = None) -> SourcedSlide:
         """Return an open slide; open it if it is not open yet.
@@ -34,16 +32,13 @@ class OpenSlides:
         if key not in self._open:
             while len(self._open) >= 2:
                 self.drop(*next(iter(self._open)))
-            with ExitStack() as stack:
-                slide = stack.enter_context(open_slide(uri, mpp, planned=source))
-                self._open[key] = slide, stack.pop_all()
-        return self._open[key][0]
+            self._open[key] = open_slide(uri, mpp, planned=source)
+        return self._open[key]
 
     def drop(self, uri: str, mpp: float, source: str | None = None) -> None:
         """Close a slide. OpenSlide refuses all reads after one that failed."""
         if (uri, mpp, source) in self._open:
-            _, opened = self._open.pop((uri, mpp, source))
-            opened.close()
+            self._open.pop((uri, mpp, source)).close()
 
 
 class Read:

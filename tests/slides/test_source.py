@@ -41,7 +41,7 @@ def test_another_file_than_was_planned(file, kind):
     if kind == "another":
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(ChangedFileError, match=r"s\.tif: the file changed while .* same command"):
-        open_slide(str(file), None, planned=planned).__enter__()
+        open_slide(str(file), None, planned=planned)
 
 
 def test_a_change_while_it_is_read(file):
@@ -63,7 +63,7 @@ def test_a_copy_of_the_file_of_a_finished_slide(file):
         pass
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(ChangedFileError, match="another one than that in which the run found"):
-        open_slide(str(file), None, recorded=recorded).__enter__()
+        open_slide(str(file), None, recorded=recorded)
 
 
 @pytest.mark.usefixtures("cache")
@@ -79,4 +79,4 @@ def test_an_object_that_is_replaced(file):
             opened.slide.read(Box(0, 0, 64, 64), 0.5)
             opened.check()  # the copy is still that of the object which was planned
         with pytest.raises(ChangedFileError):
-            open_slide(f"{address}/s.tif", None, planned=planned).__enter__()
+            open_slide(f"{address}/s.tif", None, planned=planned)

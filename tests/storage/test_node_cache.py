@@ -256,7 +256,7 @@ def test_a_slide_is_held_while_it_is_open(
     use(put("a", b"a"))
     assert copies(cache) == ["a", "s.tiff"]
     assert "image" in read(rows[1:2])[0]
-    read.slides.drop(uri, rows[0]["mpp"])
+    read.slides.drop(uri, rows[0]["mpp"], rows[0]["source"])
     use(put("b", b"b"))
     assert copies(cache) == ["b"]
 
