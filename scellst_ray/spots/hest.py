@@ -3,22 +3,24 @@
 `read_h5ad` reads its st/*.h5ad files; `nuclei.imported` reads its cellvit_seg/*.parquet files.
 """
 
-import json
 import math
 import struct
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
-import h5py  # type: ignore[import-untyped]
 import numpy as np
 import tifffile
-from anndata.io import read_elem
+from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from scellst_ray.core.geometry import check_mpp
 from scellst_ray.core.resolution import CONFIRMED
-from scellst_ray.spots.tenx import read_bytes
+from scellst_ray.spots.anndata_file import read_pairs
+from scellst_ray.spots.files import read_json_object
+from scellst_ray.spots.hdf5 import find_part, open_hdf5
+from scellst_ray.spots.lattice import find_lattice
+from scellst_ray.spots.resolution import DISC_OF_SQUARE, has_pooled_counts
 from scellst_ray.storage.node_cache import hold
 
 SEGMENTATIONS = ("{}_cellvit_seg.parquet", "{}_cellvit_seg.geojson")
@@ -91,12 +93,7 @@ def _stems(fs: fsspec.AbstractFileSystem, folder: str, end: str) -> set[str]:
 
 def _sample(fs: fsspec.AbstractFileSystem, root: str, sample: str) -> HestSample:
     """Return the manifest row and the conflicts of one complete sample."""
-    path = f"{root}/metadata/{sample}.json"
-    try:
-        metadata = json.loads(read_bytes(fs, path))
-    except ValueError as error:
-        message = f"{path}: not JSON ({error}). Copy it again."
-        raise ValueError(message) from error
+    metadata = read_json_object(fs, f"{root}/metadata/{sample}.json")
     conflicts: list[str] = []
     mpp = _number(metadata, "pixel_size_um_estimated")
     try:
@@ -106,7 +103,8 @@ def _sample(fs: fsspec.AbstractFileSystem, root: str, sample: str) -> HestSample
     uris = {"uri": f"{root}/wsis/{sample}.tif", "spots": f"{root}/st/{sample}.h5ad"}
     row: dict[str, Any] = {"slide_id": sample, "uri": _uri(fs, uris["uri"]), "mpp": mpp}
     row |= {"patient_id": metadata.get("patient"), "spots": _uri(fs, uris["spots"])}
-    row["spot_diameter_um"] = _number(metadata, "spot_diameter")
+    row["spot_diameter_um"], squares = _diameter_um(fs, uris["spots"], metadata, mpp)
+    conflicts += squares
     nuclei = [f"{root}/cellvit_seg/{name.format(sample)}" for name in SEGMENTATIONS]
     row["segmentation"] = next((_uri(fs, uri) for uri in nuclei if fs.exists(uri)), None)
     if row["segmentation"] is None and any(fs.exists(f"{uri}.zip") for uri in nuclei):
@@ -165,12 +163,55 @@ def _tiff(fs: fsspec.AbstractFileSystem, path: str) -> tuple[float | None, tuple
     return (mpp if mpp < 20 else None), size0
 
 
+def _diameter_um(
+    fs: fsspec.AbstractFileSystem, path: str, metadata: dict[str, Any], mpp: float | None
+) -> tuple[float | None, list[str]]:
+    """Return the spot diameter in um, and a conflict if it is not that of the metadata.
+
+    HEST pools the counts of Xenium and Visium HD over squares that lie side by side. Bags are
+    discs, so such a sample gets the diameter of the disc with the area of a square.
+    """
+    stated_um = _number(metadata, "spot_diameter")
+    lattice = find_lattice(_positions(_uri(fs, path)))
+    if lattice is None or lattice.kind != "squares":
+        return stated_um, []
+    by_metadata = _number(metadata, "inter_spot_dist")
+    pitch_um = lattice.pitch0 * mpp if mpp else by_metadata
+    technology = metadata.get("st_technology")
+    if pitch_um is None:
+        return stated_um, []
+    whole_um = round(pitch_um * DISC_OF_SQUARE, 1)
+    are_squares = f"its spots form squares of {pitch_um:.4g} um side by side"
+    if has_pooled_counts(technology):
+        text = (
+            f"{are_squares} over which {technology} was pooled, but spot_diameter is "
+            f"{stated_um or 'empty'}: spot_diameter_um is {whole_um:g}, the disc of their area"
+        )
+        return whole_um, [text]
+    is_known = technology or (stated_um and abs(pitch_um / 200 - 1) < 0.1)
+    if is_known:
+        return stated_um, []
+    text = (
+        f"{are_squares}, and st_technology is empty: if counts were pooled over them, set "
+        f"spot_diameter_um to {whole_um:g}"
+    )
+    return stated_um, [text]
+
+
+def _positions(uri: str) -> NDArray[np.float64]:
+    """Return the spot centres (x, y) of an .h5ad file, level-0 px [S, 2]; empty if it has none."""
+    with hold(uri) as held, open_hdf5(str(held.path), uri) as file:
+        part = find_part(file, "obsm/spatial", uri)
+        xy0 = np.zeros((0, 2)) if part is None else read_pairs(part, f"{uri}: obsm['spatial']")
+    return xy0 if xy0.ndim == 2 and xy0.shape[1] == 2 else np.zeros((0, 2))
+
+
 def _pitch_mpp(path: str, pitch_um: float | None) -> float | None:
     """Return um per px as the spots' pitch in um over that in px; None if either is unknown."""
     if not pitch_um:
         return None
-    with hold(path) as held, h5py.File(held.path, "r") as file:
-        xy0 = np.asarray(read_elem(file["obsm/spatial"]), np.float64)
+    xy0 = _positions(path)
+    xy0 = xy0[np.isfinite(xy0).all(axis=1)]
     if len(xy0) < 2:
         return None
     pitch0 = float(np.median(cKDTree(xy0).query(xy0, k=2)[0][:, 1]))

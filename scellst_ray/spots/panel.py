@@ -7,6 +7,7 @@ S: spots; G: genes; K: kept spots; P: panel genes.
 """
 
 import difflib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from scellst_ray.spots.gene_names import prefix_problem, starts_with
 from scellst_ray.spots.table import Spots
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class CountFilter:
             code uses 10 % of all spots, rounded down; the paper says training spots.
         min_spot_counts: Minimum counts of a spot over the genes that pass.
         drop_prefix: Prefix of genes that are dropped after the spots are filtered; "" drops none.
-            Names are compared in upper case, so mouse genes "mt-" are dropped too.
+            Names are compared in upper case and without the prefix of a genome, so mt-Co1 and
+            GRCh38_MT-CO1 are dropped too. "MT-" also drops the mitochondrial genes of human and
+            mouse by their Ensembl ids.
     """
 
     min_gene_counts: int = 200
@@ -75,8 +81,10 @@ def filter_counts(spots: Spots, source: str, limits: CountFilter = DEFAULT_FILTE
     spot_totals = np.asarray(counts[:, passes].sum(axis=1, dtype=np.float64)).ravel()
     kept_spots = spot_totals >= limits.min_spot_counts
     if limits.drop_prefix:
-        prefix = limits.drop_prefix.upper()
-        passes &= np.array([not gene.upper().startswith(prefix) for gene in spots.genes])
+        problem = prefix_problem(spots.genes, limits.drop_prefix)
+        if problem:
+            logger.warning("%s: %s: such genes may stay among the others", source, problem)
+        passes &= np.array([not starts_with(gene, limits.drop_prefix) for gene in spots.genes])
     if not (passes.any() and kept_spots.any()):
         message = (
             f"{source}: {passes.sum()} of {len(spots.genes)} genes and {kept_spots.sum()} of "

@@ -7,9 +7,16 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
+from scellst_ray.spots.files import read_bytes, reason_of
+from scellst_ray.spots.lattice import pitch_of_squares
+from scellst_ray.spots.positions import marks_of, numbers_of, read_position_text
+from scellst_ray.spots.resolution import StatedMpp, st_statements
 from scellst_ray.spots.table import Spots, join_spots, radius_px
 
 POSITION_COLUMNS = ("x", "y", "pixel_x", "pixel_y")
+# Spots of ST arrays have 100 to 110 um.
+ARRAY_DIAMETER_UM = (90.0, 115.0)
+MAX_PLACE = 1e6
 SPOT_NAME = re.compile(r"\d+x\d+")
 
 
@@ -27,28 +34,27 @@ def read_st_array(
         spot_diameter_um: Spot diameter, 100 um on the first arrays.
 
     Returns:
-        Selected spots that have counts.
+        Selected spots that have counts. `stated_mpp` holds the resolutions that follow from the
+        array's pitch of 200 um, or 150 um on later arrays.
 
     Raises:
         ValueError: A file is missing, cut off or transposed, or the files do not fit together.
     """
     radius0 = radius_px(spot_diameter_um, mpp, counts_uri)
     counts, spot_ids, genes = _read_counts(counts_uri)
-    positions = _read_positions(positions_uri)
-    return join_spots(counts, spot_ids, genes, positions, radius0, counts_uri)
+    positions, stated = _read_positions(positions_uri)
+    # Tables in this form with other spots say nothing about the pitch.
+    is_array = ARRAY_DIAMETER_UM[0] <= spot_diameter_um <= ARRAY_DIAMETER_UM[1]
+    stated_mpp = tuple(stated) if is_array else ()
+    return join_spots(
+        counts, spot_ids, genes, positions, radius0, counts_uri, stated_mpp=stated_mpp
+    )
 
 
 def _read_bytes(uri: str) -> bytes:
     """Return the content of a file, decompressed if its name ends in .gz."""
-    try:
-        with fsspec.open(uri, "rb", compression="infer") as file:
-            return bytes(file.read())
-    except FileNotFoundError as error:
-        message = f"{uri}: no such file. Check the manifest's `spots` and `spot_positions`."
-        raise ValueError(message) from error
-    except (EOFError, OSError) as error:
-        message = f"{uri}: cannot be read ({error}). Expected a complete TSV, plain or gzipped."
-        raise ValueError(message) from error
+    fs, path = fsspec.core.url_to_fs(uri)
+    return read_bytes(fs, path)
 
 
 def _read_counts(uri: str) -> tuple[sparse.csr_matrix, list[str], list[str]]:
@@ -62,9 +68,9 @@ def _read_counts(uri: str) -> tuple[sparse.csr_matrix, list[str], list[str]]:
         genes = header[len(header) + 1 - num_columns :]
         schema = {"spot": pl.String()} | {f"gene_{i}": pl.Float32() for i in range(len(genes))}
         table = _read_tsv(body, None, schema)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
         message = (
-            f"{uri}: not a table of counts ({str(error).splitlines()[0]}). Expected a TSV, one row "
+            f"{uri}: not a table of counts ({reason_of(error)}). Expected a TSV, one row "
             "per spot: its name AxB, then one number per gene, under a header of gene names."
         )
         raise ValueError(message) from error
@@ -94,32 +100,23 @@ def _read_tsv(
     )
 
 
-def _read_positions(uri: str) -> pl.DataFrame:
-    """Return the selected spots as columns spot_id, x0, y0 (level-0 px)."""
-    text = _read_bytes(uri)
-    try:
-        table = pl.read_csv(text, separator="\t")
-    except pl.exceptions.PolarsError as error:
-        reason = str(error).splitlines()[0]
-        message = f"{uri}: not a TSV ({reason}). Expected columns {list(POSITION_COLUMNS)}."
-        raise ValueError(message) from error
+def _read_positions(uri: str) -> tuple[pl.DataFrame, list[StatedMpp]]:
+    """Return the selected spots as columns spot_id, x0, y0 (level-0 px), and stated resolutions."""
+    table = read_position_text(_read_bytes(uri), POSITION_COLUMNS, uri)
     missing = [name for name in POSITION_COLUMNS if name not in table.columns]
     if missing:
+        found = [name for name in table.columns if name != "decimal comma"]
         message = (
-            f"{uri}: columns {table.columns}, {missing} missing. Expected a TSV with "
+            f"{uri}: columns {found[:10]}, {missing} missing. Expected a TSV with "
             f"{list(POSITION_COLUMNS)} and optionally `selected`."
         )
         raise ValueError(message)
-    x, y = (pl.col(name).cast(pl.Int64).cast(pl.String) for name in ("x", "y"))
-    try:
-        if "selected" in table.columns:
-            table = table.filter(pl.col("selected").cast(pl.Int64) == 1)
-        return table.select(
-            pl.concat_str([x, y], separator="x").alias("spot_id"),
-            pl.col("pixel_x").cast(pl.Float64).alias("x0"),
-            pl.col("pixel_y").cast(pl.Float64).alias("y0"),
-        )
-    except pl.exceptions.InvalidOperationError as error:
-        reason = str(error).splitlines()[0]
-        message = f"{uri}: a position is not a number ({reason}). Give a number in every row."
-        raise ValueError(message) from error
+    if "selected" in table.columns:
+        table = table.filter(pl.Series(marks_of(table, "selected", uri), dtype=pl.Boolean))
+    x, y, x0, y0 = (numbers_of(table, name, uri) for name in POSITION_COLUMNS)
+    if not np.isfinite([x, y]).all() or (np.abs([x, y]) > MAX_PLACE).any():
+        message = f"{uri}: x or y is not a place in the array. Give whole numbers in every row."
+        raise ValueError(message)
+    spot_id = [f"{int(a)}x{int(b)}" for a, b in zip(x, y, strict=True)]
+    pitch0 = pitch_of_squares(y, x, np.column_stack([x0, y0]))
+    return pl.DataFrame({"spot_id": spot_id, "x0": x0, "y0": y0}), st_statements(pitch0)

@@ -10,6 +10,8 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import sparse
 
+from scellst_ray.spots.resolution import StatedMpp
+
 logger = logging.getLogger(__name__)
 
 MAX_SHARE_OUTSIDE = 0.05
@@ -26,6 +28,8 @@ class Spots:
         counts: Raw counts, never negative, scipy CSR float32 [S, G]. float32 holds whole numbers
             exactly up to 16,777,216.
         genes: G unique gene names, in the order of the columns of counts.
+        stated_mpp: Resolutions of the slide that follow from the spots, such as from the pitch of
+            their lattice; empty if none does for sure.
     """
 
     spot_id: NDArray[np.str_]
@@ -33,6 +37,7 @@ class Spots:
     radius0: float
     counts: sparse.csr_matrix
     genes: list[str]
+    stated_mpp: tuple[StatedMpp, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of spots."""
@@ -80,6 +85,7 @@ def join_spots(
     positions: pl.DataFrame,
     radius0: float,
     source: str,
+    stated_mpp: tuple[StatedMpp, ...] = (),
 ) -> Spots:
     """Join counts and positions by spot id, in the order of the counts.
 
@@ -93,6 +99,7 @@ def join_spots(
         positions: Columns spot_id (str), x0 and y0 (float, level-0 px).
         radius0: Spot radius in level-0 px.
         source: The file or folder to name in errors.
+        stated_mpp: Resolutions that follow from the spots.
 
     Raises:
         ValueError: No spot has both, or the result is not sound (see check_spots).
@@ -105,6 +112,7 @@ def join_spots(
         radius0=radius0,
         counts=sparse.csr_matrix(counts, dtype=np.float32)[count_rows],
         genes=unique_gene_names(genes),
+        stated_mpp=stated_mpp,
     )
     check_spots(spots, source)
     return spots

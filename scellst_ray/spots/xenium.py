@@ -4,7 +4,6 @@ Training does not use them, since they come without spots. N: cells; G: genes.
 """
 
 import io
-import json
 from dataclasses import dataclass, replace
 
 import fsspec
@@ -13,8 +12,9 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import sparse
 
+from scellst_ray.spots.files import positive_number, read_bytes, read_json_object, reason_of
 from scellst_ray.spots.table import unique_gene_names
-from scellst_ray.spots.tenx import find_file, read_bytes, read_matrix
+from scellst_ray.spots.tenx import find_file, read_matrix
 
 CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
 MATRICES = ("cell_feature_matrix.h5", "cell_feature_matrix")
@@ -164,11 +164,13 @@ def _morphology_mpp(outs: str) -> float:
     path = f"{root.rstrip('/')}/experiment.xenium"
     if not fs.exists(path):
         return MORPHOLOGY_MPP
-    try:
-        return float(json.loads(read_bytes(fs, path))["pixel_size"])
-    except (ValueError, KeyError, TypeError) as error:
-        message = f"{path}: not JSON with a number `pixel_size` ({error!r}). Copy it again."
-        raise ValueError(message) from error
+    values = read_json_object(fs, path)
+    mpp = positive_number(values, "pixel_size")
+    if mpp is None:
+        found = values.get("pixel_size")
+        message = f"{path}: not JSON with a number `pixel_size` (it is {found!r}). Copy it again."
+        raise ValueError(message)
+    return mpp
 
 
 def _read_cells(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
@@ -193,6 +195,5 @@ def _read_cells(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
             identifier.cast(pl.String), *[pl.col(name).cast(pl.Float64) for name in COLUMNS[1:]]
         )
     except pl.exceptions.PolarsError as error:
-        reason = str(error).partition("\n")[0]
-        message = f"{path}: not a table of cells ({reason}). Expected {list(COLUMNS)}."
+        message = f"{path}: not a table of cells ({reason_of(error)}). Expected {list(COLUMNS)}."
         raise ValueError(message) from error

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from scellst_ray import storage
 from scellst_ray.core.logs import log_fields
+from scellst_ray.core.resolution import CONFIRMED
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.records import SlideRecord, known_mpp
 from scellst_ray.slides.manifest import SlideRow
@@ -66,7 +67,8 @@ class TrainingSlide:
 
     def spots_row(self) -> dict[str, Any]:
         """Return the manifest row as the spot readers take it."""
-        return {**self.row.columns, "slide_id": self.row.slide_id, "mpp": self.mpp}
+        names = {"slide_id": self.row.slide_id, "mpp": self.mpp}
+        return {**self.row.columns, **names, CONFIRMED: self.row.mpp_confirmed}
 
 
 @dataclass(frozen=True)

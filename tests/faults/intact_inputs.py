@@ -141,7 +141,7 @@ def write_spots(root):
     positions().write_csv(listed, include_header=False)
 
     write_matrix_h5(root / "outs_hd/filtered_feature_bc_matrix.h5", barcodes())
-    write_factors(root / "outs_hd", bin_size_um=55.0, microns_per_pixel=MPP)
+    write_factors(root / "outs_hd", bin_size_um=100.0, microns_per_pixel=MPP)
     positions().write_parquet(root / "outs_hd/spatial/tissue_positions.parquet")
 
     for name in ("h5ad", "h5ad_layers"):
@@ -183,7 +183,7 @@ def write_st_array(folder):
     lines = ["x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\tselected"]
     for name in names:
         x, y = map(int, name.split("x"))
-        lines.append(f"{x}\t{y}\t{x}.02\t{y}.01\t{x * 200}.5\t{y * 200}.25\t{int(x > 1)}")
+        lines.append(f"{x}\t{y}\t{x}.02\t{y}.01\t{x * 400}.5\t{y * 400}.25\t{int(x > 1)}")
     (folder / "positions.tsv").write_text("\n".join(lines) + "\n")
 
 

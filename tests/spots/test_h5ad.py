@@ -185,3 +185,70 @@ def test_real_visium_file_without_counts():
         pytest.skip("real Visium file ../shared/data/visium_squidpy is absent")
     with pytest.raises(ValueError, match=r"no raw counts: X holds \d\.\d+"):
         read_h5ad(str(REAL), 0.73)
+
+
+def pooled(tmp_path, diameter0=110.0, columns=6):
+    """Write squares with sides of 200 px; return the file."""
+    y, x = (axis.ravel() * 200.0 for axis in np.mgrid[:5, :columns])
+    adata = anndata.AnnData(np.ones((len(x), 3), np.float32))
+    adata.var_names = ["EPCAM", "TBCE", "CD3E"]
+    adata.obsm["spatial"] = np.column_stack([x, y])
+    factors = {"spot_diameter_fullres": diameter0}
+    adata.uns["spatial"] = {"ST": {"scalefactors": factors}}
+    return written(tmp_path, adata)
+
+
+def test_squares_over_which_counts_were_pooled_become_discs_of_their_area(tmp_path):
+    path = pooled(tmp_path)
+    row = {"slide_id": "A", "spots": path, "st_technology": "Xenium"}
+    assert read_spots(row, 0.5).radius0 == pytest.approx(112.84, abs=0.01)
+    assert read_spots(row | {"st_technology": "Visium HD"}, 0.04).radius0 == pytest.approx(
+        112.84, abs=0.01
+    )
+    assert read_spots(row | {"spot_diameter_um": 80}, 0.5).radius0 == 80
+    touching = pooled(tmp_path, 200.0)
+    assert read_h5ad(touching, 0.5).radius0 == pytest.approx(112.84, abs=0.01)
+
+
+def test_squares_of_unknown_origin_are_told_and_st_arrays_are_not(tmp_path, caplog):
+    assert read_h5ad(pooled(tmp_path), 0.5).radius0 == 55
+    assert "spots form squares of 100 um" in caplog.text
+    caplog.clear()
+    assert read_h5ad(pooled(tmp_path, 100.0), 1.0).radius0 == 50
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("damage", ["link", "loop", "group", "text", "giant", "short"])
+def test_parts_of_another_kind_give_one_line(tmp_path, damage):
+    adata = make()
+    adata.obs["in_tissue"] = 1
+    path = written(tmp_path, adata)
+    with h5py.File(path, "r+") as file:
+        if damage == "link":
+            del file["obsm/spatial"]
+            file["obsm/spatial"] = h5py.ExternalLink("other.h5", "x")
+        elif damage == "loop":
+            del file["X/data"]
+            file["X/data"] = file["X"]
+        elif damage == "group":
+            del file["obsm/spatial"]
+            file.create_group("obsm/spatial")
+        elif damage == "text":
+            del file["X/data"]
+            file["X/data"] = ["a"] * 7
+        elif damage == "giant":
+            del file["X/indptr"]
+            file.create_dataset("X/indptr", (2**40,), np.int64, chunks=(2**20,))
+        else:
+            del file["obs/in_tissue"]
+            file["obs/in_tissue"] = [1, 1]
+    with pytest.raises(ValueError, match=r"s\.h5ad: ") as caught:
+        read_h5ad(path, 0.5)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_mark_that_is_neither_yes_nor_no_is_told(tmp_path, caplog):
+    adata = make()
+    adata.obs["in_tissue"] = ["1", "maybe", "1", "0"]
+    assert len(read_h5ad(written(tmp_path, adata), 0.5)) == 2
+    assert "holds 'maybe', which is neither 1 nor 0" in caplog.text

@@ -125,7 +125,7 @@ def test_folders_and_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"wsis/T1\.tif: not a whole TIFF"):
         read_hest(str(tmp_path))
     (tmp_path / "metadata/T1.json").write_text("{")
-    with pytest.raises(ValueError, match=r"metadata/T1\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"metadata/T1\.json: not a JSON object"):
         read_hest(str(tmp_path))
 
 
@@ -176,3 +176,27 @@ def test_an_estimate_that_the_spots_bear_out_is_confirmed(tmp_path, metadata, co
     write_sample(tmp_path, metadata=metadata, tiff_mpp=0.25)
     (sample,), _ = read_hest(str(tmp_path))
     assert sample.row["mpp_confirmed"] == confirmed
+
+
+@pytest.mark.parametrize("technology", ["Xenium", "Visium HD", "CosMx"])
+@pytest.mark.parametrize("stated", [None, 11.0, 20.0])
+def test_pooled_squares_get_the_disc_of_their_area(tmp_path, technology, stated):
+    write_sample(tmp_path, metadata={"st_technology": technology, "spot_diameter": stated})
+    (sample,), _ = read_hest(str(tmp_path))
+    assert sample.row["spot_diameter_um"] == 22.6
+    assert sample.conflicts[0].startswith("its spots form squares of 20 um side by side")
+    assert read_spots(sample.row).radius0 == pytest.approx(22.6)
+
+
+@pytest.mark.parametrize("technology", ["Visium", "Spatial Transcriptomics"])
+def test_discs_stay_discs(tmp_path, technology):
+    write_sample(tmp_path, metadata={"st_technology": technology})
+    (sample,), _ = read_hest(str(tmp_path))
+    assert (sample.row["spot_diameter_um"], sample.conflicts) == (11.0, [])
+
+
+def test_squares_of_an_unknown_technology_are_told(tmp_path):
+    write_sample(tmp_path, metadata={"st_technology": None})
+    (sample,), _ = read_hest(str(tmp_path))
+    assert sample.row["spot_diameter_um"] == 11.0
+    assert "set spot_diameter_um to 22.6" in sample.conflicts[0]

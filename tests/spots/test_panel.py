@@ -180,3 +180,28 @@ def test_her2st_panel_and_targets(her2st):
     scanpy.pp.normalize_total(expected, target_sum=1e4)
     scanpy.pp.log1p(expected)
     np.testing.assert_allclose(values, expected[:, panel].X.toarray(), rtol=2e-5, atol=1e-6)
+
+
+def constant_spots(genes):
+    """Return 30 spots with 90 counts of every gene."""
+    counts = sparse.csr_matrix(np.full((30, len(genes)), 90, np.float32))
+    return Spots(np.arange(30).astype(str), np.zeros((30, 2)), 30.0, counts, genes)
+
+
+@pytest.mark.parametrize("prefix", ["", "GRCh38_", "mm10___", "hg38-2024-A_", "GRCh38-"])
+def test_mitochondrial_genes_are_dropped_behind_a_genome(prefix):
+    genes = [prefix + name for name in ("MT-CO1", "ERBB2", "mt-Nd1", "MTOR")]
+    spots = constant_spots(genes)
+    assert filter_counts(spots, "s").genes == [genes[1], genes[3]]
+
+
+def test_mitochondrial_genes_are_dropped_by_ensembl_id():
+    genes = ["ENSG00000198804.2", "ENSG00000141736", "ENSMUSG00000064341", "ENSG00000198793"]
+    spots = constant_spots(genes)
+    assert filter_counts(spots, "s").genes == [genes[1], genes[3]]
+
+
+def test_names_that_may_hide_mitochondrial_genes_are_told(caplog):
+    spots = constant_spots(["ENSDARG00000063905", "ENSDARG00000063908"])
+    assert len(filter_counts(spots, "s").genes) == 2
+    assert "s: no gene begins with 'MT-', and 2 of 2 names are no symbols" in caplog.text

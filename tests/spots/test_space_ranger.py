@@ -1,4 +1,5 @@
 import gzip
+import json
 from pathlib import Path
 
 import fsspec
@@ -10,6 +11,7 @@ from scipy import io as scipy_io
 from scipy import sparse
 
 from scellst_ray.spots.space_ranger import read_space_ranger
+from tests.support.lattices import hexagons
 from tests.support.paths import SHARED
 
 REAL = SHARED / "data" / "visium_squidpy" / "spaceranger_layout_section1" / "outs"
@@ -232,3 +234,89 @@ def test_real_folder():
     assert spots.spot_id.tolist() == [name for name in barcodes if name in place]
     assert [tuple(xy) for xy in spots.xy0.tolist()] == [place[name] for name in spots.spot_id]
     assert spots.counts.shape[1] == 50
+
+
+def visium(outs, suffixes=("-1",), marks=None, pitch0=200.0, **factors):
+    """Write 30 spots of Visium; the matrix holds a section per suffix, section n counting n."""
+    row, column, xy0 = hexagons(pitch0, rows=5, columns=6)
+    cores = [f"{i:016d}".translate(str.maketrans("0123456789", "ACGTACGTCA")) for i in range(30)]
+    cores = [core[:-2] + "ACGT"[i // 4 % 4] + "ACGT"[i % 4] for i, core in enumerate(cores)]
+    cores = ["ACGT"[i // 16] * 4 + core for i, core in enumerate(cores)]
+    blocks = [np.full((30, 2), n + 1) for n in range(len(suffixes))]
+    matrix = sparse.csc_matrix(np.vstack(blocks).T)
+    (outs / "spatial").mkdir(parents=True)
+    with h5py.File(outs / "filtered_feature_bc_matrix.h5", "w") as file:
+        group = file.create_group("matrix")
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(matrix, name)
+        group["shape"] = np.array(matrix.shape)
+        group["barcodes"] = np.array([core + end for end in suffixes for core in cores], "S")
+        group["features/name"] = np.array(["EPCAM", "CD3E"], "S")
+    table = pl.DataFrame(
+        {
+            "barcode": [core + "-1" for core in cores],
+            "in_tissue": [1] * 30 if marks is None else marks,
+            "array_row": row,
+            "array_col": column,
+            "pxl_row_in_fullres": xy0[:, 1],
+            "pxl_col_in_fullres": xy0[:, 0],
+        }
+    )
+    table.write_csv(outs / "spatial/tissue_positions.csv")
+    (outs / "spatial/scalefactors_json.json").write_text(json.dumps(factors))
+    return str(outs)
+
+
+@pytest.mark.parametrize("suffixes", [("-1", "-2"), ("-2", "-1"), ("-2",), ("-1-0", "-1-1")])
+def test_counts_of_other_sections_are_refused(tmp_path, suffixes):
+    with pytest.raises(ValueError, match=r"outs: .*(2 sections|marked otherwise).*30 spots"):
+        read_space_ranger(visium(tmp_path / "outs", suffixes), 0.5)
+
+
+@pytest.mark.parametrize(
+    "marks", [[True] * 29 + [False], [1.0] * 29 + [None], ["TRUE"] * 29 + ["FALSE"]]
+)
+def test_positions_that_pandas_or_r_wrote(tmp_path, marks):
+    spots = read_space_ranger(visium(tmp_path / "outs", marks=marks), 0.5)
+    assert len(spots) == 29
+    assert (spots.counts.toarray() == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("factors", "stated"),
+    [
+        ({}, [0.5]),
+        ({"spot_diameter_fullres": 130.0}, [0.5]),
+        ({"spot_diameter_fullres": 110.0}, [0.5]),
+        ({"spot_diameter_fullres": 180.0}, []),
+        ({"spot_diameter_fullres": "wide"}, [0.5]),
+        ({"bin_size_um": 100.0}, []),
+        ({"microns_per_pixel": 0.25}, [0.25]),
+    ],
+)
+def test_resolutions_that_follow_from_the_folder(tmp_path, factors, stated):
+    spots = read_space_ranger(visium(tmp_path / "outs", **factors), 0.5)
+    assert [round(statement.mpp, 6) for statement in spots.stated_mpp] == stated
+
+
+def test_discs_of_the_area_of_bins_are_allowed_and_small_ones_told(tmp_path, caplog):
+    outs = visium(tmp_path / "outs", bin_size_um=8.0)
+    assert read_space_ranger(outs, 0.5, 9.02).radius0 == 9.02
+    assert not caplog.records
+    read_space_ranger(outs, 0.5, 5.0)
+    assert "cover 31 % of the bins of 8 um" in caplog.text
+    with pytest.raises(ValueError, match=r"Set spot_diameter_um to 8\.0 or less"):
+        read_space_ranger(outs, 0.5, 10.0)
+
+
+@pytest.mark.parametrize("value", ["wide", [8], -1, True])
+def test_a_bin_size_that_is_none_is_refused(tmp_path, value):
+    outs = visium(tmp_path / "outs", bin_size_um=value)
+    with pytest.raises(ValueError, match=r"bin_size_um in spatial/scalefactors_json\.json is"):
+        read_space_ranger(outs, 0.5)
+
+
+def test_the_parent_folder_is_refused_with_the_folder_to_give(tmp_path):
+    outs = visium(tmp_path / "outs")
+    with pytest.raises(ValueError, match=f"Give this as `spots`: {outs}"):
+        read_space_ranger(str(tmp_path), 0.5)

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scellst_ray.spots.read import read_spots
 from scellst_ray.spots.st_array import read_st_array
 from tests.support.paths import SHARED
 
@@ -87,3 +88,37 @@ def test_her2st(her2st, section, num_spots):
     selection = pd.read_csv(paths[1], sep="\t").query("selected == 1")
     selection.index = selection["x"].astype(str) + "x" + selection["y"].astype(str)
     np.testing.assert_array_equal(spots.xy0, selection.loc[spots.spot_id, ["pixel_x", "pixel_y"]])
+
+
+def lattice(tmp_path, pitch0=400, selected="1", separator="\t"):
+    places = [(x, y) for x in range(1, 7) for y in range(1, 6)]
+    counts = "\tEPCAM\tKRT8\n" + "".join(f"{x}x{y}\t1\t2\n" for x, y in places)
+    rows = [["x", "y", "pixel_x", "pixel_y", "selected"]]
+    rows += [[f"{x}.0", y, x * pitch0, y * pitch0, selected] for x, y in places]
+    text = "".join(separator.join(map(str, row)) + "\n" for row in rows)
+    return write(tmp_path, counts, text)
+
+
+@pytest.mark.parametrize("selected", ["1", "1.0", "True", "TRUE"])
+@pytest.mark.parametrize("separator", ["\t", ",", ";"])
+def test_positions_as_pandas_and_r_write_them(tmp_path, selected, separator):
+    paths = lattice(tmp_path, selected=selected, separator=separator)
+    assert len(read_st_array(*paths, mpp=0.5)) == 30
+
+
+def test_the_pitch_of_the_array_states_the_resolution(tmp_path):
+    paths = lattice(tmp_path)
+    stated = read_st_array(*paths, mpp=0.5).stated_mpp
+    assert [statement.mpp for statement in stated] == pytest.approx([0.5, 0.375])
+    assert read_st_array(*paths, mpp=0.5, spot_diameter_um=60.0).stated_mpp == ()
+    with pytest.raises(ValueError, match=r"1 um/px in use, but 0\.5 um/px by the pitch of the ST"):
+        read_spots({"spots": paths[0], "spot_positions": paths[1]}, 1.0)
+
+
+@pytest.mark.parametrize("counts", ["\xff\tEPCAM\n1x1\t1\n", "\tEPCAM\n1x1\t1\x0b2\n"])
+def test_odd_bytes_give_one_line(tmp_path, counts):
+    paths = lattice(tmp_path)
+    Path(paths[0]).write_bytes(counts.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"c\.tsv: not a table of counts") as caught:
+        read_st_array(*paths, mpp=0.5)
+    assert len(str(caught.value).splitlines()) == 1

@@ -7,7 +7,8 @@ import pytest
 from scipy import io as scipy_io
 from scipy import sparse
 
-from scellst_ray.spots.tenx import find_file, read_bytes, read_matrix, read_strings
+from scellst_ray.spots.files import read_bytes
+from scellst_ray.spots.tenx import find_file, read_matrix, read_strings
 
 LOCAL = fsspec.filesystem("file")
 BARCODES = ["AAAC-1", "AAAG-1"]
@@ -104,3 +105,89 @@ def test_tables_are_read_as_strings():
     assert table.rows() == [('x"y', "1")]
     with pytest.raises(ValueError, match=r"t\.csv: not a table .* Copy it again"):
         read_strings(b"", "t.csv", separator=",")
+
+
+@pytest.mark.parametrize("kind", ["h5", "mex"])
+def test_controls_are_no_genes_whatever_their_type_says(tmp_path, kind):
+    names, types = ["EPCAM", "NegControlProbe_00042", "CD3E"], ["Gene Expression"] * 3
+    path = str(tmp_path / "m.h5")
+    if kind == "mex":
+        path = write_mex(tmp_path / "mex", [names, names, types])
+    else:
+        write_h5(path, types)
+        with h5py.File(path, "r+") as file:
+            del file["matrix/features/name"]
+            file["matrix/features/name"] = np.array(names, "S")
+    counts, _, genes = read_matrix(LOCAL, path)
+    assert genes == ["EPCAM", "CD3E"]
+    assert counts.toarray().tolist() == [[1, 9], [0, 9]]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("indices", [0, 9, 1, 2], "1 indices lie outside, such as 9 of 3"),
+        ("indptr", [0, 3, 2], "indptr goes from 0 to 2, expected 0 to 4"),
+        ("indptr", [0, 9, 4], "indptr falls from 9 to 4"),
+        ("data", ["1"] * 4, "data holds object"),
+        ("data", [1, 2**40, 1, 1], "a count is 1"),
+        ("shape", [2, 3], r"shape \[2, 3\], but 3 features, 2 barcodes"),
+        ("shape", [2**40, 2], "shape .* but 3 features"),
+        ("barcodes", [1, 2], "expected a list of text"),
+        ("features/name", ["a", "b"], "but 2 features"),
+    ],
+)
+def test_an_hdf5_matrix_is_checked_in_full(tmp_path, name, values, words):
+    path = write_h5(tmp_path / "matrix.h5")
+    with h5py.File(path, "r+") as file:
+        del file[f"matrix/{name}"]
+        file[f"matrix/{name}"] = values
+    with pytest.raises(ValueError, match=rf"matrix\.h5: .*{words}"):
+        read_matrix(LOCAL, path)
+
+
+HEADER = "%%MatrixMarket matrix coordinate integer general\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "%note\n%another\n3 2 4\n1 1 1\n3 1 9\n2 2 5\n3 2 9\n",
+        "3 2 4\r\n1 1 1\r\n3 1 9\r\n2 2 5\r\n3 2 9\r\n",
+        "3 2 4\n1\t1\t1\n3 1  9\n 2 2 5\n3 2 9 \n\n",
+        "3 2 4\n1 1 1.0\n3 1 9e0\n2 2 5\n3 2 9",
+    ],
+)
+def test_a_matrix_market_file_in_every_writing(tmp_path, text):
+    folder = write_mex(tmp_path / "mex", [SYMBOLS])
+    (tmp_path / "mex/matrix.mtx").write_text(HEADER + text)
+    assert read_matrix(LOCAL, folder)[0].toarray().tolist() == COUNTS_BG.tolist()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEADER + "3 2 1\n4 1 1\n",
+        HEADER + "3 2 1\n0 1 1\n",
+        HEADER + "3 2 1\n-1 1 1\n",
+        HEADER + "3 2 2\n1 1 1\n1 2 one\n",
+        HEADER + "3 2 2\n1 1 1\n1 2\n",
+        HEADER + "3 2 1\n1 1 1\n1 2 1\n",
+        HEADER + "3 2 1\n1 1 1 1\n",
+        HEADER + "3 2 1000000000000\n1 1 1\n",
+        HEADER + "3 2\n1 1 1\n",
+        HEADER + "3 2 1\n1 1 5000000000\n",
+        HEADER + "3 2 1\n1\x001 1\n",
+        HEADER.replace("general", "symmetric") + "3 2 1\n1 1 1\n",
+        HEADER.replace("integer", "pattern") + "3 2 1\n1 1\n",
+        HEADER.replace("coordinate", "array") + "3 2\n1\n",
+        "%",
+        "",
+    ],
+)
+def test_a_matrix_market_file_is_checked_in_full(tmp_path, text):
+    folder = write_mex(tmp_path / "mex", [SYMBOLS])
+    (tmp_path / "mex/matrix.mtx").write_text(text)
+    with pytest.raises(ValueError, match=r"matrix\.mtx: ") as caught:
+        read_matrix(LOCAL, folder)
+    assert len(str(caught.value).splitlines()) == 1

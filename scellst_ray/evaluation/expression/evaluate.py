@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scellst_ray.core.resolution import CONFIRMED
 from scellst_ray.evaluation.expression.colour_baseline import (
     ColourRidge,
     colours_around,
@@ -137,12 +138,17 @@ def evaluate_expression(config: EvaluateExpressionConfig) -> Evaluation:
     return evaluation
 
 
+def _spots_row(row: SlideRow) -> dict[str, Any]:
+    """Return a row of the manifest as the spot readers take it."""
+    return {**row.columns, "slide_id": row.slide_id, CONFIRMED: row.mpp_confirmed}
+
+
 def compare_spots(
     run: Run, row: SlideRow, units: Units, baselines: Baselines, bootstrap: Bootstrap
 ) -> Comparison:
     """Compare predictions with the spots of one slide that pass the filters and have cells."""
     slide_id = row.slide_id
-    spots = read_spots({**row.columns, "slide_id": slide_id}, _mpp(run, slide_id))
+    spots = read_spots(_spots_row(row), _mpp(run, slide_id))
     columns = measured_columns(run.genes, spots.genes, f"slide {slide_id}: spots")
     genes = [run.genes[column] for column in columns]
     targets = make_targets(spots, genes, f"slide {slide_id}", units.limits)
@@ -268,7 +274,7 @@ def _learn(run: Run, rows: list[SlideRow], *, colour: bool) -> tuple[Units, Base
     scaled, colours, libraries, radii_um = [], [], [], []
     for row in rows:
         mpp = slide_mpp(row)
-        spots = read_spots({**row.columns, "slide_id": row.slide_id}, mpp)
+        spots = read_spots(_spots_row(row), mpp)
         radii_um.append(spots.radius0 * mpp)
         targets = make_targets(spots, run.genes, f"slide {row.slide_id}", limits)
         scaled.append(targets.values_KP / np.asarray(info["scaling"][row.slide_id]))
