@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from scellst_ray.nuclei.imported.rings import Rings
 from scellst_ray.nuclei.imported.table import (
     REASON,
     TYPE_COLUMNS,
     UNTYPED,
-    Rings,
     Tally,
     attach_report,
     class_name,
@@ -36,6 +36,10 @@ PANNUKE = {
 }
 _NUCLEI = ["cell", "detection"]
 _NEVER_NUCLEI = ["root", "tile", "tmacore"]
+_AREAL = ("Polygon", "MultiPolygon", "GeometryCollection")
+_GEOMETRIES = (*_AREAL, "Point", "MultiPoint", "LineString", "MultiLineString")
+# Stands in a parsed document for a cell or feature that the collector has taken.
+_TAKEN = object()
 
 
 def read_json(text: str, source: str) -> pa.Table:
@@ -52,7 +56,12 @@ def read_json(text: str, source: str) -> pa.Table:
     collector = _Collector(source)
     try:
         document = json.loads(text, object_hook=collector.take)
-    except json.JSONDecodeError as error:
+    except _OutlineError:
+        raise
+    except RecursionError as error:
+        message = f"{source}: its JSON is nested too deeply; export it again"
+        raise ValueError(message) from error
+    except ValueError as error:
         message = (
             f"{source}: damaged JSON ({error}); the file may be cut off: copy or export it again"
         )
@@ -61,6 +70,11 @@ def read_json(text: str, source: str) -> pa.Table:
     members = _members(document)
     if isinstance(members.get("cells"), list):
         return _cellvit_table(members, collector)
+    features = document if isinstance(document, list) else members.get("features")
+    if members.get("type") in _GEOMETRIES:
+        features, members = [document], {}
+    if isinstance(features, list):
+        collector.take_rest(features)
     if isinstance(members.get("features"), list) or collector.kinds or document == []:
         is_list = isinstance(document, list)
         return _geojson_table(collector, crs=members.get("crs"), is_list=is_list)
@@ -70,6 +84,10 @@ def read_json(text: str, source: str) -> pa.Table:
         "GeoJSON (a FeatureCollection or a list of Features)"
     )
     raise ValueError(message)
+
+
+class _OutlineError(ValueError):
+    """An outline that is no list of points; the message names the file."""
 
 
 class _Collector:
@@ -89,8 +107,8 @@ class _Collector:
         self.missing: list[str] = []
         self.may_be_class = bytearray()
 
-    def take(self, value: dict[str, Any]) -> dict[str, Any] | None:
-        """Store a cell or feature in the arrays and return None; return other objects unchanged.
+    def take(self, value: dict[str, Any]) -> object:
+        """Store a cell or feature in the arrays and return _TAKEN; return other objects unchanged.
 
         The JSON parser calls this hook with every complete object.
         """
@@ -99,33 +117,40 @@ class _Collector:
             self.types.append(kind if isinstance(kind, int | float) else class_name(kind))
             self.probs.append(prob if isinstance(prob, float) or prob in (0, 1) else np.nan)
             self._add_ring(value["contour"] or [], has_hole=False)
-            return None
-        if value.get("type") == "Feature" and "geometry" in value:
+            return _TAKEN
+        if value.get("type") == "Feature":
             self._add_feature(value)
-            return None
+            return _TAKEN
         return value
+
+    def take_rest(self, features: list[Any]) -> None:
+        """Store the entries of a list of features that are none: bare geometries, null and others.
+
+        They count as annotations. Without an outline they are counted as dropped.
+        """
+        for entry in features:
+            if entry is not _TAKEN and (self.kinds or _members(entry).get("type") in _GEOMETRIES):
+                self._add_feature({"geometry": entry})
 
     def _add_feature(self, feature: dict[str, Any]) -> None:
         """Add a feature, its class and its outer rings."""
         properties = _members(feature.get("properties"))
         kind = str(properties.get("objectType") or properties.get("object_type") or "annotation")
         kind = kind.lower().replace("_", "")
-        geometry = _members(feature.get("nucleusGeometry") or feature["geometry"])
+        geometry = _members(feature.get("nucleusGeometry") or feature.get("geometry"))
         if kind == "cell" and not feature.get("nucleusGeometry"):
             kind = "cell without nucleus"
         classes = (properties.get(key) for key in ("classification", *TYPE_COLUMNS))
         name = next((name for name in map(class_name, classes) if name), None)
-        shape, coordinates = str(geometry.get("type")), geometry.get("coordinates")
-        polygons_of_multi = coordinates if isinstance(coordinates, list) else [coordinates]
-        parts = {"Polygon": [coordinates], "MultiPolygon": polygons_of_multi}.get(shape, [])
-        polygons = [rings for rings in parts if rings]
+        shape = str(geometry.get("type"))
+        polygons = _polygons_of(geometry)
         for rings in polygons:
             outer, *holes = rings if isinstance(rings, list) else [rings]
             self._add_ring(outer, has_hole=bool(holes))
         self.kinds.append(kind)
         self.names.append(name)
         self.num_rings.append(len(polygons))
-        may_have_area = shape in ("Polygon", "MultiPolygon", "None")
+        may_have_area = shape in (*_AREAL, "None")
         self.missing.append("no_outline" if may_have_area else "not_polygon")
         self.may_be_class.append(
             shape == "MultiPolygon" and kind == "annotation" and name is not None
@@ -144,7 +169,7 @@ class _Collector:
                 f"{self.source}: outline {len(self.lengths) + 1} of the file begins with "
                 f"{str(points)[:60]}; expected a list of [x, y]"
             )
-            raise ValueError(message)
+            raise _OutlineError(message)
         self.coordinates.frombytes(ring[:, :2].tobytes())
         self.lengths.append(len(ring))
         self.holes.append(has_hole)
@@ -152,7 +177,25 @@ class _Collector:
     def rings(self, owner: NDArray[np.int64], missing: NDArray[np.str_]) -> Rings:
         """Return all rings; `owner` and `missing` are the fields of `Rings`."""
         points = np.frombuffer(self.coordinates, np.float64).reshape(-1, 2)
-        return Rings(points, np.frombuffer(self.lengths, np.int64), owner, missing)
+        lengths = np.frombuffer(self.lengths, np.int64)
+        return Rings(points, lengths, owner, missing, np.frombuffer(self.holes, np.bool_))
+
+
+def _polygons_of(geometry: dict[str, Any]) -> list[Any]:
+    """Return the rings of every polygon in a geometry, as parsed; further shapes are left out."""
+    polygons: list[Any] = []
+    pending = [geometry]
+    while pending:
+        one = pending.pop()
+        shape, coordinates = str(one.get("type")), one.get("coordinates")
+        if shape == "GeometryCollection":
+            parts = one.get("geometries")
+            pending += map(_members, reversed(parts) if isinstance(parts, list) else ())
+        elif shape == "MultiPolygon":
+            polygons += coordinates if isinstance(coordinates, list) else [coordinates]
+        elif shape == "Polygon":
+            polygons.append(coordinates)
+    return [rings for rings in polygons if rings]
 
 
 def _members(value: object) -> dict[str, Any]:
@@ -210,8 +253,9 @@ def _geojson_table(collector: _Collector, *, crs: object, is_list: bool) -> pa.T
     """Return the table of the nuclei among GeoJSON features.
 
     QuPath cells and detections are nuclei, and annotations are then regions. In a file without
-    them, annotations are nuclei. One feature is one nucleus. Only in a bare list, each part of a
-    classified MultiPolygon annotation is a nucleus, since CellViT and HEST write classes this way.
+    them, annotations are nuclei. One feature is one nucleus, unless its parts show that it is a
+    class of nuclei (`split_classes`). In a bare list, each part of a classified MultiPolygon
+    annotation is a nucleus, since CellViT and HEST write classes this way.
     """
     source = collector.source
     tally = Tally(source, "GeoJSON", lonlat=any(name in str(crs) for name in ("CRS84", "4326")))
@@ -234,9 +278,8 @@ def _geojson_table(collector: _Collector, *, crs: object, is_list: bool) -> pa.T
     wanted = used[ring_feature]
     if not wanted.all():
         points = rings.points_x0y0[np.repeat(wanted, rings.lengths)]
-        rings = Rings(points, rings.lengths[wanted], owner[wanted], rings.missing)
-    holes = np.frombuffer(collector.holes, np.bool_)[wanted]
-    tally.changed["hole_filled"] = len(np.unique(rings.owner[holes]))
+        lengths, has_hole = rings.lengths[wanted], rings.has_hole[wanted]
+        rings = Rings(points, lengths, owner[wanted], rings.missing, has_hole)
     tally.changed["cell_outline"] = int((bare_cell & (num_rings > 0)).sum())
     names = pa.array(collector.names, pa.string()).take(pa.array(feature, pa.int64()))
     probs = np.full(len(feature), np.nan, np.float32)

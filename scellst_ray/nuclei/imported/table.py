@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
+from scellst_ray.nuclei.imported.rings import Rings, split_classes
+
 SEGMENTATION = pa.schema(
     [
         pa.field("polygon", pa.binary(), nullable=False),
@@ -29,8 +31,6 @@ SEGMENTATION = pa.schema(
 REPORT_KEY = b"scellst_ray.imported"
 UNTYPED = "nucleus"
 BATCH = 16_384
-# A nucleus may consist of several parts; an object of more parts than this is a class of nuclei.
-MAX_PARTS = 64
 TYPE_COLUMNS = ("class", "classification", "nucleus_type", "cell_type", "type", "label")
 # Type of the reasons in `Tally.dropped`, wide enough for the longest.
 REASON = np.dtype("U12")
@@ -47,9 +47,11 @@ class Tally:
         num_objects: Number of nuclei, and of objects that could be nuclei, in the file.
         dropped: Number of objects left out, by reason. `no_outline`: no readable geometry, or
             fewer than 3 points. `other_object`: QuPath's tiles, and annotations in a file with
-            cells. `outside`: not on the slide. Further: `not_finite`, `no_area`, `not_polygon`.
+            cells. `outside`: not on the slide. `too_large`, `too_small`, `doubled`: see sift.py.
+            Further: `not_finite`, `no_area`, `not_polygon`.
         changed: Number of objects kept with changes: `repaired` (was invalid), `hole_filled`,
-            `largest_part` (further parts left out), `cell_outline` (a cell without its nucleus).
+            `largest_part` (further parts left out), `class_part` (part of an object that is a
+            class of nuclei), `cell_outline` (a cell without its nucleus).
         lonlat: Whether the file declares its coordinates as longitude and latitude.
     """
 
@@ -59,31 +61,6 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     lonlat: bool = False
-
-
-@dataclass(frozen=True)
-class Rings:
-    """Outer rings of the parts of objects.
-
-    Attributes:
-        points_x0y0: Points of all rings in turn, closed or not, float64 [P, 2].
-        lengths: Number of points per ring, int64 [R].
-        owner: Number of the object to which a ring belongs, ascending, int64 [R].
-        missing: Reason (a key of `Tally.dropped`) if an object has no ring, str [N].
-    """
-
-    points_x0y0: NDArray[np.float64]
-    lengths: NDArray[np.int64]
-    owner: NDArray[np.int64]
-    missing: NDArray[np.str_]
-
-    def select(self, start: int, stop: int) -> "Rings":
-        """Return the rings of objects `start` to `stop` (exclusive), numbered from 0 again."""
-        first, last = np.searchsorted(self.owner, [start, stop])
-        offset = self.lengths[:first].sum()
-        lengths = self.lengths[first:last]
-        points = self.points_x0y0[offset : offset + lengths.sum()]
-        return Rings(points, lengths, self.owner[first:last] - start, self.missing[start:stop])
 
 
 def make_table(
@@ -101,16 +78,16 @@ def make_table(
         probs: Probabilities of the types, NaN if unknown, float32 [N].
         tally: Counts of the file; dropped and changed objects are added to it.
         centroid_x0y0: Centroids in level-0 px, float64 [N, 2]; None computes them.
-
-    Raises:
-        ValueError: An object has more than MAX_PARTS parts, so it is a class of nuclei.
     """
     batches = []
-    for start in range(0, len(names), BATCH):
-        stop = min(start + BATCH, len(names))
+    rings, source = split_classes(rings)
+    is_part = np.bincount(source)[source] > 1 if len(source) else source > 0
+    for start in range(0, len(source), BATCH):
+        stop = min(start + BATCH, len(source))
         kept, polygons = _outlines(rings.select(start, stop), tally)
-        rows = start + kept
-        if centroid_x0y0 is None:
+        tally.changed["class_part"] += int(is_part[start + kept].sum())
+        rows = source[start + kept]
+        if centroid_x0y0 is None or is_part[start + kept].any():
             centroids = shapely.get_coordinates(shapely.centroid(polygons))
         else:
             centroids = centroid_x0y0[rows]
@@ -133,7 +110,7 @@ def attach_report(table: pa.Table, tally: Tally) -> pa.Table:
         ValueError: The file holds objects, but none has the outline of a nucleus.
     """
     if tally.num_objects and not len(table):
-        reasons = ", ".join(f"{count} {name}" for name, count in tally.dropped.items())
+        reasons = ", ".join(f"{count} {name}" for name, count in (+tally.dropped).items())
         message = (
             f"{tally.source}: none of its {tally.num_objects} objects has the outline of a nucleus "
             f"({reasons}). Expected polygons; CellViT's cell_detection files hold only points: "
@@ -160,10 +137,12 @@ def class_name(value: object) -> str | None:
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return str(value).strip()
     if isinstance(value, dict):
-        value = value.get("name") or ": ".join(map(str, value.get("names") or []))
+        names = value.get("names")
+        joined = ": ".join(map(str, names)) if isinstance(names, list) else names
+        value = value.get("name") or joined
     return None if value is None else str(value).strip() or None
 
 
@@ -193,14 +172,7 @@ def _outlines(rings: Rings, tally: Tally) -> tuple[NDArray[np.int64], NDArray[np
     """Return which objects have an outline, int64 [K], and their valid polygons [K]."""
     reason = rings.missing.copy()
     tally.num_objects += len(reason)
-    most = np.bincount(rings.owner, minlength=1).max()
-    if most > MAX_PARTS:
-        message = (
-            f"{tally.source}: an object has {most} parts, so it is a class of nuclei rather than "
-            "a nucleus. Write one object per nucleus (geopandas: GeoDataFrame.explode). Parts "
-            "count as nuclei only in a bare list of classified MultiPolygon annotations"
-        )
-        raise ValueError(message)
+    tally.changed["hole_filled"] += len(np.unique(rings.owner[rings.has_hole]))
     polygons, owner = _polygons(rings, reason)
     invalid = ~shapely.is_valid(polygons)
     polygons[invalid] = _repair(polygons[invalid])

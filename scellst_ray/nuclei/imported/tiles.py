@@ -11,8 +11,11 @@ outlines pass through the middles of the outermost pixels and lie half a pixel u
 """
 
 import gzip
+import io
 import json
 import zlib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Frame
 from scellst_ray.nuclei.imported.read_json import read_json
 from scellst_ray.nuclei.imported.read_parquet import read_geoparquet
+from scellst_ray.nuclei.imported.sift import find_doubled, find_impossible
 from scellst_ray.nuclei.imported.table import REPORT_KEY, SEGMENTATION, import_report
 from scellst_ray.nuclei.instances import Nuclei
 
@@ -39,6 +43,8 @@ MAX_OUTSIDE = 0.05
 # Allowed median area of nuclei; that of any tissue is 15 to 100 um2.
 MEDIAN_UM2 = (5.0, 1000.0)
 ROW_GROUP = 5_000
+# Outlines as text shrink to a tenth or so. More than this is a file made to fill the memory.
+MAX_UNPACKED, FREE_UNPACKED = 60, 1 << 26
 _BY_TILE = pa.schema([pa.field("tile_id", pa.int64(), nullable=False), *SEGMENTATION])
 
 
@@ -76,14 +82,31 @@ def _text(path: Path, source: str) -> str:
     data, suffix = path.read_bytes(), path.suffix
     try:
         if data.startswith(b"\x1f\x8b"):
-            data, suffix = gzip.decompress(data), path.with_suffix("").suffix
+            data, suffix = _from_gzip(data), path.with_suffix("").suffix
         is_text = data.removeprefix(b"\xef\xbb\xbf")[:256].lstrip()[:1] in (b"{", b"[")
         if suffix == ".snappy" or not is_text:
             data = _from_snappy(data)
         return data.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        message = f"{source}: not readable as a segmentation ({error}); expected {FORMATS}"
+        hint = " in UTF-16: save it as UTF-8" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        message = f"{source}: not readable as a segmentation{hint} ({error}); expected {FORMATS}"
         raise ValueError(message) from error
+
+
+def _from_gzip(data: bytes) -> bytes:
+    """Return unpacked data, of at most MAX_UNPACKED times its length or FREE_UNPACKED bytes.
+
+    Raises:
+        ValueError: The data unpack to more.
+        OSError, EOFError, zlib.error: The data are damaged or cut off.
+    """
+    limit = max(FREE_UNPACKED, MAX_UNPACKED * len(data))
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        unpacked = file.read(limit + 1)
+    if len(unpacked) > limit:
+        message = f"its {len(data):,} bytes unpack to more than {limit:,}, so it is no outlines"
+        raise ValueError(message)
+    return unpacked
 
 
 def _from_snappy(data: bytes) -> bytes:
@@ -110,11 +133,12 @@ def _from_snappy(data: bytes) -> bytes:
 def check_within(
     table: pa.Table, width0: int, height0: int, source: str, mpp: float | None = None
 ) -> pa.Table:
-    """Return the nuclei whose centroid lies on the slide; count the rest as `outside`.
+    """Return the nuclei whose centroid lies on the slide, each once; count the rest by reason.
 
     A share of up to MAX_OUTSIDE may lie outside (nuclei on the edge of the scan). Coordinates in um
     or in px of a smaller level lie on the slide too. The size of the nuclei shows such a mistake,
-    if `mpp` is given.
+    if `mpp` is given. Objects that cannot be nuclei and nuclei that are there twice are left out
+    (sift.py); of nuclei that are the same the first in the file stays.
 
     Args:
         table: Table as `read_segmentation` returns it.
@@ -137,7 +161,9 @@ def check_within(
             f"{problem}. Convert them to level-0 px and give the converted file"
         )
         raise ValueError(message)
-    return _without_outside(table.filter(pa.array(inside)), int((~inside).sum()))
+    table = _without(table, {"outside": ~inside})
+    table = _without(table, {"doubled": find_doubled(table, source)})
+    return _without(table, find_impossible(table, mpp))
 
 
 def _problem(
@@ -147,7 +173,10 @@ def _problem(
     x0, y0 = table["x0"].to_numpy(), table["y0"].to_numpy()
     is_small = np.abs(x0).max() <= 180 and np.abs(y0).max() <= 90
     if import_report(table)["lonlat"] and is_small and (size0[0] > 180 or size0[1] > 90):
-        return "the file declares longitude and latitude, and the values are in their range"
+        return (
+            "the file declares longitude and latitude (GeoParquet without `crs` does), and the "
+            "values are in their range; if they are px, write the file with `crs` null"
+        )
     if 1 - inside.mean() <= MAX_OUTSIDE:
         return None if mpp is None else _size_problem(table, mpp)
     inside_swapped = (y0 >= 0) & (y0 < size0[0]) & (x0 >= 0) & (x0 < size0[1])
@@ -165,7 +194,9 @@ def _problem(
 
 def _size_problem(table: pa.Table, mpp: float) -> str | None:
     """Return that the nuclei are too small or too large for their slide, or None."""
-    median_um2 = float(np.median(table["area0"].to_numpy())) * mpp**2
+    area0 = table["area0"].to_numpy()
+    # Of an even number the lower one: a nucleus and a region have the median of a nucleus.
+    median_um2 = float(np.quantile(area0, 0.5, method="lower")) * mpp**2
     if MEDIAN_UM2[0] <= median_um2 <= MEDIAN_UM2[1]:
         return None
     return (
@@ -175,12 +206,20 @@ def _size_problem(table: pa.Table, mpp: float) -> str | None:
     )
 
 
-def _without_outside(table: pa.Table, num_outside: int) -> pa.Table:
-    """Return the table with `num_outside` nuclei added to the report's dropped ones."""
+def _without(table: pa.Table, reasons: Mapping[str, NDArray[np.bool_]]) -> pa.Table:
+    """Return the table without the rows that have a reason, which the report then counts.
+
+    Args:
+        table: SEGMENTATION table of N rows.
+        reasons: For each reason which rows it has, bool [N]; no row has two.
+    """
+    counts = {reason: int(rows.sum()) for reason, rows in reasons.items() if rows.any()}
+    if not counts:
+        return table
     report = import_report(table)
-    dropped = report["dropped"]
-    if num_outside:
-        dropped["outside"] = dropped.get("outside", 0) + num_outside
+    report["dropped"] = dict(Counter(report["dropped"]) + Counter(counts))
+    kept = ~np.logical_or.reduce(list(reasons.values()))
+    table = table.filter(pa.array(kept))
     return table.replace_schema_metadata({REPORT_KEY: json.dumps(report).encode()})
 
 
@@ -210,9 +249,11 @@ def publish_by_tile(
     num_columns, num_rows = len(edges_x) - 1, len(edges_y) - 1
     inside = (column >= 0) & (column < num_columns) & (row >= 0) & (row < num_rows)
     tile_id = row * num_columns + column
+    table, tile_id, x0, y0 = (
+        _without(table, {"outside": ~inside}),
+        *(values[inside] for values in (tile_id, x0, y0)),
+    )
     order = np.lexsort((x0, y0, tile_id))
-    order = order[inside[order]]
-    table = _without_outside(table, len(table) - len(order))
     metadata = dict(table.schema.metadata)
     schema = schemas.sign_schema(_BY_TILE, "SEGMENTATION", extra=metadata)
     # A million nuclei in one array exceed the 2 GiB of 32-bit offsets.

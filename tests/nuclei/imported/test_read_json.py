@@ -220,10 +220,100 @@ def test_one_object_in_parts_is_its_largest_part(kind):
     assert import_report(table)["changed"]["largest_part"] == 1
 
 
-def test_a_class_in_a_collection_is_refused():
-    (feature,) = _per_class({"Dead": [_closed(20 * i, 0) for i in range(65)]})
-    with pytest.raises(ValueError, match="an object has 65 parts, so it is a class of nuclei"):
-        _read(_collection(feature))
+@pytest.mark.parametrize("num_parts", [2, 3, 7, 8, 64, 65])
+@pytest.mark.parametrize("kind", ["annotation", "detection"])
+def test_a_class_in_a_collection_is_its_parts(num_parts, kind):
+    rings = [_closed(20 * (i % 9), 20 * (i // 9)) for i in range(num_parts)]
+    (feature,) = _per_class({"Dead": rings})
+    feature["properties"]["objectType"] = kind
+    other = _feature(_polygon(900, 900), kind, {"name": "Immune"})
+    for document in (_collection(feature, other), _collection(other, feature)):
+        table = _read(document)
+        assert sorted(_bounds(table))[:num_parts] == sorted([*ring[0], *ring[2]] for ring in rings)
+        assert sorted(table["nucleus_type"].to_pylist()) == ["Dead"] * num_parts + ["Immune"]
+        report = import_report(table)
+        assert report["changed"] == {"class_part": num_parts}
+        assert report["num_objects"] == num_parts + 1
+
+
+def test_holes_and_damage_of_a_class_are_those_of_its_parts():
+    holed = [_closed(40, 0, 30), _closed(50, 10)]
+    flat = [[[1, 1], [9, 1], [1, 1], [1, 1]]]
+    coordinates = [[_closed(0, 0)], holed, flat, [_closed(0, 60)]]
+    geometry = {"type": "MultiPolygon", "coordinates": coordinates}
+    report = import_report(_read(_collection(_feature(geometry, classification="Dead"))))
+    assert report["changed"] == {"class_part": 3, "hole_filled": 1}
+    assert report["dropped"] == {"no_area": 1}
+    assert report["num_objects"] == 4
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(0, 0, 10, 20), (10, 0, 10, 20)],
+        [(0, 0, 10, 20), (12, 0, 10, 20)],
+        [(0, 0, 10, 10), (10, 10, 10, 10)],
+        [(0, 0, 9, 9), (10, 0, 9, 9), (0, 10, 9, 9), (10, 10, 9, 9)],
+        [(0, 0, 20, 20), (90, 90, 2, 2)],
+        [(0, 0, 20, 20), *((25 + 3 * i, 0, 2, 2) for i in range(99))],
+    ],
+)
+def test_one_nucleus_in_pieces_stays_one(parts):
+    rings = [shapely.box(x, y, x + w, y + h).exterior.coords[:] for x, y, w, h in parts]
+    geometry = {"type": "MultiPolygon", "coordinates": [[ring] for ring in rings]}
+    table = _read(_collection(_feature(geometry)))
+    assert import_report(table)["changed"] == {"largest_part": 1}
+    assert table["area0"].to_pylist() == [max(w * h for _, _, w, h in parts)]
+
+
+def test_polygons_in_collections_of_geometries_are_found():
+    pieces = {"type": "MultiPolygon", "coordinates": [[_closed(0, 0)], [_closed(10, 0)]]}
+    point = {"type": "Point", "coordinates": [1, 2]}
+    inner = {"type": "GeometryCollection", "geometries": [point, pieces]}
+    both = {"type": "GeometryCollection", "geometries": [inner, _polygon(90, 0)]}
+    assert len(_read(_collection(_feature(inner)))) == 1
+    for document in (both, [both], _collection(_feature(both)), _feature(both)):
+        table = _read(document)
+        assert _bounds(table) == [[0, 0, 10, 10], [10, 0, 20, 10], [90, 0, 100, 10]]
+    empty = {"type": "GeometryCollection", "geometries": None}
+    table = _read(_collection(_feature(empty), _feature(_polygon(0, 0))))
+    assert import_report(table)["dropped"] == {"no_outline": 1}
+
+
+def test_bare_geometries_are_objects():
+    assert _bounds(_read(_polygon(5, 5))) == [[5, 5, 15, 15]]
+    assert len(_read([_polygon(5, 5), _polygon(50, 5)])) == 2
+    with pytest.raises(ValueError, match=r"outline of a nucleus \(1 not_polygon\)"):
+        _read({"type": "Point", "coordinates": [1, 2]})
+
+
+def test_features_without_geometry_are_counted():
+    nothing = [None, {}, {"type": "Feature"}, {"type": "Feature", "geometry": None}, 7]
+    nothing.append({"type": "Feature", "properties": {"objectType": "annotation"}})
+    table = _read(_collection(*nothing, {"type": "Feature", "geometry": _polygon(5, 5)}))
+    report = import_report(table)
+    assert (len(table), report["num_objects"], report["dropped"]) == (1, 7, {"no_outline": 6})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"type": "Feature", "geometry": ' * 100_000, "nested too deeply"),
+        ("[" + "9" * 5000 + "]", "damaged JSON"),
+        ('{"features": [', "damaged JSON"),
+        ('{"features": NaN}', "expected CellViT's cells.json"),
+    ],
+)
+def test_json_that_cannot_be_parsed_gives_a_line(text, words):
+    with pytest.raises(ValueError, match=f"^s: .*{words}"):
+        read_json(text, "s")
+
+
+def test_numbers_that_are_none_cost_their_object():
+    text = json.dumps(_collection(_feature(_polygon(5, 5)), _feature(_polygon(0.25, 0))))
+    table = read_json(text.replace("10.25", "-Infinity").replace("0.25", "NaN"), "s")
+    assert import_report(table)["dropped"] == {"not_finite": 1}
 
 
 def test_qupath_cells_are_their_nuclei_and_regions_are_left_out():

@@ -1,4 +1,5 @@
 import json
+import struct
 
 import geopandas
 import numpy as np
@@ -151,10 +152,61 @@ def test_what_is_no_polygon_is_counted(tmp_path):
     assert import_report(table)["dropped"] == {"not_polygon": 2}
 
 
-def test_a_whole_class_in_one_row_is_refused(tmp_path):
-    many = shapely.MultiPolygon([shapely.box(i * 20, 0, i * 20 + 9, 9) for i in range(80)])
-    with pytest.raises(ValueError, match=r"an object has 80 parts.*explode"):
-        _read(tmp_path, {"class": ["a"]}, [many])
+@pytest.mark.parametrize("encoding", ["WKB", "geoarrow"])
+def test_a_class_in_one_row_is_its_parts(tmp_path, encoding):
+    classes = [
+        shapely.MultiPolygon([shapely.box(i * 20, y, i * 20 + 9, y + 9) for i in range(num)])
+        for num, y in ((80, 0), (2, 50), (1, 100))
+    ]
+    names = {"class": ["a", "b", "c"]}
+    table = _read(tmp_path, names, classes, geometry_encoding=encoding)
+    assert table["nucleus_type"].to_pylist() == ["a"] * 80 + ["b"] * 2 + ["c"]
+    parts = shapely.get_parts(classes)
+    assert shapely.equals(_polygons(table), parts).all()
+    assert table["x0"].to_pylist() == shapely.get_x(shapely.centroid(parts)).tolist()
+    assert import_report(table)["changed"] == {"class_part": 82}
+
+
+def test_polygons_in_collections_of_geometries_are_found(tmp_path):
+    inner = shapely.GeometryCollection([shapely.Point(0, 0), shapely.MultiPolygon(POLYGONS)])
+    shapes = [shapely.GeometryCollection([inner]), shapely.GeometryCollection()]
+    table = _read(tmp_path, {}, shapes)
+    assert shapely.equals(_polygons(table), POLYGONS).all()
+    assert import_report(table)["dropped"] == {"no_outline": 1}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("code", [7, 1007, 0x20000007])
+def test_collections_in_each_other_without_end_cost_their_row(tmp_path, order, code):
+    """GEOS ends the process on such a geometry."""
+    head = struct.pack(f"{order}BI", order == "<", code)
+    head += struct.pack(f"{order}I", 4326) * (code > 2000) + struct.pack(f"{order}I", 1)
+    geo = {"primary_column": "g", "columns": {"g": {"encoding": "WKB", "crs": None}}}
+    table = pa.table({"g": [head * 200_000, *shapely.to_wkb(POLYGONS)]})
+    pq.write_table(table.replace_schema_metadata({"geo": json.dumps(geo)}), tmp_path / "s.parquet")
+    read = read_geoparquet(tmp_path / "s.parquet", "uri")
+    assert shapely.equals_exact(_polygons(read), POLYGONS).all()
+
+
+@pytest.mark.parametrize("encoding", ["WKB", "polygon", "multipolygon"])
+@pytest.mark.parametrize(
+    "values",
+    [["POLYGON ((0 0, 1 1))"], [1], [[1.5]], [[[1.5]]], [{"x": 1.0}], [[[{"x": 1.0, "z": 2.0}]]]],
+)
+def test_columns_that_cannot_hold_polygons_give_a_line(tmp_path, encoding, values):
+    geo = {"primary_column": "g", "columns": {"g": {"encoding": encoding, "crs": None}}}
+    table = pa.table({"g": values}).replace_schema_metadata({"geo": json.dumps(geo)})
+    pq.write_table(table, tmp_path / "s.parquet")
+    with pytest.raises(ValueError, match=r"^uri: column g is .* cannot hold polygons"):
+        read_geoparquet(tmp_path / "s.parquet", "uri")
+
+
+def test_other_geometry_columns_and_bounds_are_passed_over(tmp_path):
+    frame = geopandas.GeoDataFrame({"other": [shapely.Point(1, 1)] * 3}, geometry=POLYGONS)
+    frame["other"] = geopandas.GeoSeries(frame["other"])
+    frame.to_parquet(tmp_path / "s.parquet", write_covering_bbox=True)
+    read = read_geoparquet(tmp_path / "s.parquet", "uri")
+    assert shapely.equals_exact(_polygons(read), POLYGONS).all()
 
 
 def test_damaged_geometry_is_counted(tmp_path):
@@ -197,6 +249,17 @@ def test_other_parquet_files_are_refused(tmp_path, geo):
         ({"crs": {"type": "ProjectedCRS", "name": "UTM"}}, False),
         ({"crs": 'GEOGCRS["WGS 84"]'}, True),
         ({"crs": 'LOCAL_CS["slide"]'}, False),
+        ({"crs": "OGC:CRS84"}, True),
+        ({"crs": "urn:ogc:def:crs:OGC:1.3:CRS84"}, True),
+        ({"crs": "EPSG:4326"}, True),
+        ({"crs": "EPSG:32633"}, False),
+        ({"crs": {"id": {"authority": "OGC", "code": "CRS84"}}}, True),
+        ({"crs": {"type": "GeodeticCRS"}}, True),
+        ({"crs": {"type": "BoundCRS", "source_crs": {"type": "GeographicCRS"}}}, True),
+        ({"crs": {"type": "CompoundCRS", "components": [{"type": "GeographicCRS"}]}}, True),
+        ({"crs": {"type": "ProjectedCRS", "base_crs": {"type": "GeographicCRS"}}}, False),
+        ({"crs": {"type": "EngineeringCRS"}}, False),
+        ({"crs": [1]}, False),
     ],
 )
 def test_a_missing_crs_means_longitude_and_latitude(tmp_path, crs, lonlat):

@@ -155,10 +155,41 @@ def test_coordinates_of_something_else_are_refused_with_a_cause(tmp_path, change
 @pytest.mark.parametrize(("radius", "median"), [(8 * 0.25, "0.7"), (400, "3.1")])
 def test_sizes_tell_coordinates_in_um_or_of_regions(tmp_path, radius, median):
     table = _table(tmp_path, _scattered(50), radius)
-    assert len(check_within(table, WIDTH0, HEIGHT0, "s")) == 50
     expected = rf"median nucleus would have {median}.* um2 at 0.25 um/px"
     with pytest.raises(ValueError, match=expected):
         check_within(table, WIDTH0, HEIGHT0, "s", mpp=0.25)
+
+
+def test_objects_that_are_no_nuclei_or_there_twice_are_counted_by_reason(tmp_path):
+    discs = _discs(_scattered(90), 8)
+    region, speck = shapely.box(10, 10, 3900, 2900), shapely.box(30, 30, 31.5, 31.5)
+    path = _written(tmp_path / "s.parquet", [region, *discs, speck, *discs[:7]])
+    table = check_within(read_segmentation(path, "s"), WIDTH0, HEIGHT0, "s", 0.5)
+    assert table["polygon"].to_pylist() == shapely.to_wkb(discs).tolist()
+    report = import_report(table)
+    assert report["dropped"] == {"too_large": 1, "too_small": 1, "doubled": 7}
+    assert report["num_objects"] == 99
+
+
+def test_a_nucleus_and_a_region_have_the_median_of_a_nucleus(tmp_path):
+    shapes = [shapely.box(10, 10, 3900, 2900), *_discs([[50, 50]], 8)]
+    table = read_segmentation(_written(tmp_path / "s.parquet", shapes), "s")
+    assert len(check_within(table, WIDTH0, HEIGHT0, "s", 0.5)) == 1
+
+
+def test_gzip_is_unpacked_within_a_bound(tmp_path, monkeypatch):
+    (tmp_path / "s.json.gz").write_bytes(gzip.compress(b"[" + b" " * 100_000 + b"]"))
+    assert len(read_segmentation(tmp_path / "s.json.gz", "s")) == 0
+    monkeypatch.setattr(module, "FREE_UNPACKED", 5_000)
+    with pytest.raises(ValueError, match=r"^s: not readable .* unpack to more than [\d,]+"):
+        read_segmentation(tmp_path / "s.json.gz", "s")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_of_text_give_a_line(tmp_path, encoding):
+    (tmp_path / "s.json").write_bytes(json.dumps(CELLS_JSON).encode(encoding))
+    with pytest.raises(ValueError, match=r"^s: (not readable|damaged JSON)"):
+        read_segmentation(tmp_path / "s.json", "s")
 
 
 def test_longitude_and_latitude_are_refused_but_not_px_called_so(tmp_path):
