@@ -21,6 +21,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import polars as pl
+import zarr
 from numpy.typing import NDArray
 
 from scellst_ray import storage
@@ -112,7 +113,7 @@ def to_anndata(
     adata = ad.AnnData(
         X=_expression(run, chosen, names, cells),
         obs=_obs(cells),
-        var=pd.DataFrame(index=pd.Index(names, dtype=str)),
+        var=pd.DataFrame(index=pd.Index(names, dtype=object)),
     )
     adata.obsm["spatial"] = cells.select("x0", "y0").to_numpy().astype(np.float64)
     if not wants_genes and run.embedding_dim is not None:
@@ -205,7 +206,7 @@ def _obs(cells: pl.DataFrame) -> pd.DataFrame:
             "area": cells["area_um2"].to_numpy(),
             "slide_id": slide_id,
         },
-        index=pd.Index(index.to_series().to_list(), dtype=str),
+        index=pd.Index(index.to_series().to_list(), dtype=object),
     )
 
 
@@ -276,6 +277,7 @@ def _publish_zarr(out: str, adata: ad.AnnData) -> None:
         with ad.settings.override(zarr_write_format=2), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Writing zarr v2", UserWarning)
             adata.write_zarr(store)
+        _remove_nulls(store)
         if not local:
             _upload(store, out)
             return
@@ -284,6 +286,18 @@ def _publish_zarr(out: str, adata: ad.AnnData) -> None:
         store.rename(path)
     finally:
         shutil.rmtree(folder)
+
+
+def _remove_nulls(store: Path) -> None:
+    """Remove elements that are absent: anndata before 0.12 cannot read their encoding "null"."""
+    group = zarr.open_group(store, mode="r+", zarr_format=2)
+    absent = [name for name, part in group.members() if part.attrs.get("encoding-type") == "null"]
+    for name in absent:
+        del group[name]
+    if absent:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Consolidated metadata", UserWarning)
+            zarr.consolidate_metadata(store, zarr_format=2)
 
 
 def _upload(store: Path, out: str) -> None:

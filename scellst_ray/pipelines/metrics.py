@@ -9,6 +9,7 @@ import time
 from collections import Counter as TallyOf
 from collections.abc import Callable
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,7 @@ from scellst_ray.runs.records import SlideRecord
 PREFIX = "scellst_ray"
 # Prometheus asks every few seconds at most.
 SHOW_EVERY_S = 1.0
+PRINTABLE = "".join(map(chr, range(32, 127))).replace("%", "")
 STATUSES = ("done", "empty", "partial", "failed")
 
 
@@ -39,8 +41,13 @@ def run_name(run: RunFolder) -> str:
     return run.uri.rstrip("/").rsplit("/", 1)[-1].partition("?")[0]
 
 
+def ascii_tag(text: str) -> str:
+    """Return text as a tag: Ray takes ASCII alone, so all else is percent-encoded as in a URL."""
+    return quote(text, safe=PRINTABLE, errors="surrogateescape")
+
+
 def _tags(run: RunFolder) -> dict[str, str]:
-    return {"run": run_name(run), "digest": run.digest}
+    return {"run": ascii_tag(run_name(run)), "digest": run.digest}
 
 
 class WorkerMetrics:

@@ -4,22 +4,29 @@ import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from scellst_ray.core.geometry import check_mpp
 from scellst_ray.core.resolution import CONFIRMED
+from scellst_ray.slides.text_tables import (
+    MAX_BYTES,
+    TextTable,
+    number_text,
+    present,
+    read_text_table,
+)
 from scellst_ray.storage.credentials import redact, secret_in
 from scellst_ray.storage.retries import call_with_retries
-
-if TYPE_CHECKING:
-    import polars as pl
 
 ALIASES = {"path": "uri", "wsi": "uri", "wsi_mpp": "mpp"}
 PATH_COLUMNS = ("spots", "spot_positions", "segmentation", "xenium", "xenium_alignment")
 YES, NO = ("yes", "y", "true", "t", "1", "1.0"), ("no", "n", "false", "f", "0", "0.0")
+NUMBER_COLUMNS = ("spot_diameter_um",)
+# A file name has at most 255 bytes; those of a slide have up to 26 more than its slide_id.
+MAX_ID = 200
 SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -62,27 +69,29 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
         ValueError: The manifest has no rows or lacks a column, a slide_id is repeated, empty or
             unsafe as a file name, or a uri is empty. The message lists all problems.
     """
-    frame = _read_frame(uri)
-    for old, new in ALIASES.items():
-        if old in frame.columns and new not in frame.columns:
-            frame = frame.rename({old: new})
-    missing = [name for name in ("slide_id", "uri", *required) if name not in frame.columns]
+    table = _read_table(uri)
+    renamed = _aliases(table.columns)
+    columns = [renamed.get(name, name) for name in table.columns]
+    missing = [name for name in ("slide_id", "uri", *required) if name not in columns]
     if missing:
-        hints = [get_close_matches(name, frame.columns, n=1) for name in missing]
+        hints = [get_close_matches(name, columns, n=1) for name in missing]
         near = ", ".join(f"{hint[0]!r}" for hint in hints if hint)
         message = (
             f"{uri}: needed column(s) {', '.join(missing)} not found; the manifest has "
-            f"{', '.join(frame.columns)}{f' (did you mean {near}?)' if near else ''}"
+            f"{', '.join(columns)}{f' (did you mean {near}?)' if near else ''}"
         )
         raise ValueError(message)
-    if frame.is_empty():
+    if not table.rows:
         message = f"{uri}: the manifest has no rows; list at least one slide"
         raise ValueError(message)
     # Absolute paths mean the same in every process.
     fs, path = fsspec.core.url_to_fs(uri)
     base = (str(path) if isinstance(fs, LocalFileSystem) else uri).rsplit("/", 1)[0]
-    rows = [_slide_row(values, base) for values in frame.iter_rows(named=True)]
-    problems = _problems(rows)
+    rows = [
+        _slide_row({renamed.get(name, name): value for name, value in row.items()}, base)
+        for row in table.rows
+    ]
+    problems = _problems(rows, table.numbers)
     if problems:
         message = f"{uri}: " + "; ".join(problems)
         raise ValueError(message)
@@ -107,10 +116,17 @@ def select_slides(slides: list[SlideRow], slide_ids: list[str] | None) -> list[S
     return [slide for slide in slides if slide.slide_id in set(slide_ids)]
 
 
-def _read_frame(uri: str) -> "pl.DataFrame":
-    """Read the manifest as a polars frame, CSV values as strings."""
-    import polars as pl  # noqa: PLC0415 - workers import this module but read no manifest
+def _aliases(columns: list[str]) -> dict[str, str]:
+    """Return new names of columns by old ones; of two aliases the first wins."""
+    renamed: dict[str, str] = {}
+    for old, new in ALIASES.items():
+        if old in columns and new not in (*columns, *renamed.values()):
+            renamed[old] = new
+    return renamed
 
+
+def _read_table(uri: str) -> TextTable:
+    """Read the rows of a manifest: those of CSV are text, those of Parquet have values."""
     fs, path = fsspec.core.url_to_fs(uri)
     is_local = isinstance(fs, LocalFileSystem)
     if is_local and not fs.isfile(path):
@@ -118,29 +134,48 @@ def _read_frame(uri: str) -> "pl.DataFrame":
         raise FileNotFoundError(message)
 
     def read() -> bytes:
-        return bytes(fs.cat_file(path))
+        # A slide that is given for a manifest may have any size.
+        return bytes(fs.cat_file(path, end=MAX_BYTES + 1 if is_local else None))
 
     content = read() if is_local else call_with_retries(read, redact(uri))
     try:
-        if uri.endswith((".parquet", ".pq")):
-            return pl.read_parquet(content)
-        # Read strings only: a slide_id of "007" must keep its zeros.
-        frame = pl.read_csv(content, infer_schema=False)
-    except pl.exceptions.PolarsError as error:
-        reason = str(error).partition("\n")[0]
-        message = f"{uri}: cannot be read as a manifest ({reason}); expected CSV or Parquet"
+        if uri.endswith((".parquet", ".pq")) or content.startswith(b"PAR1"):
+            return _read_parquet(content)
+        return read_text_table(content)
+    except ValueError as error:
+        message = f"{uri}: cannot be read as a manifest: {error}; expected CSV or Parquet"
         raise ValueError(message) from error
-    # Spreadsheets write empty lines.
-    return frame.filter(~pl.all_horizontal(pl.all().is_null()))
+
+
+def _read_parquet(content: bytes) -> TextTable:
+    """Read a Parquet table, without the index of pandas.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    import polars as pl  # noqa: PLC0415 - workers import this module but read no manifest
+
+    try:
+        frame = pl.read_parquet(content)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(str(error).partition("\n")[0]) from error
+    names = [name for name in frame.columns if not name.startswith("__index_level_")]
+    rows = [
+        {name: present(value) for name, value in row.items()}
+        for row in frame.select(names).iter_rows(named=True)
+    ]
+    kept = [number for number, row in enumerate(rows) if any(v is not None for v in row.values())]
+    return TextTable(names, [rows[number] for number in kept], [number + 1 for number in kept])
 
 
 def _slide_row(values: dict[str, Any], base: str) -> SlideRow:
     """Turn one line of the manifest into a row; relative paths start at the folder `base`."""
-    kept = {key: value for key, value in values.items() if value is not None and value != ""}
-    slide_id, uri = str(kept.pop("slide_id", "")).strip(), str(kept.pop("uri", "")).strip()
+    kept = {key: value for key, value in values.items() if value is not None}
+    slide_id, uri = str(kept.pop("slide_id", "")), str(kept.pop("uri", ""))
     mpp, mpp_error = _parse_mpp(kept.pop("mpp", None), slide_id)
     confirmed, confirmed_error = _parse_confirmed(kept.pop(CONFIRMED, None), slide_id)
     kept |= {key: absolute(str(kept[key]), base) for key in PATH_COLUMNS if key in kept}
+    kept |= {key: number_text(kept[key]) for key in NUMBER_COLUMNS if key in kept}
     mpp_error = mpp_error or confirmed_error
     return SlideRow(slide_id, absolute(uri, base), mpp, mpp_error, kept, confirmed, base)
 
@@ -158,8 +193,10 @@ def _parse_mpp(value: Any, slide_id: str) -> tuple[float | None, str | None]:  #
         return None, None
     source = f"slide {slide_id!r} in the manifest"
     try:
-        return check_mpp(float(value), source), None
-    except ValueError as error:
+        if isinstance(value, bool):
+            raise TypeError
+        return check_mpp(float(number_text(value)), source), None
+    except (TypeError, ValueError) as error:
         text = str(error)
         return None, text if source in text else f"{source}: mpp {value!r} is not a number"
 
@@ -178,21 +215,38 @@ def _parse_confirmed(
     return True, None
 
 
-def _problems(rows: list[SlideRow]) -> list[str]:
+def _problems(rows: list[SlideRow], numbers: list[int]) -> list[str]:
     """Return the problems that make the whole manifest unusable."""
     problems = []
-    seen: set[str] = set()
-    for number, row in enumerate(rows, start=1):
+    seen: dict[str, str] = {}
+    for number, row in zip(numbers, rows, strict=True):
+        if not row.slide_id:
+            problems.append(
+                f"row {number}: slide_id '' is empty, or a text for missing values such as NA; "
+                "give the slide a name"
+            )
+            continue
         if not SLIDE_ID.fullmatch(row.slide_id) or ".." in row.slide_id:
             problems.append(
                 f"row {number}: slide_id {row.slide_id!r} cannot name a file; use letters, digits, "
                 "'_', '-', '+' and single dots"
             )
-        if row.slide_id in seen:
+        if len(row.slide_id) > MAX_ID:
+            problems.append(
+                f"row {number}: slide_id {row.slide_id[:40]}... has {len(row.slide_id):,} "
+                f"characters; files are named after it, so give at most {MAX_ID}"
+            )
+        other = seen.get(row.slide_id.lower())
+        if other == row.slide_id:
             problems.append(f"row {number}: slide_id {row.slide_id!r} occurs twice; rename one")
+        elif other is not None:
+            problems.append(
+                f"row {number}: slide_id {row.slide_id!r} differs from {other!r} only in case, and "
+                "some file systems take both for one name; rename one"
+            )
         if not row.uri:
             problems.append(f"row {number}: slide {row.slide_id!r} has no uri; name its image")
         texts = (row.uri, *(text for text in row.columns.values() if isinstance(text, str)))
         problems += [f"row {number}: {reason}" for reason in map(secret_in, texts) if reason]
-        seen.add(row.slide_id)
+        seen[row.slide_id.lower()] = row.slide_id
     return problems

@@ -1,10 +1,12 @@
 """Exports opened with anndata, scanpy and squidpy, and compared with what the run holds."""
 
+import json
 import warnings
 
 import anndata as ad
 import cv2
 import fsspec
+import h5py
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -251,3 +253,26 @@ def test_scanpy_and_squidpy_work_on_the_file(predicted, tmp_path, thumbnail_px):
     rows, columns = graph.nonzero()
     assert len(rows) >= 6 * adata.n_obs
     assert (region[rows] == region[columns]).all()
+
+
+OLD_ENCODINGS = {
+    *("anndata", "array", "categorical", "dataframe", "dict", "numeric-scalar", "string"),
+    "string-array",
+}
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_stores_hold_only_encodings_that_older_readers_know(tmp_path, head):
+    """Those of anndata 0.10, which knows neither "null" nor "nullable-string-array"."""
+    run = make_run(tmp_path, head=head)
+    write_anndata(run, str(tmp_path / "a.zarr"))
+    write_anndata(run, str(tmp_path / "a.h5ad"))
+    found = [json.loads(path.read_text()) for path in (tmp_path / "a.zarr").rglob(".zattrs")]
+    consolidated = json.loads((tmp_path / "a.zarr" / ".zmetadata").read_text())["metadata"]
+    found += [value for name, value in consolidated.items() if name.endswith(".zattrs")]
+    with h5py.File(tmp_path / "a.h5ad") as file:
+        file.visititems(lambda _, item: found.append(dict(item.attrs)))
+    assert {attributes["encoding-type"] for attributes in found} <= OLD_ENCODINGS
+    assert "raw/.zattrs" not in consolidated
+    assert "X/.zattrs" in consolidated
+    assert len(ad.read_zarr(tmp_path / "a.zarr")) == len(ad.read_h5ad(tmp_path / "a.h5ad"))

@@ -10,6 +10,7 @@ from scellst_ray.pipelines import metrics as module
 from scellst_ray.pipelines.metrics import (
     DriverMetrics,
     WorkerMetrics,
+    ascii_tag,
     report_with_metrics,
     run_name,
 )
@@ -122,3 +123,31 @@ def test_rays_own_metrics_take_them():
     metrics = WorkerMetrics(RUN)
     metrics.count(receipts({"tile_id": 1, "num_cells": 7, "seconds_read": 0.5}))
     DriverMetrics(RUN).show(Progress(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("run 7 (b), #2", "run 7 (b), #2"),
+        ("läufe", "l%C3%A4ufe"),
+        ("la\u0308ufe", "la%CC%88ufe"),
+        ("実験", "%E5%AE%9F%E9%A8%93"),
+        ("\U0001f9ec", "%F0%9F%A7%AC"),
+        ("50%", "50%25"),
+        ("a\nb", "a%0Ab"),
+        ("l\udce4ufe", "l%E4ufe"),
+    ],
+)
+def test_a_tag_is_ascii_whatever_the_folder_is_called(monkeypatch, name, tag):
+    assert ascii_tag(name) == tag
+    made = {}
+
+    class Tagged(Recorded):
+        def set_default_tags(self, tags):
+            made.update(tags)
+            return super().set_default_tags(tags)
+
+    monkeypatch.setattr(module, "Counter", Tagged)
+    WorkerMetrics(RunFolder(f"/runs/{name}", "0123"))
+    assert made == {"run": tag, "digest": "0123"}
+    assert all(text.isascii() and text.isprintable() for text in made.values())

@@ -1,12 +1,16 @@
+import gzip
+from datetime import date, datetime
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scellst_ray.core.geometry import check_mpp
-from scellst_ray.slides.manifest import absolute, read_manifest
+from scellst_ray.slides.manifest import PATH_COLUMNS, absolute, read_manifest
 
 
 def manifest(folder, text, name="m.csv"):
@@ -80,7 +84,9 @@ def test_a_uri_does_not_depend_on_how_the_manifest_is_named(tmp_path, monkeypatc
     assert {read_manifest(name)[0].uri for name in named} == {f"{tmp_path}/x.tif"}
 
 
-@pytest.mark.parametrize("mpp", ["0", "-0.5", "0.05", "5", "nan", "inf", "0,5", "half"])
+@pytest.mark.parametrize(
+    "mpp", ["0", "-0.5", "0.05", "5", "inf", "1e400", "0,05", "1.234,5", "half", "true"]
+)
 def test_a_bad_mpp_is_the_slides_own_error(tmp_path, mpp):
     text = f'slide_id,uri,mpp\nbad,x.tif,"{mpp}"\ngood,y.tif,0.5\n'
     bad, good = read_manifest(manifest(tmp_path, text))
@@ -109,14 +115,19 @@ def test_check_mpp_refuses_the_rest_with_name_and_remedy(mpp):
         ("", "cannot be read as a manifest"),
         ("slide_id,uri\na,b,c\n", "cannot be read as a manifest"),
         ("slide_id,uri\na,x\na,y\n", r"row 2: slide_id 'a' occurs twice"),
-        ("slide_id,uri\n,x\n", r"row 1: slide_id ''"),
+        ("slide_id,uri\n,x\n", r"row 1: slide_id '' is empty"),
+        ("slide_id,uri\nNA,x\n", r"row 1: slide_id '' is empty, or a text for missing values such"),
+        ("slide_id,uri\na,NA\n", r"row 1: slide 'a' has no uri"),
+        (f"slide_id,uri\n{'a' * 201},x\n", r"row 1: slide_id a{40}\.\.\. has 201 characters"),
+        ("slide_id,uri\np1,x\n\nP1,y\n", r"row 3: slide_id 'P1' differs from 'p1' only in case"),
+        ("slide_id;uri;mpp;mpp\na;x;1;1\n", r"column\(s\) mpp occur twice"),
         ("slide_id,uri\na,\n", r"row 1: slide 'a' has no uri"),
         ("slide_id,uri\na/b,x\n", "a/b"),
         ("slide_id,uri\n..,x\n", "cannot name a file"),
         ("slide_id,uri\na..b,x\n", "cannot name a file"),
         ("slide_id,uri\na\\b,x\n", "cannot name a file"),
         ("slide_id,uri\n.hidden,x\n", "cannot name a file"),
-        ("slide_id,uri\na\u0000b,x\n", "cannot name a file"),
+        ("slide_id,uri\na\u0000b,x\n", "bytes of value 0"),
     ],
 )
 def test_a_manifest_that_cannot_be_used(tmp_path, text, match):
@@ -149,3 +160,65 @@ def test_a_damaged_parquet_manifest(tmp_path):
     path = manifest(tmp_path, b"PAR1 but not really", "m.parquet")
     with pytest.raises(ValueError, match=r"m.parquet: cannot be read as a manifest"):
         read_manifest(path)
+
+
+MISSING = ["NA", "N/A", "n/a", "nan", "NaN", "None", "NULL", "null", "#N/A", "-", "<NA>", "", " "]
+
+
+@pytest.mark.parametrize("text", [*MISSING, *(f'"{text}"' for text in MISSING)])
+def test_texts_for_missing_values_are_empty_fields(tmp_path, text):
+    """As R, pandas, SQL and spreadsheets write them, in every column."""
+    names = ["mpp", *PATH_COLUMNS, "patient_id", "spot_diameter_um", "mpp_confirmed"]
+    row = ",".join([text] * len(names))
+    (slide,) = read_manifest(manifest(tmp_path, f'"slide_id",uri,{",".join(names)}\n"S",s,{row}\n'))
+    assert (slide.slide_id, slide.mpp, slide.mpp_error, slide.columns) == ("S", None, None, {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '"slide_id","uri","mpp"\n"1","a","s.svs",0.25\n',
+        '"","slide_id","uri","mpp"\n"1","a","s.svs",0.25\n',
+        "slide_id;uri;mpp\na;s.svs;0,25\n",
+        "sep=;\nslide_id;uri;mpp\r\na;s.svs;0,25\r\n;;\r\n",
+        "slide_id\turi\tmpp\na\ts.svs\t0.25\n",
+        "slide_id,uri,mpp,,\na,s.svs,0.25,,\n\n,,,,\n",
+        "slide_id,uri,mpp\ra,s.svs,0.25\r",
+        "slide_id\turi\tmpp\na\ts.svs\t0,25\n".encode("utf-16"),
+        "slide_id,uri,mpp\na,s.svs,0.25\n".encode("utf-16-le"),
+        gzip.compress(b"slide_id,uri,mpp\na,s.svs,0.25\n"),
+    ],
+    ids=["R", "R and pandas", "decimal comma", "sep", "tabs", "commas", "mac", "excel", "16", "gz"],
+)
+def test_tables_of_other_programs(tmp_path, content):
+    (slide,) = read_manifest(manifest(tmp_path, content))
+    assert (slide.slide_id, slide.uri) == ("a", f"{tmp_path}/s.svs")
+    assert (slide.mpp, slide.mpp_error, slide.columns) == (0.25, None, {})
+
+
+def test_parquet_of_pandas(tmp_path):
+    frame = pd.DataFrame(
+        {
+            "slide_id": ["a", "b", None],
+            "uri": pd.Categorical(["x.svs", "y.svs", None]),
+            "mpp": [0.25, np.nan, np.nan],
+            "spots": ["NA", "outs", None],
+            "taken": pd.to_datetime(["2026-01-01", None, None]),
+            "frozen": [True, None, None],
+        },
+        index=[5, 7, 9],
+    )
+    frame.to_parquet(tmp_path / "m.parquet")
+    first, second = read_manifest(str(tmp_path / "m.parquet"))
+    assert (first.slide_id, first.uri, first.mpp) == ("a", f"{tmp_path}/x.svs", 0.25)
+    assert first.columns == {"taken": datetime(2026, 1, 1), "frozen": True}
+    assert (second.mpp, second.mpp_error) == (None, None)
+    assert second.columns == {"spots": f"{tmp_path}/outs"}
+
+
+@pytest.mark.parametrize("value", [True, date(2026, 1, 1), [0.5]])
+def test_an_mpp_of_parquet_that_is_no_number(tmp_path, value):
+    pl.DataFrame({"slide_id": ["a"], "uri": ["b"], "mpp": [value]}).write_parquet(tmp_path / "m.pq")
+    (row,) = read_manifest(str(tmp_path / "m.pq"))
+    assert row.mpp is None
+    assert "is not a number" in row.mpp_error

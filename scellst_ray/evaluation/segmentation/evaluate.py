@@ -7,6 +7,7 @@ image_scores.py computes scores, commands/evaluate_segmentation.py prints and wr
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from scellst_ray import storage
 from scellst_ray.core.geometry import Frame
@@ -15,7 +16,6 @@ from scellst_ray.evaluation.segmentation.annotations import (
     NucleiFile,
     nuclei_of_cells,
     read_nuclei,
-    read_table,
 )
 from scellst_ray.evaluation.segmentation.config import EvaluateSegmentationConfig, parse_region
 from scellst_ray.evaluation.segmentation.detection_metrics import UNKNOWN, common_types
@@ -27,6 +27,7 @@ from scellst_ray.evaluation.segmentation.image_scores import (
 )
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.slides.manifest import absolute
+from scellst_ray.slides.text_tables import number_text, read_text_table
 
 # Columns of a manifest besides slide_id. Each is the setting of the same name for one image.
 FILE_COLUMNS = ("truth", "predicted", "truth_types", "predicted_types")
@@ -83,14 +84,15 @@ def _cases(config: EvaluateSegmentationConfig) -> dict[str, dict[str, str]]:
     common = {name: str(getattr(config, name)) for name in COLUMNS if getattr(config, name)}
     if config.manifest is None:
         return {config.slide or str(config.truth): common}
-    rows = read_table(config.manifest, ("slide_id", "truth")).iter_rows(named=True)
+    rows = _rows(config.manifest)
     base = storage.resolve(config.manifest)[1] if storage.is_local(config.manifest) else ""
     base = (base or config.manifest).rsplit("/", 1)[0]
     cases: dict[str, dict[str, str]] = {}
     for number, row in enumerate(rows, start=1):
-        own = {name: str(row[name]).strip() for name in COLUMNS if row.get(name)}
+        own = {name: text for name in COLUMNS if (text := row.get(name))}
+        own |= {name: number_text(own[name]) for name in ("mpp", "truth_mpp") if name in own}
         own |= {name: absolute(own[name], base) for name in FILE_COLUMNS if name in own}
-        slide_id, problem = str(row["slide_id"] or "").strip(), ""
+        slide_id, problem = row["slide_id"] or "", ""
         if not slide_id or slide_id in cases:
             problem = f"slide_id {slide_id!r} is empty or given twice"
         elif "truth" not in own:
@@ -105,6 +107,32 @@ def _cases(config: EvaluateSegmentationConfig) -> dict[str, dict[str, str]]:
         message = f"{config.manifest}: has no rows; list at least one image"
         raise ValueError(message)
     return cases
+
+
+def _rows(manifest: str) -> list[dict[str, str | None]]:
+    """Return the rows of a manifest of annotated images.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is no table, or a column is missing.
+    """
+    if not storage.exists(manifest):
+        message = f"{manifest}: no such file; check the path"
+        raise FileNotFoundError(message)
+    try:
+        table = read_text_table(storage.read_bytes(manifest))
+    except ValueError as error:
+        message = f"{manifest}: cannot be read as a table: {error}"
+        raise ValueError(message) from error
+    for name in ("slide_id", "truth"):
+        if name not in table.columns:
+            near = get_close_matches(name, table.columns, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            message = (
+                f"{manifest}: column {name} not found; it has {', '.join(table.columns)}{hint}"
+            )
+            raise ValueError(message)
+    return table.rows
 
 
 def _read_predicted(name: str, case: Mapping[str, str], run: Run | None) -> NucleiFile:
