@@ -6,10 +6,12 @@ and pyproject.toml bounds the version of Ray: raise that bound only with these t
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import ray
+from ray._private import ray_constants
 from ray.data import DataContext
 
 from scellst_ray.core.signals import catch_sigterm
@@ -20,6 +22,9 @@ INLINE_BYTES = 100 * 2**10
 TILE_BYTES = 256
 # Blocks that a planning task may have ready before anybody fetches them.
 PLANNED_AHEAD = 8
+# Bytes of the path of Ray's temporary folder. Ray makes sockets below it, in a folder that is named
+# after time and process; the path of a socket has at most 107 bytes.
+LONGEST_TEMP_DIR = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 NODE_LABEL = "ray.io/node-id"
 POOL_WARNING = "The minimum number of concurrent actors"
 
@@ -102,6 +107,21 @@ def restore_sigterm_handler() -> None:
     after SIGTERM, whether or not the clean-up is done.
     """
     catch_sigterm()
+
+
+@contextmanager
+def listen_on_loopback() -> Iterator[None]:
+    """Let a Ray that starts inside the `with` listen on the loopback address alone.
+
+    Assumption: a Ray that may form no cluster, as on macOS, gives its node the address 127.0.0.1.
+    The processes of such a node listen on that address, and else on all addresses.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def hide_ray_data_logs() -> None:

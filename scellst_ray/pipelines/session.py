@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import ray
 
 from scellst_ray.core.signals import clean_exit_on_sigterm
+from scellst_ray.pipelines.local_ray import start_local_ray
 from scellst_ray.pipelines.ray_internals import (
     hide_ray_data_logs,
     live_nodes,
@@ -45,8 +46,8 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
     """Use Ray inside a `with`.
 
     The function joins the cluster to which this process is connected, or that RAY_ADDRESS names:
-    `ray job submit` and KubeRay set it. Otherwise it starts a local cluster and stops it at the
-    end.
+    `ray job submit` and KubeRay set it. Otherwise it starts a local cluster, which listens on the
+    loopback address only, and stops it at the end.
 
     Args:
         num_cpus: CPUs of a local cluster; None: all cores. Ignored when joining.
@@ -54,7 +55,8 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
             errors without one.
 
     Raises:
-        ValueError: RAY_ADDRESS names a job server.
+        ValueError: RAY_ADDRESS names a job server, or RAY_TMPDIR is too long.
+        OSError: the folder for Ray's files is open to other users.
     """
     hide_ray_data_logs()
     joined = ray.is_initialized()
@@ -81,14 +83,7 @@ def _start_ray(address: str, num_cpus: int | None, *, dashboard: bool) -> None:
     if address:
         ray.init(address="auto", logging_level=logging.WARNING)
         return
-    # "local" never joins another cluster on this machine.
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=dashboard,
-        dashboard_host="127.0.0.1",
-        logging_level=logging.WARNING,
-    )
+    start_local_ray(num_cpus, dashboard=dashboard)
 
 
 def _describe_cluster(*, may_grow: bool) -> Cluster:

@@ -10,13 +10,14 @@ import math
 import os
 import re
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from scellst_ray.storage.private_folder import make_private_folder
 
 logger = logging.getLogger("scellst_ray")
 
@@ -24,8 +25,6 @@ DIR_VARIABLE, GB_VARIABLE = "SCELLST_RAY_CACHE_DIR", "SCELLST_RAY_CACHE_GB"
 # Default size: 50 GB, but at most half of the disk's space. Ray stores no more objects on a disk
 # that is 95 % full.
 DEFAULT_BYTES, DISK_SHARE = 50 * 10**9, 0.5
-# Rights of a folder's group and of all other users.
-OTHERS, OTHERS_WRITE = stat.S_IRWXG | stat.S_IRWXO, stat.S_IWGRP | stat.S_IWOTH
 _BLOCK = 512  # the unit of st_blocks
 
 
@@ -38,42 +37,9 @@ def cache_root() -> Path:
     """
     parent = Path(os.environ.get(DIR_VARIABLE) or tempfile.gettempdir())
     root = parent / f"scellst_ray_cache_{os.getuid()}"
-    parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        root.mkdir(mode=0o700)
-    _check_private(root)
+    remedy = f"set {DIR_VARIABLE} to a folder of your own on a local disk of each node"
+    make_private_folder(root, remedy)
     return root
-
-
-def _check_private(root: Path) -> None:
-    """Refuse a folder to which other users have access; a folder that they may only read is closed.
-
-    Its name can be foretold, so another user may have made it first. Owner and mode are those of
-    the opened folder, so that it cannot be exchanged in between.
-    """
-    try:
-        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise _refusal(root, "is a symbolic link or no folder that this user may read") from error
-    try:
-        found = os.fstat(folder)
-        if found.st_uid != os.geteuid():
-            raise _refusal(root, f"belongs to user {found.st_uid}, not to user {os.geteuid()}")
-        mode = stat.S_IMODE(found.st_mode)
-        if mode & OTHERS_WRITE:
-            raise _refusal(root, f"may be written by other users (mode {mode:o})")
-        if mode & OTHERS:
-            os.fchmod(folder, mode & ~OTHERS)
-    finally:
-        os.close(folder)
-
-
-def _refusal(root: Path, fault: str) -> PermissionError:
-    message = (
-        f"{root}: {fault}, so the cache cannot be kept there; remove it, or set {DIR_VARIABLE} to "
-        "a folder of your own on a local disk of each node"
-    )
-    return PermissionError(message)
 
 
 def lock_path(root: Path, identity: str) -> Path:

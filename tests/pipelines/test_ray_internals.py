@@ -164,3 +164,11 @@ class TestOnACluster:
         ray.wait(refs, num_returns=2, timeout=60)
         small, large = (get_object_locations(refs)[ref]["node_ids"] for ref in refs)
         assert (len(small), len(large)) == (0, 1)
+
+
+def test_a_ray_that_forms_no_cluster_has_the_loopback_address(monkeypatch):
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)
+    before = ray.util.get_node_ip_address()
+    with ray_internals.listen_on_loopback():
+        assert ray.util.get_node_ip_address() == "127.0.0.1"
+    assert ray.util.get_node_ip_address() == before
