@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from scellst_ray.commands import table
 from scellst_ray.core.logs import log_to_stderr
+from scellst_ray.core.lost_process import explain_lost_process
 from scellst_ray.core.signals import catch_sigint
 from scellst_ray.core.version import __version__
 
@@ -31,9 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with catch_sigint() as interrupts:
         try:
             return _run(argv)
-        except BaseException:
+        except BaseException as error:
             if not interrupts.came:
-                raise
+                line = explain_lost_process(error)
+                if line is None:
+                    raise
+                return _report_error(line)
     sys.stdout.flush()
     print(INTERRUPTED, file=sys.stderr, flush=True)  # noqa: T201
     if argv is None:
@@ -53,9 +57,6 @@ def _run(argv: Sequence[str] | None) -> int:
     except ValueError as error:
         _refuse(PROG, str(error))
     # Imported here, as --version and the workers that import this module do not need them.
-    from rich.console import Console  # noqa: PLC0415
-    from rich.markup import escape  # noqa: PLC0415
-
     from scellst_ray.commands.parse import UsageError, parse, show_commands  # noqa: PLC0415
 
     name = _command_named(words)
@@ -75,13 +76,21 @@ def _run(argv: Sequence[str] | None) -> int:
             sys.meta_path.insert(0, _WithoutPandas())
         return work(_settings(command, values))
     except (ValueError, OSError) as error:
-        # Errors that users can fix, such as bad input, take one line. All others are bugs and keep
-        # their traceback.
-        from scellst_ray.storage.credentials import redact  # noqa: PLC0415 - not for help
+        # Errors that users can fix, such as bad input, take one line, and so do processes that a
+        # host ended (see `main`). All others are bugs and keep their traceback.
+        return _report_error(str(error))
 
-        text = f"[red]error:[/] {escape(redact(str(error)))}"
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-        return 1
+
+def _report_error(line: str) -> int:
+    """Print an error without the secrets in it; return the exit code."""
+    from rich.console import Console  # noqa: PLC0415 - not for help
+    from rich.markup import escape  # noqa: PLC0415 - not for help
+
+    from scellst_ray.storage.credentials import redact  # noqa: PLC0415 - not for help
+
+    text = f"[red]error:[/] {escape(redact(line))}"
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    return 1
 
 
 class _WithoutPandas(MetaPathFinder):
