@@ -16,6 +16,7 @@ from scellst_ray.pipelines.ray_internals import (
     restore_sigterm_handler,
     total_resources,
 )
+from scellst_ray.pipelines.ray_start import ExplainedStart, cluster_address
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,11 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
     """
     hide_ray_data_logs()
     joined = ray.is_initialized()
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not joined and address.startswith("http"):
-        message = (
-            f"RAY_ADDRESS is {address}, a job server: submit the command with `ray job submit`, or "
-            "unset RAY_ADDRESS to run it here"
-        )
-        raise ValueError(message)
+    address = os.environ.get("RAY_ADDRESS", "") if joined else cluster_address()
     with clean_exit_on_sigterm():
         if not joined:
-            _start_ray(address, num_cpus, dashboard=dashboard)
+            with ExplainedStart(address):
+                _start_ray(address, num_cpus, dashboard=dashboard)
         restore_sigterm_handler()
         try:
             yield _describe_cluster(may_grow=bool(address))
