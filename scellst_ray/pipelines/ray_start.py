@@ -64,8 +64,8 @@ def _not_started(reason: str) -> str:
     place = f" ({', '.join(given)})" if given else ""
     return (
         f"Ray did not start on this machine: {reason}. Try again; if it fails again, set "
-        f"RAY_TMPDIR to a short folder on a local disk, in ASCII, that you may write{place}, and check the "
-        "free memory"
+        f"RAY_TMPDIR to a short folder on a local disk, in ASCII, that you may write{place}, and "
+        "check the free memory"
     )
 
 
