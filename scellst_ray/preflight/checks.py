@@ -152,10 +152,10 @@ def size_of(uri: str) -> int:
     """
     fs, path = storage.resolve(uri)
     if not storage.is_local(uri):
-        size = call_with_retries(lambda: fs.info(path), redact(uri)).get("size")
-        if size is None:
+        info = call_with_retries(lambda: fs.info(path), redact(uri))
+        if info.get("size") is None or info.get("type") == "directory":
             return 0
-        num_bytes = int(size)
+        num_bytes = int(info["size"])
     elif not Path(path).exists():
         message = f"{uri}: no such file"
         raise FileNotFoundError(message)

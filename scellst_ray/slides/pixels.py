@@ -4,7 +4,6 @@ Files are not trusted. Sizes are checked before memory is allocated, and every e
 file causes in a library becomes a ValueError that names the file.
 """
 
-import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -25,6 +24,8 @@ from PIL.TiffImagePlugin import (
 )
 
 from scellst_ray.core.geometry import MAX_MPP, MIN_MPP
+from scellst_ray.slides.folders import picture_in
+from scellst_ray.slides.openslide_errors import why_not_opened
 from scellst_ray.slides.resolution import (
     UM_PER_TIFF_UNIT,
     FileResolution,
@@ -106,6 +107,8 @@ def open_pixels(path: Path, uri: str) -> Pixels:
     if not (path.is_file() or path.is_dir()):
         message = f"{uri}: neither a file nor a folder (a pipe, a device?); give an image file"
         raise ValueError(message)
+    if path.is_dir():
+        path = picture_in(path, uri)
     pages = read_pages(path)
     try:
         vendor = openslide.OpenSlide.detect_format(str(path))
@@ -116,19 +119,10 @@ def open_pixels(path: Path, uri: str) -> Pixels:
         if vendor is not None:
             return _OpenSlidePixels(path, uri, pages)
     except openslide.OpenSlideError as error:
-        raise ValueError(_cause(str(error), uri)) from error
+        raise ValueError(why_not_opened(str(error), uri)) from error
     check_pages(pages, uri)
     check_alpha_known(pages, uri)
     return _PlainPixels(path, uri, pages)
-
-
-def _cause(error: str, uri: str) -> str:
-    """Return a message about an error of OpenSlide on opening a file."""
-    compression = re.search(r"compression:? (\d+)", error)
-    if compression:
-        name = compression_name(int(compression[1]))
-        return f"{uri}: compressed as {name}, which OpenSlide does not read; {CONVERSION}"
-    return f"{uri}: OpenSlide cannot open it ({error}); the file may be cut off or damaged"
 
 
 class _OpenSlidePixels:

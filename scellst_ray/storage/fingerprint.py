@@ -19,14 +19,18 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from scellst_ray.storage.slide_files import (
+    LONGEST_LIST,
+    SERIES_WITHIN,
+    names_in,
+    series_in,
+)
+
 # Blocks read of a file, or of all files of a slide together; a small file is read as a whole.
 NUM_BLOCKS, BLOCK_BYTES = 32, 16 * 2**10
 # Files looked at again while a slide is read: a Zarr has thousands.
 MOST_LOOKS = 64
 UNCHANGING = "0" * 8
-# Tag (0020,000E), the series of a DICOM file, and bytes of the header within which it lies.
-SERIES, SERIES_WITHIN = b"\x20\x00\x0e\x00UI", 16 * 2**10
-LONGEST_LIST = 2**20
 
 
 @dataclass(frozen=True)
@@ -169,18 +173,11 @@ def _series_of(path: Path) -> list[tuple[Path, str]]:
 def _series(path: Path) -> bytes | None:
     """Return the SeriesInstanceUID of a DICOM file; None if its header does not show it."""
     with path.open("rb", buffering=0) as file:
-        head = file.read(SERIES_WITHIN)
-    at = head.find(SERIES)
-    if at < 0:
-        return None
-    start = at + len(SERIES) + 2
-    return head[start : start + int.from_bytes(head[start - 2 : start], "little")].rstrip(b"\0 ")
+        return series_in(file.read(SERIES_WITHIN))
 
 
 def _named_in(path: Path) -> list[tuple[Path, str]]:
     """Return the files next to a VMS or VMU file that it names."""
     with path.open("rb") as file:
-        lines = file.read(LONGEST_LIST).decode("utf-8", "replace").splitlines()
-    values = {line.partition("=")[2].strip() for line in lines if "=" in line}
-    named = sorted(value for value in values if value and "/" not in value and "\0" not in value)
+        named = names_in(file.read(LONGEST_LIST))
     return [(path.parent / name, name) for name in named if (path.parent / name).is_file()]

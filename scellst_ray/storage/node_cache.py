@@ -7,12 +7,12 @@ folder). An entry is the copy of one object.
     locks/IDENTITY               the entry's lock file. It is empty and never removed; its time is
                                  that of the entry's last use
     files/IDENTITY-BYTES/NAME    the copy; .NAME.part while it is downloaded
-    files/IDENTITY-BYTES/STEM/   only for a slide in MRXS, NAME being STEM.mrxs: the folder with its
-                                 pixels; .STEM.part while it is downloaded
+    files/IDENTITY-BYTES/...     further files of the slide, as they lie on the store next to NAME
+                                 (slide_files.py); in .STEM.part/ while they are downloaded
 
 IDENTITY is a hash of the URI and the store's own mark of the content: its ETag, or size and times
-if it has none. For MRXS it covers all files. So a changed object is another entry. The protocol, in
-terms of flock(2):
+if it has none. It covers all files of a slide. So a changed object is another entry. A
+slide that is a folder on the store is the folder NAME. The protocol, in terms of flock(2):
 
 1. A reader holds the entry's lock shared as long as the file is open, since OpenSlide reads some
    formats bit by bit. Several processes and threads may hold it.
@@ -44,14 +44,13 @@ from typing import Any, Self
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from scellst_ray.storage import cache_space
+from scellst_ray.storage import cache_space, slide_files
 from scellst_ray.storage.credentials import redact
 from scellst_ray.storage.fingerprint import Fingerprint, fingerprint_of, look, of_object
 from scellst_ray.storage.retries import DISK_FULL, TRIES, call_with_retries
 
 # Characters kept of an object's name: a file name has at most 255 bytes, a character up to 4.
 LONGEST_NAME = 48
-MRXS = ".mrxs"
 
 
 class Held:
@@ -106,7 +105,7 @@ def hold(uri: str) -> Held:
     the file first, then the result of this function.
 
     Args:
-        uri: Local path or fsspec URI of a file.
+        uri: Local path or fsspec URI of a file, or of a folder of DICOM files.
 
     Raises:
         FileNotFoundError: there is nothing under `uri`.
@@ -185,7 +184,9 @@ class _Entry:
 
     Attributes:
         mark: Fingerprint of the content, which the URI does not change.
-        extra: Further files of the object, in a folder next to it (MRXS only).
+        main: The object's own file; None if the object is a folder.
+        top: Name of the copy in the entry's folder.
+        extra: Further files, by their names in the entry's folder.
     """
 
     fs: fsspec.AbstractFileSystem
@@ -193,7 +194,8 @@ class _Entry:
     uri: str
     identity: str
     mark: Fingerprint
-    main: _File
+    main: _File | None
+    top: str
     extra: tuple[_File, ...]
     root: Path
 
@@ -208,7 +210,8 @@ class _Entry:
     @property
     def num_bytes(self) -> int:
         """Return the bytes of all its files; a size that the store does not say counts as 0."""
-        return sum(file.num_bytes or 0 for file in (self.main, *self.extra))
+        files = self.extra if self.main is None else (self.main, *self.extra)
+        return sum(file.num_bytes or 0 for file in files)
 
     @property
     def folder(self) -> Path:
@@ -216,7 +219,7 @@ class _Entry:
 
     @property
     def file(self) -> Path:
-        return self.folder / self.main.local
+        return self.folder / self.top
 
     @property
     def part(self) -> Path:
@@ -227,40 +230,50 @@ class _Entry:
         return self.file.with_name(f".{self.file.stem}.part")
 
     def is_whole(self) -> bool:
-        # The main file gets its name last, after the folder next to it.
+        # The main file gets its name last, after the further files.
+        if self.main is None:
+            return self.file.is_dir()
         return self.file.is_file() and self.main.num_bytes in (None, self.file.stat().st_size)
 
     def parts(self) -> list[tuple[_File, Path]]:
         """Return its files and their places while they are downloaded."""
         extra = [(file, self.folder_part / file.local) for file in self.extra]
-        return [*extra, (self.main, self.part)]
+        return extra if self.main is None else [*extra, (self.main, self.part)]
 
     def give_names(self) -> None:
         """Give the downloaded files their names, which makes them the copy."""
         if self.extra:
-            self.folder_part.replace(self.file.with_suffix(""))
-        self.part.replace(self.file)
+            for part in sorted(self.folder_part.iterdir()):
+                part.replace(self.folder / part.name)
+            self.folder_part.rmdir()
+        if self.main is not None:
+            self.part.replace(self.file)
 
 
 def _ask_store(fs: fsspec.AbstractFileSystem, path: str, uri: str) -> _Entry:
-    """Ask the store for an object: one request, or two for MRXS."""
+    """Ask the store for an object: one request, and more for a slide of several files."""
 
     def ask() -> dict[str, Any]:
         fs.invalidate_cache(path)
         return dict(fs.info(path))
 
     info = call_with_retries(ask, redact(uri))
+    name = redact(path.rstrip("/")).rsplit("/", 1)[-1][-LONGEST_NAME:].lstrip(".") or "file"
+    main = None
     if info.get("type") == "directory":
-        message = f"{redact(uri)}: a folder; give a file"
-        raise IsADirectoryError(message)
-    extra = _list_pixels(fs, path) if path.endswith(MRXS) else {}
-    marks = [_mark(info), *(f"{name} {_mark(extra[name])}" for name in sorted(extra))]
+        found = slide_files.folder_files(fs, path)
+        extra = {f"{name}/{file}": found[file] for file in found}
+        marks = []
+    else:
+        extra = slide_files.further_files(fs, path, name, _mark)
+        extra.pop(path.rsplit("/", 1)[-1], None)
+        main = _File(path, name, info.get("size"))
+        marks = [_mark(info)]
+    marks += [f"{file} {_mark(extra[file])}" for file in sorted(extra)]
     identity = hashlib.sha256("\n".join([uri, *marks]).encode()).hexdigest()[:32]
-    name = redact(path).rsplit("/", 1)[-1][-LONGEST_NAME:].lstrip(".") or "file"
-    files = [_File(str(extra[name]["name"]), name, extra[name].get("size")) for name in extra]
-    main = _File(path, name, info.get("size"))
+    files = [_File(str(extra[file]["name"]), file, extra[file].get("size")) for file in extra]
     mark = of_object([str(info.get("size")), *marks])
-    return _Entry(fs, path, uri, identity, mark, main, tuple(files), cache_space.cache_root())
+    return _Entry(fs, path, uri, identity, mark, main, name, tuple(files), cache_space.cache_root())
 
 
 def _mark(info: dict[str, Any]) -> str:
@@ -269,31 +282,6 @@ def _mark(info: dict[str, Any]) -> str:
     # request for S3. `url` is left out, since redirects often carry a new signature each time.
     mark = info.get("ETag") or info.get("etag")
     return str(mark or sorted((key, str(info[key])) for key in info if key not in ("name", "url")))
-
-
-def _list_pixels(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
-    """List the folder that holds the pixels of an MRXS slide, by name below the folder.
-
-    Raises:
-        FileNotFoundError: the folder does not exist or is empty.
-        OSError: a name in it points outside the folder.
-    """
-    folder = path.removesuffix(MRXS) + "/"
-
-    def ask() -> dict[str, dict[str, Any]]:
-        fs.invalidate_cache(folder)
-        return dict(fs.find(folder, detail=True))
-
-    listed = call_with_retries(ask, redact(folder)).items()
-    files = {name[len(folder) :]: info for name, info in listed if name.startswith(folder)}
-    if not files:
-        message = f"{redact(folder)}: no files; copy the pixels of the .mrxs file into this folder"
-        raise FileNotFoundError(message)
-    for name in files:
-        if ".." in name.split("/") or name.startswith("/"):
-            message = f"{redact(folder)}: {name!r} cannot be a file below it; rename the object"
-            raise OSError(message)
-    return files
 
 
 def _fetch(entry: _Entry) -> _Entry:
