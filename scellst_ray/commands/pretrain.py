@@ -26,6 +26,7 @@ from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_store import CropStore, open_store
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.start import hold_run
+from scellst_ray.stages.libraries import pixel_libraries
 from scellst_ray.training.moco_loop import PretrainIdentity, Recipe, crop_order
 from scellst_ray.training.pretrain import Keeping, PretrainWorkers, encoder_state, pretrain
 
@@ -43,7 +44,7 @@ def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print)
     steps = crop_order(store, recipe).steps_per_epoch
     _, dim = new_backbone(config.arch, config.seed)
     identity = PretrainIdentity(recipe, store.digest, _init_digest(config))
-    with hold_run(config.out, "pretrain", identity) as (run, lease):
+    with hold_run(config.out, "pretrain", identity, pixel_libraries()) as (run, lease):
         run.write_config(asdict(config))
         if storage.exists(storage.join(run.uri, ENCODER_FILE)):
             provenance: dict[str, Any] = storage.read_json(storage.join(run.uri, INFO_FILE))

@@ -25,6 +25,7 @@ from scellst_ray.runs.summary import write_summary
 from scellst_ray.slides.manifest import SlideRow, read_manifest, select_slides
 from scellst_ray.stages.checked_networks import CheckedNetworks, cells_spec, check_networks
 from scellst_ray.stages.config import ExtractConfig, resolve_config
+from scellst_ray.stages.libraries import pixel_libraries
 from scellst_ray.stages.make import SEGMENTER_VERSIONS, make_stage
 from scellst_ray.stages.plan_slide import plan_slide
 
@@ -67,7 +68,7 @@ def run_cells(
     colours = None if config.colours_from is None else colours_by_slide(config.colours_from)
     identity = _make_identity(config, networks)
     # Before this driver holds the lease, it writes nothing and does not start Ray.
-    with hold_run(config.out, job, identity) as (run, lease):
+    with hold_run(config.out, job, identity, pixel_libraries()) as (run, lease):
         sources = sources_of(slides, colours, imported=config.segmenter == "imported")
         finished = _read_finished(run)
         trusted = accept_slides(run, sources, finished, config.moved or ())

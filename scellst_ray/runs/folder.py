@@ -8,6 +8,7 @@ Done means that a record exists, not that a table exists.
 4. Its record is published last. What a crash leaves without a record is never read.
 """
 
+import logging
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ LEASE_FILE = "lease.json"
 SUMMARY_FILE, SUMMARY_PAGE = "summary.json", "SUMMARY.md"
 
 FINISHED = ("done", "empty")
+logger = logging.getLogger(__name__)
 # Number of small files read at a time: on object storage each one takes a round trip.
 NUM_READERS = 16
 
@@ -176,7 +178,11 @@ def split_by_slide(receipts: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 
 
 def begin_run(
-    uri: str, job: str, identity: Identity, config: Mapping[str, Any] | None = None
+    uri: str,
+    job: str,
+    identity: Identity,
+    config: Mapping[str, Any] | None = None,
+    libraries: Mapping[str, str] | None = None,
 ) -> RunFolder:
     """Create a run folder, or open one that was made by the same job with the same identity.
 
@@ -186,39 +192,57 @@ def begin_run(
         identity: Every setting that changes results; the run's digest is its hash.
         config: The resolved configuration, kept next to the output for people. None: a driver
             that may still be refused writes it later.
+        libraries: Versions of the libraries that decide results, by name; None: not noted.
 
     Raises:
-        ValueError: the folder holds another run (the message says what differs) or other files.
+        ValueError: the folder holds another run (the message says what differs) or other files, or
+            its run was begun with other libraries.
     """
     # Absolute, so that it means the same in every process.
     uri = storage.absolute(uri)
     wanted, digest = stored_identity(job, identity)
-    if check_folder(uri, job, identity) is None:
+    found = check_folder(uri, job, identity, libraries)
+    if found is None:
         info: RunInfo = {
             "digest": digest,
             "identity": wanted,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "format_version": schemas.FORMAT_VERSION,
         }
+        if libraries is not None:
+            info["libraries"] = dict(libraries)
         storage.publish_json(storage.join(uri, RUN_FILE), info)
         # On object storage two drivers may hold the lease for a moment: the last to write counts.
         check_folder(uri, job, identity)
+    elif libraries is not None and "libraries" not in found:
+        logger.warning(
+            "%s: begun by an earlier release, which noted neither versions of libraries (%s) nor "
+            "the identity of files; both are noted from now on. Work done before counts where a "
+            "file has the name and size that it had then",
+            uri,
+            ", ".join(libraries),
+        )
+        storage.publish_json(storage.join(uri, RUN_FILE), {**found, "libraries": dict(libraries)})
     run = RunFolder(uri, digest)
     if config is not None:
         run.write_config(config)
     return run
 
 
-def check_folder(uri: str, job: str, identity: Identity) -> RunInfo | None:
+def check_folder(
+    uri: str, job: str, identity: Identity, libraries: Mapping[str, str] | None = None
+) -> RunInfo | None:
     """Return the content of a folder's run.json; None if the folder holds nothing yet.
 
     Args:
         uri: The folder. Nothing is written to it.
         job: The command.
         identity: Every setting that changes results.
+        libraries: Versions of the libraries that decide results, by name; None: not checked.
 
     Raises:
-        ValueError: the folder holds another run (the message says what differs) or other files.
+        ValueError: the folder holds another run (the message says what differs) or other files, or
+            its run was begun with other libraries.
     """
     run_uri = storage.join(uri, RUN_FILE)
     if storage.exists(run_uri):
@@ -226,12 +250,25 @@ def check_folder(uri: str, job: str, identity: Identity) -> RunInfo | None:
         wanted, digest = stored_identity(job, identity)
         if found.get("digest") != digest:
             raise ValueError(_other_run(uri, found.get("identity", {}), wanted))
+        _refuse_other_libraries(uri, found.get("libraries", {}), libraries or {})
         return found
     # A driver that has just taken the lease has written nothing else yet.
     if {name.rsplit("/", 1)[-1] for name in storage.list_files(uri)} - {LEASE_FILE}:
         message = f"{uri}: holds files that are no run of scellst_ray; give an empty folder"
         raise ValueError(message)
     return None
+
+
+def _refuse_other_libraries(uri: str, then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise ValueError if a library has another version than when the run was begun."""
+    differing = [name for name in now if then.get(name, now[name]) != now[name]]
+    if differing:
+        versions = ", ".join(f"{name} {then[name]}, and here is {now[name]}" for name in differing)
+        message = (
+            f"{uri}: this run was begun with {versions}, which may give other pixels. Install the "
+            "versions of then, or give another --out"
+        )
+        raise ValueError(message)
 
 
 def open_embedded_run(uri: str) -> tuple[RunFolder, RunInfo]:

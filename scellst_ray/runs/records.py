@@ -252,12 +252,15 @@ class RunInfo(TypedDict):
         identity: Everything that changes results.
         created: UTC time at which the run began, ISO 8601.
         format_version: Format version.
+        libraries: Major and minor versions of the libraries that decide pixels, by name; absent
+            from earlier releases.
     """
 
     digest: str
     identity: StoredIdentity
     created: NotRequired[str]
     format_version: int
+    libraries: NotRequired[dict[str, str]]
 
 
 class LeaseInfo(TypedDict):

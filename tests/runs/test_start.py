@@ -135,3 +135,33 @@ def test_on_an_object_store_the_last_to_write_counts(tmp_path, monkeypatch):
     ):
         pass
     storage.remove_tree(f"memory://{tmp_path.name}")
+
+
+def test_a_run_goes_on_with_the_libraries_that_it_was_begun_with(tmp_path):
+    uri, then = str(tmp_path / "run"), {"OpenCV": "4.10", "OpenSlide": "4.0"}
+    with hold_run(uri, "extract", Settings(), then):
+        pass
+    assert storage.read_json(f"{uri}/run.json")["libraries"] == then
+    with hold_run(uri, "extract", Settings(), then):
+        pass
+    for name, version in (("OpenCV", "5.0"), ("OpenSlide", "4.1")):
+        with (
+            pytest.raises(ValueError, match=f"begun with {name} {then[name]}, and here is") as why,
+            hold_run(uri, "extract", Settings(), then | {name: version}),
+        ):
+            pass
+        assert version in str(why.value)
+        assert "Install the versions of then, or give another --out" in str(why.value)
+    assert storage.read_json(f"{uri}/run.json")["libraries"] == then
+
+
+def test_what_an_earlier_release_did_not_note_is_told_once(tmp_path, caplog):
+    uri, now = str(tmp_path / "run"), {"OpenCV": "5.0"}
+    with hold_run(uri, "extract", Settings()) as (run, _):
+        pass
+    before = storage.read_json(f"{uri}/run.json")
+    for _ in range(2):
+        with hold_run(uri, "extract", Settings(), now) as (again, _):
+            assert again == run
+    assert storage.read_json(f"{uri}/run.json") == before | {"libraries": now}
+    assert caplog.text.count("begun by an earlier release, which noted neither versions") == 1
