@@ -28,17 +28,17 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         judged = judge_mutants(Path(folder), options.count, options.seed, only=options.only)
+    if options.json:
+        rows = [vars(one) | {"verdict": vars(one.verdict)} for one in judged]
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     bad = [one for one in judged if not one.verdict.is_good]
     for one in bad:
         print(f"{one.name} {one.seed} {one.done} {one.file}: {one.verdict.outcome}")
-        print(f"    {one.verdict.text}")
+        print("   ", one.verdict.text.encode(errors="backslashreplace").decode())
     print(table([one.kind for one in judged], [one.verdict.outcome for one in judged], "input"))
     done = [one.done for one in judged]
     print(table(done, [one.verdict.outcome for one in judged], "mutation"))
     print(f"most memory: {max(one.verdict.gib for one in judged):.2f} GiB")
-    if options.json:
-        rows = [vars(one) | {"verdict": vars(one.verdict)} for one in judged]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(bool(bad))
 
 

@@ -12,7 +12,7 @@ from importlib.abc import MetaPathFinder
 from typing import Any, NoReturn
 
 from scellst_ray.commands import table
-from scellst_ray.core.logs import log_to_stderr
+from scellst_ray.core.logs import log_to_stderr, one_line
 from scellst_ray.core.lost_process import explain_lost_process
 from scellst_ray.core.signals import catch_sigint
 from scellst_ray.core.version import __version__
@@ -82,13 +82,13 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _report_error(line: str) -> int:
-    """Print an error without the secrets in it; return the exit code."""
+    """Print an error as one line, without the secrets in it; return the exit code."""
     from rich.console import Console  # noqa: PLC0415 - not for help
     from rich.markup import escape  # noqa: PLC0415 - not for help
 
     from scellst_ray.storage.credentials import redact  # noqa: PLC0415 - not for help
 
-    text = f"[red]error:[/] {escape(redact(line))}"
+    text = f"[red]error:[/] {escape(one_line(redact(line)))}"
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     return 1
 

@@ -17,6 +17,8 @@ from typing import Any
 VARIABLE = "SCELLST_RAY_LOG"
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 NAMES = ("slide_id", "tile_id", "stage")
+# Longest message that people read.
+MAX_LETTERS = 1500
 # slide_id, tile_id (-1: no tile in particular) and stage; None: not named.
 Subject = tuple[str | None, int | None, str | None]
 _context: ContextVar[Subject] = ContextVar("log_context", default=(None, None, None))
@@ -67,6 +69,17 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     """Return slide, tile and stage of a log record, by name."""
     own = {name: vars(record)[name] for name in (*NAMES, "tiles") if name in vars(record)}
     return log_fields(*_context.get()) | own
+
+
+def one_line(text: str) -> str:
+    """Return a message as one line that every terminal shows.
+
+    Messages of other libraries span lines, and repeat what a damaged file holds: control characters
+    and halves of surrogate pairs become escapes, and what follows MAX_LETTERS is left out.
+    """
+    joined = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
+    return shown if len(shown) <= MAX_LETTERS else f"{shown[:MAX_LETTERS]} ..."
 
 
 class TextLines(logging.Formatter):

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Box
-from scellst_ray.core.logs import log_context
+from scellst_ray.core.logs import log_context, one_line
 from scellst_ray.nuclei import seams
 from scellst_ray.runs.crop_files import Colours
 from scellst_ray.stages.rows import SECONDS_OF_STAGE, Outcome, TileBoxes, TileRow
@@ -97,7 +97,7 @@ def guarded(row: Outcome, stage: str) -> Iterator[None]:
         kind = type(error).__name__
         if isinstance(error, MemoryError):  # numpy and pyarrow have kinds of their own
             kind, notes = "MemoryError", f"{notes} {OUT_OF_MEMORY}"
-        text = redact(f"{error} {notes}".strip()) or kind
+        text = one_line(redact(f"{error} {notes}".strip())) or kind
         row |= {"stage": stage, "error_type": kind, "error": text}
     finally:
         if stage in SECONDS_OF_STAGE:

@@ -281,14 +281,15 @@ def only_job(monkeypatch):
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, PermissionError])
 def test_a_job_that_cannot_be_done_is_one_line(only_job, capsys, error):
-    text = "runs/[a]/m.csv: holds [/b] 'x' " + "and more " * 30
+    text = "runs/[a]/m.csv: holds [/b] 'x'" + " and more" * 30
 
     def run(_):
-        raise error(text)
+        message = text + "\n  of \x1b[31m\ud800"
+        raise error(message)
 
     only_job(run)
     assert main(["job"]) == 1
-    assert capsys.readouterr().err == f"error: {text}\n"
+    assert capsys.readouterr().err == f"error: {text} of \\x1b[31m\\ud800\n"
 
 
 def test_the_code_of_a_job_is_returned_and_a_bug_is_not_hidden(only_job):

@@ -12,11 +12,13 @@ import pytest
 
 from scellst_ray.core import logs
 from scellst_ray.core.logs import (
+    MAX_LETTERS,
     JsonLines,
     TextLines,
     log_context,
     log_fields,
     make_formatter,
+    one_line,
     tile_fields,
 )
 
@@ -150,3 +152,20 @@ def test_a_process_of_its_own_logs_to_stderr(monkeypatch):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stderr)["message"] == "hello"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.h5: not a file", "a.h5: not a file"),
+        ("first\n  second\r\n\nthird\t!", "first second third !"),
+        ("\x1b[31mred\x1b[0m \x00", "\\x1b[31mred\\x1b[0m \\x00"),
+        ("half a pair \ud800, a mark \u200b\ufeff", "half a pair \\ud800, a mark \\u200b\\ufeff"),
+        ("Größe 0,5 µm 細胞", "Größe 0,5 µm 細胞"),
+        ("x" * 5000, "x" * MAX_LETTERS + " ..."),
+    ],
+)
+def test_a_message_becomes_one_line_that_terminals_show(text, expected):
+    assert one_line(text) == expected
+    assert one_line(text).isprintable()
+    one_line(text).encode()

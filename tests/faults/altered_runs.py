@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from scellst_ray.core.logs import one_line
 from tests.faults.judge import LINE, judge_message
 from tests.faults.whole_run import READINGS
 
@@ -199,13 +200,13 @@ def _read(reading, place, path, wanted):
         try:
             found = READINGS[reading](str(place))
         except (ValueError, OSError) as error:
-            outcome, text = judge_message(str(error), names)
+            outcome, text = judge_message(one_line(str(error)), names)
             return (TOLD if outcome == LINE else outcome), text
         except Exception as error:  # noqa: BLE001 - a traceback is what is looked for
             return f"traceback {type(error).__name__}", str(error)[:500]
     if is_equal(found, wanted):
         return SAME, ""
-    told = [text for text in texts if judge_message(text, names)[0] == LINE]
+    told = [text for text in texts if judge_message(one_line(text), names)[0] == LINE]
     return (TOLD, told[0]) if told else (SILENT, describe(found, wanted))
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scellst_ray.commands import table
+from scellst_ray.core.logs import one_line
 from tests.support.paths import ROOT
 
 MPP = 0.5
@@ -166,7 +167,8 @@ def judge(reader, path, files):
         result = read(reader, path)
     except (ValueError, OSError) as error:
         names = [Path(name).name for name in (path, *files)]
-        return Verdict(*judge_message(str(error), [*names, *settings_of(reader)]))
+        # As the command line prints it, and as records hold it.
+        return Verdict(*judge_message(one_line(str(error)), [*names, *settings_of(reader)]))
     except BaseException as error:  # noqa: BLE001 - a traceback is what is looked for
         lines = traceback.format_exc().splitlines()
         return Verdict(f"traceback {type(error).__name__}", "\n".join(lines[-12:])[-2500:])

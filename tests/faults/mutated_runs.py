@@ -33,7 +33,7 @@ class Judged:
     verdict: Verdict
 
 
-def judge_mutants(folder, count, seed=0, only=None):
+def judge_mutants(folder, count, seed=0, only=None, num_judges=NUM_JUDGES):
     """Return the verdicts on `count` mutants, as many of each kind of input.
 
     Args:
@@ -41,6 +41,7 @@ def judge_mutants(folder, count, seed=0, only=None):
         count: Number of mutants.
         seed: First seed.
         only: Names of inputs; None: all.
+        num_judges: Number of processes that read.
     """
     inputs = write_inputs(folder / "intact")
     by_kind = {}
@@ -53,7 +54,7 @@ def judge_mutants(folder, count, seed=0, only=None):
         of_kind, turn = by_kind[kinds[number % len(kinds)]], number // len(kinds)
         chosen.append((of_kind[turn % len(of_kind)], seed + number))
     judges = SimpleQueue()
-    for _ in range(NUM_JUDGES):
+    for _ in range(num_judges):
         judges.put(Judge())
 
     def judged(pair):
@@ -69,8 +70,8 @@ def judge_mutants(folder, count, seed=0, only=None):
         return Judged(intact.name, intact.kind, number, file.name, done, verdict)
 
     try:
-        with ThreadPoolExecutor(NUM_JUDGES) as threads:
+        with ThreadPoolExecutor(num_judges) as threads:
             return list(threads.map(judged, chosen))
     finally:
-        for _ in range(NUM_JUDGES):
+        for _ in range(num_judges):
             judges.get().close()

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import yaml
 
 from scellst_ray import storage
+from scellst_ray.core.logs import one_line
 from scellst_ray.pipelines.driver import Driver
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.runs.folder import FINISHED, RunFolder
@@ -172,7 +173,7 @@ def run_until_done(config):
         except DiedError:
             continue
         except (ValueError, OSError) as error:
-            told.refusal = str(error)
+            told.refusal = one_line(str(error))
             break
         if all(record["status"] in FINISHED for record in records.values()):
             told.refusal = ""

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import shapely
@@ -25,6 +26,7 @@ from scellst_ray.runs.reading import open_run
 from scellst_ray.runs.state import read_state
 from scellst_ray.runs.summary import write_summary
 from scellst_ray.stages.networks import vectors
+from scellst_ray.stages.tiles import MAX_CELLS_PER_TILE
 from scellst_ray.stages.write import WriteShards
 from tests.support.crop_runs import write_crop_run
 from tests.support.mil_heads import info_of
@@ -80,7 +82,7 @@ def _tiles(slide_id, seed, num_cells, num_tiles=3):
         outlines = shapely.to_wkb(shapely.buffer(shapely.points(xy), 6, quad_segs=2))
         columns = {
             "slide_id": pa.repeat(slide_id, num_cells),
-            "cell_id": np.arange(num_cells) + 10_000 * tile_id,
+            "cell_id": np.arange(num_cells) + tile_id * MAX_CELLS_PER_TILE,
             "x0": xy[:, 0],
             "y0": xy[:, 1],
             "area_um2": rng.uniform(20, 80, num_cells).astype(np.float32),
@@ -117,8 +119,10 @@ def status(uri):
     """Return what `status` shows of slides, without times."""
     state = read_state(uri)
     names = ["slide_id", "status", "num_tiles", "tiles_done", "tiles_failed", "num_cells"]
-    slides = state.slides.select([*names, "stage", "error_type", "error"]).to_dicts()
-    return slides, state.failures.to_dicts()
+    # Whether a slide is running or pending, the lease says: see `holder`.
+    waiting = pl.col("status").replace("running", "pending")
+    slides = state.slides.select([*names, "stage", "error_type", "error"]).with_columns(waiting)
+    return slides.to_dicts(), state.failures.to_dicts()
 
 
 @reading
