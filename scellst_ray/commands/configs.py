@@ -80,7 +80,8 @@ class DoctorConfig:
     """YAML file of extract, predict, pretrain or train. The files it names are checked. Flags
     override it."""
     manifest: str | None = None
-    """Manifest whose slides are checked. Each must exist; those on local disks are opened."""
+    """Manifest whose slides are checked, with the spots, segmentations and Xenium folders it names.
+    Each must exist; those on local disks are opened, and read up to 500 MB."""
     out: str | None = None
     """Folder that every node must see and be able to write."""
     encoder: str | None = None

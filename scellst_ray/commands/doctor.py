@@ -10,15 +10,20 @@ import platform
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import openslide
 import torch
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from scellst_ray import storage
 from scellst_ray.commands.configs import DoctorConfig
+from scellst_ray.commands.flags import TRUTHS, flags_of
+from scellst_ray.commands.slide_files import Checked, check_slide_files, files_to_check
+from scellst_ray.commands.table import COMMANDS
+from scellst_ray.commands.yaml_file import read_settings
 from scellst_ray.core.isolated import ProcessDeath, map_isolated
 from scellst_ray.core.version import __version__
 from scellst_ray.models.cellvit.checkpoint import load_cellvit
@@ -32,7 +37,7 @@ from scellst_ray.pipelines.session import ray_session
 from scellst_ray.preflight.checks import FoundSlides, Problem, find_slides
 from scellst_ray.preflight.nodes import NodeRequirements, write_probe
 from scellst_ray.preflight.slide_plans import Header, header_of, slide_row
-from scellst_ray.slides.manifest import SlideRow, read_manifest
+from scellst_ray.slides.manifest import PATH_COLUMNS, SlideRow, read_manifest
 from scellst_ray.stages.config import head_file
 from scellst_ray.stages.rows import Outcome
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
@@ -41,6 +46,8 @@ from scellst_ray.stages.tiles import guarded
 # Highest number of slides that are listed one by one if they have no problem.
 MAX_LISTED = 100
 OPEN_S = 600.0
+# Jobs whose files of settings `--job` takes.
+JOBS = ("extract", "predict", "pretrain", "train", "crossvalidate")
 
 
 def doctor(config: DoctorConfig) -> int:
@@ -68,10 +75,7 @@ def _with_job(config: DoctorConfig) -> DoctorConfig:
     """
     if config.job is None:
         return config
-    settings = yaml.safe_load(storage.read_text(config.job))
-    if not isinstance(settings, dict):
-        message = f"{config.job}: expected keys and values of a job, as its --config takes them"
-        raise ValueError(message)
+    settings = _read_job(config.job)
     names = [field.name for field in fields(config) if field.name not in ("job", "ray")]
     given = {
         name: settings[name] for name in names if name in settings and getattr(config, name) is None
@@ -79,6 +83,24 @@ def _with_job(config: DoctorConfig) -> DoctorConfig:
     if given.get("encoder") == "head":
         del given["encoder"]
     return replace(config, **given)
+
+
+def _read_job(file: str) -> dict[str, Any]:
+    """Return the keys and values of a job's file.
+
+    Raises:
+        ValueError: the file cannot be read, or has a key that no job knows.
+    """
+    with TemporaryDirectory() as folder:
+        local = storage.resolve(file)[1]
+        if not storage.is_local(file):
+            local = str(Path(folder, Path(file).name))
+            Path(local).write_bytes(storage.read_bytes(file))
+        flags = {n: f for job in JOBS for n, f in flags_of(COMMANDS[job].load_settings()).items()}
+        settings = read_settings(local, flags)
+    if "gpus" in settings:
+        settings["gpus"] = TRUTHS.get(str(settings["gpus"]))
+    return settings
 
 
 def _checks(config: DoctorConfig) -> list[tuple[str, Callable[[], str]]]:
@@ -177,6 +199,7 @@ def _slides(console: Console, slides: list[SlideRow], search: FoundSlides) -> in
     processes = max(1, min(len(rows), os.cpu_count() or 1))
     opened = map_isolated(header_of, rows, processes, OPEN_S)
     headers = {row["slide_id"]: header for row, header in opened}
+    files = _check_files(slides, headers)
     num_bad = 0
     for slide in slides:
         reason = search.reasons.get(slide.slide_id)
@@ -186,20 +209,44 @@ def _slides(console: Console, slides: list[SlideRow], search: FoundSlides) -> in
             reason = f"{slide.uri}: {header.reason}"
         elif header is not None and header.get("error") is not None:
             reason = header["error"]
-        if reason is not None:
-            _print(console, reason, f"slide {slide.slide_id}")
+        reasons = [*([] if reason is None else [reason]), *files[slide.slide_id]["problems"]]
+        for text in reasons:
+            _print(console, text, f"slide {slide.slide_id}")
+        if reasons:
             num_bad += 1
             continue
         for note in header.get("notes", ()) if isinstance(header, dict) else ():
             text = f"[yellow]note[/] slide {slide.slide_id}: {escape(note)}"
             console.print(text, highlight=False, soft_wrap=True)
         if len(slides) <= MAX_LISTED:
-            text = f"[green]ok[/]  slide {slide.slide_id}: {about}"
+            also = "".join(f"; {column} read" for column in files[slide.slide_id]["read"])
+            text = f"[green]ok[/]  slide {slide.slide_id}: {about}{also}"
             console.print(text, highlight=False, soft_wrap=True)
     if len(slides) > MAX_LISTED:
         well = f"{len(slides) - num_bad:,} of {len(slides):,} slides, {len(rows):,} of them opened"
         console.print(f"[green]ok[/]  {well}", highlight=False)
     return num_bad
+
+
+def _check_files(
+    slides: list[SlideRow], headers: dict[str, Header | ProcessDeath]
+) -> dict[str, Checked]:
+    """Check the files that rows name besides their slides; return the results by slide_id."""
+    nothing = Checked(problems=[], read=[])
+    checked = {slide.slide_id: nothing for slide in slides}
+    asked = []
+    for slide in slides:
+        header = headers.get(slide.slide_id)
+        if any(name in slide.columns for name in PATH_COLUMNS):
+            asked.append(files_to_check(slide, header if isinstance(header, dict) else {}))
+    processes = max(1, min(len(asked), os.cpu_count() or 1))
+    for item, result in map_isolated(check_slide_files, asked, processes, OPEN_S):
+        slide_id = item["slide"].slide_id
+        if isinstance(result, ProcessDeath):
+            checked[slide_id] = Checked(problems=[f"a reader {result.reason}"], read=[])
+        else:
+            checked[slide_id] = result
+    return checked
 
 
 def _about_slide(

@@ -21,11 +21,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from scellst_ray import storage
 from scellst_ray.core.geometry import check_mpp
-from scellst_ray.slides.manifest import SlideRow
+from scellst_ray.slides.manifest import PATH_COLUMNS, SlideRow
 from scellst_ray.storage.credentials import redact
 from scellst_ray.storage.retries import call_with_retries
 
@@ -139,6 +139,22 @@ def _look_up(slide: SlideRow, *, imported: bool) -> tuple[int | None, str | None
         except ValueError as error:
             reasons.append(str(error))
     return num_bytes, "; ".join(reasons) or None
+
+
+def missing_files(slide: SlideRow) -> list[str]:
+    """Return a line for each file that a row names besides its slide and that cannot be found."""
+    problems = []
+    for column in PATH_COLUMNS:
+        if column in slide.columns:
+            uri = str(slide.columns[column])
+            try:
+                if storage.is_local(uri) or PurePosixPath(uri).suffix:
+                    size_of(uri)
+                elif not storage.list_files(uri):  # a folder on object storage
+                    problems.append(f"{column}: {redact(uri)}: no such folder")
+            except OSError as error:
+                problems.append(f"{column}: {error}; correct the manifest, or put the file there")
+    return problems
 
 
 def size_of(uri: str) -> int:

@@ -4,7 +4,7 @@ The tiles are exactly those of the run, since the same function plans them. Ever
 estimated from rates (see costs.py): from earlier runs, from a sample measured now, or defaults.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from scellst_ray import storage
@@ -13,6 +13,7 @@ from scellst_ray.models.device import has_gpu
 from scellst_ray.models.encoder.encoder import encoder_dim, is_named
 from scellst_ray.models.mil.head import load_head
 from scellst_ray.preflight.calibration import calibrate
+from scellst_ray.preflight.checks import missing_files
 from scellst_ray.preflight.config import PlanConfig
 from scellst_ray.preflight.costs import (
     DEFAULT,
@@ -28,7 +29,7 @@ from scellst_ray.preflight.costs import (
 from scellst_ray.preflight.rates import with_runs
 from scellst_ray.preflight.slide_plans import SlidePlan, by_slide, plan_slides
 from scellst_ray.runs.identity import NetworkIdentity, StoredIdentity
-from scellst_ray.slides.manifest import read_manifest, select_slides
+from scellst_ray.slides.manifest import PATH_COLUMNS, SlideRow, read_manifest, select_slides
 from scellst_ray.stages.checked_networks import (
     CheckedNetworks,
     cells_spec,
@@ -94,6 +95,7 @@ def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None
     networks = _networks(job, head_uri, notes, read=config.calibrate is not None)
     spec = cells_spec(resolve_config(job), networks)
     keep = config.calibrate or 0
+    notes += _missing_files(slides)
     plans = plan_slides(slides, spec, keep, config.processes, config.job.plan_timeout_s, report)
     cluster = config.cluster()
     shape = _shape(job, spec, networks, hidden_dims, gpus=bool(cluster.gpus))
@@ -107,6 +109,18 @@ def make_plan(config: PlanConfig, report: Callable[[int], None] = lambda _: None
     name = "extract" if head_uri is None else "predict"
     price = _price(config, cluster, seconds)
     return Plan(name, plans, works, everything, cluster, rates, seconds, notes, price)
+
+
+def _missing_files(slides: Sequence[SlideRow]) -> list[str]:
+    """Return a note about files that the manifest names besides slides and that are missing."""
+    local = [s for s in slides if all(map(storage.is_local, map(str, _named_files(s))))]
+    problems = [f"slide {s.slide_id}: {text}" for s in local for text in missing_files(s)]
+    more = f" ({len(problems) - 1:,} more, see `scellst-ray doctor`)" if len(problems) > 1 else ""
+    return [problems[0] + more] if problems else []
+
+
+def _named_files(slide: SlideRow) -> list[object]:
+    return [slide.columns[name] for name in PATH_COLUMNS if name in slide.columns]
 
 
 def _job(config: PlanConfig) -> tuple[ExtractConfig, int, str | None]:

@@ -94,3 +94,27 @@ def test_a_segmenter_is_opened(tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:10_000])
     assert doctor(DoctorConfig(segmenter_weights=str(weights), ray=False)) == 1
     assert "cut off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("- a\n", "expected lines of `key: value`"),
+        ("manifst: m.csv\n", "Did you mean 'manifest'?"),
+        ("out: &a [*a]\n", "*a stands for another value"),
+        ("manifest: [m.csv]\n", "manifest: expected one value"),
+    ],
+)
+def test_a_jobs_file_that_cannot_be_used(tmp_path, capsys, text, reason):
+    (tmp_path / "job.yaml").write_text(text)
+    assert main(["doctor", "--ray=false", f"--job={tmp_path}/job.yaml"]) == 1
+    shown = capsys.readouterr().err
+    assert "job.yaml" in shown
+    assert reason in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_jobs_file_names_what_is_checked(manifest, tmp_path, capsys):
+    (tmp_path / "job.yaml").write_text(f"manifest: {manifest}\ncrops: 100\nencoder: none\n")
+    assert main(["doctor", "--ray=false", f"--job={tmp_path}/job.yaml"]) == 0
+    assert "manifest: 1 slides" in capsys.readouterr().out
