@@ -120,7 +120,7 @@ def driver_line(holder: Holder, now: datetime) -> str:
     lease = holder.lease
     if lease is not None:
         acquired = now - datetime.fromisoformat(lease["acquired"])
-        renewed = now - datetime.fromisoformat(lease["renewed"])
+        renewed = now - datetime.fromisoformat(lease.get("renewed", lease["acquired"]))
         who = f"process {lease['pid']} on {lease['host']}"
         who += f", since {lease['acquired']} ({_span(acquired.total_seconds())})"
         parts = {"who": who, "renewed": f"{_span(renewed.total_seconds())} ago"}

@@ -120,21 +120,20 @@ class Attempts:
         self._writing = threading.Lock()
         self._written = 0
         self._begin([])
-        note: dict[str, Any] = {}
         outcome = Outcome()
         with guarded(outcome, "note"):
             if storage.exists(uri):
                 content = storage.read_bytes(uri)
                 self._written = len(content)
-                note = json.loads(content)
+                note: dict[str, Any] = json.loads(content)
+                for slide_id, tile_id, ended in note.get("ended", []):
+                    self.ended[slide_id, tile_id] = Ended(**ended)
+                self.gpu.failed_slides = list(note.get("failed_slides", []))
+                if note.get("begun"):
+                    self._count(note, on_lost_host=is_lost(note["host"]))
+                    # Written at once: this process, too, may end before its first batch.
+                    self._write()
         _warn(outcome, f"{uri}: this note cannot be read, so earlier attempts do not count")
-        for slide_id, tile_id, ended in note.get("ended", []):
-            self.ended[slide_id, tile_id] = Ended(**ended)
-        self.gpu.failed_slides = note.get("failed_slides", [])
-        if note.get("begun"):
-            self._count(note, on_lost_host=is_lost(note["host"]))
-            # Written at once: this process, too, may end before its first batch.
-            self._write()
 
     def run_guarded(self, rows: list[Row], work: Work[Row, Done]) -> list[Done]:
         """Do `work` on rows: all at once, or one at a time if a tile among them ended a process.

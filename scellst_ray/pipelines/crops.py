@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import cast
@@ -41,8 +42,10 @@ from scellst_ray.runs.crop_files import (
     index_uri,
     set_uri,
 )
+from scellst_ray.runs.crop_store import read_index
+from scellst_ray.runs.documents import publish_document, read_document, read_records
 from scellst_ray.runs.folder import RunFolder
-from scellst_ray.runs.records import CropIndex, CropRecord, SlideCrops, SlideRecord
+from scellst_ray.runs.records import CropCutoff, CropIndex, CropRecord, SlideCrops, SlideRecord
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.cut_crops import CropSet, candidates, cut_slide, record_of
 from scellst_ray.stages.rows import AttemptedCropSlide, AttemptedRow, CropSlide
@@ -73,7 +76,7 @@ def check_sample(run: RunFolder, sample: CropSample) -> None:
     Raises:
         ValueError: the run has crops of another sample.
     """
-    index = _read_index(run)
+    index = read_index(run.uri)
     wanted = asdict(sample)
     stored = wanted if index is None else {**index["sample"]}
     if stored != wanted:
@@ -87,7 +90,7 @@ def check_sample(run: RunFolder, sample: CropSample) -> None:
 
 def crops_missing(run: RunFolder, records: SlideRecords, sample: CropSample) -> bool:
     """Return whether crops of the slides with these records are still to be made."""
-    index = _read_index(run)
+    index = read_index(run.uri)
     if index is None:
         return True
     return index["set"] != _hash_sample(run, _select_with_cells(records), sample) or bool(
@@ -118,7 +121,7 @@ def make_crops(
     check_sample(run, sample)
     cells = _select_with_cells(records)
     crops = CropSet(run, _hash_sample(run, cells, sample), sample, NO_CUTOFF)
-    index = _read_index(run)
+    index = read_index(run.uri)
     if index is not None and index["set"] != crops.set_id:
         logger.warning("%s: its cells have changed, so all crops are made again", run.uri)
     configure_slide_pass()
@@ -164,17 +167,8 @@ def _crop_slide(slide: SlideRow, record: SlideRecord) -> CropSlide:
     )
 
 
-def _read_index(run: RunFolder) -> CropIndex | None:
-    """Return the content of `crops.json`; None if the run has no finished crops."""
-    uri = index_uri(run.uri)
-    if not storage.exists(uri):
-        return None
-    index: CropIndex = storage.read_json(uri)
-    return index
-
-
 def _select_with_cells(records: SlideRecords) -> SlideRecords:
-    return {s: record for s, record in records.items() if record["num_cells"]}
+    return {s: record for s, record in records.items() if record.get("num_cells")}
 
 
 def _hash_sample(run: RunFolder, cells: SlideRecords, sample: CropSample) -> str:
@@ -193,7 +187,8 @@ def _find_cutoff(
     """Return the priority up to which cells are in, and records of slides without candidates."""
     uri = storage.join(set_uri(crops.run.uri, crops.set_id), "set.json")
     if storage.exists(uri):
-        return int(storage.read_json(uri)["cutoff"]), {}
+        with suppress(storage.DamagedFileError):  # it is found again
+            return read_document(uri, CropCutoff)["cutoff"], {}
     most = crops.sample.per_slide or crops.sample.total
     failed: dict[str, CropRecord] = {}
     cutoff = Cutoff(crops.sample.total)
@@ -213,7 +208,7 @@ def _find_cutoff(
     value = cutoff.value()
     if not failed:
         known = {"cutoff": value, "sample": asdict(crops.sample), "slides": sorted(cells)}
-        storage.publish_json(uri, known)
+        publish_document(uri, known)
     return value, failed
 
 
@@ -234,7 +229,7 @@ def _candidates(batch: pa.Table, run: RunFolder, sample: CropSample) -> Iterable
 def _read_done_records(crops: CropSet, rows: list[CropSlide]) -> dict[str, CropRecord]:
     """Return the records of slides whose crops are cut already."""
     folder = crops.record_uri("").rsplit("/", 1)[0]
-    records: list[CropRecord] = [storage.read_json(u) for u in storage.list_files(folder)]
+    records = read_records(folder, CropRecord, "the crops of its slide are cut again").values()
     wanted = {row["slide_id"] for row in rows}
     return {
         record["slide_id"]: record
@@ -298,7 +293,7 @@ class CutCrops:
             begins("crops")
             with guarded(row, "crops"):
                 record = cut_slide(self.crops, row)
-                storage.publish_json(self.crops.record_uri(row["slide_id"]), record)
+                publish_document(self.crops.record_uri(row["slide_id"]), record)
                 return record
         return _failed_record(self.crops, row)
 
@@ -334,9 +329,9 @@ def _publish_index(crops: CropSet, records: CropRecords) -> None:
         "slides": {s: _in_index(record) for s, record in done.items()},
         "failed": {s: f"{r['error_type']}: {r['error']}" for s, r in failed.items()},
     }
-    storage.publish_json(index_uri(run_uri), index)
+    publish_document(index_uri(run_uri), index)
     kept = {index_uri(run_uri), set_uri(run_uri, crops.set_id)}
-    for uri in storage.list_files(crops_uri(run_uri)):
+    for uri in storage.list_all(crops_uri(run_uri)):
         if uri not in kept:
             storage.remove_tree(uri)
 

@@ -8,8 +8,8 @@ import pyarrow.compute as pc
 
 from scellst_ray.core.logs import log_fields
 from scellst_ray.pipelines.progress import Progress
-from scellst_ray.runs.folder import last_of_each_tile
 from scellst_ray.runs.receipt_sources import SOURCE
+from scellst_ray.runs.receipts_log import best_of_each_tile
 
 # Tables of receipts of one slide are joined beyond this number: each takes ten kilobytes.
 MAX_PARTS = 32
@@ -44,7 +44,7 @@ class IncompleteSlides:
             parts[:] = [joined]
             if len(np.unique(joined["tile_id"].to_numpy())) < num:
                 # A tile that came twice counts once.
-                parts[:] = [last_of_each_tile(joined)]
+                parts[:] = [best_of_each_tile(joined)]
                 self._count(joined, -1)
                 self._count(parts[0], 1)
         if len(parts[0]) < max(1, num_tiles):

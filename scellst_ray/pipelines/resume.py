@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scellst_ray import storage
-from scellst_ray.runs.folder import NUM_READERS, RunFolder, split_by_slide
+from scellst_ray.runs.documents import NUM_READERS
+from scellst_ray.runs.folder import RunFolder, split_by_slide
 from scellst_ray.runs.receipt_sources import of_source
+from scellst_ray.runs.receipts_log import best_of_each_tile
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.stages.rows import PendingSlide
 from scellst_ray.stages.slide_source import present_source
@@ -71,7 +73,7 @@ def read_logged_work(
         trusted: slide_ids whose receipts may count without a source, as earlier releases wrote
             them: the manifest names the same files as it did then.
     """
-    log = run.receipts(without=finished)
+    log = run.all_receipts(without=finished)
     log = log.filter(pc.and_(pc.is_null(log["error"]), pc.greater_equal(log["tile_id"], 0)))
     found = dict(split_by_slide(_with_shards(run, log).sort_by("slide_id")))
     work = LoggedWork([pending_slide(slide, spec, run) for slide in pending], {}, [], found)
@@ -83,11 +85,12 @@ def read_logged_work(
     for row, source in zip(begun, sources, strict=True):
         slide_id = row["slide_id"]
         before = found.pop(slide_id)
-        receipts = of_source(before, source, trusted=slide_id in trusted)
+        receipts = best_of_each_tile(of_source(before, source, trusted=slide_id in trusted))
         if len(receipts):
             work.receipts[slide_id] = receipts
             row["source"], row["done_tiles"] = source, receipts["tile_id"].to_pylist()
-            if before["source"].null_count:
+            logged = best_of_each_tile(of_source(before, source, trusted=False))
+            if len(logged) < len(receipts):
                 work.adopted.append(receipts)
         else:
             renewed.append(slide_id)
@@ -103,7 +106,10 @@ def read_logged_work(
 
 
 def _with_shards(run: RunFolder, receipts: pa.Table) -> pa.Table:
-    """Return the receipts whose shard exists, and those of tiles without cells."""
+    """Return the receipts whose shard exists, and those of tiles without cells.
+
+    Of a tile that was done several times, the shard of one receipt may be gone.
+    """
     uris = storage.list_files(run.shards_uri)
     names = pa.array([uri.rsplit("/", 1)[-1] for uri in uris], pa.string())
     exists = pc.is_in(receipts["shard"], value_set=names)

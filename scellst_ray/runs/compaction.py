@@ -27,6 +27,7 @@ from scellst_ray.core.version import __version__
 from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.nuclei import seams
 from scellst_ray.nuclei.imported.table import import_report
+from scellst_ray.runs.documents import publish_document
 from scellst_ray.runs.domain_shift import SlideScore, limit_of_head
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.receipt_sources import only_source
@@ -111,7 +112,7 @@ def finish_slide(
     report = _import_report(run, slide_id) if imported else None
     if report is not None:
         record["imported"] = report
-    storage.publish_json(run.record_uri(slide_id), record)
+    publish_document(run.record_uri(slide_id), record)
     if imported and not len(failed):
         storage.remove_tree(run.imported_uri(slide_id))
     return record

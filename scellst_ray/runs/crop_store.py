@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.crop_files import Colours, ColourSums, file_uri, index_uri
+from scellst_ray.runs.documents import read_document, warn_once
 from scellst_ray.runs.records import CropIndex
 from scellst_ray.storage.credentials import redact
 from scellst_ray.storage.retries import call_with_retries
+
+INDEX_KEYS = ("format_version", "set", "crop_um", "crop_px", "row_group", "slides", "failed")
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ def _index(uri: str) -> CropIndex:
             else f"{uri}: has no crops; run `scellst-ray extract` with --crops NUMBER on it"
         )
         raise ValueError(message)
-    index: CropIndex = storage.read_json(place)
+    remedy = "run the same `scellst-ray extract` command again"
+    index = read_document(place, CropIndex, remedy, needed=INDEX_KEYS)
     expected: dict[Literal["format_version", "crop_um", "crop_px"], float] = {
         "format_version": schemas.FORMAT_VERSION,
         "crop_um": schemas.STORED_CROP_UM,
@@ -162,6 +166,21 @@ def _index(uri: str) -> CropIndex:
             )
             raise ValueError(message)
     return index
+
+
+def read_index(run_uri: str) -> CropIndex | None:
+    """Return the content of `crops.json`; None if the run has no finished crops.
+
+    A damaged file counts as none, and gives a warning: the crops' records say the same.
+    """
+    uri = index_uri(run_uri)
+    try:
+        return read_document(uri, CropIndex)
+    except FileNotFoundError:
+        return None
+    except storage.DamagedFileError as error:
+        warn_once(f"{error}; it is written again")
+        return None
 
 
 class CropFiles:

@@ -11,19 +11,19 @@ Done means that a record exists, not that a table exists.
 import logging
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
+from scellst_ray.runs.documents import read_document, read_records
 from scellst_ray.runs.identity import Identity, stored_identity
+from scellst_ray.runs.receipts_log import best_of_each_tile, read_log_files
 from scellst_ray.runs.records import RunInfo, SlideRecord
 from scellst_ray.storage.credentials import refuse_credentials
 
@@ -46,8 +46,9 @@ SUMMARY_FILE, SUMMARY_PAGE = "summary.json", "SUMMARY.md"
 
 FINISHED = ("done", "empty")
 logger = logging.getLogger(__name__)
-# Number of small files read at a time: on object storage each one takes a round trip.
-NUM_READERS = 16
+SOURCES_REMEDY = (
+    "put a copy of it back, or remove it if no slide was replaced since: the next command writes it"
+)
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,13 @@ class RunFolder:
         return storage.join(self.uri, ATTEMPTS)
 
     def records(self) -> dict[str, SlideRecord]:
-        """Read all slide records, by slide_id."""
-        uris = storage.list_files(storage.join(self.uri, RECORDS))
-        with ThreadPoolExecutor(NUM_READERS) as readers:
-            records: list[SlideRecord] = list(readers.map(storage.read_json, uris))
-        return {record["slide_id"]: record for record in records}
+        """Read all slide records, by slide_id. A damaged one is no record, and gives a warning."""
+        folder = storage.join(self.uri, RECORDS)
+        return read_records(folder, SlideRecord, "its slide counts as pending")
 
     def head_digest(self) -> str | None:
         """Return the SHA-256 that `run.json` states for the run's head; None if it states none."""
-        info: RunInfo = storage.read_json(storage.join(self.uri, RUN_FILE))
+        info = read_document(storage.join(self.uri, RUN_FILE), RunInfo, needed=())
         return info.get("identity", {}).get("head")
 
     def log_receipts(self, receipts: pa.Table) -> None:
@@ -121,24 +120,23 @@ class RunFolder:
         storage.publish_table(storage.join(self.receipts_uri, name), table)
 
     def receipts(self, without: Collection[str] = ()) -> pa.Table:
-        """Read the receipts log: the last receipt of each tile, errors included.
+        """Read the receipts log: one receipt of each tile, a success if there is one.
 
         Args:
             without: slide_ids whose receipts are left out.
         """
-        uris = storage.list_files(self.receipts_uri)
+        return best_of_each_tile(self.all_receipts(without))
+
+    def all_receipts(self, without: Collection[str] = ()) -> pa.Table:
+        """Read the receipts log: all receipts, several of a tile that was done several times.
+
+        Args:
+            without: slide_ids whose receipts are left out.
+        """
+        log = read_log_files(self.receipts_uri, schemas.RECEIPTS.names, self.digest)
+        receipts = log.receipts.drop_columns("logged")
         unwanted = pa.array(list(without), pa.string())
-
-        def read(uri: str) -> pa.Table:
-            table = storage.read_table(uri)
-            for field in schemas.RECEIPTS:
-                if field.name not in table.column_names:  # written by an earlier release
-                    table = table.append_column(field, pa.nulls(len(table), field.type))
-            return table.filter(pc.invert(pc.is_in(table["slide_id"], unwanted)))
-
-        with ThreadPoolExecutor(NUM_READERS) as readers:
-            tables = list(readers.map(read, uris))
-        return last_of_each_tile(pa.concat_tables(tables or [schemas.RECEIPTS.empty_table()]))
+        return receipts.filter(pc.invert(pc.is_in(receipts["slide_id"], unwanted)))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the configuration of the command that works on this folder, for people.
@@ -149,20 +147,6 @@ class RunFolder:
         refuse_credentials(config)
         settings = yaml.safe_dump(dict(config), sort_keys=False)
         storage.publish_text(storage.join(self.uri, CONFIG_FILE), settings)
-
-
-def last_of_each_tile(receipts: pa.Table) -> pa.Table:
-    """Return the last receipt of each tile, in the order of the receipts."""
-    if not len(receipts):
-        return receipts
-    # In numpy: Arrow's group_by loads its datasets and its query engine, 10 MB of a status.
-    numbers = receipts["slide_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    tile_ids = receipts["tile_id"].to_numpy() + 1  # -1 stands for a whole slide
-    keys = numbers.astype(np.int64) * (tile_ids.max() + 1) + tile_ids
-    _, from_end = np.unique(keys[::-1], return_index=True)
-    if len(from_end) == len(receipts):
-        return receipts
-    return receipts.take(np.sort(len(receipts) - 1 - from_end))
 
 
 def split_by_slide(receipts: pa.Table) -> Iterator[tuple[str, pa.Table]]:
@@ -246,14 +230,14 @@ def check_folder(
     """
     run_uri = storage.join(uri, RUN_FILE)
     if storage.exists(run_uri):
-        found: RunInfo = storage.read_json(run_uri)
+        found = read_run_info(run_uri)
         wanted, digest = stored_identity(job, identity)
         if found.get("digest") != digest:
             raise ValueError(_other_run(uri, found.get("identity", {}), wanted))
         _refuse_other_libraries(uri, found.get("libraries", {}), libraries or {})
         return found
     # A driver that has just taken the lease has written nothing else yet.
-    if {name.rsplit("/", 1)[-1] for name in storage.list_files(uri)} - {LEASE_FILE}:
+    if {name.rsplit("/", 1)[-1] for name in storage.list_all(uri)} - {LEASE_FILE}:
         message = f"{uri}: holds files that are no run of scellst_ray; give an empty folder"
         raise ValueError(message)
     return None
@@ -281,19 +265,42 @@ def open_embedded_run(uri: str) -> tuple[RunFolder, RunInfo]:
     if not storage.exists(run_uri):
         message = f"{uri}: holds no run of scellst_ray; run `scellst-ray extract` first"
         raise ValueError(message)
-    info: RunInfo = storage.read_json(run_uri)
-    if not info["identity"].get("store_embeddings"):
+    info = read_run_info(run_uri)
+    if not info.get("identity", {}).get("store_embeddings"):
         message = f"{uri}: its cells have no embeddings; extract with store_embeddings"
         raise ValueError(message)
     return RunFolder(uri, info["digest"]), info
 
 
 def read_config(run_uri: str) -> dict[str, Any]:
-    """Return the configuration of the last command on a run; empty if the run has none."""
+    """Return the configuration of the last command on a run; empty if the run has none.
+
+    Raises:
+        DamagedFileError: the file is no such configuration.
+    """
     uri = storage.join(run_uri, CONFIG_FILE)
     if not storage.exists(uri):
         return {}
-    return dict(yaml.safe_load(storage.read_text(uri)) or {})
+    problem = "its YAML is no list of settings"
+    try:
+        found = yaml.safe_load(storage.read_text(uri)) or {}
+        if isinstance(found, dict) and all(isinstance(key, str) for key in found):
+            return found
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:200]
+    remedy = "remove it, and give the command its flags or its own configuration again"
+    raise storage.DamagedFileError(uri, f"is damaged: {problem}", remedy)
+
+
+def read_run_info(uri: str) -> RunInfo:
+    """Return the content of a run's run.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is no such document.
+    """
+    remedy = "put a copy of it back, or give another --out"
+    return read_document(uri, RunInfo, remedy, needed=["digest"])
 
 
 def _other_run(uri: str, found: Mapping[str, object], wanted: Mapping[str, object]) -> str:

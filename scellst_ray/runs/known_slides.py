@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from scellst_ray import storage
-from scellst_ray.runs.folder import FINISHED, NUM_READERS, SLIDES_FILE, RunFolder
+from scellst_ray.runs.documents import NUM_READERS, read_sources
+from scellst_ray.runs.folder import FINISHED, SLIDES_FILE, SOURCES_REMEDY, RunFolder
 from scellst_ray.runs.records import SlideRecord, SlideSource
 from scellst_ray.storage import node_cache
 from scellst_ray.storage.credentials import redact
@@ -60,10 +61,11 @@ def accept_slides(
         slide_ids whose receipts may count without a source.
 
     Raises:
+        DamagedFileError: slides.json cannot be read.
         ValueError: a finished slide is another one now; nothing was written.
     """
     uri = storage.join(run.uri, SLIDES_FILE)
-    known: dict[str, SlideSource] = storage.read_json(uri) if storage.exists(uri) else {}
+    known = read_sources(uri, SlideSource, SOURCES_REMEDY)
     found = _compare(known, slides, records, moved)
     if found.problems:
         raise ValueError(_refusal(run, found.problems))

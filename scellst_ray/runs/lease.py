@@ -35,6 +35,7 @@ import fsspec
 
 from scellst_ray import storage
 from scellst_ray.core.signals import clean_exit_on_sigterm
+from scellst_ray.runs.documents import parse_lease, warn_once
 from scellst_ray.runs.folder import LEASE_FILE
 from scellst_ray.runs.records import LeaseInfo
 
@@ -129,7 +130,7 @@ class Lease:
         self._ended.set()
         try:
             with self._changing, _exclusive(self.uri) as file:
-                if self._is_ours(_content(file.read())):
+                if self._is_ours(_content(file.read(), self.uri)):
                     file.remove()
         except OSError as error:
             logger.warning("%s: the lease is not removed, it will expire: %s", self.uri, error)
@@ -145,7 +146,7 @@ class Lease:
             LeaseError: another driver holds the lease and is alive.
         """
         with _exclusive(self.uri) as file:
-            found = _content(file.read())
+            found = _content(file.read(), self.uri)
             if found is not None and not is_over(found):
                 if found["machine"] == self._holder["machine"] or (seen and found != seen):
                     raise LeaseError(self._refusal(found))
@@ -157,7 +158,7 @@ class Lease:
             self._write(file)
         if not file.is_locked:
             time.sleep(SETTLE_S)
-            found = _content(file.read())
+            found = _content(file.read(), self.uri)
             if not self._is_ours(found):
                 raise LeaseError(self._refusal(found))
         return None
@@ -166,7 +167,7 @@ class Lease:
         with self._changing, _exclusive(self.uri) as file:
             if self._ended.is_set():
                 return
-            found = _content(file.read())
+            found = _content(file.read(), self.uri)
             if self._is_ours(found):
                 self._write(file)
                 return
@@ -284,13 +285,14 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _content(text: bytes) -> LeaseInfo | None:
+def _content(text: bytes, uri: str) -> LeaseInfo | None:
     """Return the content of a lease; None if it is empty or was cut off when its writer died."""
     try:
-        found: LeaseInfo = json.loads(text)
-    except ValueError:
+        return parse_lease(text, uri)
+    except storage.DamagedFileError as error:
+        if text:
+            warn_once(f"{error}; it counts as no lease")
         return None
-    return found
 
 
 def is_over(found: LeaseInfo) -> bool:

@@ -1,5 +1,6 @@
 """Leftovers: files that crashes leave in a run folder and nothing will ever read."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from scellst_ray.runs.folder import (
     FINISHED,
     IMPORTED,
     SHARDS,
-    last_of_each_tile,
 )
 from scellst_ray.runs.lease import LeaseError, hold_lease
 from scellst_ray.runs.reading import Run, open_run
-from scellst_ray.runs.state import read_holder, read_log
+from scellst_ray.runs.receipts_log import best_of_each_tile, read_log_files
+from scellst_ray.runs.state import read_holder
 
 FINISHED_SHARDS = "shards of finished slides"
 ORPHANS = "shards that no receipt names"
@@ -26,6 +27,7 @@ FINISHED_IMPORTED = "imported nuclei of finished slides"
 TEMPORARY = "temporary files"
 NOTES = "notes of attempts"
 KINDS = (FINISHED_SHARDS, ORPHANS, FINISHED_IMPORTED, TEMPORARY, NOTES)
+SHARD_NAME = re.compile(r"[\w-]+\.parquet", re.ASCII)
 # Files removed between two looks at the lease.
 BATCH = 1000
 
@@ -83,10 +85,12 @@ def sweep(run_uri: str, *, dry_run: bool = False) -> list[Leftover]:
 def leftovers(run: Run) -> Iterator[Leftover]:
     """Yield the files that nothing will read, of a run on which no driver works."""
     finished = {s for s, record in run.records.items() if record["status"] in FINISHED}
-    receipts = last_of_each_tile(read_log(run.uri, ("slide_id", "tile_id", "shard", "error")))
-    receipts = receipts.filter(
-        pc.and_(pc.is_null(receipts["error"]), pc.is_valid(receipts["shard"]))
-    )
+    columns = ("slide_id", "tile_id", "shard", "error")
+    log = read_log_files(run.folder.receipts_uri, columns, run.folder.digest)
+    uris = storage.list_files(run.folder.shards_uri)
+    shards = pa.array([uri.rsplit("/", 1)[-1] for uri in uris], pa.string())
+    receipts = log.receipts.filter(pc.is_in(log.receipts["shard"], shards))
+    receipts = best_of_each_tile(receipts.filter(pc.is_null(receipts["error"])))
     is_of_finished = pc.is_in(receipts["slide_id"], pa.array(list(finished), pa.string()))
     named = set(receipts["shard"].unique().to_pylist())
     needed = set(receipts.filter(pc.invert(is_of_finished))["shard"].unique().to_pylist())
@@ -99,8 +103,10 @@ def leftovers(run: Run) -> Iterator[Leftover]:
             kind = TEMPORARY
         elif name.startswith("."):
             kind = None
-        elif folders == [SHARDS] and name not in needed:
+        elif folders == [SHARDS] and SHARD_NAME.fullmatch(name) and name not in needed:
             kind = FINISHED_SHARDS if name in named else ORPHANS
+            # A file of the log that cannot be read may name it: someone may mend that file.
+            kind = None if kind == ORPHANS and log.unreadable else kind
         elif len(folders) == 2 and folders[0] == IMPORTED and folders[1] in finished:
             kind = FINISHED_IMPORTED
         if kind is not None:

@@ -29,9 +29,17 @@ from scellst_ray.models.mil.stored_head import (
     row_groups,
     vector_matrix,
 )
-from scellst_ray.runs.folder import RUN_FILE, SLIDES_FILE, RunFolder
+from scellst_ray.runs.documents import read_sources, warn_once
+from scellst_ray.runs.folder import (
+    RUN_FILE,
+    SLIDES_FILE,
+    SOURCES_REMEDY,
+    RunFolder,
+    read_run_info,
+)
 from scellst_ray.runs.frames import frame_of, slides_frame
 from scellst_ray.runs.records import RunInfo, SlideRecord, SlideSource
+from scellst_ray.runs.tables import open_table, read_rows
 
 IDS = ("slide_id", "cell_id")
 # None means the whole panel.
@@ -67,19 +75,25 @@ class Run:
 
     @cached_property
     def sources(self) -> dict[str, SlideSource]:
-        """Return the content of slides.json: every slide that commands on this run were given."""
-        uri = storage.join(self.uri, SLIDES_FILE)
-        return dict(storage.read_json(uri)) if storage.exists(uri) else {}
+        """Return the content of slides.json: every slide that commands on this run were given.
+
+        A damaged file gives a warning, and no slides.
+        """
+        try:
+            uri = storage.join(self.uri, SLIDES_FILE)
+            return read_sources(uri, SlideSource, SOURCES_REMEDY)
+        except storage.DamagedFileError as error:
+            warn_once(str(error))
+            return {}
 
     def failures(self) -> pl.DataFrame:
         """Return the failed tiles of all slides; tile_id -1: the slide could not be planned."""
         tables = [schemas.FAILURES.empty_table()]
         for slide_id in sorted(self.records):
-            if self.records[slide_id]["num_failed_tiles"]:
-                uri = self.folder.failures_uri(slide_id)
-                table = storage.read_table(uri)
-                schemas.check(table.schema, "FAILURES", uri)
-                tables.append(table.select(schemas.FAILURES.names).cast(schemas.FAILURES))
+            if self.records[slide_id].get("num_failed_tiles"):
+                with open_table(self.folder, self.records[slide_id], "FAILURES") as file:
+                    table = read_rows(file, schemas.FAILURES.names)
+                tables.append(table.cast(schemas.FAILURES))
         return frame_of(pa.concat_tables(tables))
 
     @cached_property
@@ -132,13 +146,13 @@ class Run:
             ValueError: the slide or a column is unknown, the slide failed, or the file holds
                 another table.
         """
-        with self._open(slide_id, "CELLS") as file:
+        with self._open(slide_id, "CELLS", whole=columns is None) as file:
             schema = schemas.cells_schema(self.embedding_dim) if file is None else file.schema_arrow
             source = f"CELLS of slide {slide_id!r}"
             names = schema.names if columns is None else check_names(columns, schema.names, source)
             if file is None:
                 return schema.empty_table().select(names)
-            return file.read(columns=names).select(names)
+            return read_rows(file, names)
 
     def cells_frame(
         self, slide_ids: Iterable[str] | None = None, columns: Sequence[str] | None = None
@@ -280,19 +294,18 @@ class Run:
         return record
 
     @contextmanager
-    def _open(self, slide_id: str, name: str) -> Iterator[pq.ParquetFile | None]:
-        """Open a slide's table; None if the slide has no cells."""
-        record = self._record(slide_id)
-        if name not in record["tables"]:
-            if record["tables"]:
+    def _open(
+        self, slide_id: str, name: str, *, whole: bool = False
+    ) -> Iterator[pq.ParquetFile | None]:
+        """Open a slide's table; None if the slide has no cells. Arguments: as `open_table`."""
+        tables = self._record(slide_id).get("tables", [])
+        if name not in tables:
+            if tables:
                 message = f"slide {slide_id!r} of {self.uri} has no {name}: run predict"
                 raise ValueError(message)
             yield None
             return
-        folder = self.folder
-        uri = (folder.cells_uri if name == "CELLS" else folder.expression_uri)(slide_id)
-        with storage.open_parquet(uri) as file:
-            _check_table(file.schema_arrow, name, uri, folder.digest)
+        with open_table(self.folder, self.records[slide_id], name, whole=whole) as file:
             yield file
 
 
@@ -311,21 +324,13 @@ def open_run(uri: str | os.PathLike[str]) -> Run:
     if not storage.exists(run_uri):
         message = f"{folder}: no run of scellst_ray (it has no run.json); give the --out of a run"
         raise FileNotFoundError(message)
-    info: RunInfo = storage.read_json(run_uri)
-    if info["format_version"] > schemas.FORMAT_VERSION:
+    info = read_run_info(run_uri)
+    version = info.get("format_version", schemas.FORMAT_VERSION)
+    if version > schemas.FORMAT_VERSION:
         message = (
-            f"{folder}: written in format version {info['format_version']}; this release reads up "
+            f"{folder}: written in format version {version}; this release reads up "
             f"to {schemas.FORMAT_VERSION}. Upgrade scellst_ray."
         )
         raise ValueError(message)
     run = RunFolder(folder, info["digest"])
     return Run(run, info, run.records())
-
-
-def _check_table(schema: pa.Schema, name: str, uri: str, digest: str) -> None:
-    """Refuse a table of another kind, version or run."""
-    schemas.check(schema, name, uri)
-    found = schema.metadata[b"scellst_ray.run_digest"].decode()
-    if found != digest:
-        message = f"{uri}: belongs to run {found}, not to {digest}; put this run's own file back"
-        raise ValueError(message)

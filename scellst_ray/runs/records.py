@@ -38,7 +38,7 @@ class DomainShift(TypedDict):
     beyond: bool | None
 
 
-class ImportReport(TypedDict):
+class ImportReport(TypedDict, total=False):
     """Counts of the objects of a file of imported nuclei.
 
     Attributes:
@@ -186,6 +186,16 @@ class SampleSettings(TypedDict):
     per_slide: int | None
     per_type: int | None
     seed: int
+
+
+class CropCutoff(TypedDict):
+    """Content of `crops/<set>/set.json` that is read again.
+
+    Attributes:
+        cutoff: Highest priority of a cell in the sample.
+    """
+
+    cutoff: int
 
 
 class CropIndex(TypedDict):

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.crop_files import index_uri
+from scellst_ray.runs.documents import read_document, warn_once
 from scellst_ray.runs.folder import FINISHED
 from scellst_ray.runs.frames import frame_of
 from scellst_ray.runs.reading import Run
-from scellst_ray.runs.records import SlideRecord
+from scellst_ray.runs.records import CropIndex, SlideRecord
 
 WHY = ("stage", "error_type", "error")
 STAGE_SECONDS = tuple(f"seconds_{stage}" for stage in schemas.STAGES)
@@ -109,7 +110,12 @@ def _from_record(record: SlideRecord, counts: Mapping[str, int] | None) -> dict[
 def _failed_crops(run: Run) -> dict[str, dict[str, str]]:
     """Return why the crops of slides could not be cut. It makes these slides partial."""
     uri = index_uri(run.uri)
-    failed: dict[str, str] = storage.read_json(uri)["failed"] if storage.exists(uri) else {}
+    failed: dict[str, str] = {}
+    if storage.exists(uri):
+        try:
+            failed = read_document(uri, CropIndex, needed=["failed"])["failed"]
+        except storage.DamagedFileError as error:
+            warn_once(f"{error}; the next `scellst-ray extract` with crops writes it again")
     return {
         slide_id: dict(zip(WHY, ("crops", *text.partition(": ")[::2]), strict=True))
         for slide_id, text in failed.items()

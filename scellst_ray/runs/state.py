@@ -10,28 +10,25 @@ written a few seconds apart. So rates hold between two files.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from scellst_ray import storage
-from scellst_ray.core import schemas
 from scellst_ray.runs import lease
+from scellst_ray.runs.documents import parse_lease
 from scellst_ray.runs.folder import (
     FINISHED,
     LEASE_FILE,
-    NUM_READERS,
     RECEIPTS,
-    last_of_each_tile,
 )
 from scellst_ray.runs.frames import frame_of
 from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.receipts_log import best_of_each_tile, read_log_files
 from scellst_ray.runs.records import LeaseInfo, SlideRecord
 from scellst_ray.runs.slide_states import WHY, count_receipts, list_slides
 
@@ -190,7 +187,7 @@ def read_state(
     run = open_run(folder)
     run = replace(run, records=run.records | dict(records or {}))
     holder = read_holder(folder)
-    last = last_of_each_tile(log)
+    last = best_of_each_tile(log)
     logged = count_receipts(last)
     slides = list_slides(run, logged, may_run=holder.may_work)
     now = now or datetime.now(UTC)
@@ -199,38 +196,18 @@ def read_state(
 
 def read_log(run_uri: str, columns: Sequence[str] = LOG_COLUMNS) -> pa.Table:
     """Read all receipts of the log, oldest first; `logged` is the UTC time of their file."""
-    uris = storage.list_files(storage.join(run_uri, RECEIPTS))
-    names = list(columns)
-
-    def read(uri: str) -> pa.Table:
-        return storage.read_table(uri, names).replace_schema_metadata()
-
-    with ThreadPoolExecutor(NUM_READERS) as readers:
-        tables = list(readers.map(read, uris))
-    empty = schemas.RECEIPTS.empty_table().select(names)
-    found = pa.concat_tables([empty.replace_schema_metadata(), *tables])
-    times = pa.array([logged_at(uri) for uri in uris], pa.timestamp("us", "UTC"))
-    of_file = np.repeat(np.arange(len(uris)), [len(table) for table in tables])
-    return found.append_column("logged", times.take(pa.array(of_file, pa.int64())))
-
-
-def logged_at(name: str) -> datetime | None:
-    """Return the UTC time in the name of a file of the log; None if the name has none."""
-    stamp = name.rsplit("/", 1)[-1].partition("-")[0]
-    try:
-        return datetime.strptime(stamp, "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC)
-    except ValueError:
-        return None
+    return read_log_files(storage.join(run_uri, RECEIPTS), columns, None).receipts
 
 
 def read_holder(run_uri: str) -> Holder:
     """Return the holder of a run's lease, without taking the lease or waiting for it."""
     for _ in range(READ_TRIES):
         try:
-            found: LeaseInfo = storage.read_json(storage.join(run_uri, LEASE_FILE))
+            uri = storage.join(run_uri, LEASE_FILE)
+            found = parse_lease(storage.read_bytes(uri), uri)
         except FileNotFoundError:
             return Holder("none", None)
-        except ValueError:  # the file was read while its holder wrote it
+        except storage.DamagedFileError:  # the file was read while its holder wrote it
             continue
         if lease.is_over(found):
             return Holder("dead", found)

@@ -18,6 +18,7 @@ import yaml
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.version import __version__
+from scellst_ray.runs.documents import warn_once
 from scellst_ray.runs.folder import DATA_FOLDERS, SUMMARY_FILE, SUMMARY_PAGE, read_config
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.runs.state import RunState, read_state
@@ -97,8 +98,17 @@ def summarise_state(state: RunState) -> dict[str, Any]:
         | _libraries(),
         "releases": dict(releases),
         "identity": _redact(state.run.info.get("identity", {})),
-        "config": _redact(read_config(state.run.uri)),
+        "config": _redact(_config(state.run.uri)),
     }
+
+
+def _config(run_uri: str) -> dict[str, Any]:
+    """Return the run's configuration; empty if its file is damaged, which gives a warning."""
+    try:
+        return read_config(run_uri)
+    except storage.DamagedFileError as error:
+        warn_once(str(error))
+        return {}
 
 
 def slowest(slides: pl.DataFrame) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.tables import read_slide_table
 from scellst_ray.spots.panel import Targets, filter_counts, make_targets, robust_scale, size_factors
 from scellst_ray.spots.selection import Panel, Section, choose_genes, explicit_panel
 from scellst_ray.spots.table import check_whole_counts
@@ -83,10 +84,7 @@ def _section(slide: TrainingSlide, run: RunFolder, rules: Rules) -> Section:
 
 
 def _read_cells(run: RunFolder, slide_id: str, columns: list[str]) -> pa.Table:
-    uri = run.cells_uri(slide_id)
-    cells = storage.read_table(uri, columns)
-    schemas.check(cells.schema, "CELLS", uri)
-    return cells
+    return read_slide_table(run, slide_id, "CELLS", columns, whole="embedding" in columns)
 
 
 def _xy0(cells: pa.Table) -> NDArray[np.floating]:

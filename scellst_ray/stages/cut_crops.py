@@ -21,6 +21,7 @@ from scellst_ray.nuclei.crops import crop_nuclei
 from scellst_ray.runs.crop_files import CropSample, Spool, draw, file_uri, set_uri
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.records import CropRecord, CropStatus
+from scellst_ray.runs.tables import read_slide_table
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.source import open_slide
 from scellst_ray.stages.rows import CropSlide
@@ -56,9 +57,8 @@ def candidates(
     run: RunFolder, slide_id: str, sample: CropSample
 ) -> tuple[pa.Table, NDArray[np.uint64]]:
     """Return the cells that a slide would add if it were alone, and their ascending priorities."""
-    uri = run.cells_uri(slide_id)
-    cells = storage.read_table(uri, ["slide_id", "cell_id", "x0", "y0", "nucleus_type"])
-    schemas.check(cells.schema, "CELLS", uri)
+    columns = ["slide_id", "cell_id", "x0", "y0", "nucleus_type"]
+    cells = read_slide_table(run, slide_id, "CELLS", columns)
     types = cells["nucleus_type"].combine_chunks()
     index, priority_N = draw(sample, slide_id, cells["cell_id"].to_numpy(), types)
     return cells.take(pa.array(index)), priority_N

@@ -109,15 +109,25 @@ def exists(uri: str) -> bool:
 def list_files(uri: str) -> list[str]:
     """List the files directly below a folder as URIs, sorted; empty if there is no folder.
 
-    Temporary names (with a leading dot) are left out: they are unpublished.
+    Temporary names (with a leading dot) are left out: they are unpublished. Folders are left out.
     """
+    return _list(uri, ("file", "link"))
+
+
+def list_all(uri: str) -> list[str]:
+    """List files and folders directly below a folder, as `list_files` lists files."""
+    return _list(uri, ("file", "link", "directory"))
+
+
+def _list(uri: str, kinds: Collection[str]) -> list[str]:
     fs, path = resolve(uri)
     try:
         entries = call_for(uri, partial(fs.ls, path, detail=True))
     except FileNotFoundError:
         return []
     # A file, or an object that stands for an empty folder, lists itself.
-    paths = {str(entry["name"]).rstrip("/") for entry in entries} - {path.rstrip("/")}
+    named = {str(entry["name"]).rstrip("/"): entry["type"] for entry in entries}
+    paths = {name for name, kind in named.items() if kind in kinds} - {path.rstrip("/")}
     names = sorted(path.rsplit("/", 1)[-1] for path in paths)
     return [join(uri, name) for name in names if not name.startswith(".")]
 

@@ -17,7 +17,7 @@ from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs import lease as lease_module
 from scellst_ray.runs.compaction import finish_slide
-from scellst_ray.runs.folder import RunFolder, last_of_each_tile
+from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.lease import LeaseError, hold_lease
 from scellst_ray.runs.leftovers import (
     FINISHED_IMPORTED,
@@ -27,6 +27,7 @@ from scellst_ray.runs.leftovers import (
     TEMPORARY,
     sweep,
 )
+from scellst_ray.runs.receipts_log import best_of_each_tile
 from tests.support.run_folders import here, make_run, receipt, record, write_lease
 
 WRONG = {"stage": "embed", "error_type": "OSError", "error": "lost"}
@@ -52,7 +53,7 @@ def littered(tmp_path):
         receipt("half", 1, 9, 4, shard="b.parquet", shard_row=0),
         receipt("half", 2, 9, 0),
     ]
-    # Another driver did tile 1 again; tile 3 failed when it was done again.
+    # Another driver did tile 1 again; tile 3 failed when it was done again, and its success counts.
     again = [
         receipt("half", 1, 9, 4, shard="c.parquet", shard_row=0),
         receipt("half", 3, 9, 4, shard="d.parquet", shard_row=0),
@@ -68,7 +69,7 @@ def littered(tmp_path):
     ]
     log = [(0, named), (1, again), (2, [*failed, *part, *fine])]
     run = make_run(tmp_path, sources, records, log, {})
-    for name in ("a", "c", "p"):
+    for name in ("a", "c", "d", "p"):
         put(run, "shards", f"{name}.parquet")
     for name in ("half", "new"):
         put(run, "imported", name, "0f.parquet")
@@ -83,7 +84,7 @@ def littered(tmp_path):
     ):
         put(run, name)
     goes = {
-        ORPHANS: [put(run, "shards", f"{name}.parquet", size=100) for name in "bden"],
+        ORPHANS: [put(run, "shards", f"{name}.parquet", size=100) for name in "ben"],
         FINISHED_SHARDS: [put(run, "shards", "x.parquet")],
         FINISHED_IMPORTED: [put(run, "imported", "fine", f"{name}.parquet") for name in "12"],
         TEMPORARY: [
@@ -101,7 +102,7 @@ def test_what_goes_and_what_stays(littered):
     run, goes = littered
     before = every_file(run)
     shown = sweep(run.uri, dry_run=True)
-    assert (len(shown), sum(leftover.num_bytes for leftover in shown)) == (13, 1480)
+    assert (len(shown), sum(leftover.num_bytes for leftover in shown)) == (12, 1380)
     assert every_file(run) == before
     found = sweep(run.uri)
     for kind, paths in goes.items():
@@ -137,13 +138,14 @@ def test_no_run_there(tmp_path):
     assert len(list(tmp_path.rglob("*"))) == 3
 
 
-def test_a_log_that_cannot_be_read_keeps_everything(littered):
+def test_a_log_that_cannot_be_read_keeps_the_shards_that_it_may_name(littered, caplog):
     run, _ = littered
     put(run, "receipts", "20260301T120009000000-0.parquet")
     before = every_file(run)
-    with pytest.raises(storage.DamagedFileError, match="120009000000-0"):
-        sweep(run.uri)
-    assert every_file(run) == before
+    found = sweep(run.uri)
+    assert ORPHANS not in {leftover.kind for leftover in found}
+    assert every_file(run) == before - {leftover.path for leftover in found}
+    assert "120009000000-0" in caplog.text
 
 
 def test_on_an_object_store(littered, monkeypatch):
@@ -197,7 +199,7 @@ def work(run, tiles, num_tiles, name, *, logged):
 
 def finished(run):
     """Finish the slide from the log, as a driver does; return its table."""
-    finish_slide(run, "s", last_of_each_tile(run.receipts()))
+    finish_slide(run, "s", best_of_each_tile(run.receipts()))
     return pq.read_table(run.cells_uri("s"))
 
 

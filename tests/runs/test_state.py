@@ -6,7 +6,8 @@ import pytest
 from hypothesis import strategies as st
 
 from scellst_ray import storage
-from scellst_ray.runs.state import Rate, logged_at, read_log, read_state
+from scellst_ray.runs.receipts_log import logged_at
+from scellst_ray.runs.state import Rate, read_log, read_state
 from tests.support.run_folders import MISSING, START, after, make_run, receipt, record, write_lease
 
 WRONG = {"stage": "read", "error_type": "OSError", "error": "cut off"}

@@ -52,9 +52,10 @@ def write_crop_run(folder, num_crops, images=None):
             # Not in the order they are published in.
             rows = np.arange(num)[::-1]
             spool.add(rows, crops[rows])
-            digest = spool.publish(file_uri(str(folder), "set", slide_id), cells, "0123")
+            digest, _ = spool.publish(file_uri(str(folder), "set", slide_id), cells, "0123")
             totals = spool.colours.as_json()
-        slides[slide_id] = {"num_crops": num, "digest": digest, "centre": totals}
+        counts = {"num_crops": num, "num_types": {}, "num_bytes": int(spool.num_bytes.sum())}
+        slides[slide_id] = counts | {"digest": digest, "centre": totals}
         first += num
     index = {
         "format_version": schemas.FORMAT_VERSION,

@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scellst_ray import storage
-from scellst_ray.core import schemas
 from scellst_ray.evaluation.expression.bootstrap import (
     draws,
     interval,
@@ -41,6 +39,7 @@ from scellst_ray.models.mil.bags import BagSet, bag_mean, split_spots
 from scellst_ray.models.mil.fit import FitConfig, fit_head, new_head
 from scellst_ray.models.mil.head import MilHead
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.tables import read_slide_table
 from scellst_ray.spots.links import Links
 from scellst_ray.spots.panel import filter_counts, make_targets, robust_scale, size_factors
 from scellst_ray.spots.selection import Section, choose_genes
@@ -132,9 +131,8 @@ def prepare_slide(
         ValueError: spots cannot be read or do not lie on the tissue, no spot has a cell, counts
             are needed and are not whole numbers, or embeddings are not finite.
     """
-    slide_id, uri = slide.row.slide_id, run.cells_uri(slide.row.slide_id)
-    cells = storage.read_table(uri, ["x0", "y0", "embedding"])
-    schemas.check(cells.schema, "CELLS", uri)
+    slide_id = slide.row.slide_id
+    cells = read_slide_table(run, slide_id, "CELLS", ["x0", "y0", "embedding"], whole=True)
     xy0 = np.column_stack([cells["x0"].to_numpy(), cells["y0"].to_numpy()])
     linked = link_slide(slide, xy0, rules, see_image=rules.check_alignment)
     if rules.with_counts:

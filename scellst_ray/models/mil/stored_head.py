@@ -175,13 +175,22 @@ def row_groups(file: pq.ParquetFile, wanted: NDArray[np.int64] | None) -> Iterat
     column = file.schema_arrow.names.index("cell_id")
     for group in range(file.num_row_groups):
         if wanted is None:
-            yield file.read_row_group(group, use_threads=False)
+            yield _read_group(file, group)
             continue
         limits = file.metadata.row_group(group).column(column).statistics
         first = int(np.searchsorted(wanted, limits.min))
         if first < len(wanted) and wanted[first] <= limits.max:
-            table = file.read_row_group(group, use_threads=False)
+            table = _read_group(file, group)
             yield table.filter(pa.array(np.isin(table["cell_id"].to_numpy(), wanted)))
+
+
+def _read_group(file: pq.ParquetFile, group: int) -> pa.Table:
+    table = file.read_row_group(group, use_threads=False)
+    expected = file.metadata.row_group(group).num_rows
+    if len(table) != expected:
+        message = f"{len(table)} of {expected} rows of row group {group} can be read"
+        raise pa.ArrowInvalid(message)
+    return table
 
 
 def vector_matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
