@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from scellst_ray.spots.files import reason_of
+from scellst_ray.spots.files import reason_of, shown
 from scellst_ray.spots.hdf5 import (
     DAMAGE,
     attribute,
@@ -81,7 +81,9 @@ def read_column(part: h5py.Group | h5py.Dataset, source: str) -> NDArray[Any]:
         values = read_array(find_part(part, "values", source), f"{source} values")
         mask = read_array(find_part(part, "mask", source), f"{source} mask")
         return _masked(values, mask, source)
-    message = f"{source} is a group of {members[:5]}, expected a column. Write the file again."
+    message = (
+        f"{source} is a group of {shown(members[:5])}, expected a column. Write the file again."
+    )
     raise ValueError(message)
 
 
@@ -169,7 +171,7 @@ def read_matrix_part(
         return checked_csr(**parts, shape=shape[::-1], source=source).T.tocsr()
     if kind.startswith("csr"):
         return checked_csr(**parts, shape=shape, source=source)
-    message = f"{source} is stored as {kind!r}, expected a dense, CSR or CSC matrix."
+    message = f"{source} is stored as {shown(kind)}, expected a dense, CSR or CSC matrix."
     raise ValueError(message)
 
 
@@ -190,7 +192,8 @@ def _read_dense(part: h5py.Dataset, shape: tuple[int, int], source: str) -> spar
         except DAMAGE as error:
             message = f"{source} cannot be read ({reason_of(error)}). Copy the file again."
             raise ValueError(message) from error
-        blocks.append(sparse.csr_matrix(rows))
+        kind = np.float32 if rows.dtype == np.float16 else rows.dtype
+        blocks.append(sparse.csr_matrix(rows.astype(kind, copy=False)))
     if not blocks:
         return sparse.csr_matrix(shape, dtype=np.float32)
     return sparse.csr_matrix(sparse.vstack(blocks, format="csr"))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from scellst_ray.spots.files import shown
 from scellst_ray.spots.gene_names import bare_name
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,13 @@ def select_genes(
         kinds = sorted(set(types))[:5] if types else list(genes[:5])
         message = (
             f"{source}: no feature of type {GENE_EXPRESSION!r} among {len(genes)}; the types are "
-            f"{kinds}. Give the gene-expression matrix."
+            f"{shown(kinds)}. Give the gene-expression matrix."
         )
         raise ValueError(message)
     left_out = np.flatnonzero(~(by_type & by_name))
     if len(left_out):
         text = "%s: left out %d features that are no genes, such as %s"
-        logger.info(text, source, len(left_out), [genes[column] for column in left_out[:3]])
+        logger.info(text, source, len(left_out), shown([genes[column] for column in left_out[:3]]))
     return columns.astype(np.int64)
 
 

@@ -1,7 +1,7 @@
 """Read small files whole: plain or gzipped bytes within a bound, and JSON objects."""
 
 import json
-import math
+import reprlib
 import zlib
 from typing import Any
 
@@ -11,6 +11,9 @@ import fsspec
 # Tables of counts shrink to a 4th to a 30th.
 UNPACKED_BYTES, UNPACKED_RATIO = 128 * 2**20, 40
 MAX_REASON = 200
+LARGEST = 1e300
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxstring, SHORT.maxother = 2, 10, 60, 60
 
 
 def read_bytes(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
@@ -63,12 +66,18 @@ def positive_number(values: dict[str, Any], name: str) -> float | None:
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if 0 < value < math.inf else None
+    return float(value) if 0 < value < LARGEST else None
 
 
-def reason_of(error: Exception) -> str:
-    """Return the text of an error in one short line, without bytes that no terminal shows."""
+def reason_of(error: object) -> str:
+    """Return the text of an error or a name as one short line of printable text."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."
+
+
+def shown(value: object) -> str:
+    """Return a value of a file as text for a message: in one line, and short."""
+    text = SHORT.repr(value)
     return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."
 
 

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from scellst_ray.spots.files import shown
+
 # Names that references give genomes, such as GRCh38_, mm10___, hg38-2024-A_ and T2T-CHM13v2.0_.
 # Seurat turns "_" into "-".
 GENOME = re.compile(
@@ -87,5 +89,5 @@ def prefix_problem(genes: Sequence[str], prefix: str) -> str | None:
         return None
     return (
         f"no gene begins with {prefix!r}, and {len(odd)} of {len(genes)} names are no symbols, "
-        f"such as {odd[:3]}"
+        f"such as {shown(odd[:3])}"
     )

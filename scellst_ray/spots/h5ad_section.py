@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scellst_ray.spots.anndata_file import read_column
+from scellst_ray.spots.files import shown
 from scellst_ray.spots.hdf5 import find_part, names_in, read_array
 from scellst_ray.spots.lattice import find_lattice, pitch_of_squares, pitch_of_visium
 from scellst_ray.spots.resolution import VISIUM_DIAMETERS, StatedMpp, visium_statement
@@ -53,7 +54,8 @@ def find_library(file: h5py.File, uri: str) -> Library:
     names = whole or groups
     if len(names) > 1:
         message = (
-            f"{uri}: uns['spatial'] holds {len(names)} sections, such as {names[:3]}. Expected "
+            f"{uri}: uns['spatial'] holds {len(names)} sections, such as {shown(names[:3])}. "
+            "Expected "
             "one section per file, with positions on one image: split the file."
         )
         raise ValueError(message)
@@ -110,7 +112,8 @@ def check_one_section(obs: h5py.Group, spot_ids: list[str], uri: str) -> None:
         values = sorted({str(v) for v in read_column(part, f"{uri}: obs['library_id']")} - {"nan"})
         if len(values) > 1:
             message = (
-                f"{uri}: obs['library_id'] names {len(values)} sections, such as {values[:3]}. "
+                f"{uri}: obs['library_id'] names {len(values)} sections, such as "
+                f"{shown(values[:3])}. "
                 f"{remedy}"
             )
             raise ValueError(message)

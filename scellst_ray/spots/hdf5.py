@@ -18,7 +18,9 @@ from scellst_ray.spots.files import reason_of
 from scellst_ray.spots.heaps import has_broken_heap
 
 # A part may hold this many bytes, or this many times the bytes of its file if that is more.
-PART_BYTES, PART_RATIO = 256 * 2**20, 100
+PART_BYTES, PART_RATIO = 32 * 2**20, 200
+# Text takes more memory than in the file, so there may be this many, or one a byte of the file.
+NUM_TEXTS = 2**21
 # Errors of h5py on damaged files.
 DAMAGE = (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError, MemoryError)
 
@@ -130,12 +132,15 @@ def read_array(part: h5py.Group | h5py.Dataset | None, source: str) -> NDArray[A
     try:
         if h5py.check_string_dtype(part.dtype) is not None or part.dtype.kind == "S":
             values = np.asarray(part.asstr()[()], object)
+        elif part.dtype.kind not in "biuf":
+            values = np.zeros(0, part.dtype)
         else:
             values = np.asarray(part[()])
     except DAMAGE as error:
         message = f"{source} cannot be read ({reason_of(error)}). Copy the file again."
         raise ValueError(message) from error
-    if values.dtype.kind not in "biufOUS":
+    is_text = values.dtype.kind == "O" and h5py.check_string_dtype(part.dtype) is not None
+    if values.dtype.kind not in "biuf" and not (is_text or part.dtype.kind == "S"):
         message = f"{source} holds {values.dtype}, neither numbers nor text. Copy the file again."
         raise ValueError(message)
     return values
@@ -152,9 +157,13 @@ def check_dataset(part: h5py.Group | h5py.Dataset | None, source: str) -> h5py.D
         message = f"{source} is {found}, expected values. Write the file again."
         raise ValueError(message)
     try:
-        num_bytes = int(np.prod([float(size) for size in part.shape or ()])) * part.dtype.itemsize
+        num_values = int(np.prod([float(size) for size in part.shape or ()]))
+        num_bytes = num_values * part.dtype.itemsize
         is_elsewhere = bool(part.external) or part.is_virtual
-        limit = max(PART_BYTES, PART_RATIO * int(part.file.id.get_filesize()))
+        file_bytes = int(part.file.id.get_filesize())
+        limit = max(PART_BYTES, PART_RATIO * file_bytes)
+        if part.dtype.kind in "OS" and num_values > max(NUM_TEXTS, file_bytes):
+            limit = 0
     except DAMAGE as error:
         message = f"{source} cannot be read ({reason_of(error)}). Copy the file again."
         raise ValueError(message) from error

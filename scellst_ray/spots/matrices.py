@@ -43,6 +43,8 @@ def checked_csr(
     if problem:
         message = f"{source}: not a sound sparse matrix: {problem}. Copy or write the file again."
         raise ValueError(message)
+    if data.dtype == np.float16:  # SciPy has no such matrices
+        data = data.astype(np.float32)
     is_small = max(*shape, len(data)) < np.iinfo(np.int32).max
     kind = np.int32 if is_small else np.int64
     matrix = sparse.csr_matrix(shape, dtype=data.dtype)

@@ -2,7 +2,7 @@
 
 import fsspec
 
-from scellst_ray.spots.files import full_uri
+from scellst_ray.spots.files import full_uri, shown
 
 MATRIX_ENDINGS = ("feature_bc_matrix.h5", "feature_bc_matrix")
 POSITION_STEMS = ("tissue_positions",)
@@ -52,6 +52,15 @@ def check_outs_path(fs: fsspec.AbstractFileSystem, path: str) -> None:
         found = [f"{path}/{name}" for name in tables]
     if not found and not fs.exists(path):
         found = _below(fs, path.rpartition("/")[0], depth=1)
+    if not found and fs.isfile(path):
+        parent = path.rpartition("/")[0]
+        message = (
+            f"{full_uri(fs, path)}: is a file that is not read by itself. Give the folder that "
+            "holds a matrix (filtered_feature_bc_matrix.h5) and spatial/tissue_positions.csv, an "
+            f".h5ad file, or a table of counts that ends in .tsv; {full_uri(fs, parent)} holds "
+            f"{shown(sorted(_names_in(fs, parent))[:10])}."
+        )
+        raise ValueError(message)
     if found:
         state = "is no output folder of Space Ranger" if fs.exists(path) else "does not exist"
         given = "one of these" if len(found) > 1 else "this"

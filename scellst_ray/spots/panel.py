@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from scellst_ray.spots.gene_names import prefix_problem, starts_with
+from scellst_ray.spots.gene_names import bare_name, prefix_problem, starts_with
 from scellst_ray.spots.table import Spots
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def gene_columns(genes: Sequence[str], panel: Sequence[str], source: str) -> NDA
     column_of = {name: column for column, name in enumerate(genes)}
     absent = [name for name in panel if name not in column_of]
     if absent:
-        upper = {name.upper(): name for name in genes}
+        upper = {bare_name(name).upper(): name for name in genes}
         hints = []
         for name in absent[:5]:
             close = difflib.get_close_matches(name.upper(), list(upper), n=2, cutoff=0.75)

@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from scellst_ray.spots.files import reason_of
+from scellst_ray.spots.files import reason_of, shown
 
 YES = ("true", "t", "yes", "wahr", "vrai")
 NO = ("false", "f", "no", "falsch", "faux")
 EMPTY = ("", "na", "nan", "null", "none", "<na>", "n/a", "#n/a")
+# A row of a sound table takes more than a byte even if it is compressed.
+MAX_ROWS, ROWS_PER_BYTE = 1_000_000, 4
 THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d*)?")
 
 
@@ -55,7 +57,7 @@ def read_position_text(content: bytes, names: Sequence[str], path: str) -> pl.Da
     if ragged is not None:
         message = (
             f"{path}: row {ragged} has {len(rows[ragged - 1])} cells, expected {len(header)}: "
-            f"{header}. Copy the file again, or write it with every column in every row."
+            f"{shown(header)}. Copy the file again, or write it with every column in every row."
         )
         raise ValueError(message)
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
@@ -120,24 +122,24 @@ def read_position_parquet(content: bytes, names: Sequence[str], path: str) -> pl
     """
     try:
         file = pq.ParquetFile(io.BytesIO(content))
+        if file.metadata.num_rows > MAX_ROWS + ROWS_PER_BYTE * len(content):
+            message = f"it declares {file.metadata.num_rows} rows in {len(content)} bytes"
+            raise ValueError(message)
         stored = file.schema_arrow.names
         index = [name for name in stored if name.startswith("__index_level_")]
         wanted = [name for name in names if name in stored]
         if names[0] not in stored:
             wanted += index[:1]
         table = file.read(columns=wanted) if wanted else pa.table({})
-        table = pa.table({name: table[name].cast(pa.string()) for name in table.column_names})
+        frame = pl.DataFrame(
+            {name: pl.Series(table[name].cast(pa.string())) for name in table.column_names}
+        )
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         message = f"{path}: not a Parquet file ({reason_of(error)}). Copy it again."
         raise ValueError(message) from error
-    columns = {name: table[name].to_pylist() for name in table.column_names}
-    if names[0] not in columns and index:
-        columns[names[0]] = columns.pop(index[0])
-    frame = {
-        name: ["" if cell is None else str(cell).strip() for cell in cells]
-        for name, cells in columns.items()
-    }
-    return pl.DataFrame(frame, schema=dict.fromkeys(frame, pl.String)).with_columns(
+    if names[0] not in frame.columns and index:
+        frame = frame.rename({index[0]: names[0]})
+    return frame.with_columns(pl.all().fill_null("").str.strip_chars()).with_columns(
         pl.lit(value=False).alias("decimal comma")
     )
 
@@ -151,7 +153,11 @@ def marks_of(table: pl.DataFrame, name: str, path: str) -> NDArray[np.bool_]:
         ValueError: A cell is neither yes nor no.
     """
     decimal = bool(table["decimal comma"].any())
-    return np.array([_mark(cell, name, path, decimal=decimal) for cell in table[name]], np.bool_)
+    # Tables of Visium HD have millions of rows.
+    mark_of = {
+        cell: _mark(cell, name, path, decimal=decimal) for cell in table[name].unique().to_list()
+    }
+    return np.fromiter(map(mark_of.__getitem__, table[name]), np.bool_, table.height)
 
 
 def _mark(cell: str, name: str, path: str, *, decimal: bool) -> bool:
@@ -164,7 +170,8 @@ def _mark(cell: str, name: str, path: str, *, decimal: bool) -> bool:
     if number in (0.0, 1.0):
         return number == 1.0
     message = (
-        f"{path}: {name} is {cell!r}, which is not a number 0 or 1, and not true or false. Mark "
+        f"{path}: {name} is {shown(cell)}, which is not a number 0 or 1, and not true or false. "
+        "Mark "
         "the spots under tissue with 1."
     )
     raise ValueError(message)
@@ -177,17 +184,21 @@ def numbers_of(table: pl.DataFrame, name: str, path: str) -> NDArray[np.float64]
         ValueError: A cell is not a number.
     """
     decimal = bool(table["decimal comma"].any())
-    numbers = []
-    for row, cell in enumerate(table[name], start=1):
+    cells = table[name]
+    plain = cells.cast(pl.Float64, strict=False)
+    numbers = plain.fill_null(math.nan).to_numpy().copy()
+    for row in np.flatnonzero(plain.is_null().to_numpy()):
+        cell = cells[int(row)]
         number = math.nan if cell.lower() in EMPTY else _number(cell, decimal=decimal)
         if number is None:
             message = (
-                f"{path}: a position is not a number ({name} of row {row} is {cell!r}). Give "
+                f"{path}: a position is not a number ({name} of row {row + 1} is "
+                f"{shown(cell)}). Give "
                 "level-0 px in every row."
             )
             raise ValueError(message)
-        numbers.append(number)
-    return np.array(numbers, np.float64)
+        numbers[row] = number
+    return numbers
 
 
 def _number(cell: str, *, decimal: bool) -> float | None:

@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from scellst_ray.spots.files import reason_of
+
 # What lies before and after the part of a name that says which spot of the slide it is: DNA, a bin
 # of Visium HD, or a segmented cell. Short DNA counts only where there is no long one, since names
 # of sections may look like it.
@@ -89,7 +91,7 @@ def check_one_section(
 def describe_marks(marks: Counter[tuple[str, str]]) -> str:
     """Return marks with their numbers of spots, such as "-1: 60 spots, -2: 60 spots"."""
     listed = [
-        f"{'...'.join(part for part in mark if part) or 'without mark'}: {number} spots"
+        f"{reason_of('...'.join(part for part in mark if part)) or 'without mark'}: {number} spots"
         for mark, number in sorted(marks.items())[:5]
     ]
     return ", ".join(listed) + (", ..." if len(marks) > 5 else "")

@@ -7,7 +7,7 @@ import fsspec
 import numpy as np
 import polars as pl
 
-from scellst_ray.spots.files import positive_number, read_bytes, read_json_object
+from scellst_ray.spots.files import positive_number, read_bytes, read_json_object, shown
 from scellst_ray.spots.lattice import pitch_of_squares, pitch_of_visium
 from scellst_ray.spots.near_paths import check_outs_path
 from scellst_ray.spots.positions import (
@@ -110,7 +110,8 @@ def _check_bin(factors: dict[str, Any], root: str, spot_diameter_um: float) -> N
     bin_um = positive_number(factors, "bin_size_um")
     if bin_um is None:
         message = (
-            f"{root}: bin_size_um in spatial/scalefactors_json.json is {given_um!r}, expected a "
+            f"{root}: bin_size_um in spatial/scalefactors_json.json is {shown(given_um)}, "
+            "expected a "
             "positive number. Copy the file again."
         )
         raise ValueError(message)
@@ -138,7 +139,7 @@ def _position_table(fs: fsspec.AbstractFileSystem, path: str) -> pl.DataFrame:
     if missing:
         found = [name for name in table.columns if name != "decimal comma"]
         message = (
-            f"{path}: {len(found)} columns {found[:10]}, {missing} missing. Expected "
+            f"{path}: {len(found)} columns {shown(found[:10])}, {missing} missing. Expected "
             f"{list(POSITION_COLUMNS)}, with that header, or without header in that order."
         )
         raise ValueError(message)

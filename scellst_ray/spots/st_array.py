@@ -7,7 +7,8 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from scellst_ray.spots.files import read_bytes, reason_of
+from scellst_ray.spots.features import select_genes
+from scellst_ray.spots.files import read_bytes, reason_of, shown
 from scellst_ray.spots.lattice import pitch_of_squares
 from scellst_ray.spots.positions import marks_of, numbers_of, read_position_text
 from scellst_ray.spots.resolution import StatedMpp, st_statements
@@ -42,6 +43,8 @@ def read_st_array(
     """
     radius0 = radius_px(spot_diameter_um, mpp, counts_uri)
     counts, spot_ids, genes = _read_counts(counts_uri)
+    columns = select_genes(genes, None, counts_uri)
+    counts, genes = counts[:, columns], [genes[column] for column in columns]
     positions, stated = _read_positions(positions_uri)
     # Tables in this form with other spots say nothing about the pitch.
     is_array = ARRAY_DIAMETER_UM[0] <= spot_diameter_um <= ARRAY_DIAMETER_UM[1]
@@ -77,7 +80,8 @@ def _read_counts(uri: str) -> tuple[sparse.csr_matrix, list[str], list[str]]:
     spot_ids = [str(name) for name in table["spot"].to_list()]
     if not any(map(SPOT_NAME.fullmatch, spot_ids)) and any(map(SPOT_NAME.fullmatch, genes)):
         message = (
-            f"{uri}: rows are {spot_ids[:3]} and columns {genes[:3]}: genes x spots. Expected "
+            f"{uri}: rows are {shown(spot_ids[:3])} and columns {shown(genes[:3])}: genes x "
+            "spots. Expected "
             "spots x genes; transpose the file."
         )
         raise ValueError(message)
@@ -107,7 +111,7 @@ def _read_positions(uri: str) -> tuple[pl.DataFrame, list[StatedMpp]]:
     if missing:
         found = [name for name in table.columns if name != "decimal comma"]
         message = (
-            f"{uri}: columns {found[:10]}, {missing} missing. Expected a TSV with "
+            f"{uri}: columns {shown(found[:10])}, {missing} missing. Expected a TSV with "
             f"{list(POSITION_COLUMNS)} and optionally `selected`."
         )
         raise ValueError(message)

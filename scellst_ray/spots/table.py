@@ -10,6 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import sparse
 
+from scellst_ray.spots.files import reason_of, shown
 from scellst_ray.spots.resolution import StatedMpp
 
 logger = logging.getLogger(__name__)
@@ -129,8 +130,8 @@ def _match(
     if not kept:
         message = (
             f"{source}: no spot id occurs in both the counts ({len(count_ids)} ids, such as "
-            f"{count_ids[:3]}) and the positions ({len(position_ids)} ids, such as "
-            f"{position_ids[:3]}). Give counts and positions of the same section."
+            f"{shown(count_ids[:3])}) and the positions ({len(position_ids)} ids, such as "
+            f"{shown(position_ids[:3])}). Give counts and positions of the same section."
         )
         raise ValueError(message)
     num_dropped = len(count_ids) - len(kept), len(position_ids) - len(kept)
@@ -171,7 +172,8 @@ def check_spots(spots: Spots, source: str) -> None:
     if not np.isfinite(spots.xy0).all():
         row = int(np.flatnonzero(~np.isfinite(spots.xy0).all(axis=1))[0])
         message = (
-            f"{source}: spot {spots.spot_id[row]} lies at {spots.xy0[row].tolist()}, which is not "
+            f"{source}: spot {reason_of(spots.spot_id[row])} lies at {spots.xy0[row].tolist()}, "
+            "which is not "
             "a position. Remove the spot or give its position in level-0 px."
         )
         raise ValueError(message)
@@ -203,7 +205,8 @@ def check_whole_counts(spots: Spots, source: str, purpose: str) -> None:
         gene = spots.genes[int(spots.counts.indices[first])]
         message = (
             f"{source}: {len(fractional)} of {len(values)} counts are not whole numbers, the first "
-            f"{values[first]} for gene {gene} in spot {spots.spot_id[row]}; {purpose} needs whole "
+            f"{values[first]} for gene {reason_of(gene)} in spot "
+            f"{reason_of(spots.spot_id[row])}; {purpose} needs whole "
             "numbers. Give raw counts, or use loss mse and genes variable:N."
         )
         raise ValueError(message)
@@ -272,7 +275,8 @@ def _check_values(spots: Spots, source: str) -> None:
         gene = spots.genes[int(spots.counts.indices[first])]
         message = (
             f"{source}: {len(invalid)} counts are negative or not finite, the first "
-            f"{values[first]} for gene {gene} in spot {spots.spot_id[row]}. Give raw counts, "
+            f"{values[first]} for gene {reason_of(gene)} in spot "
+            f"{reason_of(spots.spot_id[row])}. Give raw counts, "
             "not scaled or log-transformed values."
         )
         raise ValueError(message)
@@ -292,6 +296,7 @@ def _check_unique(names: Sequence[str], what: str, source: str) -> None:
     repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     message = (
         f"{source}: {len(repeated)} names occur more than once among the {what}, such as "
-        f"{repeated[:3]}. Each must occur once: remove the repeats (two sections in one file?)."
+        f"{shown(repeated[:3])}. Each must occur once: remove the repeats (two sections in one "
+        "file?)."
     )
     raise ValueError(message)

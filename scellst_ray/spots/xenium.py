@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import sparse
 
-from scellst_ray.spots.files import positive_number, read_bytes, read_json_object, reason_of
+from scellst_ray.spots.files import positive_number, read_bytes, read_json_object, reason_of, shown
 from scellst_ray.spots.table import unique_gene_names
 from scellst_ray.spots.tenx import find_file, read_matrix
 
@@ -74,7 +74,8 @@ def read_xenium(
     absent = [name for name in barcodes if name not in row_of]
     if absent or len(row_of) != table.height:
         message = (
-            f"{outs}: {len(absent)} of {len(barcodes)} cells of the matrix, such as {absent[:3]}, "
+            f"{outs}: {len(absent)} of {len(barcodes)} cells of the matrix, such as "
+            f"{shown(absent[:3])}, "
             f"are not among the {len(row_of)} different cell_id of {table.height} cells. Both "
             "files must come from one run."
         )
@@ -150,8 +151,10 @@ def select_genes(cells: MeasuredCells, genes: list[str]) -> tuple[MeasuredCells,
     shared = [name for name in genes if name in column_of]
     if not shared:
         message = (
-            f"none of {len(genes)} genes, such as {genes[:3]}, is among the {len(cells.genes)} "
-            f"that Xenium measured, such as {cells.genes[:3]}. Use one naming and one species."
+            f"none of {len(genes)} genes, such as {shown(genes[:3])}, is among the "
+            f"{len(cells.genes)} "
+            f"that Xenium measured, such as {shown(cells.genes[:3])}. Use one naming and one "
+            "species."
         )
         raise ValueError(message)
     columns = np.array([column_of[name] for name in shared])
@@ -168,7 +171,9 @@ def _morphology_mpp(outs: str) -> float:
     mpp = positive_number(values, "pixel_size")
     if mpp is None:
         found = values.get("pixel_size")
-        message = f"{path}: not JSON with a number `pixel_size` (it is {found!r}). Copy it again."
+        message = (
+            f"{path}: not JSON with a number `pixel_size` (it is {shown(found)}). Copy it again."
+        )
         raise ValueError(message)
     return mpp
 

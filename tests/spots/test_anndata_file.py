@@ -24,6 +24,7 @@ def file(tmp_path):
     adata.obs_names, adata.var_names = ["s1", "s2"], ["A", "B", "C"]
     adata.layers["csc"] = sparse.csc_matrix(COUNTS)
     adata.layers["dense"] = COUNTS.astype(np.int64)
+    adata.layers["half"] = COUNTS.astype(np.float16)
     adata.obs["kind"] = pd.Categorical(["x", None])
     adata.obs["number"] = pd.array([1, None], dtype="Int64")
     adata.obs["flag"] = pd.array([True, None], dtype="boolean")
@@ -36,7 +37,7 @@ def file(tmp_path):
 
 
 def test_matrices_in_every_encoding(file):
-    for key in ("X", "layers/csc", "layers/dense"):
+    for key in ("X", "layers/csc", "layers/dense", "layers/half"):
         found = read_matrix_part(file[key], (2, 3), key)
         np.testing.assert_array_equal(found.toarray(), COUNTS)
     with pytest.raises(ValueError, match=r"X has shape \(2, 3\), but names for \(2, 4\)"):

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from scellst_ray.spots import files
-from scellst_ray.spots.files import positive_number, read_bytes, read_json_object, reason_of
+from scellst_ray.spots.files import positive_number, read_bytes, read_json_object, reason_of, shown
 
 LOCAL = fsspec.filesystem("file")
 
@@ -50,11 +50,30 @@ def test_json_objects_and_all_else(tmp_path):
 
 
 def test_only_positive_finite_numbers_count():
-    values = {"a": 2, "b": 0.5, "c": -1, "d": "2", "e": float("nan"), "f": float("inf"), "g": True}
-    numbers = [positive_number(values, name) for name in "abcdefgh"]
-    assert numbers == [2.0, 0.5, None, None, None, None, None, None]
+    values = {
+        "z": 10**400,
+        "a": 2,
+        "b": 0.5,
+        "c": -1,
+        "d": "2",
+        "e": float("nan"),
+        "f": float("inf"),
+        "g": True,
+    }
+    numbers = [positive_number(values, name) for name in "abcdefghz"]
+    assert numbers == [2.0, 0.5, *[None] * 7]
 
 
 def test_reasons_are_one_short_line():
     assert reason_of(ValueError("a\nb\x0b\x00c")) == "a b c"
     assert len(reason_of(ValueError("x" * 999))) < 250
+
+
+def test_values_of_a_file_are_shown_short_and_in_one_line():
+    assert shown(["EPCAM", 3]) == "['EPCAM', 3]"
+    nested = "a"
+    for _ in range(500):
+        nested = {"a": nested}
+    for value in ("x\n" * 500, list("abc" * 99), nested, ["y" * 999] * 9):
+        assert len(shown(value)) < 250
+        assert "\n" not in shown(value)

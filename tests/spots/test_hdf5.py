@@ -27,6 +27,7 @@ def path(tmp_path):
         file["group/names"] = ["a", "é"]
         file["fixed"] = np.array(["a", "b"], "S")
         file["pairs"] = np.zeros(2, [("a", int), ("b", float)])
+        file.create_dataset("lists", (2,), h5py.vlen_dtype(np.int32))
         file["bytes"] = np.array([b"\xff\xfe"], "S")
         file.create_dataset("giant", (2**40,), np.int64, chunks=(2**20,))
         file["soft"] = h5py.SoftLink("/group/numbers")
@@ -75,6 +76,7 @@ def test_links_are_refused(path, name):
         ("group", "a x is a group, expected values"),
         ("none", "a x is absent, expected values"),
         ("pairs", "neither numbers nor text"),
+        ("lists", "neither numbers nor text"),
         ("bytes", "cannot be read"),
         ("group/loop", "a x is a group"),
     ],
@@ -106,3 +108,14 @@ def test_files_that_are_no_hdf5_are_refused(tmp_path, content):
             open_hdf5(given, "b"),
         ):
             pass
+
+
+def test_more_text_than_the_file_can_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5, "NUM_TEXTS", 10)
+    with h5py.File(tmp_path / "t.h5", "w") as file:
+        file.create_dataset("texts", (100_000,), h5py.string_dtype(), chunks=(1000,))
+    with (
+        open_hdf5(str(tmp_path / "t.h5"), "t") as file,
+        pytest.raises(ValueError, match=r"t x declares 800000 bytes"),
+    ):
+        read_strings_of(find_part(file, "texts", "t"), "t x")

@@ -21,6 +21,12 @@ def test_a_sound_matrix_is_returned():
     )
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.bool_, np.uint8])
+def test_values_of_every_number_type_are_taken(kind):
+    found = checked_csr(**PARTS | {"data": PARTS["data"].astype(kind)}, shape=(2, 3), source="m")
+    np.testing.assert_array_equal(found.toarray(), MATRIX.toarray().astype(kind))
+
+
 @pytest.mark.parametrize(
     ("part", "values", "words"),
     [

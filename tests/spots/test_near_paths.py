@@ -99,3 +99,14 @@ def test_object_storage(root):
             check_outs_path(memory, "/near/visium")
     finally:
         memory.rm("/near", recursive=True)
+
+
+def test_a_file_that_is_none_of_them_is_named(root):
+    path = root / "alone/filtered_feature_bc_matrix.h5"
+    path.parent.mkdir()
+    path.touch()
+    words = (
+        r"is a file that is not read by itself\. .*/alone holds \['filtered_feature_bc_matrix\.h5"
+    )
+    with pytest.raises(ValueError, match=words):
+        check_outs_path(LOCAL, str(path))

@@ -205,3 +205,8 @@ def test_names_that_may_hide_mitochondrial_genes_are_told(caplog):
     spots = constant_spots(["ENSDARG00000063905", "ENSDARG00000063908"])
     assert len(filter_counts(spots, "s").genes) == 2
     assert "s: no gene begins with 'MT-', and 2 of 2 names are no symbols" in caplog.text
+
+
+def test_a_gene_behind_a_genome_is_named_as_close():
+    with pytest.raises(ValueError, match=r"ERBB2 \(close: GRCh38_ERBB2"):
+        gene_columns(["GRCh38_ERBB2", "mm10_Krt8"], ["ERBB2"], "s")

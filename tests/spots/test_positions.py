@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scellst_ray.spots import positions
 from scellst_ray.spots.positions import (
     marks_of,
     numbers_of,
@@ -136,3 +137,13 @@ def test_parquet_that_is_none_is_refused():
     table = io.BytesIO()
     pd.DataFrame({"other": [1]}).to_parquet(table)
     assert "barcode" not in read_position_parquet(table.getvalue(), NAMES, "t").columns
+
+
+def test_parquet_that_declares_more_rows_than_it_has_bytes_for_is_refused(monkeypatch):
+    content = io.BytesIO()
+    FRAME.loc[[0] * 9000].to_parquet(content)
+    assert read_position_parquet(content.getvalue(), NAMES, "t").height == 9000
+    monkeypatch.setattr(positions, "MAX_ROWS", 1000)
+    monkeypatch.setattr(positions, "ROWS_PER_BYTE", 0)
+    with pytest.raises(ValueError, match=r"t: not a Parquet file .it declares 9000 rows in"):
+        read_position_parquet(content.getvalue(), NAMES, "t")

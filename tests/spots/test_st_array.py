@@ -122,3 +122,10 @@ def test_odd_bytes_give_one_line(tmp_path, counts):
     with pytest.raises(ValueError, match=r"c\.tsv: not a table of counts") as caught:
         read_st_array(*paths, mpp=0.5)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_features_that_are_no_genes_are_left_out(tmp_path):
+    paths = lattice(tmp_path)
+    text = Path(paths[0]).read_text()
+    Path(paths[0]).write_text(text.replace("KRT8", "ERCC-00002"))
+    assert read_st_array(*paths, mpp=0.5).genes == ["EPCAM"]
