@@ -7,8 +7,8 @@
 # again, it processes only what its run folder lacks.
 #   SCELLST_HEAD_IP  address at which workers reach the head; default: the address of its name
 #   SCELLST_PORT     first of two free ports on the head; default: computed from the job's number
-#   SCELLST_TMPDIR   folder for Ray's files on a local disk of each node, at most 40 characters;
-#                    default: /tmp
+#   SCELLST_TMPDIR   folder on a local disk of each node, at most 24 characters; Ray's files lie below
+#                    it in a folder that is closed to other users; default: /tmp
 #   SCELLST_WAIT_S   seconds to wait for all nodes; the job then starts with the nodes that are up;
 #                    default: 300
 #SBATCH --job-name=scellst-ray
@@ -27,6 +27,12 @@ if (($# == 0)); then
 fi
 : "${SLURM_JOB_ID:?not a Slurm job: use sbatch}"
 
+# Whether the folder is this user's alone. Its name can be foretold, so another user of the node may
+# have made it. A node of a requeued job may have it from before.
+is_private() {
+  [[ -d $node_tmp && ! -L $node_tmp && -O $node_tmp && $(stat -c %a "$node_tmp" 2>/dev/null) == *00 ]]
+}
+
 # Run a node of the cluster in the foreground of its Slurm step. The function is sent to the nodes as
 # text, because only the first node has the batch script.
 ray_node() {
@@ -38,8 +44,20 @@ ray_node() {
     limits+=(--memory=$((SLURM_MEM_PER_NODE * mebibyte * 6 / 10)))
     limits+=(--object-store-memory=$((SLURM_MEM_PER_NODE * mebibyte * 2 / 10)))
   fi
-  (umask 077 && mkdir -p "$node_tmp")
-  exec ray start "$@" "${limits[@]}" --temp-dir="$node_tmp" --disable-usage-stats --block
+  mkdir -p "${node_tmp%/*}"
+  mkdir -m 700 "$node_tmp" 2>/dev/null || true
+  if ! is_private; then
+    echo "$node_tmp on $(hostname): it is no folder of mode 700 of user $(id -un); remove it, or set" \
+      "SCELLST_TMPDIR to a folder of your own" >&2
+    exit 1
+  fi
+  # Ray opens its own folder to all users, so it lies in a closed one.
+  exec ray start "$@" "${limits[@]}" --temp-dir="$node_tmp/ray" --disable-usage-stats --block
+}
+
+# Remove Ray's files from a node, but nothing that this job would not have used.
+remove_files() {
+  if is_private; then rm -rf "$node_tmp"; fi
 }
 
 count_nodes() {
@@ -75,7 +93,7 @@ clean_up() {
     kill -TERM "${steps[index]}" 2>/dev/null || true
     wait "${steps[index]}" 2>/dev/null || true
   done
-  "${on_all[@]}" rm -rf "$node_tmp" || true
+  "${on_all[@]}" bash -c "$(declare -f is_private remove_files); remove_files" remove_files || true
   rm -rf "$private"
   exit "$status"
 }
@@ -93,7 +111,7 @@ trap stop_job TERM INT
 head_ip=${SCELLST_HEAD_IP:-$("${on_head[@]}" hostname --ip-address | tr ' ' '\n' | grep -v '^127\.' | head -n 1 || true)}
 : "${head_ip:?$head_node has only a loopback address: set SCELLST_HEAD_IP}"
 
-node_script="$(declare -f ray_node); ray_node \"\$@\""
+node_script="$(declare -f is_private ray_node); ray_node \"\$@\""
 echo "head on $head_node ($head_ip:$port), $num_workers worker(s)"
 "${on_head[@]}" bash -c "$node_script" ray_node --head \
   --node-ip-address="$head_ip" --port="$port" \

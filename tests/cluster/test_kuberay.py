@@ -1,6 +1,7 @@
 """Check KubeRay's manifests against the schemas of its operator and against Ray's autoscaler."""
 
 import gzip
+import re
 import shlex
 from copy import deepcopy
 from pathlib import Path
@@ -137,6 +138,36 @@ def test_clusters_ask_for_the_token_and_keep_tiles_off_the_head(name):
     (cluster,) = clusters(read(name))
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+@pytest.mark.parametrize("name", ["rayjob-predict", "raycluster"])
+def test_workers_have_an_account_of_their_own_and_no_token(name):
+    (cluster,) = clusters(read(name))
+    head = cluster["headGroupSpec"]["template"]["spec"]["serviceAccountName"]
+    assert cluster["workerGroupSpecs"]
+    for group in cluster["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        assert pod["serviceAccountName"] not in (head, "default")
+        assert pod["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_only_a_head_that_starts_pods_has_a_token(name):
+    manifest = read(name)
+    grows = [c for c in clusters(manifest) if c.get("enableInTreeAutoscaling")]
+    heads = [cluster["headGroupSpec"]["template"] for cluster in grows]
+    with_token = [
+        template
+        for template in pod_templates(manifest)
+        if template["spec"].get("automountServiceAccountToken") is not False
+    ]
+    assert with_token == heads
+
+
+def test_readme_makes_the_accounts_that_the_manifests_name():
+    made = set(re.findall(r"create serviceaccount (\S+)", (ROOT / "cluster/README.md").read_text()))
+    pods = [t["spec"] for name in MANIFESTS for t in pod_templates(read(name))]
+    assert made == {pod["serviceAccountName"] for pod in pods if "serviceAccountName" in pod}
 
 
 def test_rayjob_cleans_up_and_retries():

@@ -18,6 +18,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from scellst_ray.core.version import __version__
 from tests.support.paths import ROOT
 
+PROFILES = {"head": "scellst-ray-head", "worker": "scellst-ray-worker"}
 CLOUDS = ("aws", "gcp", "azure")
 SPOT = {
     "aws": lambda node: node.get("InstanceMarketOptions", {}).get("MarketType") == "spot",
@@ -48,6 +49,73 @@ def test_ray_sees_a_misspelt_key(cloud):
     config["available_node_types"]["gpu"]["max_worker"] = 1
     with pytest.raises(jsonschema.ValidationError, match="max_worker"):
         validate_config(prepare_config(config))
+
+
+IDENTITY = {
+    "aws": lambda node: node["IamInstanceProfile"]["Name"],
+    # `ray up` gives the head an account of its own.
+    "gcp": lambda node: [a["email"] for a in node.get("serviceAccounts", [])],
+}
+STORAGE_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_workers_have_an_identity_of_their_own(name):
+    head, *workers = map(IDENTITY[name], node_configs(read(name)).values())
+    assert len(workers) == 2
+    assert all(worker and worker != head for worker in workers)
+    assert "scellst-ray-worker" in str(workers[0])
+    assert workers[0] == workers[1]
+
+
+def test_workers_on_compute_engine_reach_storage_only():
+    nodes = node_configs(read("gcp"))
+    for kind in ("cpu", "gpu"):
+        (account,) = nodes[kind]["serviceAccounts"]
+        assert account["scopes"] == [STORAGE_SCOPE]
+
+
+def test_azure_says_that_all_nodes_share_an_identity():
+    """Ray's own template for a virtual machine leaves no choice; the file must say so."""
+    source = Path(ray.autoscaler.__file__).parent / "_private" / "_azure" / "node_provider.py"
+    assert 'template_params["msi"] = self.provider_config["msi"]' in source.read_text()
+    text = " ".join((ROOT / "cluster" / "azure.yaml").read_text().replace("#", " ").split())
+    assert (
+        "Ray gives all nodes one managed identity, so code on a worker may also start VMs" in text
+    )
+
+
+def policy(name):
+    """Return {action: resources} of a policy for AWS, which allows and denies nothing else."""
+    document = json.loads((ROOT / "cluster" / f"aws-{name}-policy.json").read_text())
+    assert document["Version"] == "2012-10-17"
+    found = {}
+    for statement in document["Statement"]:
+        assert statement["Effect"] == "Allow"
+        actions, resources = statement["Action"], statement["Resource"]
+        for action in [actions] if isinstance(actions, str) else actions:
+            found[action] = [resources] if isinstance(resources, str) else resources
+    return found
+
+
+def test_a_worker_on_aws_may_read_slides_and_write_results_and_no_more():
+    allowed = policy("worker")
+    assert {action.split(":")[0] for action in allowed} == {"s3"}
+    assert not any("*" in action for action in allowed)
+    assert not {"s3:PutBucketPolicy", "s3:DeleteBucket"} & set(allowed)
+    writing = [a for a in allowed if a.removeprefix("s3:").startswith(("Put", "Delete", "Abort"))]
+    assert writing
+    assert all(allowed[action] == ["arn:aws:s3:::RESULTS/*"] for action in writing)
+    for resources in allowed.values():
+        assert all(re.match(r"arn:aws:s3:::(SLIDES|RESULTS)(/\*)?$", one) for one in resources)
+
+
+def test_the_head_on_aws_may_pass_on_the_workers_role_only():
+    allowed = policy("head")
+    assert {action.split(":")[0] for action in allowed} == {"ec2", "iam"}
+    assert allowed["iam:PassRole"] == ["arn:aws:iam::ACCOUNT:role/scellst-ray-worker"]
+    assert {"ec2:RunInstances", "ec2:TerminateInstances", "ec2:CreateTags"} <= set(allowed)
+    assert [action for action in allowed if action.startswith("iam")] == ["iam:PassRole"]
 
 
 def test_workers_are_spot_and_the_head_is_not(cloud):
@@ -106,7 +174,8 @@ def test_aws_starts_the_nodes(tmp_path, monkeypatch):
     with mock_aws():
         from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
-        boto3.client("iam").create_instance_profile(InstanceProfileName="scellst-ray")
+        for profile in PROFILES.values():
+            boto3.client("iam").create_instance_profile(InstanceProfileName=profile)
         config = AWSNodeProvider.bootstrap_config(prepare_config(read("aws")))
         provider = AWSNodeProvider(config["provider"], config["cluster_name"])
         for kind, node in node_configs(config).items():
@@ -119,7 +188,9 @@ def test_aws_starts_the_nodes(tmp_path, monkeypatch):
         )["SecurityGroups"]
     kinds = {i["InstanceType"]: i.get("InstanceLifecycle") for i in found}
     assert kinds == {"m7i.xlarge": None, "m7i.2xlarge": "spot", "g6.2xlarge": "spot"}
-    assert all(i["IamInstanceProfile"]["Arn"].endswith("/scellst-ray") for i in found)
+    profiles = {i["InstanceType"]: i["IamInstanceProfile"]["Arn"].split("/")[-1] for i in found}
+    head, *workers = (profiles[kind] for kind in kinds)
+    assert (head, set(workers)) == (PROFILES["head"], {PROFILES["worker"]})
     # Only ssh is open from outside the group.
     outside = [rule for rule in groups[0]["IpPermissions"] if rule["IpRanges"]]
     assert {(rule["FromPort"], rule["ToPort"]) for rule in outside} == {(22, 22)}

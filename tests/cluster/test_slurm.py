@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,7 @@ JOB = """
         "folder": oct(stat.S_IMODE(os.stat(os.path.dirname(token)).st_mode)),
         "size": os.path.getsize(token),
         "without_token": refused,
+        "closed": oct(stat.S_IMODE(os.stat(os.environ["SCELLST_TMPDIR"] + "/ray_71").st_mode)),
         "temp": os.path.dirname(ray._private.worker._global_node.get_session_dir_path()),
     }
     with open(sys.argv[1], "w") as file:
@@ -135,7 +137,8 @@ def test_a_job_runs_on_all_nodes_and_nothing_is_left(slurm, tmp_path):
         "folder": "0o700",
         "size": 64,
         "without_token": 401,
-        "temp": f"{environment['SCELLST_TMPDIR']}/ray_71",
+        "temp": f"{environment['SCELLST_TMPDIR']}/ray_71/ray",
+        "closed": "0o700",
     }
     assert running.returncode != 0  # the job's status
     wait_until(lambda: nothing_is_left(slurm))
@@ -153,11 +156,11 @@ def test_steps_are_where_they_belong(without_ray):
     assert len(workers) == 2
     assert all("--address=10.0.0.1:20142" in worker for worker in workers)
     assert all({"--num-cpus=16", "--block"} <= set(start) for start in starts)
-    assert all(f"--temp-dir={without_ray[0]['SCELLST_TMPDIR']}/ray_71" in s for s in starts)
+    assert all(f"--temp-dir={without_ray[0]['SCELLST_TMPDIR']}/ray_71/ray" in s for s in starts)
     steps = calls(without_ray, "srun")
     ray_steps = [nodes for nodes, command, _ in steps if "ray_node" in command]
     assert ray_steps == [["node1"], ["node2", "node3"]]
-    assert [nodes for nodes, command, _ in steps if command[:2] == ["rm", "-rf"]] == [
+    assert [nodes for nodes, command, _ in steps if command[-1] == "remove_files"] == [
         ["node1", "node2", "node3"]
     ]
     assert {cpus for *_, cpus in steps} == {"16"}
@@ -192,6 +195,51 @@ def test_a_head_that_fails_ends_it(without_ray):
     done = submit(without_ray, "0", "0")
     _, errors = done.communicate(timeout=60)
     assert (done.returncode, errors) == (1, "the head ended: see its messages above\n")
+    assert nothing_is_left(without_ray)
+
+
+@pytest.mark.parametrize("kind", ["mode 777", "mode 770", "mode 755", "link", "file", "foreign"])
+def test_a_folder_of_somebody_else_is_refused(without_ray, tmp_path, kind):
+    taken = Path(without_ray[0]["SCELLST_TMPDIR"], "ray_71")
+    (tmp_path / "own").mkdir(mode=0o700)
+    if kind == "link":
+        taken.symlink_to(tmp_path / "own")
+    elif kind == "file":
+        taken.write_text("")
+    else:
+        taken.mkdir()
+        taken.chmod(int(kind.removeprefix("mode "), 8) if "mode" in kind else 0o700)
+        (taken / "theirs").write_text("")
+    if kind == "foreign":
+        if os.getuid():
+            pytest.skip("only root can give a folder away")
+        os.chown(taken, 65534, 65534)
+    done = submit(without_ray, "0", "0", flags=("--nodes=1",))
+    _, errors = done.communicate(timeout=60)
+    assert done.returncode == 1
+    first, *_, last = errors.splitlines()
+    assert first.startswith(f"{taken} on {socket.gethostname()}: it is no folder of mode 700")
+    assert "SCELLST_TMPDIR" in first
+    assert last == "the head ended: see its messages above"
+    assert not calls_of_ray(without_ray)
+    # It is not removed either.
+    assert taken.is_symlink() if kind == "link" else taken.exists()
+    assert kind in ("link", "file") or (taken / "theirs").exists()
+    assert list((tmp_path / "own").iterdir()) == []
+
+
+def calls_of_ray(slurm):
+    """Return the nodes of Ray that were started."""
+    return [words for words in calls(slurm, "ray") if words[0] == "start"]
+
+
+def test_a_requeued_job_takes_its_own_folder_again(without_ray):
+    own = Path(without_ray[0]["SCELLST_TMPDIR"], "ray_71")
+    own.mkdir(mode=0o700)
+    (own / "left").write_text("")
+    done = submit(without_ray, "0", "0", flags=("--nodes=2",))
+    _, errors = done.communicate(timeout=60)
+    assert (done.returncode, errors) == (0, "")
     assert nothing_is_left(without_ray)
 
 
