@@ -25,6 +25,8 @@ from scellst_ray.runs.state import RunState, read_state
 from scellst_ray.storage.credentials import redact
 
 NUM_SLOWEST = 5
+# Empty slides that SUMMARY.md names; summary.json names all.
+NUM_EMPTY = 100
 LIBRARIES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "openslide-python", "openslide-bin")
 # Parts in which two messages of one cause differ: names in quotes, paths and numbers.
 PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|0x[0-9a-f]+|\d[\d,.]*")
@@ -99,6 +101,7 @@ def summarise_state(state: RunState) -> dict[str, Any]:
         "releases": dict(releases),
         "identity": _redact(state.run.info.get("identity", {})),
         "config": _redact(_config(state.run.uri)),
+        "empty": empty_slides(state),
     }
 
 
@@ -109,6 +112,25 @@ def _config(run_uri: str) -> dict[str, Any]:
     except storage.DamagedFileError as error:
         warn_once(str(error))
         return {}
+
+
+def empty_slides(state: RunState) -> list[dict[str, str]]:
+    """Return the slides without cells, each with the reason, by slide_id."""
+    is_imported = state.run.info.get("identity", {}).get("segmenter") == "imported"
+    rows = state.slides.filter(pl.col("status") == "empty").sort("slide_id")
+    return [
+        {
+            "slide_id": row["slide_id"],
+            "reason": _why_empty(row["num_tiles"] or 0, is_imported=is_imported),
+        }
+        for row in rows.iter_rows(named=True)
+    ]
+
+
+def _why_empty(num_tiles: int, *, is_imported: bool) -> str:
+    if is_imported:
+        return "no imported nuclei" if not num_tiles else "no imported nuclei were kept"
+    return f"tissue in {num_tiles:,} tiles, but no nuclei" if num_tiles else "no tissue found"
 
 
 def slowest(slides: pl.DataFrame) -> list[dict[str, Any]]:
@@ -195,6 +217,11 @@ def _tables(summary: dict[str, Any]) -> Iterator[str]:
     names = ("slide_id", "num_tiles", "num_cells", "seconds", "stage")
     rows = [tuple(str(slide[name]) for name in names) for slide in summary["slowest"]]
     yield from _table("Slowest slides", ("slide", "tiles", "cells", "seconds", "most in"), rows)
+    empty = summary["empty"]
+    rows = [(slide["slide_id"], slide["reason"]) for slide in empty[:NUM_EMPTY]]
+    if len(empty) > NUM_EMPTY:
+        rows.append((f"... and {len(empty) - NUM_EMPTY:,} more", "see summary.json"))
+    yield from _table("Empty slides", ("slide", "reason"), rows)
     rows = [failure_row(group) for group in summary["failures"]]
     yield from _table("Failures", FAILURE_HEADER, rows)
 

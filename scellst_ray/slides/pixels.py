@@ -181,7 +181,8 @@ class _OpenSlidePixels:
                     (sides[0], sides[-1]) if sides else None
                 ),
                 "the file's OME-XML": ome_pixel_size(description, self.dimensions),
-            }
+            },
+            _objective(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)),
         )
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
@@ -212,6 +213,12 @@ class _OpenSlidePixels:
 
     def close(self) -> None:
         self._slide.close()
+
+
+def _objective(text: str | None) -> float | None:
+    with suppress(TypeError, ValueError):
+        return float(text or "")
+    return None
 
 
 class _PlainPixels:

@@ -17,6 +17,7 @@ from scellst_ray.core.geometry import Box, Frame, check_mpp
 from scellst_ray.core.resolution import check_agreement
 from scellst_ray.slides.content import check_colours, check_content
 from scellst_ray.slides.pixels import open_pixels
+from scellst_ray.slides.resolution import check_objective
 
 STRIP_PIXELS = 16_000_000
 # The largest glass slides measure 127 x 102 mm. A larger slide has a damaged header, and its
@@ -78,8 +79,13 @@ class Slide:
         Raises:
             ValueError: a statement differs by more than 10 % and nothing confirms the one in use.
         """
-        stated = self._pixels.resolution.stated
-        return check_agreement(stated, self.mpp, confirmed=confirmed, source=self.uri)
+        resolution = self._pixels.resolution
+        notes = check_agreement(resolution.stated, self.mpp, confirmed=confirmed, source=self.uri)
+        if self.mpp != resolution.mpp:
+            notes += check_objective(
+                resolution.objective, self.mpp, confirmed=confirmed, source=self.uri
+            )
+        return notes
 
     def check_content(self) -> None:
         """Check a sample of the pixels: whether they are those of an H&E slide in one pyramid.
@@ -98,7 +104,9 @@ class Slide:
         Raises:
             ValueError: the picture is grey or nearly black.
         """
-        check_colours([image], self._pixels.bits, self.uri)
+        # The white beyond the slide reaches into the pixels of its rim.
+        inner = image[1:-1, 1:-1] if min(image.shape[:2]) > 2 else image
+        check_colours([inner], self._pixels.bits, self.uri)
 
     def _check_sides(self) -> None:
         """Raise ValueError if the slide is larger than any glass slide."""

@@ -10,7 +10,11 @@ from typing import cast
 from xml.etree.ElementTree import Element, ParseError, XMLPullParser
 
 from scellst_ray.core.geometry import MAX_MPP, MIN_MPP
+from scellst_ray.core.resolution import CONFIRMED
 
+UM_AT_1X = 10.0
+# Factors by which a resolution may differ from that of the objective: without a word, and at most.
+USUAL, FINEST, COARSEST = 1.3, 2.5, 1.5
 # Width and height of a pixel may differ by this factor.
 SQUARE = 1.02
 # The replacement character stands for a micro sign in another encoding.
@@ -46,10 +50,12 @@ class FileResolution:
     Attributes:
         stated: um per level-0 px by the name of the statement, the most trusted first.
         error: Reason why a statement cannot be used; None without one.
+        objective: Magnification of the scanner's objective, such as 40; None if not stated.
     """
 
     stated: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    objective: float | None = None
 
     @property
     def mpp(self) -> float | None:
@@ -58,11 +64,14 @@ class FileResolution:
         return next(iter([*plausible, *self.stated.values()]), None)
 
 
-def collect_statements(sizes: dict[str, tuple[float, float] | None]) -> FileResolution:
+def collect_statements(
+    sizes: dict[str, tuple[float, float] | None], objective: float | None = None
+) -> FileResolution:
     """Return the resolution of a file from the sizes of a pixel that it states.
 
     Args:
         sizes: (width, height) of a pixel in um by the name of the statement; None: not stated.
+        objective: Magnification of the objective; None: not stated.
     """
     stated, error = {}, None
     for name, size in sizes.items():
@@ -75,7 +84,44 @@ def collect_statements(sizes: dict[str, tuple[float, float] | None]) -> FileReso
             )
         else:
             stated[name] = size[0]
-    return FileResolution(stated, error)
+    return FileResolution(stated, error, objective)
+
+
+def check_objective(
+    objective: float | None, mpp: float, *, confirmed: bool, source: str
+) -> list[str]:
+    """Compare a resolution that a user gives with the scanner's objective.
+
+    A pixel is about 10 um wide at 1x. Cameras with small pixels halve that; none doubles it.
+
+    Args:
+        objective: Magnification that the file states; None: not stated.
+        mpp: um per level-0 px that the user gives.
+        confirmed: Whether the user confirms it.
+        source: Name of the slide, for messages.
+
+    Returns:
+        One line if the two hardly fit, else nothing.
+
+    Raises:
+        ValueError: the two do not fit, and `confirmed` is false.
+    """
+    if objective is None or objective <= 0:
+        return []
+    nominal = UM_AT_1X / objective
+    if nominal / USUAL <= mpp <= nominal * USUAL:
+        return []
+    line = (
+        f"{source}: {mpp:.4g} um/px in use, but about {nominal:.4g} um/px by the objective of "
+        f"{objective:g}x"
+    )
+    if confirmed or nominal / FINEST <= mpp <= nominal * COARSEST:
+        return [line]
+    message = (
+        f"{line}. Give the true value in the manifest's mpp column (um per level-0 px), and 'yes' "
+        f"in its column {CONFIRMED} if the objective is wrong"
+    )
+    raise ValueError(message)
 
 
 def ome_pixel_size(description: str, size0: tuple[int, int]) -> tuple[float, float] | None:

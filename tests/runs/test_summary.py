@@ -151,3 +151,47 @@ def test_what_the_driver_alone_knows_is_in_it(run):
 )
 def test_numbers(value, text):
     assert format_number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("segmenter", "without_tiles", "with_tiles"),
+    [
+        ("hematoxylin", "no tissue found", "tissue in 4 tiles, but no nuclei"),
+        ("cellvit", "no tissue found", "tissue in 4 tiles, but no nuclei"),
+        ("imported", "no imported nuclei", "no imported nuclei were kept"),
+    ],
+)
+def test_empty_slides_are_named_with_the_reason(tmp_path, segmenter, without_tiles, with_tiles):
+    records = [
+        record("pale", "empty", num_tiles=4),
+        record("blank", "empty", num_tiles=0),
+        record("whole", "done", num_cells=9),
+    ]
+    run = make_run(tmp_path, {"blank": 10, "pale": 20, "whole": 30}, records)
+    info = storage.read_json(f"{run.uri}/run.json")
+    info["identity"]["segmenter"] = segmenter
+    storage.publish_json(f"{run.uri}/run.json", info)
+    summary = write_summary(run.uri)
+    assert summary["empty"] == [
+        {"slide_id": "blank", "reason": without_tiles},
+        {"slide_id": "pale", "reason": with_tiles},
+    ]
+    page = storage.read_text(f"{run.uri}/SUMMARY.md")
+    assert (
+        f"## Empty slides\n| slide | reason |\n| --- | --- |\n| blank | {without_tiles} |" in page
+    )
+    assert f"| pale | {with_tiles} |" in page
+
+
+def test_very_many_empty_slides_are_counted_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("scellst_ray.runs.summary.NUM_EMPTY", 2)
+    names = [f"s{n}" for n in range(5)]
+    records = [record(name, "empty", num_tiles=0) for name in names]
+    summary = write_summary(make_run(tmp_path, dict.fromkeys(names, 1), records).uri)
+    assert len(summary["empty"]) == 5
+    assert "| s1 | no tissue found |\n| ... and 3 more | see summary.json |" in markdown(summary)
+
+
+def test_a_run_without_empty_slides_has_no_such_table(run):
+    assert write_summary(run.uri)["empty"] == []
+    assert "Empty slides" not in storage.read_text(f"{run.uri}/SUMMARY.md")

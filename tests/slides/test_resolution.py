@@ -6,7 +6,7 @@ import tifffile
 
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.slides.reader import Slide
-from scellst_ray.slides.resolution import collect_statements, ome_pixel_size
+from scellst_ray.slides.resolution import check_objective, collect_statements, ome_pixel_size
 
 WIDTH, HEIGHT = 400, 300
 OME = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">{}</OME>'
@@ -177,3 +177,43 @@ def test_a_confirmation_that_is_none_is_that_slides_error(tmp_path):
     first, second = read_manifest(str(path))
     assert "mpp_confirmed 'maybe' is neither 'yes' nor 'no'" in first.mpp_error
     assert (second.mpp_error, second.mpp_confirmed) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("objective", "mpp", "expected"),
+    [
+        (40, 0.25, "fits"),
+        (40, 0.2, "fits"),
+        (20, 0.5, "fits"),
+        (20, 0.243, "told"),  # a camera with small pixels
+        (40, 0.12, "told"),
+        (40, 0.5, "refused"),
+        (40, 1.0, "refused"),
+        (20, 0.19, "refused"),
+        (5, 0.5, "refused"),
+        (None, 1.0, "fits"),
+        (0, 1.0, "fits"),
+    ],
+)
+def test_an_objective_bounds_what_a_manifest_may_say(objective, mpp, expected):
+    def check(*, confirmed):
+        return check_objective(objective, mpp, confirmed=confirmed, source="s.svs")
+
+    if expected == "refused":
+        with pytest.raises(ValueError, match=rf"s.svs: {mpp:g} um/px .*by the objective of .*yes"):
+            check(confirmed=False)
+    else:
+        assert len(check(confirmed=False)) == (expected == "told")
+    assert len(check(confirmed=True)) == (expected != "fits")
+
+
+def test_an_svs_without_mpp_has_an_objective(tmp_path):
+    text = "Aperio Image Library v11.2.1\r\n400x300 (256x256) Deflate|AppMag = 40"
+    path = write(tmp_path / "s.svs", description=text, tile=(256, 256), compression="deflate")
+    with (
+        Slide(path, mpp=1.0) as slide,
+        pytest.raises(ValueError, match=r"s.svs: 1 um/px in use, but about 0\.25 .*40x"),
+    ):
+        slide.check_resolution(confirmed=False)
+    with Slide(path, mpp=0.25) as slide:
+        assert slide.check_resolution(confirmed=False) == []

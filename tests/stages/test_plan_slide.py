@@ -93,3 +93,32 @@ def test_a_file_that_changes_while_it_is_planned(
     (row,) = plan_slide(helpers.slide_row(slide), cells_spec)
     assert (row["tile_id"], row["error_type"]) == (-1, "ChangedFileError")
     assert "run the same command again" in row["error"]
+
+
+@pytest.mark.parametrize("value", [90, 215, 255])
+def test_blank_pictures_of_any_brightness_are_empty(tmp_path, cells_spec, helpers, value):
+    blank = np.full((301, 217, 3), value, np.uint8)
+    path = helpers.write_pyramid(tmp_path / "blank.tif", [blank], MPP)
+    (row,) = plan_slide(helpers.slide_row(path), cells_spec)
+    assert (row.get("error"), row["num_tiles"]) == (None, 0)
+
+
+def test_a_grey_slide_fails_even_where_a_sample_is_blank(tmp_path, cells_spec, helpers):
+    grey = np.full((3000, 3000, 3), 245, np.uint8)
+    grey[700:1000, 700:1000] = 120  # between the windows that are looked at
+    path = helpers.write_pyramid(tmp_path / "grey.tif", [grey], MPP)
+    (row,) = plan_slide(helpers.slide_row(path), cells_spec)
+    assert row["stage"] == "plan"
+    assert "red, green and blue are equal everywhere" in row["error"]
+
+
+def test_a_slide_that_the_manifest_contradicts_fails_unless_confirmed(
+    synthetic_slide, cells_spec, helpers, caplog
+):
+    row = helpers.slide_row(synthetic_slide.slide, mpp=0.25)
+    (failed,) = plan_slide(row, cells_spec)
+    assert "0.25 um/px in use, but 0.5 um/px by the file's tags" in failed["error"]
+    assert all(
+        tile.get("error") is None for tile in plan_slide(row | {"mpp_confirmed": True}, cells_spec)
+    )
+    assert "but 0.5 um/px by the file's tags" in caplog.text
