@@ -47,3 +47,11 @@ def test_boxes_are_columns_and_back():
         == [name for name in schemas.TILES.names if name.startswith(("core", "read_"))][-8:]
     )
     assert (box_of(row, "core"), box_of(row, "read")) == (core, read)
+
+
+def test_an_error_is_stored_without_the_signature_of_a_redirect():
+    row = {"slide_id": "s", "tile_id": 3}
+    with guarded(row, "read"):
+        message = "404, url='https://host/a.svs?X-Amz-Signature=hunter2'"
+        raise RuntimeError(message)
+    assert row["error"] == "404, url='https://host/a.svs'"

@@ -85,3 +85,25 @@ def test_the_command_line_says_so_and_starts_nothing(tmp_path, capsys):
     assert "manifest: s3://bucket/a.svs was given with credentials" in shown
     assert "hunter2" not in shown
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status", "https://me:hun/ter2@host/run"],
+        ["doctor", "--manifest", "https://me:hun#ter2@host/m.csv"],
+        ["gc", "s3://AKIA123:hun/ter2@bucket/run", "--dry-run"],
+        ["extract", "--manifst", "https://me:hun/ter2@host/m.csv"],
+        ["extract", "--core-px", "https://host/a?sig=ter2"],
+        ["extract", "--manifest", "m.csv", "--out", "o", "--config", "https://me:hun/ter2@host/c"],
+    ],
+)
+def test_no_line_of_the_command_line_shows_a_secret(words, capsys):
+    try:
+        code = cli.main(words)
+    except SystemExit as error:
+        code = error.code
+    assert code in (1, 2)
+    shown = "".join(capsys.readouterr())
+    assert shown
+    assert "ter2" not in shown
