@@ -71,6 +71,8 @@ class Driver:
         self.waiting: deque[CompleteSlide] = deque()
         self.num_waiting = 0
         self.alone: set[str] = set()
+        # Damaged shards of the slides that could not be finished because of them.
+        self.damaged: dict[str, list[str]] = {}
         self.uses = ShardUses()
         self.imported = False
         self.lock = threading.Lock()
@@ -135,6 +137,17 @@ class Driver:
         if not self.uses:
             # Left by workers and drivers that died before they reported them.
             _tidy(partial(storage.remove_tree, self.run.shards_uri))
+
+    def remove_damaged(self) -> list[str]:
+        """Remove the damaged shards; return the slides that must be resumed for their tiles."""
+        self.check()
+        names = sorted({name for shards in self.damaged.values() for name in shards})
+        for slide_id in sorted(self.damaged):
+            text, extra = "slide %s: %s", log_fields(slide_id)
+            error = self.progress.records[slide_id].get("error")
+            logger.warning(text, slide_id, error, extra=extra)
+        storage.remove_files([self.run.shard_uri(name) for name in names])
+        return sorted(self.damaged)
 
     def _take(self, receipts: pa.Table) -> None:
         """Take receipts; drop repeated ones of a slide that is complete already."""
@@ -230,8 +243,12 @@ class Driver:
                 records = [unfinished_record(slides[0][0], type(error).__name__, str(error))]
             self.num_waiting -= sum(len(receipts) for _, receipts in slides)
             self._remove_shards(records)
+            receipts_of = dict(slides)
             for record in records:
-                if record.get("stage") == "finish":
+                if damaged := record.get("damaged_shards"):
+                    self.damaged[record["slide_id"]] = damaged
+                    self.incomplete.forget(receipts_of[record["slide_id"]])
+                elif record.get("stage") == "finish":
                     names = (record["slide_id"], record["error_type"], record["error"])
                     text, extra = "slide %s could not be finished: %s: %s", log_fields(names[0])
                     logger.error(text, *names, extra=extra)

@@ -1,8 +1,11 @@
 """CELLS: the `extract` job, and the run that `extract` and `predict` share."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
+from functools import partial
+
+from ray.data import Dataset
 
 from scellst_ray.models.device import uses_cluster_gpus
 from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
@@ -28,8 +31,12 @@ from scellst_ray.stages.config import ExtractConfig, resolve_config
 from scellst_ray.stages.libraries import pixel_libraries
 from scellst_ray.stages.make import SEGMENTER_VERSIONS, make_stage
 from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.rows import PendingSlide
+from scellst_ray.stages.tiles import CellsSpec
 
 WORKER_GB = 2.0
+# Rounds in which slides are finished: each but the first does the tiles of damaged shards again.
+MAX_ROUNDS = 4
 OWN_WORK = WorkFunctions(plan_slide, make_stage)
 logger = logging.getLogger(__name__)
 
@@ -78,23 +85,25 @@ def run_cells(
         if sample is not None:
             check_sample(run, sample)
         progress = Progress(len(slides))
-        driver = Driver(run, progress, report, lease.check)
         pending = _sort_by_size(_select_pending(slides, finished, progress), sources)
         report(progress)
         if not pending and (sample is None or not crops_missing(run, progress.records, sample)):
+            # The driver that finished the last slide may have died before it wrote this.
+            write_summary(run.uri)
             return progress.records
         with ray_session() as cluster:
-            unfit: tuple[str, ...] = ()
-            if work is OWN_WORK:
-                unfit = _check_nodes(config, networks.identity, run, cluster, pending)
+            asked = (config, networks.identity, run, cluster, pending)
+            unfit = _check_nodes(*asked) if work is OWN_WORK else ()
             forget_attempts(run)
-            driver.report = report_with_metrics(run, report)
+            report = report_with_metrics(run, report)
             spec = replace(cells_spec(config, networks), colours=colours)
             resources = replace(_make_resources(config, networks), without_nodes=unfit)
-            rows = driver.resume(pending, spec, finished, trusted)
-            if rows:
-                driver.consume(receipts_dataset(rows, spec, run, resources, cluster, work))
-            driver.finish()
+            how = (spec, run, resources, cluster, work)
+            _finish_slides(
+                partial(Driver, run, progress, report, lease.check),
+                lambda rows: receipts_dataset(rows, *how),
+                *(pending, finished, spec, trusted),
+            )
             if sample is not None:
                 of_slides = (slides, progress.records)
                 made = make_crops(run, *of_slides, sample, resources, cluster, lease.check)
@@ -102,6 +111,38 @@ def run_cells(
             forget_attempts(run)
         write_summary(run.uri, progress.records)
     return progress.records
+
+
+def _finish_slides(
+    new_driver: Callable[[], Driver],
+    dataset: Callable[[list[PendingSlide]], Dataset],
+    pending: list[SlideRow],
+    finished: Mapping[str, SlideRecord],
+    spec: CellsSpec,
+    trusted: Collection[str],
+) -> None:
+    """Finish slides; do the tiles of damaged shards again, in a few rounds.
+
+    Args:
+        new_driver: Returns a driver. All of them share one progress.
+        dataset: Returns the pipeline from slides to receipts.
+        pending: The slides to finish.
+        finished: Records of the slides that were finished before.
+        spec: Settings of the computation.
+        trusted: slide_ids whose receipts may count without a source.
+    """
+    for _ in range(MAX_ROUNDS):
+        driver = new_driver()
+        records = {**finished, **driver.progress.records}
+        done = [s for s, record in records.items() if record["status"] in FINISHED]
+        rows = driver.resume(pending, spec, done, trusted)
+        if rows:
+            driver.consume(dataset(rows))
+        driver.finish()
+        again = set(driver.remove_damaged())
+        pending = [slide for slide in pending if slide.slide_id in again]
+        if not pending:
+            return
 
 
 def _make_identity(config: ExtractConfig, networks: CheckedNetworks) -> RunIdentity:

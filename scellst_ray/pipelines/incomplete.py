@@ -74,6 +74,11 @@ class IncompleteSlides:
         parts.append(receipts)
         self._count(receipts, 1)
 
+    def forget(self, receipts: pa.Table) -> None:
+        """Take all receipts of a complete slide out of the counts: its tiles are done again."""
+        self._count(receipts, -1)
+        self.progress.num_tiles_known -= receipts["num_tiles"][0].as_py()
+
     def _count(self, receipts: pa.Table, sign: int) -> None:
         """Add receipts to the progress, or with sign -1 subtract them."""
         num_tiles, num_cells = (receipts[n].to_numpy() for n in ("num_tiles", "num_cells"))

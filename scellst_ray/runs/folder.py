@@ -133,7 +133,7 @@ class RunFolder:
         Args:
             without: slide_ids whose receipts are left out.
         """
-        log = read_log_files(self.receipts_uri, schemas.RECEIPTS.names, self.digest)
+        log = read_log_files(self.receipts_uri, schemas.RECEIPTS.names, self.digest or None)
         receipts = log.receipts.drop_columns("logged")
         unwanted = pa.array(list(without), pa.string())
         return receipts.filter(pc.invert(pc.is_in(receipts["slide_id"], unwanted)))

@@ -36,8 +36,8 @@ class DamagedShardsError(ValueError):
         """Take what is wrong with each shard."""
         self.problems = dict(problems)
         super().__init__(
-            f"{'; '.join(self.problems.values())}. Run the same command again: the tiles of these "
-            f"{len(self.problems)} shard(s) are done again"
+            f"{'; '.join(self.problems.values())}. Such shards are removed, and their tiles are "
+            "done again, at the latest by the next run of the same command"
         )
 
     def __reduce__(self) -> tuple[type["DamagedShardsError"], tuple[dict[str, str]]]:

@@ -148,6 +148,27 @@ def test_a_slide_that_cannot_be_finished_costs_no_other_anything(run):
     assert set(run.records()) == {"good", "none"}
 
 
+def test_a_damaged_shard_is_named_and_removed_and_its_slide_forgotten(run, caplog):
+    write_shard(run, "s.parquet", good=[0, 1])
+    write_shard(run, "t.parquet", bad=[0, 1])
+    uri = run.shard_uri("t.parquet")
+    storage.publish_bytes(uri, storage.read_bytes(uri)[:-9])
+    tables = [receipts("good", [0, 1], 2, "s.parquet"), receipts("bad", [0, 1], 2, "t.parquet")]
+    found = {r["slide_id"]: r for r in finish_slides(run, pa.concat_tables(tables), imported=False)}
+    assert "damaged_shards" not in found["good"]
+    assert found["bad"]["damaged_shards"] == ["t.parquet"]
+    assert set(run.records()) == {"good"}
+    driver = take(driver_of(run), *tables)
+    driver.incomplete.forget(tables[1])
+    assert (driver.progress.num_tiles, driver.progress.num_tiles_known) == (2, 2)
+    assert driver.progress.num_cells == 2
+    driver.progress.records |= found
+    driver.damaged = {"bad": ["t.parquet"]}
+    assert driver.remove_damaged() == ["bad"]
+    assert "shards/t.parquet: is damaged" in caplog.text
+    assert [name.rsplit("/", 1)[-1] for name in storage.list_files(run.shards_uri)] == ["s.parquet"]
+
+
 def test_resume_takes_up_what_has_a_shard(run, cells_spec, tmp_path):
     write_shard(run, "h.parquet", half=[0, 1])
     write_shard(run, "w.parquet", whole=[0, 1])

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from scellst_ray import storage
+from scellst_ray import open_run, storage
 from scellst_ray.models.encoder.encoder import best_precision
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.runs.compaction import finish_slide
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.shards import publish_shard
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.config import ExtractConfig
 from scellst_ray.stages.networks import Embed
@@ -131,10 +131,9 @@ def test_rerun_does_nothing_and_resume_does_only_what_is_missing(
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
     assert before == after
     # As if the driver had died before s1 was finished and its last receipts were logged.
-    run = RunFolder(str(tmp_path), "")
-    kept = replay_receipts(
-        run, "s1", share=0.5, spec=spec_of(config), manifest=small_cohort, helpers=helpers
-    )
+    run = open_run(tmp_path).folder
+    how = {"spec": spec_of(config), "manifest": small_cohort, "helpers": helpers}
+    kept = replay_receipts(run, "s1", share=0.5, **how)
     extract(config)
     for slide_id, expected in plain.items():
         assert_same(cells_of(tmp_path, slide_id), expected)
@@ -143,6 +142,16 @@ def test_rerun_does_nothing_and_resume_does_only_what_is_missing(
     still_named = {tile["shard"] for tile in tiles if tile["tile_id"] in kept}
     assert kept
     assert any(name and name.startswith("kept-") for name in still_named)
+    # As if all tiles were logged, and a disk had damaged their shard since.
+    replay_receipts(run, "s1", share=1.0, **how)
+    (shard,) = (tmp_path / "shards").glob("kept-*")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert extract(config)["s1"]["status"] == "done"
+    assert_same(cells_of(tmp_path, "s1"), plain["s1"])
+    # A driver that died after the last record left no summary.
+    (tmp_path / "summary.json").unlink()
+    extract(config)
+    assert json.loads((tmp_path / "summary.json").read_text())["slides"]["done"] == 2
 
 
 def replay_receipts(run, slide_id, share, spec, manifest, helpers):
@@ -156,7 +165,8 @@ def replay_receipts(run, slide_id, share, spec, manifest, helpers):
     receipts = WriteShards(run)(Embed(spec, "cpu")(helpers.find_stage(spec)(tiles)))
     names = {name: f"kept-{name}" for name in receipts["shard"].unique().to_pylist() if name}
     for old, new in names.items():
-        shutil.move(run.shard_uri(old), run.shard_uri(new))
+        publish_shard(run, new, storage.read_table(run.shard_uri(old)))
+        storage.remove_tree(run.shard_uri(old))
     shards = pa.array([names.get(name) for name in receipts["shard"].to_pylist()], pa.string())
     index = receipts.schema.get_field_index("shard")
     run.log_receipts(receipts.set_column(index, receipts.schema.field("shard"), shards))
