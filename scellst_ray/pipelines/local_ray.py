@@ -49,25 +49,26 @@ def temp_dir() -> Path:
     """Return the folder for Ray's sessions: logs, sockets, and objects that memory cannot hold.
 
     Ray opens its own folder to all users, so it lies in one that is closed. Its place is
-    $RAY_TMPDIR, else the temporary folder, else /tmp if that is too long for the path of a socket.
+    $RAY_TMPDIR, else the temporary folder, else /tmp if that is too long for the path of a socket
+    or is not ASCII, which Ray cannot take.
 
     Raises:
-        OSError: the folder is open to other users.
-        ValueError: $RAY_TMPDIR is too long.
+        OSError: the folder is open to other users, or cannot be written.
+        ValueError: $RAY_TMPDIR is too long, or is not ASCII.
     """
     given = os.environ.get(VARIABLE)
     parents = [given] if given else [tempfile.gettempdir(), "/tmp"]  # noqa: S108 - closed below
     for parent in map(Path, parents):
         closed = parent if is_private(parent) else parent / f"scellst_{os.getuid()}"
         folder = (closed / "ray").absolute()
-        if len(os.fsencode(folder)) <= LONGEST_TEMP_DIR:
+        if str(folder).isascii() and len(str(folder)) <= LONGEST_TEMP_DIR:
             if closed != parent:
                 make_private_folder(closed, f"set {VARIABLE} to a short folder of your own")
             return folder
     longest = LONGEST_TEMP_DIR - len(os.fsencode(folder)) + len(os.fsencode(parent.absolute()))
     message = (
-        f"{VARIABLE} is {parent}, too long for the paths of Ray's sockets; set it to a folder on a "
-        f"local disk with a path of at most {longest} bytes"
+        f"{VARIABLE} is {parent}, too long for the paths of Ray's sockets, or not ASCII; set it to "
+        f"a folder on a local disk with an ASCII path of at most {longest} bytes"
     )
     raise ValueError(message)
 

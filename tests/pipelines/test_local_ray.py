@@ -158,3 +158,13 @@ def test_a_home_that_cannot_be_written_is_left_to_ray(home, monkeypatch):
     monkeypatch.setenv("HOME", str(home / "file"))
     local_ray.close_token()
     assert (home / "file").read_text() == ""
+
+
+def test_a_temporary_folder_that_is_not_ascii_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/läufe/tmp")
+    assert local_ray.temp_dir() == Path("/tmp", f"scellst_{os.getuid()}", "ray")
+    for name in ("/läufe", "/実験", str(tmp_path / "e\u0301")):
+        monkeypatch.setenv("RAY_TMPDIR", name)
+        with pytest.raises(ValueError, match=f"RAY_TMPDIR is {name}, .*with an ASCII path"):
+            local_ray.temp_dir()
