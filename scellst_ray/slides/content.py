@@ -17,6 +17,8 @@ GREY = (
     "files, join them to RGB"
 )
 WINDOWS, WINDOW_PX = 8, 64
+# Px decoded for all windows where tiles are large; the largest tiles whose levels are compared.
+MOST_DECODED_PX, MAX_TILE_PX = 2**25, 2**20
 # Channels of a grey picture differ by no more, of one in JPEG included.
 GREY_SPREAD = 2
 # A picture with less contrast is blank glass.
@@ -48,7 +50,7 @@ def check_content(pixels: Pixels, uri: str) -> None:
         message = f"{uri}: {GREY}"
         raise ValueError(message)
     check_colours(list(_windows(pixels)), pixels.bits, uri)
-    if pixels.is_generic:
+    if pixels.is_generic and pixels.tile_pixels <= MAX_TILE_PX:
         for level in range(1, len(pixels.downsamples)):
             _check_level(pixels, level, uri)
 
@@ -85,8 +87,9 @@ def _windows(pixels: Pixels) -> Iterator[NDArray[np.uint8]]:
     level = len(pixels.downsamples) - 1
     width, height = _size(pixels, level)
     side = (min(WINDOW_PX, width), min(WINDOW_PX, height))
-    lefts = np.unique(np.linspace(0, width - side[0], WINDOWS).astype(int))
-    tops = np.unique(np.linspace(0, height - side[1], WINDOWS).astype(int))
+    num = min(WINDOWS, max(2, math.isqrt(MOST_DECODED_PX // pixels.tile_pixels)))
+    lefts = np.unique(np.linspace(0, width - side[0], num).astype(int))
+    tops = np.unique(np.linspace(0, height - side[1], num).astype(int))
     for top in tops.tolist():
         for left in lefts.tolist():
             yield pixels.region(level, left, top, *side)

@@ -73,6 +73,7 @@ class Pixels(Protocol):
         dimensions: (width, height) in level-0 px.
         downsamples: Level-0 px per px of each level, ascending.
         resolution: All that the file states about its resolution.
+        tile_pixels: Most px that are decoded for the smallest read; 1 for a decoded image.
         bits: Bits of a channel in the file: 8 or 16.
         is_grey: Whether the file has one channel, which cannot hold colours.
         is_generic: Whether the pyramid is that of no vendor: a level may be anything.
@@ -81,6 +82,7 @@ class Pixels(Protocol):
     dimensions: tuple[int, int]
     downsamples: list[float]
     resolution: FileResolution
+    tile_pixels: int
     bits: int
     is_grey: bool
     is_generic: bool
@@ -132,7 +134,7 @@ class _OpenSlidePixels:
         self._uri = uri
         self._slide = openslide.OpenSlide(str(path))
         self.dimensions = self._slide.dimensions
-        self._check_tiles()
+        self.tile_pixels = self._check_tiles()
         vendor = self._slide.properties.get(openslide.PROPERTY_NAME_VENDOR)
         self.bits = 16 if pages and pages[0].bits > 8 else 8
         self.is_grey, self.is_generic = False, vendor == GENERIC
@@ -144,18 +146,21 @@ class _OpenSlidePixels:
         self.downsamples = [self._downsample(level) for level in self._levels]
         self.resolution = self._resolution()
 
-    def _check_tiles(self) -> None:
-        """Raise ValueError if the file's tiles would not fit into memory."""
+    def _check_tiles(self) -> int:
+        """Return the px of the largest tile; raise ValueError if it would not fit into memory."""
+        largest = 1
         for level in range(self._slide.level_count):
             names = [f"openslide.level[{level}].tile-{side}" for side in ("width", "height")]
             sides = [int(self._slide.properties.get(name, 0)) for name in names]
-            if sides[0] * sides[1] > MAX_TILE_PIXELS:
+            largest = max(largest, sides[0] * sides[1])
+            if largest > MAX_TILE_PIXELS:
                 self._slide.close()
                 message = (
                     f"{self._uri}: tiles of {sides[0]} x {sides[1]} px in level {level} are too "
                     f"large; if the file is not damaged, {CONVERSION}"
                 )
                 raise ValueError(message)
+        return largest
 
     def _downsample(self, level: int) -> float:
         """Return the level's downsample, as a whole number where the level's size allows it.
@@ -225,7 +230,7 @@ class _PlainPixels:
     """A PNG, JPEG or plain TIFF, decoded whole: one level. Only a TIFF states its resolution."""
 
     downsamples: list[float] = [1.0]  # noqa: RUF012 - never changed
-    is_generic = True
+    is_generic, tile_pixels = True, 1
 
     def __init__(self, path: Path, uri: str, pages: list[Page]) -> None:
         with _lift_pillow_limit(), ExitStack() as stack:

@@ -53,7 +53,8 @@ def plan_slide(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
             raise ValueError(row["mpp_error"])
         with open_slide(row["uri"], row["mpp"]) as opened:
             slide = opened.slide
-            check_slide(slide, row)
+            for note in check_slide(slide, row):
+                logger.warning("%s", note)
             read_mpp = _read_mpp(slide, spec)
             nothing["mpp"], nothing["read_mpp"] = slide.mpp, read_mpp
             nothing["width0"], nothing["height0"] = slide.width0, slide.height0
@@ -79,15 +80,13 @@ def check_slide(slide: Slide, row: PendingSlide) -> list[str]:
     """Check what only a look at the pixels, or the manifest's row, can tell about a slide.
 
     Returns:
-        One line for each doubt that does not stop the slide; each is also logged.
+        One line for each doubt that does not stop the slide.
 
     Raises:
         ValueError: the slide must not be used; the message says why.
     """
-    slide.check_content()
     notes = slide.check_resolution(confirmed=bool(row.get("mpp_confirmed")))
-    for note in notes:
-        logger.warning("%s", note)
+    slide.check_content()
     return notes
 
 

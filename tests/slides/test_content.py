@@ -127,3 +127,16 @@ def test_a_dark_picture_is_refused():
     check_colours([dark, tissue(9, 9)], 8, "s.png")
     with pytest.raises(ValueError, match="of 16 bits a channel, 15 are used"):
         check_colours([dark + 87], 16, "s.png")
+
+
+def test_large_tiles_are_decoded_a_few_times_only(tmp_path, monkeypatch):
+    path = write_tiff(tmp_path / "s.tif", IMAGE, **TILED)
+    numbers = []
+    for most in (content.MOST_DECODED_PX, 1):
+        monkeypatch.setattr(content, "MOST_DECODED_PX", most)
+        with Slide(path) as slide:
+            assert slide._pixels.tile_pixels == 128**2
+            numbers.append(len(list(content._windows(slide._pixels))))
+    assert numbers == [64, 4]
+    monkeypatch.setattr(content, "MAX_TILE_PX", 128**2 - 1)
+    check(write_tiff(tmp_path / "l.tif", IMAGE, (paper_label(320, 240), REDUCED), **TILED))
