@@ -65,7 +65,8 @@ def starts_with(gene: str, prefix: str) -> bool:
         return True
     if wanted != MITOCHONDRIAL:
         return False
-    return is_mitochondrial_id(name) or MITOCHONDRIAL_OF_R.match(name) is not None
+    is_fly = name.startswith("MT:")
+    return is_fly or is_mitochondrial_id(name) or MITOCHONDRIAL_OF_R.match(name) is not None
 
 
 def is_mitochondrial_id(gene: str) -> bool:

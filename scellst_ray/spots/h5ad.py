@@ -112,7 +112,7 @@ def _diameter_um(
         find_lattice(xy0),
         mpp,
         uri,
-        is_pooled=has_pooled_counts(technology),
+        is_pooled=has_pooled_counts(technology) or library.bin_um is not None,
         is_given=given_um is not None,
     )
 

@@ -10,7 +10,12 @@ from scellst_ray.spots.anndata_file import read_column
 from scellst_ray.spots.files import shown
 from scellst_ray.spots.hdf5 import find_part, names_in, read_array
 from scellst_ray.spots.lattice import find_lattice, pitch_of_squares, pitch_of_visium
-from scellst_ray.spots.resolution import VISIUM_DIAMETERS, StatedMpp, visium_statement
+from scellst_ray.spots.resolution import (
+    VISIUM_DIAMETERS,
+    StatedMpp,
+    diameter_statements,
+    visium_statement,
+)
 from scellst_ray.spots.sections import describe_marks, repeated_spots
 
 PARTS_OF_LIBRARY = {"scalefactors", "images", "metadata"}
@@ -25,12 +30,14 @@ class Library:
         diameter0: `spot_diameter_fullres`, level-0 px; None if it is absent or no positive number.
         mpp: `microns_per_pixel`, likewise.
         bin_um: `bin_size_um` of Visium HD, likewise.
+        fiducial0: `fiducial_diameter_fullres`, likewise.
     """
 
     names: list[str]
     diameter0: float | None
     mpp: float | None
     bin_um: float | None
+    fiducial0: float | None
 
 
 def find_library(file: h5py.File, uri: str) -> Library:
@@ -72,7 +79,10 @@ def _library(names: list[str], group: h5py.Group | None, uri: str) -> Library:
     factors = find_part(group, "scalefactors", uri) if isinstance(group, h5py.Group) else None
     numbers = [
         _positive(factors, name, uri)
-        for name in ("spot_diameter_fullres", "microns_per_pixel", "bin_size_um")
+        for name in (
+            *("spot_diameter_fullres", "microns_per_pixel"),
+            *("bin_size_um", "fiducial_diameter_fullres"),
+        )
     ]
     return Library(names, *numbers)
 
@@ -173,7 +183,7 @@ def stated_mpp(
         return [StatedMpp(library.bin_um / pitch0, text)] if pitch0 else []
     lattice = find_lattice(xy0)
     if lattice is None or lattice.kind != "hexagons":
-        return []
+        return diameter_statements(library.diameter0, library.fiducial0)
     by_place = None if places is None else pitch_of_visium(places[:, 0], places[:, 1], xy0)
     low, high = VISIUM_DIAMETERS
     by_size = library.diameter0 is not None and low <= library.diameter0 / lattice.pitch0 <= high

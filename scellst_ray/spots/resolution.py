@@ -11,6 +11,7 @@ from scellst_ray.spots.lattice import Lattice
 logger = logging.getLogger(__name__)
 
 VISIUM_PITCH_UM = 100.0
+SPOT_DIAMETERS_UM, FIDUCIAL_RATIO = (65.0, 55.0), 105 / 65
 # ST arrays of 1,007 spots; the later ones of 1,934 spots are denser.
 ST_PITCHES_UM = (200.0, 150.0)
 # `spot_diameter_fullres` in pitches: Space Ranger gives 65 um, HEST the true 55 um.
@@ -85,7 +86,7 @@ def visium_statement(
     low, high = VISIUM_DIAMETERS
     if diameter0 is None or low <= diameter0 / pitch0 <= high:
         return [StatedMpp(by_pitch, f"the pitch of Visium's spots ({pitch0:.1f} px are 100 um)")]
-    by_diameter = [um / diameter0 for um in (65.0, 55.0)]
+    by_diameter = [um / diameter0 for um in SPOT_DIAMETERS_UM]
     if not agrees(by_pitch, mpp) or not any(agrees(value, mpp) for value in by_diameter):
         text = (
             "%s: %.4g um per px is used; neighbouring spots are %.1f px apart (%.4g um per px if "
@@ -94,6 +95,24 @@ def visium_statement(
         )
         logger.warning(text, source, mpp, pitch0, by_pitch, diameter0, by_diameter[0])
     return []
+
+
+def diameter_statements(diameter0: float | None, fiducial0: float | None) -> list[StatedMpp]:
+    """Return the resolutions by `spot_diameter_fullres`, if Space Ranger surely wrote it.
+
+    Space Ranger's spots and fiducial spots have 65 and 105 um; other software keeps this ratio and
+    may give the true 55 um.
+
+    Args:
+        diameter0: `spot_diameter_fullres`, level-0 px; None if the file does not state it.
+        fiducial0: `fiducial_diameter_fullres`, likewise.
+    """
+    if diameter0 is None or fiducial0 is None:
+        return []
+    if abs(fiducial0 / diameter0 / FIDUCIAL_RATIO - 1) > 0.01:
+        return []
+    source = f"spot_diameter_fullres ({diameter0:.1f} px are 65 um)"
+    return [StatedMpp(um / diameter0, source) for um in SPOT_DIAMETERS_UM]
 
 
 def st_statements(pitch0: float | None) -> list[StatedMpp]:

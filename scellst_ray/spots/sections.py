@@ -5,9 +5,10 @@ Ranger's aggr counts suffixes (-1, -2), AnnData adds -0 and -1, others put the s
 front. A wrong pairing of marks gives a spot the counts of another section's spot.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
+
+import polars as pl
 
 from scellst_ray.spots.files import reason_of
 
@@ -16,14 +17,17 @@ from scellst_ray.spots.files import reason_of
 # of sections may look like it.
 BARCODES = (r"s_\d+um_\d+_\d+|cellid_\d+|[ACGTN]{12,}", r"[ACGTN]{4,}")
 NAMES = [
-    re.compile(rf"(?P<before>.*?)(?P<barcode>{barcode})(?P<after>(?:[-_.#:][\w.-]*)?)")
+    rf"^(?P<before>.*?)(?P<barcode>{barcode})(?P<after>(?:[-_.#:][\w.-]*)?)$"
     for barcode in BARCODES
 ]
 
 
-def _split(name: str) -> re.Match[str] | None:
-    """Return a name's match with the groups before, barcode and after; None without a barcode."""
-    return NAMES[0].fullmatch(name) or NAMES[1].fullmatch(name)
+def _split(names: Sequence[str]) -> pl.DataFrame:
+    """Return the columns before, barcode and after of the names that hold a barcode."""
+    given = pl.Series("name", names, dtype=pl.String)
+    long, short = (given.str.extract_groups(pattern).struct.unnest() for pattern in NAMES)
+    is_long = long["barcode"].is_not_null()
+    return pl.concat([long.filter(is_long), short.filter(~is_long).drop_nulls("barcode")])
 
 
 def section_marks(names: Sequence[str]) -> Counter[tuple[str, str]]:
@@ -32,26 +36,24 @@ def section_marks(names: Sequence[str]) -> Counter[tuple[str, str]]:
     The result is empty if the names are not of this kind: fewer than half of them hold a barcode,
     or marks are as many as spots.
     """
-    found = [_split(name) for name in names]
-    marks = Counter((m["before"], m["after"]) for m in found if m)
-    is_known = 2 * sum(marks.values()) >= len(names) and 2 * len(marks) <= max(len(names), 2)
-    return marks if is_known else Counter()
+    return _count_marks(_split(names), len(names))
+
+
+def _count_marks(parts: pl.DataFrame, num_names: int) -> Counter[tuple[str, str]]:
+    counted = parts.group_by("before", "after").len()
+    is_known = 2 * parts.height >= num_names and 2 * counted.height <= max(num_names, 2)
+    if not is_known:
+        return Counter()
+    return Counter({(before, after): number for before, after, number in counted.iter_rows()})
 
 
 def repeated_spots(names: Sequence[str]) -> Counter[tuple[str, str]]:
     """Return the marks of names (see section_marks) if one barcode occurs with several of them."""
-    marks = section_marks(names)
-    if len(marks) < 2:
-        return Counter()
-    barcodes: dict[str, tuple[str, str]] = {}
-    for name in names:
-        found = _split(name)
-        if found is None:
-            continue
-        mark = (found["before"], found["after"])
-        if barcodes.setdefault(found["barcode"], mark) != mark:
-            return marks
-    return Counter()
+    parts = _split(names)
+    marks = _count_marks(parts, len(names))
+    different = parts.unique()
+    is_repeated = different["barcode"].n_unique() < different.height
+    return marks if len(marks) > 1 and is_repeated else Counter()
 
 
 def check_one_section(

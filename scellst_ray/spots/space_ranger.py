@@ -16,7 +16,12 @@ from scellst_ray.spots.positions import (
     read_position_parquet,
     read_position_text,
 )
-from scellst_ray.spots.resolution import DISC_OF_SQUARE, StatedMpp, visium_statement
+from scellst_ray.spots.resolution import (
+    DISC_OF_SQUARE,
+    StatedMpp,
+    diameter_statements,
+    visium_statement,
+)
 from scellst_ray.spots.sections import check_one_section
 from scellst_ray.spots.table import Spots, join_spots, radius_px
 from scellst_ray.spots.tenx import find_file, read_matrix
@@ -92,7 +97,7 @@ def read_space_ranger(outs: str, mpp: float, spot_diameter_um: float = 55.0) -> 
         _spots_under_tissue(table, positions_path),
         radius0,
         outs,
-        stated_mpp=tuple(_stated_mpp(table, factors, mpp, outs)),
+        stated_mpp=tuple(_stated_mpp(table, factors, mpp, outs, spot_diameter_um)),
     )
 
 
@@ -165,9 +170,12 @@ def _spots_under_tissue(table: pl.DataFrame, path: str) -> pl.DataFrame:
 
 
 def _stated_mpp(
-    table: pl.DataFrame, factors: dict[str, Any], mpp: float, source: str
+    table: pl.DataFrame, factors: dict[str, Any], mpp: float, source: str, spot_diameter_um: float
 ) -> list[StatedMpp]:
-    """Return the resolutions that follow from the positions of all spots and the scale factors."""
+    """Return the resolutions that follow from the positions of all spots and the scale factors.
+
+    Without hexagons, the diameters count only for spots that may be Visium's.
+    """
     by_file = positive_number(factors, "microns_per_pixel")
     if by_file is not None:
         return [StatedMpp(by_file, "microns_per_pixel in scalefactors_json.json")]
@@ -184,4 +192,9 @@ def _stated_mpp(
         return [StatedMpp(bin_um / pitch0, text)] if pitch0 else []
     pitch0 = pitch_of_visium(rows, columns, xy0)
     diameter0 = positive_number(factors, "spot_diameter_fullres")
+    if pitch0 is None:
+        if abs(spot_diameter_um - 60) > 10:
+            return []
+        fiducial0 = positive_number(factors, "fiducial_diameter_fullres")
+        return diameter_statements(diameter0, fiducial0)
     return visium_statement(pitch0, diameter0, mpp, source)

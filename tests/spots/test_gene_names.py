@@ -26,7 +26,13 @@ def test_the_genome_is_taken_off(gene, bare):
     "gene",
     [
         *("MT-CO1", "mt-Co1", "GRCh38_MT-CO1", "mm10___mt-Co1", "GRCh38-MT-CO1", "hg19_MT-ND4L"),
-        *("Homo_sapiens_MT-CO1", "MT-CO1_ENSG00000198804", "MT.CO1", "GRCh38_gencode_MT-CYB"),
+        *(
+            "Homo_sapiens_MT-CO1",
+            "MT-CO1_ENSG00000198804",
+            "MT.CO1",
+            "mt:CoI",
+            "GRCh38_gencode_MT-CYB",
+        ),
         *("ENSG00000198804", "ENSG00000198804.2", "GRCh38_ENSG00000212907.2", "ENSMUSG00000065947"),
         *("ENSMUSG00000064336", "ENSMUSG00000064372.1"),
     ],

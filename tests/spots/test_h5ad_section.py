@@ -117,6 +117,13 @@ def test_bins_of_visium_hd_state_it(tmp_path):
     assert statement.mpp == 0.3
 
 
+def test_without_hexagons_the_diameters_of_space_ranger_state_it(tmp_path):
+    factors = {"spot_diameter_fullres": 130.0, "fiducial_diameter_fullres": 210.0}
+    stated = statements(tmp_path, squares, factors)
+    assert [statement.mpp for statement in stated] == pytest.approx([0.5, 55 / 130])
+    assert statements(tmp_path, squares, factors | {"fiducial_diameter_fullres": 300.0}) == []
+
+
 def test_other_lattices_state_nothing(tmp_path):
     assert statements(tmp_path, squares, {"spot_diameter_fullres": 130.0}) == []
     assert statements(tmp_path, hexagons, {}, numbered=False) == []

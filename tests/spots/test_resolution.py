@@ -9,6 +9,7 @@ from scellst_ray.spots.resolution import (
     StatedMpp,
     check_stated_mpp,
     diameter_of_squares,
+    diameter_statements,
     has_pooled_counts,
     st_statements,
     visium_statement,
@@ -41,6 +42,17 @@ def test_one_statement_of_a_source_is_enough():
 def test_visium_is_told_by_pitch_and_diameter(diameter0):
     (statement,) = visium_statement(200.0, diameter0, 1.0, "s")
     assert statement.mpp == 0.5
+
+
+def test_diameters_of_space_ranger_alone():
+    stated = diameter_statements(130.0, 210.0)
+    check_stated_mpp(stated, 0.5, "s")
+    check_stated_mpp(stated, 55 / 130, "s")
+    with pytest.raises(ValueError, match=r"1 um/px in use, but 0\.5 um/px by spot_diameter_full"):
+        check_stated_mpp(stated, 1.0, "s")
+    assert diameter_statements(130.0, 130.0) == []
+    assert diameter_statements(130.0, None) == []
+    assert diameter_statements(None, 210.0) == []
 
 
 def test_a_diameter_that_does_not_fit_the_pitch_is_told(caplog):

@@ -320,3 +320,13 @@ def test_the_parent_folder_is_refused_with_the_folder_to_give(tmp_path):
     outs = visium(tmp_path / "outs")
     with pytest.raises(ValueError, match=f"Give this as `spots`: {outs}"):
         read_space_ranger(str(tmp_path), 0.5)
+
+
+def test_too_few_spots_for_a_lattice_leave_the_diameters(tmp_path):
+    write_positions(tmp_path, header=True)
+    write_h5(tmp_path)
+    factors = {"spot_diameter_fullres": 130.0, "fiducial_diameter_fullres": 210.0}
+    (tmp_path / "spatial/scalefactors_json.json").write_text(json.dumps(factors))
+    stated = read_space_ranger(str(tmp_path), 0.5).stated_mpp
+    assert [statement.mpp for statement in stated] == pytest.approx([0.5, 55 / 130])
+    assert read_space_ranger(str(tmp_path), 0.5, 100.0).stated_mpp == ()
