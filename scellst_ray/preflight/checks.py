@@ -173,10 +173,10 @@ def size_of(uri: str) -> int:
             return 0
         num_bytes = int(info["size"])
     elif not Path(path).exists():
-        message = f"{uri}: no such file"
+        message = f"{redact(uri)}: no such file"
         raise FileNotFoundError(message)
     elif not os.access(path, os.R_OK):
-        message = f"{uri}: user {os.getuid()} of {socket.gethostname()} may not read it"
+        message = f"{redact(uri)}: user {os.getuid()} of {socket.gethostname()} may not read it"
         raise PermissionError(message)
     elif Path(path).is_dir():  # some formats are folders
         return 0

@@ -25,7 +25,7 @@ from scellst_ray.runs.documents import read_document, read_records
 from scellst_ray.runs.identity import Identity, stored_identity
 from scellst_ray.runs.receipts_log import best_of_each_tile, read_log_files
 from scellst_ray.runs.records import RunInfo, SlideRecord
-from scellst_ray.storage.credentials import refuse_credentials
+from scellst_ray.storage.credentials import redact, refuse_credentials
 
 # Sub folders, with what they hold.
 CELLS = "cells"  # CELLS of each slide
@@ -238,7 +238,7 @@ def check_folder(
         return found
     # A driver that has just taken the lease has written nothing else yet.
     if {name.rsplit("/", 1)[-1] for name in storage.list_all(uri)} - {LEASE_FILE}:
-        message = f"{uri}: holds files that are no run of scellst_ray; give an empty folder"
+        message = f"{redact(uri)}: holds files that are no run of scellst_ray; give an empty folder"
         raise ValueError(message)
     return None
 
@@ -249,8 +249,8 @@ def _refuse_other_libraries(uri: str, then: Mapping[str, str], now: Mapping[str,
     if differing:
         versions = ", ".join(f"{name} {then[name]}, and here is {now[name]}" for name in differing)
         message = (
-            f"{uri}: this run was begun with {versions}, which may give other pixels. Install the "
-            "versions of then, or give another --out"
+            f"{redact(uri)}: this run was begun with {versions}, which may give other pixels. "
+            "Install the versions of then, or give another --out"
         )
         raise ValueError(message)
 
@@ -263,11 +263,11 @@ def open_embedded_run(uri: str) -> tuple[RunFolder, RunInfo]:
     """
     run_uri = storage.join(uri, RUN_FILE)
     if not storage.exists(run_uri):
-        message = f"{uri}: holds no run of scellst_ray; run `scellst-ray extract` first"
+        message = f"{redact(uri)}: holds no run of scellst_ray; run `scellst-ray extract` first"
         raise ValueError(message)
     info = read_run_info(run_uri)
     if not info.get("identity", {}).get("store_embeddings"):
-        message = f"{uri}: its cells have no embeddings; extract with store_embeddings"
+        message = f"{redact(uri)}: its cells have no embeddings; extract with store_embeddings"
         raise ValueError(message)
     return RunFolder(uri, info["digest"]), info
 
@@ -309,4 +309,5 @@ def _other_run(uri: str, found: Mapping[str, object], wanted: Mapping[str, objec
     differences = ", ".join(
         f"{k}: {found.get(k)!r} in the folder, {wanted.get(k)!r} now" for k in keys
     )
-    return f"{uri}: holds another run ({differences}); give another --out, or the same settings"
+    shown = redact(uri)
+    return f"{shown}: holds another run ({differences}); give another --out, or the same settings"

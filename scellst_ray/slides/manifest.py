@@ -77,12 +77,12 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
         hints = [get_close_matches(name, columns, n=1) for name in missing]
         near = ", ".join(f"{hint[0]!r}" for hint in hints if hint)
         message = (
-            f"{uri}: needed column(s) {', '.join(missing)} not found; the manifest has "
+            f"{redact(uri)}: needed column(s) {', '.join(missing)} not found; the manifest has "
             f"{', '.join(columns)}{f' (did you mean {near}?)' if near else ''}"
         )
         raise ValueError(message)
     if not table.rows:
-        message = f"{uri}: the manifest has no rows; list at least one slide"
+        message = f"{redact(uri)}: the manifest has no rows; list at least one slide"
         raise ValueError(message)
     # Absolute paths mean the same in every process.
     fs, path = fsspec.core.url_to_fs(uri)
@@ -93,7 +93,7 @@ def read_manifest(uri: str, required: tuple[str, ...] = ()) -> list[SlideRow]:
     ]
     problems = _problems(rows, table.numbers)
     if problems:
-        message = f"{uri}: " + "; ".join(problems)
+        message = redact(f"{uri}: " + "; ".join(problems))
         raise ValueError(message)
     return rows
 
@@ -130,7 +130,7 @@ def _read_table(uri: str) -> TextTable:
     fs, path = fsspec.core.url_to_fs(uri)
     is_local = isinstance(fs, LocalFileSystem)
     if is_local and not fs.isfile(path):
-        message = f"{uri}: no such manifest"
+        message = f"{redact(uri)}: no such manifest"
         raise FileNotFoundError(message)
 
     def read() -> bytes:
@@ -143,7 +143,7 @@ def _read_table(uri: str) -> TextTable:
             return _read_parquet(content)
         return read_text_table(content)
     except ValueError as error:
-        message = f"{uri}: cannot be read as a manifest: {error}; expected CSV or Parquet"
+        message = f"{redact(uri)}: cannot be read as a manifest: {error}; expected CSV or Parquet"
         raise ValueError(message) from error
 
 

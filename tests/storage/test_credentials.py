@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from scellst_ray.commands import cli
-from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.folder import RunFolder, open_embedded_run, read_run_info
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.storage.credentials import refuse_credentials, secret_in
 
@@ -107,3 +107,10 @@ def test_no_line_of_the_command_line_shows_a_secret(words, capsys):
     shown = "".join(capsys.readouterr())
     assert shown
     assert "ter2" not in shown
+
+
+@pytest.mark.parametrize("call", [read_manifest, read_run_info, open_embedded_run])
+def test_errors_of_the_python_interface_show_none(call):
+    with pytest.raises((ValueError, OSError)) as raised:
+        call("memory://me:hun/ter2@absent")
+    assert "ter2" not in str(raised.value)
