@@ -26,10 +26,12 @@ from scellst_ray.pipelines.session import ray_session
 from scellst_ray.runs.folder import RunFolder, open_embedded_run
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.supervision import Rules, TrainingSlide, training_slides
+from scellst_ray.storage import node_cache
 from scellst_ray.training.grid import (
     Prepare,
     Trial,
     TrialResources,
+    Work,
     list_pending,
     prepare_inputs,
     run_trials,
@@ -98,13 +100,15 @@ def crossvalidate(config: CrossvalidateConfig, say: Callable[[str], None] = prin
     folds = make_folds(config.protocol, patients)
     trials, about = make_trials(config, folds, run.digest)
     folder = storage.join(out, "trials")
-    missing = list_pending(folder, trials)
+    inputs = {slide.row.slide_id: _identify(slide) for slide in slides}
+    missing = _list_missing(folder, trials, inputs)
     say(f"{len(trials)} trials, {len(trials) - len(missing)} of them done before")
     failures: dict[str, str] = {}
     num_slots = 0
     if missing:
         preparer = _preparer(config, slides, run)
-        failures, num_slots = _run_missing(config, missing, preparer, folder, say)
+        work = partial(_run_noted, inputs)
+        failures, num_slots = _run_missing(config, missing, preparer, work, folder, say)
     results = [
         {"trial": trial.name} | about[trial.name] | storage.read_json(trial_uri(folder, trial.name))
         for trial in trials
@@ -113,10 +117,40 @@ def crossvalidate(config: CrossvalidateConfig, say: Callable[[str], None] = prin
     return Grid(results, failures, len(trials) - len(missing), num_slots)
 
 
+def _identify(slide: TrainingSlide) -> str:
+    """Return a text that changes with a slide's spots, and with the file its cells were found in.
+
+    It is stored with each trial, so that a trial of other spots is not taken for done.
+    """
+    names = [slide.row.columns.get(name) for name in ("spots", "spot_positions")]
+    marks = [str(node_cache.fingerprint(name)) for name in names if name]
+    return " ".join([*marks, str(slide.source)])
+
+
+def _run_noted(
+    inputs: Mapping[str, str], settings: TrialSettings, slides: Mapping[str, SlideData]
+) -> dict[str, Any]:
+    """Run a trial; its result also says which inputs it had."""
+    return run_trial(settings, slides) | {"inputs": {name: inputs[name] for name in slides}}
+
+
+def _list_missing(folder: str, trials: Sequence[Trial], inputs: Mapping[str, str]) -> list[Trial]:
+    """Return the trials without a result, or whose slides have other spots or cells now."""
+    pending = {trial.name for trial in list_pending(folder, trials)}
+    for trial in trials:
+        if trial.name not in pending:
+            # Trials of earlier releases do not say what inputs they had; they count.
+            had = storage.read_json(trial_uri(folder, trial.name)).get("inputs", {})
+            if any(inputs[name] != value for name, value in had.items() if name in inputs):
+                pending.add(trial.name)
+    return [trial for trial in trials if trial.name in pending]
+
+
 def _run_missing(
     config: CrossvalidateConfig,
     missing: Sequence[Trial],
     preparer: Prepare,
+    work: Work,
     folder: str,
     say: Callable[[str], None],
 ) -> tuple[dict[str, str], int]:
@@ -135,7 +169,7 @@ def _run_missing(
             raise ValueError(message)
         for name, report in prepared.reports.items():
             say(f"{name}: {report['num_spots']} spots with {report['num_cells']} cells")
-        ended = run_trials(run_trial, missing, prepared.refs, folder, resources)
+        ended = run_trials(work, missing, prepared.refs, folder, resources)
         for number, (name, error) in enumerate(ended, start=1):
             say(f"{number} of {len(missing)}: {name}{f' failed: {error}' if error else ''}")
             if error:

@@ -29,8 +29,7 @@ from scellst_ray.core.logs import log_fields
 from scellst_ray.core.version import __version__
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import known_mpp, known_size0
-from scellst_ray.slides.reader import Slide
-from scellst_ray.storage.node_cache import hold
+from scellst_ray.slides.source import ChangedFileError, open_slide
 
 logger = logging.getLogger(__name__)
 THUMBNAIL_PX = 2000
@@ -62,6 +61,8 @@ class Thumbnail(NamedTuple):
 def read_thumbnail(run: Run, slide_id: str, longest_px: int = THUMBNAIL_PX) -> Thumbnail | None:
     """Read a slide's picture; return None and log a warning if the slide's file is gone.
 
+    The same if the file is another one than that in which the run found the cells.
+
     Args:
         run: The run, which knows the slide's URI and resolution.
         slide_id: The slide.
@@ -69,12 +70,14 @@ def read_thumbnail(run: Run, slide_id: str, longest_px: int = THUMBNAIL_PX) -> T
     """
     record, uri = run.records[slide_id], run.sources[slide_id]["uri"]
     try:
-        held = hold(uri)
-    except FileNotFoundError:
-        text = "slide %s: %s is gone; it is exported with a blank picture"
-        logger.warning(text, slide_id, uri, extra=log_fields(slide_id))
+        opened = open_slide(uri, record["mpp"], recorded=record.get("source"))
+    except (FileNotFoundError, ChangedFileError) as error:
+        what = "is another file now" if isinstance(error, ChangedFileError) else "is gone"
+        text = "slide %s: %s %s; it is exported with a blank picture"
+        logger.warning(text, slide_id, uri, what, extra=log_fields(slide_id))
         return None
-    with held, Slide(held.path, held.name, record["mpp"]) as slide:
+    with opened:
+        slide = opened.slide
         longest0 = max(slide.width0, slide.height0)
         image, _ = slide.overview(slide.mpp * max(1.0, longest0 / longest_px))
     return Thumbnail(image, longest0 / max(image.shape[:2]))

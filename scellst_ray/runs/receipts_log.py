@@ -125,6 +125,8 @@ def logged_at(name: str) -> datetime | None:
 def best_of_each_tile(receipts: pa.Table) -> pa.Table:
     """Return one receipt of each tile, in the order of the receipts: a success if there is one.
 
+    If the receipts have sources, a tile of another source is another tile.
+
     Of several successes, or failures, the one that comes first by its own content is taken. So the
     order of the receipts, and of the files they were in, plays no part.
     """
@@ -134,6 +136,9 @@ def best_of_each_tile(receipts: pa.Table) -> pa.Table:
     numbers = receipts["slide_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     tile_ids = receipts["tile_id"].to_numpy() + 1  # -1 stands for a whole slide
     keys = numbers.astype(np.int64) * (tile_ids.max() + 1) + tile_ids
+    if "source" in receipts.column_names:
+        sources = receipts["source"].combine_chunks().fill_null("").dictionary_encode()
+        keys = keys * len(sources.dictionary) + sources.indices.to_numpy()
     _, first, counts = np.unique(keys, return_index=True, return_counts=True)
     if len(first) == len(receipts):
         return receipts

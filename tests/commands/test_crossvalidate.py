@@ -1,6 +1,7 @@
 """Cross-validation: names of trials, the grid, its tables."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -8,12 +9,16 @@ import pytest
 from rich.console import Console
 
 from scellst_ray import storage
+from scellst_ray.commands import crossvalidate as crossvalidate_module
 from scellst_ray.commands import crossvalidate_report
 from scellst_ray.commands.crossvalidate import crossvalidate, make_trials
 from scellst_ray.commands.crossvalidate_report import results_table, run_crossvalidate, summary
 from scellst_ray.evaluation.crossvalidation.folds import make_folds
 from scellst_ray.evaluation.crossvalidation.trial import run_trial
 from scellst_ray.runs.folder import open_embedded_run
+from scellst_ray.slides.manifest import SlideRow
+from scellst_ray.stages.supervision import TrainingSlide
+from scellst_ray.training.grid import Trial
 from tests.support import crossvalidation
 from tests.support.crossvalidation import trial_of
 
@@ -91,6 +96,7 @@ def test_the_grid_is_a_loop_and_is_taken_up_again(slides, make_config, monkeypat
     assert after["scores"] == before["scores"]
     third = crossvalidate(config, said.append)
     assert (third.num_done_before, third.num_slots) == (8, 0)
+    assert sorted(before["inputs"]) == ["s0", "s1"]
     # The means are over seeds and slides.
     row = summary(results).filter((pl.col("loss") == "nb") & (pl.col("model") == "ours"))
     mine = results.filter((pl.col("loss") == "nb") & (pl.col("model") == "ours"))
@@ -100,6 +106,26 @@ def test_the_grid_is_a_loop_and_is_taken_up_again(slides, make_config, monkeypat
     genes = pl.read_parquet(f"{out}/genes.parquet")
     assert len(genes) == 8 * 3 * 5
     assert Path(out, "results.md").read_text().count("| s1 | s1 |") == 12
+
+
+def test_a_trial_of_other_spots_is_missing(tmp_path):
+    spots = tmp_path / "spots.tsv"
+    spots.write_text("one")
+    slide = TrainingSlide(SlideRow("s0", "s0.tiff", 0.5, columns={"spots": str(spots)}), 0.5)
+    inputs = {"s0": crossvalidate_module._identify(slide), "s1": "known"}
+    trials = [Trial(name, {}, ("s0", "s1")) for name in ("done", "old", "new")]
+    storage.publish_json(f"{tmp_path}/trials/done.json", {"scores": {}, "inputs": inputs})
+    storage.publish_json(f"{tmp_path}/trials/old.json", {"scores": {}})  # of an earlier release
+
+    def missing(inputs):
+        found = crossvalidate_module._list_missing(f"{tmp_path}/trials", trials, inputs)
+        return [trial.name for trial in found]
+
+    assert missing(inputs) == ["new"]
+    spots.write_text("two")
+    assert missing(inputs | {"s0": crossvalidate_module._identify(slide)}) == ["done", "new"]
+    cells = replace(slide, source="cells of another file")
+    assert missing(inputs | {"s0": crossvalidate_module._identify(cells)}) == ["done", "new"]
 
 
 @pytest.mark.ray

@@ -18,9 +18,11 @@ from scellst_ray.core import schemas
 from scellst_ray.export.anndata import Thumbnail, read_thumbnail, to_anndata, write_anndata
 from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.runs import compaction
+from scellst_ray.runs.documents import publish_document
 from scellst_ray.runs.folder import begin_run
 from scellst_ray.runs.known_slides import accept_slides
 from scellst_ray.runs.reading import open_run
+from scellst_ray.storage import node_cache
 from tests.support.run_folders import Settings
 
 GENES = ["EPCAM", "CD3E", "ERBB2"]
@@ -190,6 +192,16 @@ def test_a_moved_slide_costs_only_its_picture(predicted, tmp_path, caplog):
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"b\.png: neither OpenSlide nor Pillow"):
         write_anndata(predicted, str(tmp_path / "x.h5ad"))
+
+
+def test_the_picture_is_that_of_the_file_in_which_the_cells_were_found(predicted, tmp_path, caplog):
+    source = f"{node_cache.fingerprint(str(tmp_path / 'a.png'))}-rest0000"
+    record = predicted.records["a"] | {"source": source}
+    publish_document(predicted.folder.record_uri("a"), record)
+    assert read_thumbnail(open_run(predicted.uri), "a") is not None
+    (tmp_path / "a.png").write_bytes((tmp_path / "b.png").read_bytes() + b"x")
+    assert read_thumbnail(open_run(predicted.uri), "a") is None
+    assert "a.png is another file now; it is exported with a blank picture" in caplog.text
 
 
 def test_partial_slides_are_said_to_be_so(predicted, caplog):

@@ -65,8 +65,10 @@ def test_a_log_of_two_files(run, cells_spec, tmp_path):
     row = slide(tmp_path, "a", b"second, which was mended once more")
     second = present_source(pending_slide(row, cells_spec, run), cells_spec)
     log(run, "a", [1], second)
+    log(run, "a", [2], first)  # a late receipt of the file before hides nothing
+    log(run, "a", [2], second)
     found, work = done(run, [row], cells_spec)
-    assert found == {"a": [1]}
+    assert found == {"a": [1, 2]}
     assert set(work.receipts["a"]["source"].to_pylist()) == {second}
 
 

@@ -153,7 +153,8 @@ def prepare_slide(
     if not np.isfinite(embeddings_ND).all():
         message = f"slide {slide_id}: embeddings hold NaN or infinity. Extract the slide again."
         raise ValueError(message)
-    colours = slide_colours(slide.row, linked.spots.select(kept)) if colour else None
+    spots = linked.spots.select(kept)
+    colours = slide_colours(slide.row, spots, slide.source) if colour else None
     data = SlideData(
         slide_id, linked.spots, kept, Links(links.offsets, place), embeddings_ND, colours
     )

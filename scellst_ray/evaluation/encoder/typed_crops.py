@@ -17,8 +17,8 @@ from scellst_ray.nuclei.crops import crop_nuclei
 from scellst_ray.runs.reading import open_run
 from scellst_ray.slides.manifest import absolute, read_manifest
 from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.source import open_slide
 from scellst_ray.slides.tiling import default_read_mpp
-from scellst_ray.storage.node_cache import hold
 
 TILE_UM = 480.0
 QUANTILES = (0.05, 0.25, 0.75, 0.95)
@@ -34,6 +34,7 @@ class TypedPoints:
         mpp: um per level-0 px; None: as the file says.
         x0y0_N2: Centroids in level-0 px.
         types_N: Type name of each cell.
+        source: Source in the slide's record, if the cells are those of a run and its record says.
     """
 
     slide_id: str
@@ -41,11 +42,12 @@ class TypedPoints:
     mpp: float | None
     x0y0_N2: NDArray[np.float64]
     types_N: NDArray[np.str_]
+    source: str | None = None
 
     def take(self, kept_N: NDArray[np.bool_]) -> "TypedPoints":
         """Return some of the cells."""
         kept = self.x0y0_N2[kept_N], self.types_N[kept_N]
-        return TypedPoints(self.slide_id, self.uri, self.mpp, *kept)
+        return TypedPoints(self.slide_id, self.uri, self.mpp, *kept, self.source)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def points_of_run(uri: str, slides: Sequence[str] | None = None) -> list[TypedPo
         x0y0_N2 = np.stack([cells[name].to_numpy() for name in ("x0", "y0")], axis=1)
         types_N = np.array(cells["nucleus_type"].to_pylist(), np.str_)
         place = slide_id, source["uri"], source["mpp"]
-        found.append(TypedPoints(*place, x0y0_N2.astype(np.float64), types_N))
+        recorded = run.records[slide_id].get("source")
+        found.append(TypedPoints(*place, x0y0_N2.astype(np.float64), types_N, recorded))
     return found
 
 
@@ -110,11 +113,13 @@ def crops_of(listed: Sequence[TypedPoints]) -> TypedCrops:
     """Return the crops of the cells of several slides, slide by slide.
 
     Raises:
-        ValueError: an image cannot be read, or points lie outside it.
+        ValueError: an image cannot be read, is not the one in which a run found its cells, or
+            points lie outside it.
     """
     crops = [np.empty((0, CROP_PX, CROP_PX, 3), np.uint8)]
     for points in listed:
-        with hold(points.uri) as held, Slide(held.path, held.name, points.mpp) as slide:
+        with open_slide(points.uri, points.mpp, recorded=points.source) as opened:
+            slide = opened.slide
             inside = (points.x0y0_N2 >= 0) & (points.x0y0_N2 <= (slide.width0, slide.height0))
             outside = int((~inside.all(axis=1)).sum())
             if outside:
@@ -124,6 +129,7 @@ def crops_of(listed: Sequence[TypedPoints]) -> TypedCrops:
                 )
                 raise ValueError(message)
             crops.append(crops_at(slide, points.x0y0_N2))
+            opened.check()
     return TypedCrops(
         np.concatenate(crops),
         np.concatenate([np.empty(0, np.str_), *(points.types_N for points in listed)]),

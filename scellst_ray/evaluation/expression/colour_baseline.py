@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from scellst_ray.core.geometry import Box
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.source import open_slide
 from scellst_ray.spots.table import Spots
 from scellst_ray.storage.node_cache import hold
 
@@ -62,17 +63,30 @@ def slide_mpp(row: SlideRow) -> float:
         return slide.mpp
 
 
-def slide_colours(row: SlideRow, spots: Spots) -> NDArray[np.float64]:
-    """Open a slide and return the colour statistics of every spot's disc [S, 18]."""
-    return colours_around(row, spots.xy0, spots.radius0)
+def slide_colours(row: SlideRow, spots: Spots, source: str | None = None) -> NDArray[np.float64]:
+    """Open a slide and return the colour statistics of every spot's disc [S, 18].
+
+    Args:
+        row: The slide.
+        spots: Its spots.
+        source: Source in the slide's record; None: any file will do.
+
+    Raises:
+        ChangedFileError: the file is another one than that of the record.
+    """
+    return colours_around(row, spots.xy0, spots.radius0, source)
 
 
 def colours_around(
-    row: SlideRow, xy0_S2: NDArray[np.float64], radius0: float
+    row: SlideRow, xy0_S2: NDArray[np.float64], radius0: float, source: str | None = None
 ) -> NDArray[np.float64]:
-    """Open a slide and return disc_colours [S, 18] around points; both in level-0 px."""
-    with hold(row.uri) as held, Slide(held.path, held.name, row.mpp) as slide:
-        colours = [disc_colours(slide, xy0, radius0) for xy0 in xy0_S2]
+    """Open a slide and return disc_colours [S, 18] around points; both in level-0 px.
+
+    `source` is as in `slide_colours`.
+    """
+    with open_slide(row.uri, row.mpp, recorded=source) as opened:
+        colours = [disc_colours(opened.slide, xy0, radius0) for xy0 in xy0_S2]
+        opened.check()
     return np.stack(colours) if colours else np.zeros((0, NUM_STATISTICS))
 
 

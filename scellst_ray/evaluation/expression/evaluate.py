@@ -171,7 +171,8 @@ def compare_spots(
         MEAN: np.tile(baselines.mean_G[columns], (len(kept), 1)),
     }
     if baselines.ridge is not None:
-        models[COLOUR] = baselines.ridge.predict(slide_colours(row, spots.select(kept)))[:, columns]
+        colours_SC = slide_colours(row, spots.select(kept), _source(run, slide_id))
+        models[COLOUR] = baselines.ridge.predict(colours_SC)[:, columns]
     about = {
         "spots": len(kept),
         "spots_without_cells": len(targets.kept) - len(kept),
@@ -181,6 +182,11 @@ def compare_spots(
     }
     scores = score_models(models, Truth(scaled, depth_S, genes), bootstrap)
     return Comparison("spots", genes, about, scores)
+
+
+def _source(run: Run, slide_id: str) -> str | None:
+    """Return what the run read a slide from; None if its record does not say."""
+    return run.records[slide_id].get("source")
 
 
 def spot_means(
@@ -214,7 +220,8 @@ def compare_cells(
         MEAN: np.tile(baselines.mean_G[columns], (len(ids), 1)),
     }
     if baselines.ridge is not None:
-        colours_NC = colours_around(row, xy0[paired], baselines.radius_um / mpp)
+        radius0 = baselines.radius_um / mpp
+        colours_NC = colours_around(row, xy0[paired], radius0, _source(run, slide_id))
         models[COLOUR] = baselines.ridge.predict(colours_NC)[:, columns]
     scaled = Truth(truth.values_SG / units.scale_G[columns], truth.log_depth_S, truth.genes)
     about = {

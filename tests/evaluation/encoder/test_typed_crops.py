@@ -13,6 +13,8 @@ from scellst_ray.evaluation.encoder.typed_crops import (
     points_of_run,
 )
 from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.source import ChangedFileError
+from scellst_ray.storage import node_cache
 from tests.support.small_run import write_small_run
 
 
@@ -124,3 +126,16 @@ def test_cells_of_a_run(tmp_path):
     np.testing.assert_array_equal(listed[0].x0y0_N2[:, 1], cells["y0"].to_numpy())
     assert listed[0].types_N.tolist() == cells["nucleus_type"].to_pylist()
     assert len(points_of_run(small.run.uri)) == 2
+    record = storage.read_json(small.run.record_uri("s1"))
+    storage.publish_json(small.run.record_uri("s1"), record | {"source": "a-b-c"})
+    assert [p.source for p in points_of_run(small.run.uri)] == [None, "a-b-c"]
+
+
+def test_crops_of_a_run_are_cut_from_the_file_that_it_read(synthetic_slide):
+    slide = str(synthetic_slide.slide)
+    fingerprint = node_cache.fingerprint(slide)
+    place = ("s", slide, 0.5, np.array([[90.0, 90.0]]), np.array(["a"]))
+    assert len(crops_of([TypedPoints(*place, f"{fingerprint}-rest0000")]).types_N) == 1
+    other = TypedPoints(*place, f"{'0' * 16}-00000000-rest0000")
+    with pytest.raises(ChangedFileError, match="another one than that in which the run found"):
+        crops_of([other])
