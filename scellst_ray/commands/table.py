@@ -139,6 +139,15 @@ COMMANDS = {
         {"Flags": "run dry_run"},
         is_light=True,
     ),
+    "verify": Command(
+        "commands.verify:VerifyConfig",
+        "commands.verify:verify",
+        "Read all files of a run and list those that are damaged, missing or exchanged.",
+        RUNS,
+        "scellst-ray verify runs/cells",
+        {"Flags": "run json"},
+        is_light=True,
+    ),
     "export": Command(
         "commands.configs:ExportConfig",
         "commands.export:run_export",
