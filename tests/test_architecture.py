@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "spots": GROUND,
     "runs": GROUND
     | {"slides.manifest", "nuclei.seams", "nuclei.imported.table"}
-    | {"models.mil.stored_head", "models.mil.head_file"},
+    | {"models.mil.stored_head", "models.mil.head_file", "models.weights.digests"},
     "stages": KNOWLEDGE | {"runs"},
     "training": GROUND | {"models", "runs"},
     "export": GROUND | {"slides", "runs"},

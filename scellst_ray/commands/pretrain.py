@@ -21,6 +21,8 @@ from scellst_ray.models.encoder.encoder import (
     load_encoder,
     save_encoder,
 )
+from scellst_ray.models.encoder.weights_file import local_weights
+from scellst_ray.models.weights.beside import publish_with_note
 from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.session import Cluster, ray_session
 from scellst_ray.runs.crop_store import CropStore, open_store
@@ -47,7 +49,9 @@ def pretrain_encoder(config: PretrainConfig, say: Callable[[str], None] = print)
     with hold_run(config.out, "pretrain", identity, pixel_libraries()) as (run, lease):
         run.write_config(asdict(config))
         if storage.exists(storage.join(run.uri, ENCODER_FILE)):
+            local_weights(storage.join(run.uri, ENCODER_FILE))  # refuses another encoder
             provenance: dict[str, Any] = storage.read_json(storage.join(run.uri, INFO_FILE))
+            provenance.pop("sha256", None)
             say(f"{run.uri}/{ENCODER_FILE} is finished; there is nothing to do")
             return provenance
         say(
@@ -74,12 +78,12 @@ def _publish_encoder(
     state: dict[str, torch.Tensor],
     info: dict[str, Any],
 ) -> None:
-    """Publish the encoder with these weights, after its provenance."""
+    """Publish the encoder with these weights, after its provenance and digest."""
     network, _ = new_backbone(config.arch, config.seed)
     network.load_state_dict(state)
-    storage.publish_json(storage.join(run.uri, INFO_FILE), info)
-    storage.publish(
+    publish_with_note(
         storage.join(run.uri, ENCODER_FILE),
+        info,
         lambda path: save_encoder(path, network, store.mean, store.std, config.arch, info),
     )
 
@@ -114,8 +118,8 @@ def _publish_init(config: PretrainConfig, run: RunFolder, store: CropStore) -> s
         )
         raise ValueError(message) from error
     uri = storage.join(run.uri, INIT_FILE)
-    storage.publish(
-        uri, lambda path: save_encoder(path, network, store.mean, store.std, config.arch)
+    publish_with_note(
+        uri, {}, lambda path: save_encoder(path, network, store.mean, store.std, config.arch)
     )
     return uri
 

@@ -5,6 +5,7 @@ pipelines/bags.py prepares the bags (the cells of each spot), training/fit_mil.p
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,8 +16,9 @@ from scellst_ray.commands.training_configs import TrainConfig
 from scellst_ray.core.version import __version__
 from scellst_ray.models.device import uses_cluster_gpus
 from scellst_ray.models.mil.fit import FitResult
-from scellst_ray.models.mil.head import save_head
+from scellst_ray.models.mil.head import head_to_bytes
 from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.models.weights.beside import publish_with_note
 from scellst_ray.pipelines.ask_nodes import asked_for, check_before_run
 from scellst_ray.pipelines.bags import build_bags
 from scellst_ray.pipelines.session import Cluster, ray_session
@@ -78,10 +80,14 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
             "scellst_ray": __version__,
         }
         lease.check()
-        save_head(storage.join(out, HEAD_FILE), head, info)
-        storage.publish_json(storage.join(out, "head.json"), info)
+        content = head_to_bytes(head, info)
+        publish_with_note(storage.join(out, HEAD_FILE), info, lambda p: _write(p, content))
     say(f"head after epoch {result.best_epoch + 1}: validation loss {result.best_loss:.4f}")
     return info
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _check_no_head(out: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from scellst_ray import storage
 from scellst_ray.models.mil.head import head_from_bytes
 from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.models.weights.beside import check_beside
+from scellst_ray.models.weights.digests import is_earlier_digest
 from scellst_ray.pipelines.extract import run_cells
 from scellst_ray.pipelines.progress import Report
 from scellst_ray.runs.identity import NetworkIdentity
@@ -33,18 +35,21 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
         raise ValueError(message)
     content = storage.read_bytes(uri)
     _, info = head_from_bytes(content, uri)
+    sha256 = hashlib.sha256(content).hexdigest()
+    check_beside(uri, sha256)
     encoder = encoder_of_head(info, uri) if config.encoder == "head" else config.encoder
     config = replace(config, encoder=encoder)
     networks = check_networks(config)
     digest = networks.identity.encoder
-    if digest != info["encoder_digest"]:
+    trained_with = info["encoder_digest"]
+    if digest != trained_with and not is_earlier_digest(trained_with, digest):
         message = (
-            f"{uri}: this head was trained on embeddings of {info['encoder_digest']}, and encoder "
+            f"{uri}: this head was trained on embeddings of {trained_with}, and encoder "
             f"{encoder!r} is {digest}; give the encoder it was trained with"
         )
         raise ValueError(message)
     _warn_of_changes(config, networks.identity, info)
-    identity = replace(networks.identity, head=hashlib.sha256(content).hexdigest())
+    identity = replace(networks.identity, head=sha256)
     # A copy of the head lies in the run, so that readers of the run need no other file.
     kept = storage.join(storage.absolute(config.out), HEAD_FILE)
     return run_cells(

@@ -22,7 +22,7 @@ import yaml
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.runs.documents import read_document, read_records
-from scellst_ray.runs.identity import Identity, stored_identity
+from scellst_ray.runs.identity import Identity, is_earlier_form, stored_identity
 from scellst_ray.runs.receipts_log import best_of_each_tile, read_log_files
 from scellst_ray.runs.records import RunInfo, SlideRecord
 from scellst_ray.storage.credentials import redact, refuse_credentials
@@ -186,6 +186,13 @@ def begin_run(
     uri = storage.absolute(uri)
     wanted, digest = stored_identity(job, identity)
     found = check_folder(uri, job, identity, libraries)
+    if found is not None and found["digest"] != digest:
+        digest = found["digest"]
+        logger.warning(
+            "%s: an earlier release began this run and knew its weights by their name alone, so "
+            "nobody can say whether those of now are the same",
+            uri,
+        )
     if found is None:
         info: RunInfo = {
             "digest": digest,
@@ -232,8 +239,9 @@ def check_folder(
     if storage.exists(run_uri):
         found = read_run_info(run_uri)
         wanted, digest = stored_identity(job, identity)
-        if found.get("digest") != digest:
-            raise ValueError(_other_run(uri, found.get("identity", {}), wanted))
+        earlier = found.get("identity", {})
+        if found.get("digest") != digest and not is_earlier_form(earlier, wanted):
+            raise ValueError(_other_run(uri, earlier, wanted))
         _refuse_other_libraries(uri, found.get("libraries", {}), libraries or {})
         return found
     # A driver that has just taken the lease has written nothing else yet.

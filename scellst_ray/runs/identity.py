@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, TypedDict, cast
 
 from scellst_ray.core.version import __version__
+from scellst_ray.models.weights.digests import is_earlier_digest
 
 OF_EACH_SLIDE: Literal["of each slide"] = "of each slide"
 
@@ -133,3 +134,15 @@ def stored_identity(job: str, identity: Identity) -> tuple[StoredIdentity, str]:
     text = json.dumps(fields, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return cast("StoredIdentity", json.loads(text)), digest
+
+
+def is_earlier_form(found: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
+    """Return whether an identity differs only by weights that it knows by their name alone.
+
+    Args:
+        found: Identity in the run.json of an earlier release.
+        wanted: Identity of the command.
+    """
+    keys = {key for key in {*found, *wanted} if found.get(key) != wanted.get(key)}
+    weights = keys <= {"encoder", "init"}
+    return weights and all(is_earlier_digest(found.get(key), wanted.get(key)) for key in keys)

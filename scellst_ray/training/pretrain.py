@@ -28,6 +28,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from scellst_ray import storage
 from scellst_ray.models.encoder.encoder import load_encoder
+from scellst_ray.models.encoder.weights_file import local_weights
 from scellst_ray.models.moco.lars import new_moco_optimiser
 from scellst_ray.models.moco.model import new_moco
 from scellst_ray.models.moco.network import Moco
@@ -214,7 +215,7 @@ def new_model(recipe: Recipe, init: str | None) -> Moco:
     """Return the network with its first weights, on the CPU."""
     model = new_moco(recipe.arch, recipe.seed, recipe.moco, checkpointing=recipe.recompute)
     if init is not None:
-        state = load_encoder(str(storage.local_copy(init))).network.state_dict()
+        state = load_encoder(local_weights(init)).network.state_dict()
         model.online.backbone.load_state_dict(state)
         model.momentum.backbone.load_state_dict(state)
     return model

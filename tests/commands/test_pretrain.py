@@ -17,6 +17,7 @@ from scellst_ray.models.encoder.encoder import (
     load_encoder,
     save_encoder,
 )
+from scellst_ray.models.weights.digests import file_digest
 from scellst_ray.runs.crop_store import open_store
 from scellst_ray.runs.folder import begin_run
 from tests.support.crop_runs import write_crop_run
@@ -105,7 +106,9 @@ def test_pretraining_leaves_an_encoder_that_extract_can_read(config, tmp_path):
     assert header.provenance["slides"] == {"a": 40, "b": 15}
     assert header.provenance["crops_digest"] == store.digest
     assert header.provenance["recipe"]["batch"] == 16
-    assert storage.read_json(f"{config.out}/encoder.json") == header.provenance
+    note = storage.read_json(f"{config.out}/encoder.json")
+    sha256 = file_digest(storage.local_copy(path)).removeprefix("sha256:")
+    assert note == {**header.provenance, "sha256": sha256}
     assert info["epoch"] in {1, 2}
     encoder = load_encoder(path)
     found = embed_crops(encoder, np.zeros((2, 48, 48, 3), np.uint8), "cpu", "float32")

@@ -1,6 +1,7 @@
 """The `train` job: cells and spots in, a head out; or a refusal before Ray starts."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -59,7 +60,10 @@ def test_cells_and_spots_to_a_head(small, monkeypatch):
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert names == ["bags/s0.parquet", "bags/s1.parquet", "head.json", "head.safetensors"]
     head, stored = load_head(str(out / "head.safetensors"))
-    assert stored == info == json.loads((out / "head.json").read_text())
+    note = json.loads((out / "head.json").read_text())
+    content = (out / "head.safetensors").read_bytes()
+    assert note.pop("sha256") == hashlib.sha256(content).hexdigest()
+    assert stored == info == note
     assert (len(head.mean_D), len(info["genes"])) == (DIM, 4)
     assert (info["embedding_dim"], info["encoder"], info["encoder_digest"]) == (
         DIM,

@@ -150,3 +150,21 @@ def test_a_log_of_an_earlier_release_is_read(run):
     assert found["tile_id"].to_pylist() == [0, 1]
     assert found["waited_s"].null_count == found["source"].null_count == 2
     assert found.schema.equals(schemas.RECEIPTS)
+
+
+@pytest.mark.parametrize("key", ["encoder", "init"])
+def test_a_run_that_knew_its_weights_by_name_goes_on(tmp_path, caplog, key):
+    uri = str(tmp_path / "run")
+    old = begin_run(uri, "extract", Settings({key: "timm:vit.a", "core_px": 5}))
+    content = (tmp_path / "run/run.json").read_text()
+    now = Settings({key: "timm:vit.a:sha256:00", "core_px": 5})
+    again = begin_run(uri, "extract", now)
+    assert again.digest == old.digest
+    assert (tmp_path / "run/run.json").read_text() == content
+    assert [r.message for r in caplog.records if "by their name alone" in r.message]
+    for other in ({key: "timm:vit.b:sha256:00"}, {"core_px": 6}, {"new": 1}):
+        with pytest.raises(ValueError, match="holds another run"):
+            begin_run(uri, "extract", Settings(now | other))
+    new = begin_run(str(tmp_path / "new"), "extract", now)
+    with pytest.raises(ValueError, match="holds another run"):
+        begin_run(new.uri, "extract", Settings(now | {key: "timm:vit.a:sha256:01"}))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from scellst_ray.core.schemas import MAP_TYPE_SHIFT
+from scellst_ray.core.text import errors_in_one_line
 from scellst_ray.models.cellvit.network import ARCHS, MAP_CHANNELS, Arch, CellViT
 from scellst_ray.models.encoder.read_weights import value_problem
 from scellst_ray.models.weights.digests import DAMAGE, file_digest
@@ -64,6 +65,7 @@ class CellVit:
     digest: str
 
 
+@errors_in_one_line()
 def load_cellvit(path: str | Path) -> CellVit:
     """Load a checkpoint of a training run (12 keys) or of a release (4 keys).
 

@@ -11,6 +11,8 @@ Shape letters: N crops, D embedding.
 """
 
 import os
+import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
 
+from scellst_ray.core.text import errors_in_one_line
 from scellst_ray.models.encoder.header import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -37,7 +40,6 @@ from scellst_ray.models.encoder.named_networks import (
     make_blank_network,
     make_random_network,
     parse_random,
-    timm_name,
 )
 from scellst_ray.models.encoder.read_weights import UNREADABLE, fit_tensors, read_weights
 from scellst_ray.models.weights.digests import file_digest
@@ -72,10 +74,10 @@ def is_named(weights: str) -> bool:
 
 
 def encoder_digest(weights: str) -> str:
-    """Return the identifier of an encoder's weights, without building the encoder.
+    """Return the identifier of an encoder's weights.
 
     For 'imagenet' the name identifies the content, since no other file is loaded. A wrong file on
-    this machine is refused here already.
+    this machine is refused here already. The network of 'timm:NAME' is loaded.
 
     Raises:
         ValueError: There is no such file or name, or the file of 'imagenet' is not the published.
@@ -88,7 +90,7 @@ def encoder_digest(weights: str) -> str:
         find_imagenet()
         return "imagenet:IMAGENET1K_V2"
     if weights.startswith(TIMM):
-        return f"{TIMM}{timm_name(weights, weights)}"
+        return load_timm_network(weights).digest
     path = Path(weights)
     if not path.is_file():
         message = (
@@ -126,6 +128,7 @@ def encoder_arch(weights: str) -> str:
     return weights if weights.startswith(TIMM) else _read_fitting_header(weights).arch
 
 
+@errors_in_one_line()
 def load_encoder(weights: str) -> Encoder:
     """Load an encoder.
 
@@ -136,6 +139,10 @@ def load_encoder(weights: str) -> Encoder:
         ValueError: The name is unknown, or the file is cut off, or its content contradicts its
             header.
     """
+    if weights.startswith(TIMM):
+        loaded = load_timm_network(weights)
+        loaded.network.eval().requires_grad_(requires_grad=False)
+        return Encoder(loaded.network, loaded.mean, loaded.std, loaded.digest, loaded.dim)
     digest = encoder_digest(weights)
     random = parse_random(weights)
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -144,8 +151,6 @@ def load_encoder(weights: str) -> Encoder:
         network, dim = make_random_network(*random, weights)
     elif weights == "imagenet":
         network, dim = _load_network(str(imagenet_path()), Header())
-    elif weights.startswith(TIMM):
-        network, dim, mean, std = load_timm_network(weights)
     else:
         header = _read_fitting_header(weights)
         network, dim = _load_network(weights, header)
@@ -183,6 +188,7 @@ def save_encoder(
     save_file(state, path, metadata=header.metadata())
 
 
+@errors_in_one_line()
 def encoder_header(weights: str) -> Header:
     """Return the header of an encoder file.
 
@@ -207,7 +213,14 @@ def _read_fitting_header(weights: str) -> Header:
 
 
 def _explain_unreadable(weights: str, error: Exception) -> str:
-    return f"encoder {weights}: cannot be read as weights ({error}); is the file cut off?"
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code is not None:
+        reason = f"it holds Python objects, {code.group(1)}, whose loading would run code"
+    elif isinstance(error, pickle.UnpicklingError):
+        reason = "it is damaged, or no file of weights"
+    else:
+        reason = str(error)
+    return f"encoder {weights}: cannot be read as weights ({reason}); is the file cut off?"
 
 
 def _load_network(weights: str, header: Header) -> tuple[nn.Module, int]:

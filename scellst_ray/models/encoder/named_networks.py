@@ -4,11 +4,14 @@ timm is optional. A name of timm whose weights do not exist or cannot be loaded 
 'random:SEED' gives a random network.
 """
 
+import hashlib
 import importlib
+import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +19,11 @@ from torch import nn
 from scellst_ray.core.schemas import CROP_PX
 from scellst_ray.models.encoder.backbones import new_backbone
 from scellst_ray.models.encoder.header import RESNET_DIMS, TIMM
+from scellst_ray.models.encoder.read_weights import UNREADABLE, value_problem
 
 RANDOM = re.compile(r"random:(\d+)(?::(.+))?")
+# Variable that keeps torch from running code in a file, whoever calls it.
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # Gain of a residual branch's last norm in a random network.
 RANDOM_GAIN = 0.2
 
@@ -90,21 +96,71 @@ def timm_name(weights: str, source: str) -> str:
     return f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
 
 
-def load_timm_network(
-    weights: str,
-) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
-    """Return timm's pretrained network of 'timm:NAME', its length, mean and deviation.
+@dataclass(frozen=True)
+class TimmNetwork:
+    """A pretrained network of timm.
+
+    Attributes:
+        network: The network.
+        dim: Length of an embedding.
+        mean: RGB mean that is subtracted before the network; pixel values lie in 0-1.
+        std: RGB standard deviation that pixel values are divided by.
+        digest: 'timm:ARCH.TAG:sha256:HEX', of the name and the weights.
+    """
+
+    network: nn.Module
+    dim: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+
+
+def load_timm_network(weights: str) -> TimmNetwork:
+    """Return timm's pretrained network of 'timm:NAME'.
+
+    The SHA-256 is that of the weights at timm's own size of images: resampling them to our crops
+    may differ between CPUs in the last bits.
 
     Raises:
-        ValueError: timm is not installed, has no such network, or could not load its weights.
+        ValueError: timm is not installed, has no such network, or could not load its weights; or
+            these hold NaN.
     """
     name, timm = timm_name(weights, weights), _import_timm(weights)
     config, (_, dim) = timm.get_pretrained_cfg(name), make_blank_network(f"{TIMM}{name}", weights)
-    # timm resamples the position embeddings of transformers with a fixed size to our crops.
-    size: dict[str, Any] = {"img_size": CROP_PX} if config.fixed_input_size else {}
+    network = own = _create_pretrained(timm, name, weights)
+    if config.fixed_input_size:
+        # timm resamples the position embeddings of transformers with a fixed size to our crops.
+        network = _create_pretrained(timm, name, weights, img_size=CROP_PX)
+    state = own.state_dict()
+    problem = value_problem(state, state)
+    if problem:
+        message = f"encoder {weights}: {problem}; remove its file from the folder HF_HOME"
+        raise ValueError(message)
+    digest = f"{TIMM}{name}:sha256:{_digest_of_tensors(state)}"
+    return TimmNetwork(network, dim, tuple(config.mean), tuple(config.std), digest)
+
+
+def _digest_of_tensors(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and values of tensors, in hex."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _create_pretrained(timm: ModuleType, name: str, weights: str, **size: int) -> nn.Module:
+    """Return a network with the weights that timm finds; no code in their file is run.
+
+    Raises:
+        ValueError: timm could not load the weights.
+    """
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
     try:
-        network = timm.create_model(name, pretrained=True, num_classes=0, **size)
-    except (OSError, RuntimeError, ValueError, AssertionError, TypeError) as error:
+        network: nn.Module = timm.create_model(name, pretrained=True, num_classes=0, **size)
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         message = (
             f"encoder {weights}: timm could not load its weights ({reason}); they come from the "
@@ -112,7 +168,12 @@ def load_timm_network(
             "give a file"
         )
         raise ValueError(message) from error
-    return network, dim, tuple(config.mean), tuple(config.std)
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
+    return network
 
 
 def _import_timm(source: str) -> ModuleType:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_arrays
 
+from scellst_ray.core.text import errors_in_one_line
+
 HEAD_FORMAT = "scellst_ray.mil_head"
 HEAD_VERSION = 2
 # Version 1 had one formula, Formula().
@@ -97,6 +99,7 @@ class HeadFile:
     formula: Formula
 
 
+@errors_in_one_line()
 def parse_head(data: bytes, source: str, sha256: str | None = None) -> HeadFile:
     """Return the checked content of a head's file.
 

@@ -64,6 +64,17 @@ def _digest_of(path: Path, state: tuple[int, ...]) -> str:
         return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
 
 
+def is_earlier_digest(earlier: object, now: object) -> bool:
+    """Return whether an earlier release knew these weights by a digest that holds the name alone.
+
+    Args:
+        earlier: Digest of weights in a run or head, 'timm:ARCH.TAG'.
+        now: Digest of weights that were loaded now, 'timm:ARCH.TAG:sha256:HEX'.
+    """
+    is_named = isinstance(earlier, str) and earlier.startswith("timm:")
+    return is_named and isinstance(now, str) and now.startswith(f"{earlier}:sha256:")
+
+
 def describe_mismatch(actual: Digests, expected: ExpectedFile) -> str | None:
     """Return how a file differs from the expected file; None if it does not differ."""
     if expected.size is not None and actual.size != expected.size:

@@ -57,6 +57,7 @@ def read_geoparquet(path: Path, source: str) -> pa.Table:
             schema = file.schema_arrow
             tally = Tally(source, "GeoParquet")
             column, encoding = _geometry_column(schema, tally)
+            _check_doubled(schema, column, source)
             type_column = _type_column(schema, source)
             tables = list(_tables(file, column, encoding, type_column, tally))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -132,6 +133,14 @@ def _is_lonlat(details: dict[str, Any]) -> bool:
         return kind.startswith(("Geographic", "Geodetic")) or (not kind and is_known)
     text = str(crs).upper()
     return text.startswith(("GEOG", "GEODCRS")) or text.endswith((":4326", "CRS84", "CRS84H"))
+
+
+def _check_doubled(schema: pa.Schema, column: str, source: str) -> None:
+    """Refuse a file that has a column of use twice, since nothing says which one counts."""
+    for name in (column, *TYPE_COLUMNS, "type_prob", "x0", "y0"):
+        if schema.names.count(name) > 1:
+            message = f"{source}: column {name} is there twice; remove one of the two"
+            raise ValueError(message)
 
 
 def _type_column(schema: pa.Schema, source: str) -> str | None:

@@ -143,7 +143,10 @@ def class_name(value: object) -> str | None:
         names = value.get("names")
         joined = ": ".join(map(str, names)) if isinstance(names, list) else names
         value = value.get("name") or joined
-    return None if value is None else str(value).strip() or None
+    if value is None:
+        return None
+    # A half of a surrogate pair, which JSON can hold, is no character.
+    return str(value).encode("utf-8", "replace").decode().strip() or None
 
 
 def type_names(names: pa.Array, source: str) -> pa.Array:

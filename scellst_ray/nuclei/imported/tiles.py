@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.geometry import Frame
+from scellst_ray.core.text import errors_in_one_line
 from scellst_ray.nuclei.imported.read_json import read_json
 from scellst_ray.nuclei.imported.read_parquet import read_geoparquet
 from scellst_ray.nuclei.imported.sift import find_doubled, find_impossible
@@ -48,6 +49,7 @@ MAX_UNPACKED, FREE_UNPACKED = 60, 1 << 26
 _BY_TILE = pa.schema([pa.field("tile_id", pa.int64(), nullable=False), *SEGMENTATION])
 
 
+@errors_in_one_line()
 def read_segmentation(path: Path, source: str) -> pa.Table:
     """Read a segmentation as a SEGMENTATION table, in the order of the file.
 

@@ -1,6 +1,8 @@
 """Encoders by name: random networks, and networks of timm."""
 
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from scellst_ray.models.encoder.encoder import (
     load_encoder,
 )
 from scellst_ray.models.encoder.header import IMAGENET_MEAN, IMAGENET_STD
+from scellst_ray.models.encoder.named_networks import WEIGHTS_ONLY
 from tests.support.encoders import embed
 
 
@@ -35,7 +38,6 @@ def test_a_random_resnet18_equals_torchvisions(crops):
 
 def test_names_that_mean_the_same_have_one_digest():
     assert encoder_digest("random:5:resnet50") == encoder_digest("random:5") == "random:5"
-    assert encoder_digest("timm:test_resnet") == encoder_digest("timm:test_resnet.r160_in1k")
     assert encoder_dim("imagenet") == encoder_dim("random:5") == 2048
 
 
@@ -56,7 +58,8 @@ def timm_from_file(monkeypatch, tmp_path, name):
 def test_timms_pretrained_network_comes_with_its_normalisation(tmp_path, monkeypatch, crops):
     network = timm_from_file(monkeypatch, tmp_path, "test_resnet.r160_in1k")
     ours = load_encoder("timm:test_resnet")
-    assert ours.digest == "timm:test_resnet.r160_in1k"
+    assert ours.digest.startswith("timm:test_resnet.r160_in1k:sha256:")
+    assert encoder_digest("timm:test_resnet.r160_in1k") == ours.digest
     mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
     x_NCHW = torch.from_numpy(
         ((crops / 255 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2).astype(np.float32)
@@ -73,6 +76,33 @@ def test_a_transformer_of_a_fixed_size_takes_our_crops(tmp_path, monkeypatch, cr
     ours = load_encoder("timm:test_vit")
     assert embed(ours, crops).shape == (10, ours.dim)
     assert encoder_dim("timm:test_vit") == ours.dim
+
+
+def test_other_weights_under_timms_name_have_another_digest(tmp_path, monkeypatch):
+    digests = set()
+    for name in ("test_resnet.r160_in1k", "test_vit.r160_in1k"):
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            with monkeypatch.context() as patch:
+                timm_from_file(patch, tmp_path, name)
+                digests.add(encoder_digest(f"timm:{name}"))
+    assert len(digests) == 4
+
+
+def test_code_in_a_file_of_timm_is_not_run(tmp_path, monkeypatch):
+    class Marker:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "marker",))
+
+    timm_from_file(monkeypatch, tmp_path, "test_resnet.r160_in1k")
+    torch.save({"conv1.weight": Marker()}, tmp_path / "weights.pth")
+    load = torch.load
+    # As releases of timm did that asked for everything in a file.
+    monkeypatch.setattr(torch, "load", lambda *a, **k: load(*a, **k | {"weights_only": False}))
+    with pytest.raises(ValueError, match="encoder timm:test_resnet: timm could not load its"):
+        load_encoder("timm:test_resnet")
+    assert not (tmp_path / "marker").exists()
+    assert WEIGHTS_ONLY not in os.environ
 
 
 def test_timm_without_weights_is_never_a_random_network(monkeypatch):

@@ -2,12 +2,15 @@
 
 import hashlib
 
+import pytest
+
 from scellst_ray.models.weights.digests import (
     Digests,
     ExpectedFile,
     describe_mismatch,
     digests_of,
     file_digest,
+    is_earlier_digest,
 )
 
 
@@ -30,3 +33,18 @@ def test_a_digest_may_be_known_in_part():
     assert describe_mismatch(found, ExpectedFile()) is None
     assert "its SHA-256 is ba78" in describe_mismatch(found, ExpectedFile(sha256="ba79"))
     assert "it has 3 bytes, expected 4" in describe_mismatch(found, ExpectedFile(4, "ba79"))
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "expected"),
+    [
+        ("timm:vit.a", "timm:vit.a:sha256:00", True),
+        ("timm:vit.a", "timm:vit.ab:sha256:00", False),
+        ("timm:vit.a:sha256:01", "timm:vit.a:sha256:00", False),
+        ("random:5", "random:5:sha256:00", False),
+        (None, "timm:vit.a:sha256:00", False),
+        ("timm:vit.a", None, False),
+    ],
+)
+def test_digests_of_earlier_releases_hold_the_name_alone(earlier, now, expected):
+    assert is_earlier_digest(earlier, now) is expected

@@ -201,6 +201,17 @@ def test_columns_that_cannot_hold_polygons_give_a_line(tmp_path, encoding, value
         read_geoparquet(tmp_path / "s.parquet", "uri")
 
 
+@pytest.mark.parametrize("name", ["class", "type_prob", "g"])
+def test_columns_that_are_there_twice_give_a_line(tmp_path, name):
+    geo = {"primary_column": "g", "columns": {"g": {"encoding": "WKB", "crs": None}}}
+    wkb = pa.array(shapely.to_wkb(POLYGONS), pa.binary())
+    columns = [("g", wkb), (name, pa.array(["a"] * 3)), (name, pa.array(["b"] * 3))]
+    table = pa.Table.from_arrays([c for _, c in columns], [n for n, _ in columns])
+    pq.write_table(table.replace_schema_metadata({"geo": json.dumps(geo)}), tmp_path / "s.parquet")
+    with pytest.raises(ValueError, match=r"^uri: (column .* is there twice|is Parquet without)"):
+        read_geoparquet(tmp_path / "s.parquet", "uri")
+
+
 def test_other_geometry_columns_and_bounds_are_passed_over(tmp_path):
     frame = geopandas.GeoDataFrame({"other": [shapely.Point(1, 1)] * 3}, geometry=POLYGONS)
     frame["other"] = geopandas.GeoSeries(frame["other"])
