@@ -13,6 +13,7 @@ with the files that they name, and folders (Zarr). Their fingerprints cover all 
 
 import hashlib
 import os
+import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,9 @@ def of_object(marks: Sequence[str]) -> Fingerprint:
 
 def _look_up(path: Path, name: str) -> LocalFile:
     found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # to read it might take for ever
+        message = f"{path}: neither a file nor a folder (a pipe, a device?); give a file"
+        raise OSError(message)
     return LocalFile(path, name, found.st_size, found.st_mtime_ns, found.st_ino)
 
 

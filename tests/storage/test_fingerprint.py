@@ -176,3 +176,15 @@ def test_an_object_is_known_by_what_its_store_says(tmp_path, cache):  # noqa: AR
     assert node_cache.fingerprint(str(tmp_path / "gone.svs")) is None
     with node_cache.hold(str(local)) as held:
         assert held.mark is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_might_be_read_for_ever_is_not_read(tmp_path, kind):
+    path = tmp_path / "s.svs"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(OSError, match=r"s.svs: neither a file nor a folder"):
+        of(path)
+    assert node_cache.fingerprint(str(path)) is None
