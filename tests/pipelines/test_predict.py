@@ -71,6 +71,15 @@ def test_cut_head(tmp_path, head, started):
     assert started == []
 
 
+def test_a_head_that_is_not_that_of_the_note_beside_it(tmp_path, head, started):
+    (head / "head.json").write_text('{"sha256": "0123456789abcdef"}')
+    with pytest.raises(
+        ValueError, match=r"head\.safetensors: its SHA-256 is .*replaced or damaged"
+    ):
+        predict(config_of(tmp_path, head))
+    assert started == []
+
+
 @pytest.mark.usefixtures("head")
 @pytest.mark.parametrize("given", ["head", "head/head.safetensors"])
 def test_the_run_takes_the_heads_encoder_and_a_copy_of_the_head(

@@ -2,7 +2,13 @@
 
 import pytest
 
-from scellst_ray.stages.config import ExtractConfig, num_planners, resolve_config, tiles_of_task
+from scellst_ray.stages.config import (
+    ExtractConfig,
+    encoder_of_head,
+    num_planners,
+    resolve_config,
+    tiles_of_task,
+)
 
 
 def test_settings_left_open_are_decided(tmp_path, monkeypatch):
@@ -31,3 +37,9 @@ def test_every_node_and_every_eight_cpus_have_a_planner(num_cpus, num_nodes, pla
 def test_a_plan_that_knows_no_nodes_counts_one():
     assert num_planners(4) == 1
     assert num_planners(32) == 4
+
+
+def test_a_head_that_does_not_name_its_encoder_is_refused_in_a_line():
+    assert encoder_of_head({"encoder": "random:0"}, "h") == "random:0"
+    with pytest.raises(ValueError, match=r"^h: the head does not name its encoder.*--encoder$"):
+        encoder_of_head({}, "h")
