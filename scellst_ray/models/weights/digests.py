@@ -11,6 +11,8 @@ _BLOCK = 1 << 20
 # Errors that torch raises on a cut or damaged file. Its old format raises nearly any error.
 DAMAGE: tuple[type[Exception], ...] = (RuntimeError, OSError, EOFError, LookupError, ValueError)
 DAMAGE += (TypeError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile)
+# A damaged length of a text asks for gigabytes.
+DAMAGE += (MemoryError,)
 
 
 @dataclass(frozen=True)

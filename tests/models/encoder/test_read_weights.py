@@ -63,6 +63,18 @@ def test_a_checkpoint_of_two_networks_is_refused(tmp_path):
         load_encoder(str(path))
 
 
+def test_a_declared_giant_in_torchs_old_format_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "c.pth"
+    torch.save({"conv1.weight": torch.zeros(2)}, path)
+
+    def out_of_memory(*_args, **_kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", out_of_memory)
+    with pytest.raises(ValueError, match=r"c\.pth: cannot be read as weights"):
+        load_encoder(str(path))
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
