@@ -21,13 +21,18 @@ from scellst_ray.models.encoder.encoder import embed_crops, load_encoder
 from scellst_ray.models.mil.head import load_head
 from scellst_ray.models.mil.stored_head import read_last_layer
 from scellst_ray.pipelines.extract import extract
+from scellst_ray.pipelines.resume import read_logged_work
 from scellst_ray.runs import identity
 from scellst_ray.runs.folder import begin_run, read_config
 from scellst_ray.runs.identity import NetworkIdentity, RunIdentity
+from scellst_ray.runs.known_slides import accept_slides
+from scellst_ray.runs.sources import sources_of
 from scellst_ray.runs.state import read_state
 from scellst_ray.runs.summary import write_summary
+from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
 from scellst_ray.stages.config import ExtractConfig
+from scellst_ray.stages.tiles import CellsSpec
 
 VERSIONS = sorted(Path(__file__).parent.glob("v*"), key=lambda folder: int(folder.name[1:]))
 SLIDE = "unseen"
@@ -156,6 +161,25 @@ def test_an_interrupted_run_is_known(archive):
     state = read_state(str(archive / "interrupted"))
     (row,) = state.slides.to_dicts()
     assert (row["status"], row["tiles_done"], row["num_tiles"]) == ("pending", 3, 6)
+
+
+def test_tiles_of_an_interrupted_run_count_without_a_source(archive, tmp_path):
+    folder, slide = tmp_path / "run", archive / "slide.tiff"
+    shutil.copytree(archive / "interrupted", folder)
+    known = storage.read_json(str(folder / "slides.json"))
+    known[SLIDE]["uri"] = str(slide)
+    storage.publish_json(str(folder / "slides.json"), known)
+    run, slides = open_run(folder).folder, [SlideRow(SLIDE, str(slide), None)]
+    spec = CellsSpec("hematoxylin", None, 160, 32, "none", "float32", None, store_embeddings=False)
+    trusted = accept_slides(run, sources_of(slides, None, imported=False), {})
+    work = read_logged_work(run, slides, spec, (), trusted)
+    assert [len(row["done_tiles"]) for row in work.rows] == [3]
+    # Under another name the file may be another one, and nothing says that it is the same.
+    shutil.copy(slide, tmp_path / "copy.tiff")
+    slides = [SlideRow(SLIDE, str(tmp_path / "copy.tiff"), None)]
+    trusted = accept_slides(run, sources_of(slides, None, imported=False), {})
+    work = read_logged_work(run, slides, spec, (), trusted)
+    assert [len(row["done_tiles"]) for row in work.rows] == [0]
 
 
 @pytest.mark.ray

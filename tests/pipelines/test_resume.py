@@ -6,11 +6,21 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
+from scellst_ray import open_run, storage
 from scellst_ray.core import schemas
+from scellst_ray.pipelines.extract import OWN_WORK, run_cells
+from scellst_ray.pipelines.receipts import WorkFunctions
 from scellst_ray.pipelines.resume import pending_slide, read_logged_work
-from scellst_ray.runs.folder import begin_run
-from scellst_ray.slides.manifest import SlideRow
+from scellst_ray.runs.compaction import finish_slide
+from scellst_ray.runs.folder import RunFolder, begin_run
+from scellst_ray.slides.manifest import SlideRow, read_manifest
+from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from scellst_ray.stages.checked_networks import check_networks
+from scellst_ray.stages.config import ExtractConfig
+from scellst_ray.stages.plan_slide import plan_slide
 from scellst_ray.stages.slide_source import present_source
+from scellst_ray.stages.write import WriteShards
+from tests.support.object_server import serving
 from tests.support.run_folders import Settings
 
 
@@ -98,3 +108,66 @@ def test_imported_nuclei_that_were_replaced(run, cells_spec, tmp_path):
     nuclei.write_text("{}")
     assert done(run, [row], spec)[0] == {"a": []}
     assert pending_slide(row, cells_spec, run)["segmentation"] is None
+
+
+def places(cells):
+    return [cells[name].to_pylist() for name in ("cell_id", "x0", "y0")]
+
+
+def failing_work():
+    """Return the functions of a run in which every second tile fails, except those of slide F."""
+
+    def make(name, spec, run, *, on_gpu):
+        from scellst_ray.stages.make import make_stage
+
+        stage = make_stage(name, spec, run, on_gpu=on_gpu)
+        if name != "find":
+            return stage
+
+        def find(rows):
+            for row in rows:
+                if row["tile_id"] % 2 and row["slide_id"] != "F":
+                    row |= {"stage": "find", "error_type": "OSError", "error": "bad sector"}
+            return stage(rows)
+
+        return find
+
+    return WorkFunctions(plan_slide, make)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_no_table_holds_cells_of_two_files(tmp_path, synthetic_slide, cells_spec, helpers):
+    config = SyntheticConfig(seed=4, width_um=360.0, height_um=260.0, mpp=0.5, num_genes=4)
+    other = write_synthetic_slide(tmp_path / "other", config).slide.read_bytes()
+    first = synthetic_slide.slide.read_bytes()
+    size = max(len(first), len(other))  # bytes behind the end of a TIFF mean nothing
+    first, other = (content + bytes(size - len(content)) for content in (first, other))
+    local, finished = tmp_path / "p.tiff", tmp_path / "f.tiff"
+    local.write_bytes(first)
+    finished.write_bytes(first)
+    with serving({"o.tiff": first}) as (address, objects):
+        manifest = tmp_path / "m.csv"
+        manifest.write_text(f"slide_id,uri\nP,p.tiff\nO,{address}/o.tiff\nF,f.tiff\n")
+
+        def go(work):
+            settings = {"encoder": "none", "workers": 2, "core_px": 250, "gpus": False}
+            files = {"manifest": str(manifest), "out": str(tmp_path / "run")}
+            config = ExtractConfig(**files, **settings, precision="float32")
+            slides, networks = read_manifest(config.manifest), check_networks(config)
+            found = run_cells("extract", config, slides, networks, lambda _: None, work=work)
+            return {slide_id: record["status"] for slide_id, record in found.items()}
+
+        assert go(failing_work()) == {"P": "partial", "O": "partial", "F": "done"}
+        before = places(open_run(tmp_path / "run").cells("F"))
+        local.write_bytes(other)
+        objects.files["/o.tiff"] = other
+        finished.unlink()
+        assert go(OWN_WORK) == dict.fromkeys("POF", "done")
+    run = open_run(tmp_path / "run")
+    plain = RunFolder(str(tmp_path / "plain"), "d1g")
+    rows = helpers.find_stage(cells_spec)(plan_slide(helpers.slide_row(local), cells_spec))
+    finish_slide(plain, "s", WriteShards(plain)(rows))
+    expected = places(storage.read_table(plain.cells_uri("s")))
+    assert expected == places(run.cells("P")) == places(run.cells("O"))
+    assert places(run.cells("F")) == before != expected
