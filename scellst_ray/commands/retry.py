@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
+from typing import Any, get_type_hints
 
 from scellst_ray import storage
 from scellst_ray.commands.configs import RetryConfig
@@ -13,7 +14,8 @@ from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.pipelines.predict import predict
 from scellst_ray.pipelines.progress import Report
-from scellst_ray.runs.folder import FINISHED, read_config
+from scellst_ray.runs.documents import mismatch
+from scellst_ray.runs.folder import CONFIG_FILE, FINISHED, read_config
 from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.slides.manifest import read_manifest
@@ -56,10 +58,34 @@ def retry(config: RetryConfig, report: Report = lambda _: None) -> Records:
     if "head" in names:
         values["head"] = storage.join(run.uri, HEAD_FILE)
     if config.failed or config.slides is not None:
-        values["slides"] = _choose_slides(run, str(values["manifest"]), config.slides)
+        settings = _settings(kind, values, run.uri)
+        values["slides"] = _choose_slides(run, settings.manifest, config.slides)
         if not values["slides"]:
             return {}
-    return function(kind(**values), report)
+    return function(_settings(kind, values, run.uri), report)
+
+
+def _settings(kind: type[ExtractConfig], values: dict[str, Any], run_uri: str) -> ExtractConfig:
+    """Return the settings of a job, from values that anybody may have edited.
+
+    Raises:
+        ValueError: a value is of another type, out of range, or absent.
+    """
+    source = f"{run_uri}/{CONFIG_FILE}"
+    hints = get_type_hints(kind)
+    problems = (mismatch(value, hints[name], name) for name, value in values.items())
+    problem = next((text for text in problems if text is not None), None)
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
+    if missing:
+        problem = f"has no {', '.join(missing)}"
+    if problem is None:
+        try:
+            return kind(**values)
+        except ValueError as error:
+            problem = str(error)
+    job = next(name for name, (other, _) in JOBS.items() if other is kind)
+    message = f"{source}: {problem}; mend it, or run `scellst-ray {job}` with its flags"
+    raise ValueError(message)
 
 
 def _choose_slides(run: Run, manifest: str, slides: list[str] | None) -> list[str]:

@@ -96,7 +96,7 @@ def parse_document(
     else:
         problem = mismatch(found, kind, needed=needed)
         # A slide of this name has an object here.
-        if problem is None and isinstance(found.get(CHECKSUM), str):
+        if problem is None and not isinstance(found.get(CHECKSUM, {}), dict):
             checksum = found.pop(CHECKSUM)
             if checksum != _checksum(found):
                 problem = "it was changed after it was written: its checksum is another one"
@@ -241,18 +241,35 @@ def parse_lease(content: bytes, uri: str) -> LeaseInfo:
     return found
 
 
+def publish_sources(uri: str, sources: Mapping[str, Mapping[str, Any]]) -> None:
+    """Publish `slides.json`: the sources of slides, each with a checksum, by slide_id."""
+    entries = {
+        slide_id: {**source, CHECKSUM: _checksum({"slide_id": slide_id, **source})}
+        for slide_id, source in sources.items()
+    }
+    storage.publish_json(uri, entries)
+
+
 def read_sources(uri: str, kind: type[T], remedy: str) -> dict[str, T]:
     """Read `slides.json`: the sources of slides, by slide_id; empty if there is no such file.
 
     Raises:
-        DamagedFileError: it is no such document.
+        DamagedFileError: it is no such document, or an entry was changed.
         OSError: the file cannot be read.
     """
     try:
         content = storage.read_bytes(uri)
     except FileNotFoundError:
         return {}
-    return parse_document(content, dict[str, kind], uri, remedy)  # type: ignore[valid-type]
+    found: dict[str, dict[str, Any]] = parse_document(content, dict[str, kind], uri, remedy)  # type: ignore[valid-type]
+    for slide_id, source in found.items():
+        checksum = source.pop(CHECKSUM, None)  # absent from earlier releases
+        if checksum is not None and checksum != _checksum({"slide_id": slide_id, **source}):
+            problem = (
+                f"is damaged: the entry of slide {slide_id!r} was changed after it was written"
+            )
+            raise storage.DamagedFileError(uri, problem, remedy)
+    return cast("dict[str, T]", found)
 
 
 @cache

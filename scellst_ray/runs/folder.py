@@ -21,7 +21,7 @@ import yaml
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.runs.documents import read_document, read_records
+from scellst_ray.runs.documents import publish_document, read_document, read_records
 from scellst_ray.runs.identity import Identity, is_earlier_form, stored_identity
 from scellst_ray.runs.receipts_log import best_of_each_tile, read_log_files
 from scellst_ray.runs.records import RunInfo, SlideRecord
@@ -202,7 +202,7 @@ def begin_run(
         }
         if libraries is not None:
             info["libraries"] = dict(libraries)
-        storage.publish_json(storage.join(uri, RUN_FILE), info)
+        publish_document(storage.join(uri, RUN_FILE), info)
         # On object storage two drivers may hold the lease for a moment: the last to write counts.
         check_folder(uri, job, identity)
     elif libraries is not None and "libraries" not in found:
@@ -213,7 +213,7 @@ def begin_run(
             uri,
             ", ".join(libraries),
         )
-        storage.publish_json(storage.join(uri, RUN_FILE), {**found, "libraries": dict(libraries)})
+        publish_document(storage.join(uri, RUN_FILE), {**found, "libraries": dict(libraries)})
     run = RunFolder(uri, digest)
     if config is not None:
         run.write_config(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from scellst_ray import storage
-from scellst_ray.runs.documents import NUM_READERS, read_sources
+from scellst_ray.runs.documents import NUM_READERS, publish_sources, read_sources
 from scellst_ray.runs.folder import FINISHED, SLIDES_FILE, SOURCES_REMEDY, RunFolder
 from scellst_ray.runs.records import SlideRecord, SlideSource
 from scellst_ray.storage import node_cache
@@ -83,7 +83,7 @@ def accept_slides(
         )
     now = known | found.entries
     if now != known:
-        storage.publish_json(uri, now)
+        publish_sources(uri, now)
     return found.trusted
 
 

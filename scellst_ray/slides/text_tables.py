@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import re
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,7 @@ def _decode(content: bytes) -> str:
         try:
             with gzip.open(io.BytesIO(content)) as stream:
                 content = stream.read(MAX_BYTES + 1)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             message = f"it is a damaged gzip file ({error})"
             raise ValueError(message) from error
     if len(content) > MAX_BYTES:

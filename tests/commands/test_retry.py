@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scellst_ray import storage
 from scellst_ray.commands import retry as module
@@ -119,3 +120,39 @@ def test_what_cannot_be_run_again(tmp_path):
     other = make_run(tmp_path / "other", {}, RECORDS, job="train")
     with pytest.raises(ValueError, match="a run of train; only runs of extract and predict"):
         retry(RetryConfig(run=other.uri))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"workers": "x"}, "workers is 'x', expected int"),
+        ({"workers": True}, "workers is True, expected int"),
+        ({"core_px": None}, "core_px is None, expected int"),
+        ({"read_mpp": [0.5]}, r"read_mpp is \[0.5\], expected float"),
+        ({"encoder": 5}, "encoder is 5, expected str"),
+        ({"segmenter": "mine"}, "segmenter is 'mine', expected one of hematoxylin, "),
+        ({"slides": "a,b"}, None),  # always those that the command chooses
+        ({"workers": 0}, "workers is 0; it must be at least 1"),
+        ({"manifest": None}, "manifest is None, expected str"),
+    ],
+)
+def test_a_stored_configuration_that_was_edited(tmp_path, manifest, started, changes, problem):
+    stored = ExtractConfig(manifest=manifest, out="elsewhere", encoder="none")
+    run = run_of(tmp_path, stored)
+    storage.publish_text(f"{run.uri}/config.yaml", yaml.safe_dump(asdict(stored) | changes))
+    if problem is None:
+        retry(RetryConfig(run=run.uri))
+        assert len(started) == 1
+        return
+    for failed in (False, True):
+        with pytest.raises(ValueError, match=rf"config\.yaml: {problem}.*; mend it, or run"):
+            retry(RetryConfig(run=run.uri, failed=failed))
+    assert started == []
+
+
+def test_a_stored_configuration_without_a_manifest(tmp_path, started):
+    run = run_of(tmp_path, ExtractConfig(manifest="m.csv", out="o", encoder="none"))
+    storage.publish_text(f"{run.uri}/config.yaml", "encoder: none\n")
+    with pytest.raises(ValueError, match=r"config\.yaml: has no manifest; mend it"):
+        retry(RetryConfig(run=run.uri))
+    assert started == []

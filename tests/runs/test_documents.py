@@ -11,6 +11,7 @@ from scellst_ray.runs.documents import (
     parse_document,
     parse_lease,
     publish_document,
+    publish_sources,
     read_document,
     read_records,
     read_sources,
@@ -160,6 +161,20 @@ def test_sources(tmp_path, content):
     assert read_sources(uri, SlideSource, "mend it") == {"S": SOURCE, "checksum": SOURCE}
     storage.publish_bytes(uri, content)
     with pytest.raises(storage.DamagedFileError, match=r"slides\.json: is damaged: .*; mend it"):
+        read_sources(uri, SlideSource, "mend it")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"bytes": 1000', '"bytes": 1004'), ('"S":', '"T":'), ('"a.tiff"', '"e.tiff"')],
+)
+def test_a_changed_entry_of_a_source_is_noticed(tmp_path, old, new):
+    uri = f"{tmp_path}/slides.json"
+    sources = {"S": {**SOURCE, "bytes": 1000}, "checksum": SOURCE}
+    publish_sources(uri, sources)
+    assert read_sources(uri, SlideSource, "mend it") == sources
+    storage.publish_text(uri, storage.read_text(uri).replace(old, new, 1))
+    with pytest.raises(storage.DamagedFileError, match=r"slides\.json: .*entry of slide '.' was"):
         read_sources(uri, SlideSource, "mend it")
 
 

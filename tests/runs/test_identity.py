@@ -106,7 +106,7 @@ def test_run_json_is_that_of_the_first_release(tmp_path, job, settings, digest, 
     run = begin_run(str(tmp_path / "run"), job, settings)
     info = storage.read_json(f"{run.uri}/run.json")
     assert run.digest == info["digest"] == digest
-    assert sorted(info) == ["created", "digest", "format_version", "identity"]
+    assert sorted(info) == ["checksum", "created", "digest", "format_version", "identity"]
     if stored is not None:
         assert info["identity"] == stored
     assert info["format_version"] == 1

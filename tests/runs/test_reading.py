@@ -21,6 +21,7 @@ from scellst_ray.core import schemas
 from scellst_ray.models.mil import stored_head
 from scellst_ray.models.mil.head import MilHead, formula_of, head_to_bytes, save_head
 from scellst_ray.runs import compaction
+from scellst_ray.runs.documents import publish_document
 from scellst_ray.runs.folder import begin_run
 from scellst_ray.runs.reading import open_run
 from tests.support.mil_heads import spread_from_hidden
@@ -335,7 +336,7 @@ def test_other_folders_versions_and_mixed_files_are_refused(tmp_path, head):
     with pytest.raises(ValueError, match="expected a scellst_ray CELLS table, found no signature"):
         run.cells("a")
     info = storage.read_json(f"{folder.uri}/run.json")
-    storage.publish_json(f"{folder.uri}/run.json", info | {"format_version": 99})
+    publish_document(f"{folder.uri}/run.json", info | {"format_version": 99})
     with pytest.raises(ValueError, match=r"format version 99; .* Upgrade"):
         open_run(folder.uri)
 

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from scellst_ray import storage
+from scellst_ray.runs.folder import read_run_info
 from scellst_ray.runs.lease import LeaseError
 from scellst_ray.runs.start import hold_run
 from tests.support.run_folders import Settings
@@ -159,9 +160,9 @@ def test_what_an_earlier_release_did_not_note_is_told_once(tmp_path, caplog):
     uri, now = str(tmp_path / "run"), {"OpenCV": "5.0"}
     with hold_run(uri, "extract", Settings()) as (run, _):
         pass
-    before = storage.read_json(f"{uri}/run.json")
+    before = read_run_info(f"{uri}/run.json")
     for _ in range(2):
         with hold_run(uri, "extract", Settings(), now) as (again, _):
             assert again == run
-    assert storage.read_json(f"{uri}/run.json") == before | {"libraries": now}
+    assert read_run_info(f"{uri}/run.json") == before | {"libraries": now}
     assert caplog.text.count("begun by an earlier release, which noted neither versions") == 1

@@ -33,6 +33,7 @@ def test_the_separator_of_the_header_counts():
         (b"\xd0\xcf\x11\xe0....", "it is an Excel workbook"),
         (b"II*\0\x08\0\0\0", "bytes of value 0|no text in"),
         (gzip.compress(b"a,b\n1,2\n")[:-9], "it is a damaged gzip file"),
+        (b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 50, "it is a damaged gzip file"),
     ],
 )
 def test_what_is_no_table(content, reason):
