@@ -14,6 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from scellst_ray.core.logs import one_line
+from scellst_ray.runs import documents
+from scellst_ray.runs.folder import RUN_FILE
 from tests.faults.judge import LINE, judge_message
 from tests.faults.whole_run import READINGS
 
@@ -111,7 +113,8 @@ def other_value(rng, data, path):
         return flip(rng, data, path)
     document = json.loads(data)
     key = rng.choice(list(document))
-    if rng.random() < 0.3:
+    # Who removes a slide from slides.json means it.
+    if rng.random() < 0.3 and path.name != "slides.json":
         del document[key]
     else:
         document[key] = rng.choice((None, [], {}, 5, "x", -1, 1e300, True))
@@ -151,7 +154,8 @@ class _Warnings(logging.Handler):
 
 @contextmanager
 def warnings_told():
-    """Yield the texts of the warnings of the product, while the `with` lasts."""
+    """Yield the texts of the warnings of the product, as if a process began here."""
+    documents._warned.cache_clear()
     handler, logger = _Warnings(), logging.getLogger("scellst_ray")
     logger.addHandler(handler)
     try:
@@ -195,7 +199,7 @@ def judge_altered(run, expected, place, kind, alteration, seed):
 def _read(reading, place, path, wanted):
     """Return the outcome of one reading, and its text."""
     # A table may be named by its slide: a shard's damage is told of the slide or of the tiles.
-    names = [path.name, path.stem]
+    names = [path.name, path.stem, *([place.name] if path.name == RUN_FILE else [])]
     with warnings_told() as texts:
         try:
             found = READINGS[reading](str(place))
