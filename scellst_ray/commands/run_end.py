@@ -17,7 +17,7 @@ def summarise(records: Mapping[str, SlideRecord], out: str) -> int:
     counts = dict.fromkeys(("done", "empty", "partial", "failed"), 0)
     for record in records.values():
         counts[record["status"]] += 1
-    num_cells = sum(record["num_cells"] for record in records.values())
+    num_cells = sum(record.get("num_cells", 0) for record in records.values())
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
     say(f"{len(records)} slides: {text}; {num_cells:,} cells in {out}")
     for warning in domain_warnings(records):

@@ -159,7 +159,7 @@ def write_anndata(
     chosen = run.choose(slide_ids)
     pictures: dict[str, Thumbnail] = {}
     for slide_id in chosen if thumbnail_px is not None else ():
-        if run.records[slide_id]["num_cells"]:
+        if run.records[slide_id].get("num_cells"):
             picture = read_thumbnail(run, slide_id, thumbnail_px or THUMBNAIL_PX)
             pictures |= {} if picture is None else {slide_id: picture}
     adata = to_anndata(run, chosen, genes, thumbnails=pictures)

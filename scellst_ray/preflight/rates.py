@@ -74,14 +74,14 @@ def with_runs(
 
 def _worked_on(run: Run) -> list[SlideRecord]:
     """Return the records of slides that have tiles and did not fail."""
-    return [r for r in run.records.values() if r["status"] != "failed" and r["num_tiles"]]
+    return [r for r in run.records.values() if r["status"] != "failed" and r.get("num_tiles")]
 
 
 def _units(run: Run) -> dict[str, float]:
     """Return the units of work of a run, by name."""
     records = _worked_on(run)
     parts = [_areas(record, *_sides_px(run)) for record in records]
-    with_cells = [r for r in records if r["num_cells"]][:SIZED_SLIDES]
+    with_cells = [r for r in records if r.get("num_cells")][:SIZED_SLIDES]
     sized = {
         "sized": float(sum(record["num_cells"] for record in with_cells)),
         "bytes": float(sum(_table_bytes(run, record) for record in with_cells)),
@@ -97,7 +97,7 @@ def _sides_px(run: Run) -> tuple[int, int]:
 
 def _areas(record: SlideRecord, core_px: int, side_px: int) -> dict[str, float]:
     """Return the units of work of a slide; areas are its tiles' share of the whole grid."""
-    tiles = record["num_tiles"] - record["num_failed_tiles"]
+    tiles = record["num_tiles"] - record.get("num_failed_tiles", 0)
     read_mpp = known_mpp(record, "read_mpp")
     ratio = read_mpp / known_mpp(record)
     sides_px = [side / ratio for side in known_size0(record)]
@@ -107,7 +107,7 @@ def _areas(record: SlideRecord, core_px: int, side_px: int) -> dict[str, float]:
     read_px2 = math.prod(s + n * halos_px for s, n in zip(sides_px, counts, strict=True))
     return {
         "tiles": tiles,
-        "cells": record["num_cells"],
+        "cells": record.get("num_cells", 0),
         "mpx": read_px2 * share / 1e6,
         "mm2": math.prod(sides_px) * share * read_mpp**2 / 1e6,
         "side_mpx": tiles * side_px**2 / 1e6,
@@ -118,7 +118,7 @@ def _table_bytes(run: Run, record: SlideRecord) -> int:
     """Return the bytes of all tables of a slide."""
     slide_id = record["slide_id"]
     of_table = {"CELLS": run.folder.cells_uri, "EXPRESSION": run.folder.expression_uri}
-    uris = (of_table[name](slide_id) for name in record["tables"])
+    uris = (of_table[name](slide_id) for name in record.get("tables", []))
     return sum(sum(storage.sizes(uri).values()) for uri in uris)
 
 
@@ -126,7 +126,7 @@ def _list_segmenting(run: Run) -> list[tuple[float, float, float]]:
     """Return (seconds of segmenting, Mpx, cells) of each slide."""
     sides_px = _sides_px(run)
     return [
-        (r["seconds"]["segment"], _areas(r, *sides_px)["mpx"], float(r["num_cells"]))
+        (r["seconds"]["segment"], _areas(r, *sides_px)["mpx"], float(r.get("num_cells", 0)))
         for r in _worked_on(run)
     ]
 

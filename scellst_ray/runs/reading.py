@@ -298,7 +298,11 @@ class Run:
         self, slide_id: str, name: str, *, whole: bool = False
     ) -> Iterator[pq.ParquetFile | None]:
         """Open a slide's table; None if the slide has no cells. Arguments: as `open_table`."""
-        tables = self._record(slide_id).get("tables", [])
+        tables = self._record(slide_id).get("tables")
+        if tables is None:
+            remedy = "remove it and run the same command again, which does the slide again"
+            uri = self.folder.record_uri(slide_id)
+            raise storage.DamagedFileError(uri, "does not say which tables exist", remedy)
         if name not in tables:
             if tables:
                 message = f"slide {slide_id!r} of {self.uri} has no {name}: run predict"

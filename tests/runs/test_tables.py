@@ -103,6 +103,12 @@ def test_an_absent_table_is_named_with_the_remedy(run):
         open_run(run.uri).cells("S")
 
 
+def test_a_record_that_names_no_tables_is_not_an_empty_slide(run):
+    storage.publish_json(run.record_uri("S"), {"slide_id": "S", "status": "done"})
+    with pytest.raises(storage.DamagedFileError, match=r"records/S\.json: does not say which"):
+        open_run(run.uri).cells("S")
+
+
 def test_failures_are_checked_too(run):
     assert open_run(run.uri).failures()["slide_id"].to_list() == ["S", "T"]
     shutil.copyfile(run.failures_uri("T"), run.failures_uri("S"))

@@ -142,7 +142,7 @@ def _read_run(config: SimulateConfig) -> tuple[NDArray[np.floating], NDArray[np.
     assert config.cells is not None
     run = open_run(config.cells)
     slides = run.choose(config.slides)
-    total = sum(run.records[slide_id]["num_cells"] for slide_id in slides)
+    total = sum(run.records[slide_id].get("num_cells", 0) for slide_id in slides)
     share = min(1.0, config.max_cells / max(total, 1))
     rng = np.random.default_rng([config.seed, 6])
     blocks, types = [], []
