@@ -36,6 +36,8 @@ CHECKSUM = "checksum"
 RECORD_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*\.json", re.ASCII)
 # `renewed` is for people.
 LEASE_KEYS = sorted(LeaseInfo.__required_keys__ - {"renewed"})
+# Numbers that fill 64 bits without a sign: priorities of crops.
+UNSIGNED = ("cutoff",)
 # Documents read at a time: on object storage each one takes a round trip.
 NUM_READERS = 16
 logger = logging.getLogger(__name__)
@@ -145,6 +147,8 @@ def _mismatch_of_parts(
     allowed = (int, float) if expected is float else expected
     if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
         return _expected(place, expected.__name__, value)
+    if isinstance(value, int) and not -(2**63) <= value < 2 ** (64 if place in UNSIGNED else 63):
+        return _expected(place, "a number of 64 bits", value)
     parts: list[tuple[object, object, str]] = []
     if isinstance(value, list) and args:
         parts = [(each, args[0], f"{place}[{i}]") for i, each in enumerate(value)]

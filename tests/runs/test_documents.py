@@ -45,6 +45,7 @@ DAMAGED = {
     "unknown status": b'{"slide_id": "S", "status": "don\xc3\xa9"}',
     "tables of numbers": b'{"slide_id": "S", "status": "done", "tables": [1]}',
     "a count as text": b'{"slide_id": "S", "status": "done", "num_cells": "5"}',
+    "a huge count": b'{"slide_id": "S", "status": "done", "num_cells": 99999999999999999999}',
     "a truth as a count": b'{"slide_id": "S", "status": "done", "num_cells": true}',
     "another slide": b'{"slide_id": "T", "status": "done"}',
 }
@@ -215,6 +216,8 @@ class Outer(TypedDict):
         ({"inner": {"a": 1.5}}, "a is 1.5, expected int"),
         ({"many": {"x": [1, "2"]}}, "many.x[1] is '2', expected float"),
         ([], "it is [], expected an object"),
+        ({"inner": {"a": 2**63 - 1}}, None),
+        ({"inner": {"a": 2**63}}, f"a is {2**63}, expected a number of 64 bits"),
     ],
 )
 def test_mismatch(value, problem):
