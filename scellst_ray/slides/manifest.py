@@ -7,6 +7,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from scellst_ray.core.geometry import check_mpp
@@ -153,17 +155,19 @@ def _read_parquet(content: bytes) -> TextTable:
     Raises:
         ValueError: it is damaged.
     """
-    import polars as pl  # noqa: PLC0415 - workers import this module but read no manifest
-
+    # By pyarrow: on a damaged page polars ends in a panic, which is no error.
     try:
-        frame = pl.read_parquet(content)
-    except pl.exceptions.PolarsError as error:
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
+            table = file.read(use_threads=False)
+        names = [name for name in table.column_names if not name.startswith("__index_level_")]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            message = f"column(s) {', '.join(twice[:5])} occur twice; remove or rename one"
+            raise ValueError(message)
+        found = table.select(names).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise ValueError(str(error).partition("\n")[0]) from error
-    names = [name for name in frame.columns if not name.startswith("__index_level_")]
-    rows = [
-        {name: present(value) for name, value in row.items()}
-        for row in frame.select(names).iter_rows(named=True)
-    ]
+    rows = [{name: present(value) for name, value in row.items()} for row in found]
     kept = [number for number, row in enumerate(rows) if any(v is not None for v in row.values())]
     return TextTable(names, [rows[number] for number in kept], [number + 1 for number in kept])
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -194,6 +196,26 @@ def test_tables_of_other_programs(tmp_path, content):
     (slide,) = read_manifest(manifest(tmp_path, content))
     assert (slide.slide_id, slide.uri) == ("a", f"{tmp_path}/s.svs")
     assert (slide.mpp, slide.mpp_error, slide.columns) == (0.25, None, {})
+
+
+def rows_or_message(path):
+    try:
+        return len(read_manifest(path))
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_parquet_manifest_with_a_damaged_page_or_a_doubled_column(tmp_path):
+    table = pa.table({"slide_id": ["a", "b"], "uri": ["a.svs", "b.svs"]})
+    pq.write_table(table, tmp_path / "m.parquet", compression="zstd")
+    content = (tmp_path / "m.parquet").read_bytes()
+    for at in range(4, len(content) - 16, 8):
+        path = manifest(tmp_path, content[:at] + bytes(16) + content[at + 16 :], "d.parquet")
+        answer = rows_or_message(path)
+        assert answer == 2 or path in str(answer)
+    pq.write_table(table.append_column("uri", table["uri"]), tmp_path / "m.parquet")
+    with pytest.raises(ValueError, match=r"m\.parquet: .*column\(s\) uri occur twice"):
+        read_manifest(str(tmp_path / "m.parquet"))
 
 
 def test_parquet_of_pandas(tmp_path):
