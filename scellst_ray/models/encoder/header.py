@@ -97,6 +97,8 @@ def _parse_header(stored: Mapping[str, str]) -> Header:
         header = Header(arch=stored.get("arch", "resnet50"), **values)
         is_sound = len(header.mean) == len(header.std) == 3 and min(header.std) > 0
         is_sound &= all(math.isfinite(value) for value in (*header.mean, *header.std))
+        is_sound &= type(header.dim) is int and type(header.crop_px) is int
+        is_sound &= type(header.crop_um) in (int, float) and math.isfinite(header.crop_um)
         is_sound &= header.dim > 0 and isinstance(header.provenance, dict)
     except TypeError as error:
         message = f"its header is damaged ({error}); write or copy the encoder again"
