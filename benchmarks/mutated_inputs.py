@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.faults.intact_inputs import write_inputs
 from tests.faults.mutated_runs import judge_mutants
 
 
@@ -27,7 +28,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        judged = judge_mutants(Path(folder), options.count, options.seed, only=options.only)
+        inputs = write_inputs(Path(folder, "intact"))
+        inputs = [each for each in inputs if options.only is None or each.name in options.only]
+        judged = judge_mutants(inputs, Path(folder), options.count, options.seed)
     if options.json:
         rows = [vars(one) | {"verdict": vars(one.verdict)} for one in judged]
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -135,7 +135,19 @@ def read_command_config(command, path):
     return [cli._settings(table.COMMANDS[command], values)]
 
 
+def end_of_itself(_path):
+    """End this process, as a crash does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def take_memory(_path):
+    """Take memory for a moment."""
+    return bytes(bytearray(b"x") * int(0.75 * 2**30))[:1]
+
+
 READERS = {
+    "a reader that dies": end_of_itself,
+    "a reader that takes 1.5 GiB": take_memory,
     "spots": read_spots_of,
     "st_array": read_st_array_of,
     "xenium": read_xenium_of,

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from tests.faults.intact_inputs import write_inputs
 from tests.faults.judge import Judge, Verdict
 from tests.faults.mutated_inputs import make_mutant
 
@@ -33,45 +32,44 @@ class Judged:
     verdict: Verdict
 
 
-def judge_mutants(folder, count, seed=0, only=None, num_judges=NUM_JUDGES):
+def judge_mutants(inputs, folder, count, seed=0, judges=None):
     """Return the verdicts on `count` mutants, as many of each kind of input.
 
     Args:
-        folder: Folder for the files.
+        inputs: The intact inputs.
+        folder: Folder for the mutants.
         count: Number of mutants.
         seed: First seed.
-        only: Names of inputs; None: all.
-        num_judges: Number of processes that read.
+        judges: Processes that read; None: two of their own.
     """
-    inputs = write_inputs(folder / "intact")
     by_kind = {}
     for intact in inputs:
-        if only is None or intact.name in only:
-            by_kind.setdefault(intact.kind, []).append(intact)
+        by_kind.setdefault(intact.kind, []).append(intact)
+    kinds = list(by_kind.values())
     chosen = []
     for number in range(count):
-        kinds = list(by_kind)
-        of_kind, turn = by_kind[kinds[number % len(kinds)]], number // len(kinds)
+        of_kind, turn = kinds[number % len(kinds)], number // len(kinds)
         chosen.append((of_kind[turn % len(of_kind)], seed + number))
-    judges = SimpleQueue()
-    for _ in range(num_judges):
-        judges.put(Judge())
+    own = [] if judges else [Judge() for _ in range(NUM_JUDGES)]
+    free = SimpleQueue()
+    for judge in judges or own:
+        free.put(judge)
 
     def judged(pair):
         intact, number = pair
         place = folder / f"m{number}" / intact.name
         file, done = make_mutant(intact, place, number)
-        judge = judges.get()
+        judge = free.get()
         try:
             verdict = judge(intact.reader, place / intact.path if intact.path else place, [file])
         finally:
-            judges.put(judge)
+            free.put(judge)
         shutil.rmtree(place.parent)
         return Judged(intact.name, intact.kind, number, file.name, done, verdict)
 
     try:
-        with ThreadPoolExecutor(num_judges) as threads:
+        with ThreadPoolExecutor(len(judges or own)) as threads:
             return list(threads.map(judged, chosen))
     finally:
-        for _ in range(num_judges):
-            judges.get().close()
+        for judge in own:
+            judge.close()
