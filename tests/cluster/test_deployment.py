@@ -116,7 +116,7 @@ def test_constraints_hold_versions_only():
 def test_there_is_a_script_for_every_command():
     # A person's, not the cluster's.
     here = {"evaluate segmentation", "evaluate encoder", "evaluate expression", "simulate"}
-    here |= {"manifest hest", "models", "models fetch", "status", "gc"}
+    here |= {"manifest hest", "models", "models fetch", "status", "gc", "verify"}
     assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == set(COMMANDS) - here
     assert set(JOBS) <= set(COMMANDS)
 

@@ -58,8 +58,8 @@ def config(crops, tmp_path):
         ({"warmup_epochs": 2}, "fewer warm-up epochs than epochs"),
         ({"base_lr": 0.0}, "base_lr is 0.0"),
         ({"min_workers": 2}, "min_workers is 2; give at most workers, 1"),
-        ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
-        ({"min_crop_scale": 0.0}, r"crop_scale: got \(0.0, 1.0\)"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be greater than 0"),
+        ({"min_crop_scale": 0.0}, "min_crop_scale is 0.0; it must be greater than 0"),
         ({"crops_at_once": 1}, "crops_at_once is 1; it must be at least 2"),
     ],
 )
@@ -78,7 +78,7 @@ def test_what_cannot_be_trained_on_is_refused_before_ray_starts(config, tmp_path
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):
             pretrain_encoder(wrong)
-    begin_run(config.out, "pretrain", Settings({"recipe": "another"}), {})
+    begin_run(config.out, "pretrain", Settings({"recipe": {"arch": "another"}}), {})
     with pytest.raises(ValueError, match="holds another run"):
         pretrain_encoder(config)
     other, _ = new_backbone("resnet18", 0)

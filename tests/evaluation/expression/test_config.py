@@ -16,7 +16,7 @@ def test_draws():
     ("changes", "part"),
     [
         ({"radius_um": 0.0}, "radius_um is 0.0"),
-        ({"bootstraps": -1}, "bootstraps -1 and seed 0"),
+        ({"bootstraps": -1}, "bootstraps is -1; it must be at least 0"),
         ({"out": "a.md"}, "must end in .json"),
     ],
 )

@@ -317,7 +317,7 @@ def test_what_cannot_be_compared_is_refused(study, tmp_path):
     for wrong, words in (
         ({"out": "scores.csv"}, "must end in .json"),
         ({"radius_um": 0.0}, "radius_um is 0.0"),
-        ({"bootstraps": -1}, "must not be negative"),
+        ({"bootstraps": -1}, "bootstraps is -1; it must be at least 0"),
     ):
         with pytest.raises(ValueError, match=words):
             config_of(folder, **wrong)
