@@ -209,7 +209,7 @@ def begin_run(
         logger.warning(
             "%s: begun by an earlier release, which noted neither versions of libraries (%s) nor "
             "the identity of files; both are noted from now on. Work done before counts where a "
-            "file has the name and size that it had then",
+            "file has the name and size that it had then, and keeps the rules of that release",
             uri,
             ", ".join(libraries),
         )
