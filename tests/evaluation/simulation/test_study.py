@@ -141,7 +141,7 @@ def test_a_folder_with_another_study_is_refused(study):
         ({"num_types": 1}, "num_types is 1; it must be at least 2"),
         ({"spread": 0.0}, "spread is 0.0"),
         ({"learning_rates": []}, "learning_rates is empty"),
-        ({"learning_rates": [-1.0]}, "lr is -1.0"),
+        ({"learning_rates": [-1.0]}, r"learning_rates is \[-1.0\]; it must be at least 0"),
         ({"val_share": 1.0}, "val_share is 1.0"),
         ({"search_epochs": [5, 2]}, r"search_epochs is \[5, 2\]"),
     ],
