@@ -47,9 +47,9 @@ def main() -> int:
                 if fault[2] not in GOOD:
                     print("BAD", *fault, flush=True)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        if options.json:  # after each part, since all of them take an hour
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return int(any(fault[2] not in GOOD for fault in found))
 
 
