@@ -14,7 +14,7 @@ from scellst_ray.preflight.checks import missing_files
 from scellst_ray.preflight.slide_plans import Header
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.spots.read import read_spots
-from scellst_ray.spots.table import Spots
+from scellst_ray.spots.table import check_inside
 from scellst_ray.spots.xenium import read_xenium
 from scellst_ray.stages.rows import Outcome
 from scellst_ray.stages.tiles import guarded
@@ -23,8 +23,6 @@ from scellst_ray.stages.tiles import guarded
 MAX_READ = 500_000_000
 # Endings of the tables in a folder. Folders of Space Ranger also hold images and BAM files.
 TABLES = (".h5", ".mtx", ".gz", ".csv", ".tsv", ".parquet")
-# Least share of spots whose centre must lie on the slide.
-MIN_INSIDE = 0.5
 
 
 class FilesToCheck(TypedDict):
@@ -102,19 +100,7 @@ def _check_spots(asked: FilesToCheck) -> None:
     # Of a slide that cannot be opened the resolution is unknown, and that is its own problem.
     spots = read_spots(row, asked["mpp"] or 0.5)
     if asked["width0"] is not None and asked["height0"] is not None:
-        _check_place(spots, asked["width0"], asked["height0"])
-
-
-def _check_place(spots: Spots, width0: int, height0: int) -> None:
-    inside = ((spots.xy0 >= 0) & (spots.xy0 < (width0, height0))).all(axis=1)
-    if len(spots) and inside.mean() < MIN_INSIDE:
-        low, high = spots.xy0.min(axis=0), spots.xy0.max(axis=0)
-        message = (
-            f"only {inside.mean():.0%} of {len(spots):,} spots lie on the slide: x {low[0]:.0f} to "
-            f"{high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f}, and it has {width0} x {height0} px. "
-            "Is it the image that the spots belong to, at full resolution?"
-        )
-        raise ValueError(message)
+        check_inside(spots, asked["width0"], asked["height0"], str(slide.columns["spots"]))
 
 
 def _check_segmentation(asked: FilesToCheck) -> None:

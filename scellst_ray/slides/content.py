@@ -25,6 +25,8 @@ GREY_SPREAD = 2
 MIN_CONTRAST = 30
 # H&E is scanned on white glass. The brightest pixel of 14 bits in 16 is 63 of 255.
 DARK, DARK_16_BITS = 64, 128
+# Fewer px are defects of a camera, which have the full range of 16 bits.
+BRIGHT_SHARE = 0.005
 # Levels of more px are no label, no overview of the glass and no thumbnail.
 MAX_FOREIGN_PX = 4_000_000
 # A level that is coarser against the finer one is not used to look for tissue.
@@ -50,7 +52,7 @@ def check_content(pixels: Pixels, uri: str) -> None:
         message = f"{uri}: {GREY}"
         raise ValueError(message)
     check_colours(list(_windows(pixels)), pixels.bits, uri)
-    if pixels.is_generic and pixels.tile_pixels <= MAX_TILE_PX:
+    if pixels.levels_by_tags and pixels.tile_pixels <= MAX_TILE_PX:
         for level in range(1, len(pixels.downsamples)):
             _check_level(pixels, level, uri)
 
@@ -66,7 +68,7 @@ def check_colours(parts: Sequence[NDArray[np.uint8]], bits: int, uri: str) -> No
     Raises:
         ValueError: it is not bright, or is grey and not blank.
     """
-    brightest = max(int(part.max()) for part in parts)
+    brightest = _brightest(parts)
     darkest = min(int(part.min()) for part in parts)
     if brightest < (DARK if bits == 8 else DARK_16_BITS):
         used = round(math.log2(256 * max(brightest, 1)))
@@ -80,6 +82,13 @@ def check_colours(parts: Sequence[NDArray[np.uint8]], bits: int, uri: str) -> No
     if spread <= GREY_SPREAD and brightest - darkest > MIN_CONTRAST:
         message = f"{uri}: red, green and blue are equal everywhere: {GREY}"
         raise ValueError(message)
+
+
+def _brightest(parts: Sequence[NDArray[np.uint8]]) -> int:
+    """Return the value that BRIGHT_SHARE of the px reach in any channel."""
+    counts = sum(np.bincount(part.max(axis=2).ravel(), minlength=256) for part in parts)
+    reached = np.cumsum(np.asarray(counts)[::-1])[::-1]
+    return int(np.flatnonzero(reached >= max(1, BRIGHT_SHARE * reached[0]))[-1])
 
 
 def _windows(pixels: Pixels) -> Iterator[NDArray[np.uint8]]:

@@ -24,6 +24,7 @@ from PIL.TiffImagePlugin import (
 )
 
 from scellst_ray.core.geometry import MAX_MPP, MIN_MPP
+from scellst_ray.slides.depth import has_deep_samples
 from scellst_ray.slides.folders import picture_in
 from scellst_ray.slides.openslide_errors import why_not_opened
 from scellst_ray.slides.resolution import (
@@ -36,9 +37,9 @@ from scellst_ray.slides.tiff_pages import (
     COMMON_COMPRESSIONS,
     CONVERSION,
     Page,
-    check_alpha_known,
     check_orientation,
     check_pages,
+    check_samples_for_pillow,
     check_tiles_upright,
     compression_name,
     is_level,
@@ -76,7 +77,7 @@ class Pixels(Protocol):
         tile_pixels: Most px that are decoded for the smallest read; 1 for a decoded image.
         bits: Bits of a channel in the file: 8 or 16.
         is_grey: Whether the file has one channel, which cannot hold colours.
-        is_generic: Whether the pyramid is that of no vendor: a level may be anything.
+        levels_by_tags: Whether tags alone make a page a level: it may be another picture.
     """
 
     dimensions: tuple[int, int]
@@ -85,7 +86,7 @@ class Pixels(Protocol):
     tile_pixels: int
     bits: int
     is_grey: bool
-    is_generic: bool
+    levels_by_tags: bool
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:
         """Return level px [x, x + w) x [y, y + h) as RGB [h, w, 3], white outside the image."""
@@ -123,7 +124,7 @@ def open_pixels(path: Path, uri: str) -> Pixels:
     except openslide.OpenSlideError as error:
         raise ValueError(why_not_opened(str(error), uri)) from error
     check_pages(pages, uri)
-    check_alpha_known(pages, uri)
+    check_samples_for_pillow(pages, uri)
     return _PlainPixels(path, uri, pages)
 
 
@@ -137,10 +138,11 @@ class _OpenSlidePixels:
         self.tile_pixels = self._check_tiles()
         vendor = self._slide.properties.get(openslide.PROPERTY_NAME_VENDOR)
         self.bits = 16 if pages and pages[0].bits > 8 else 8
-        self.is_grey, self.is_generic = False, vendor == GENERIC
-        self._has_alpha = self.is_generic and bool(pages) and bool(pages[0].extra)
+        self.is_grey, self.levels_by_tags = False, vendor in LEVELS_BY_TAGS
+        self._is_generic = vendor == GENERIC
+        self._has_alpha = self._is_generic and bool(pages) and bool(pages[0].extra)
         self._levels = list(range(self._slide.level_count))
-        if vendor in LEVELS_BY_TAGS:
+        if self.levels_by_tags:
             sizes = self._slide.level_dimensions
             self._levels = [n for n in self._levels if is_level(self.dimensions, sizes[n])]
         self.downsamples = [self._downsample(level) for level in self._levels]
@@ -179,10 +181,10 @@ class _OpenSlidePixels:
         properties = self._slide.properties
         names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
         sides = [float(properties[name]) for name in names if name in properties]
-        description = properties.get("tiff.ImageDescription", "") if self.is_generic else ""
+        description = properties.get("tiff.ImageDescription", "") if self._is_generic else ""
         return collect_statements(
             {
-                "the file's tags" if self.is_generic else "the file": (
+                "the file's tags" if self._is_generic else "the file": (
                     (sides[0], sides[-1]) if sides else None
                 ),
                 "the file's OME-XML": ome_pixel_size(description, self.dimensions),
@@ -230,7 +232,7 @@ class _PlainPixels:
     """A PNG, JPEG or plain TIFF, decoded whole: one level. Only a TIFF states its resolution."""
 
     downsamples: list[float] = [1.0]  # noqa: RUF012 - never changed
-    is_generic, tile_pixels = True, 1
+    levels_by_tags, tile_pixels = False, 1
 
     def __init__(self, path: Path, uri: str, pages: list[Page]) -> None:
         with _lift_pillow_limit(), ExitStack() as stack:
@@ -239,8 +241,7 @@ class _PlainPixels:
             self.dimensions = image.size
             _check_plain(image, path, uri)
             self.resolution = _plain_resolution(image)
-            raw = str(image.tile[0][3]) if image.tile else ""
-            self.bits = 16 if ";16" in raw or (pages and pages[0].bits > 8) else 8
+            self.bits = 16 if has_deep_samples(image, path, pages) else 8
             check_orientation(_exif_orientation(image), uri)
             self.is_grey = image.mode in GREY_MODES
             with _report_damage(uri, pages):

@@ -59,6 +59,7 @@ class Page:
         photometric: Value of PhotometricInterpretation.
         compression: Value of Compression.
         orientation: Value of Orientation; 1 without the tag.
+        is_planar: Whether each sample has a plane of its own.
         is_tiled: Whether it is stored in tiles, not in strips.
         is_picture: Whether a reader may take it for the slide or a level of it.
     """
@@ -73,6 +74,7 @@ class Page:
     photometric: int
     compression: int
     orientation: int
+    is_planar: bool
     is_tiled: bool
     is_picture: bool
 
@@ -117,6 +119,7 @@ def _page(number: int, page: tifffile.TiffPage) -> Page:
         photometric=int(tags.valueof(262, -1)),
         compression=int(tags.valueof(259, 1)),
         orientation=int(tags.valueof(274, 1)),
+        is_planar=int(tags.valueof(284, 1)) == 2 and int(tags.valueof(277, 1)) > 1,
         is_tiled=322 in tags,
         is_picture=number == 1 or (322 in tags and bool(int(tags.valueof(254, 0)) & 1)),
     )
@@ -183,18 +186,28 @@ def check_orientation(orientation: int, name: str) -> None:
         raise ValueError(message)
 
 
-def check_alpha_known(pages: Sequence[Page], uri: str) -> None:
-    """Check that a fourth sample has a meaning; for files that OpenSlide does not read.
+def check_samples_for_pillow(pages: Sequence[Page], uri: str) -> None:
+    """Check for samples that Pillow takes for others; for files that OpenSlide does not read.
 
-    OpenSlide takes a fourth sample without a meaning for alpha, and Pillow drops it.
+    Pillow drops a fourth sample without a meaning, which OpenSlide takes for alpha. It reads planes
+    of 16 bits as if they had 8.
 
     Raises:
-        ValueError: it has no meaning.
+        ValueError: the first page has such samples.
     """
-    if pages and pages[0].photometric == RGB and pages[0].extra == (0,):
+    if not pages:
+        return
+    first = pages[0]
+    if first.photometric == RGB and first.extra == (0,):
         message = (
             f"{uri}: a fourth sample of unknown meaning (ExtraSamples 0); write RGB alone, for "
             "example `vips extract_band IN OUT 0 --n 3`, or mark the sample as alpha"
+        )
+        raise ValueError(message)
+    if first.is_planar and first.bits > 8:
+        message = (
+            f"{uri}: {first.bits} bits a channel in separate planes (PlanarConfiguration 2), which "
+            f"Pillow reads wrongly; write the samples of a pixel side by side, or {TO_8_BITS}"
         )
         raise ValueError(message)
 

@@ -15,6 +15,8 @@ from scellst_ray.spots.resolution import StatedMpp
 
 logger = logging.getLogger(__name__)
 
+# Of S spots at least so many places differ; sections joined over each other halve them.
+MIN_SHARE_OF_PLACES = 0.9
 MAX_SHARE_OUTSIDE = 0.05
 
 
@@ -153,8 +155,9 @@ def check_spots(spots: Spots, source: str) -> None:
 
     Raises:
         ValueError: A part is empty, repeats a name or differs in length from another part. Or
-            counts, positions or radius are not finite, counts are negative, or the radius is 0 or
-            negative. The message names the source, the value and the remedy.
+            counts, positions or radius are not finite, many spots lie at the place of another,
+            counts are negative, or the radius is 0 or negative. The message names the source, the
+            value and the remedy.
     """
     num_spots, num_genes = spots.counts.shape
     if (num_spots, num_genes) != (len(spots.spot_id), len(spots.genes)) or (
@@ -177,6 +180,7 @@ def check_spots(spots: Spots, source: str) -> None:
             "a position. Remove the spot or give its position in level-0 px."
         )
         raise ValueError(message)
+    _check_places(spots, source)
     if not (np.isfinite(spots.radius0) and spots.radius0 > 0):
         message = (
             f"{source}: spot radius {spots.radius0} level-0 px, expected a positive number. "
@@ -285,6 +289,19 @@ def _check_values(spots: Spots, source: str) -> None:
             f"{source}: no counts at all in {spots.counts.shape[0]} spots x "
             f"{spots.counts.shape[1]} genes. Expected raw counts with at least one above 0; give "
             "the count matrix of the section."
+        )
+        raise ValueError(message)
+
+
+def _check_places(spots: Spots, source: str) -> None:
+    """Raise ValueError if many spots lie exactly where another one lies."""
+    num_places = len(np.unique(spots.xy0 @ np.array([1.0, 1.0j])))
+    # Places that are all alike say nothing.
+    if 1 < num_places < MIN_SHARE_OF_PLACES * len(spots):
+        message = (
+            f"{source}: {len(spots)} spots lie at only {num_places} different places, as where "
+            "sections were joined. Expected one section per file, with positions on one image: "
+            "split the file."
         )
         raise ValueError(message)
 

@@ -50,6 +50,22 @@ def test_a_png_of_sixteen_bits(tmp_path, bits):
 
 
 @layouts
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_defects_of_a_camera_do_not_hide_fewer_bits(tmp_path, layout, bits):
+    deep = IMAGE.astype(np.uint16) << (bits - 8)
+    deep.reshape(-1, 3)[::997] = 65535
+    path = write_tiff(tmp_path / "s.tif", deep, **layout)
+    with pytest.raises(ValueError, match=rf"nearly black.*of 16 bits a channel, {bits} are used"):
+        check(path)
+
+
+def test_a_little_tissue_on_a_black_ground_is_bright_enough(tmp_path):
+    image = IMAGE.copy()
+    image[:, 20:] = 0
+    check(write_tiff(tmp_path / "s.tif", image, **TILED))
+
+
+@layouts
 def test_sixteen_full_bits_are_read(tmp_path, layout):
     check(write_tiff(tmp_path / "s.tif", IMAGE.astype(np.uint16) * 257, **layout))
 
@@ -113,6 +129,15 @@ def test_a_level_of_the_same_shape_but_another_picture_is_refused(tmp_path, othe
     pages = (IMAGE, (other, REDUCED), (QUARTER, REDUCED))
     with pytest.raises(ValueError, match=r"s.tif: the page of 320 x 240 px.*another picture"):
         check(write_tiff(tmp_path / "s.tif", *pages, **TILED))
+
+
+@pytest.mark.parametrize("other", [paper_label(320, 240), HALF[::-1] // 2], ids=["label", "macro"])
+def test_a_page_of_an_aperio_file_may_be_another_picture_as_well(tmp_path, other):
+    told = "Aperio Image Library v11\r\n640x480 (128x128)|AppMag = 20|MPP = 0.5"
+    first, level = (IMAGE, {"description": told}), (QUARTER, {"description": told})
+    check(write_tiff(tmp_path / "good.svs", first, level, **TILED))
+    with pytest.raises(ValueError, match=r"s.svs: the page of 320 x 240 px.*another picture"):
+        check(write_tiff(tmp_path / "s.svs", first, (other, REDUCED), level, **TILED))
 
 
 def test_a_gap_between_levels_is_not_read_at_once(tmp_path, monkeypatch):

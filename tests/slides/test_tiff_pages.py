@@ -8,9 +8,9 @@ from PIL import Image
 from scellst_ray.core.geometry import Box
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tiff_pages import (
-    check_alpha_known,
     check_orientation,
     check_pages,
+    check_samples_for_pillow,
     check_tiles_upright,
     compression_name,
     is_level,
@@ -237,7 +237,26 @@ def test_a_fourth_sample_without_a_meaning(tmp_path):
     with pytest.raises(ValueError, match=r"s.tif: a fourth sample of unknown meaning"):
         Slide(path)
     pages = read_pages(write_tiff(tmp_path / "a.tif", four, extrasamples=["unassalpha"]))
-    check_alpha_known(pages, "a.tif")
+    check_samples_for_pillow(pages, "a.tif")
+
+
+@pytest.mark.parametrize("bits", [12, 14, 16])
+def test_planes_of_sixteen_bits_in_strips_are_refused(tmp_path, bits):
+    planes = np.moveaxis(IMAGE.astype(np.uint16) << (bits - 8), -1, 0)
+    path = write_tiff(tmp_path / "s.tif", planes, planarconfig="separate", **STRIPS)
+    with pytest.raises(ValueError, match=r"s.tif: 16 bits a channel in separate planes"):
+        Slide(path)
+
+
+@layouts
+def test_planes_that_are_read_well(tmp_path, layout):
+    planes = np.moveaxis(IMAGE, -1, 0)
+    path = write_tiff(tmp_path / "8.tif", planes, planarconfig="separate", **layout)
+    assert np.array_equal(read(path), IMAGE)
+    deep = write_tiff(
+        tmp_path / "16.tif", planes.astype(np.uint16) * 257, planarconfig="separate", **TILED
+    )
+    assert np.array_equal(read(deep), IMAGE)
 
 
 def test_other_files_have_no_pages(tmp_path):

@@ -36,6 +36,10 @@ GOOD = [[1, 0, 2], [0, 3, 0]]
 
 def test_sound_spots_pass():
     check_spots(make_spots(GOOD), "here")
+    # A few bins of damaged positions, and positions that are not known yet.
+    xy0 = np.array([[1.0, max(i, 2)] for i in range(40)])
+    check_spots(make_spots(GOOD * 20, xy0=xy0), "here")
+    check_spots(make_spots(GOOD, xy0=np.zeros((2, 2))), "here")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,14 @@ def test_sound_spots_pass():
         (make_spots(GOOD, genes=["A", "B", "A"]), ["['A']", "genes"]),
         (make_spots(GOOD, genes=["A", "B"]), ["2 spots x 3 genes", "2 genes"]),
         (make_spots(GOOD, xy0=np.array([[1, np.inf], [0, 0]])), ["spot s0", "inf"]),
+        (
+            make_spots(GOOD * 2, xy0=np.array([[1, 2], [3, 4]] * 2)),
+            ["4 spots lie at only 2 different places", "split the file"],
+        ),
+        (
+            make_spots(GOOD * 9, xy0=np.array([[1, i % 6] for i in range(18)])),
+            ["18 spots lie at only 6 different places"],
+        ),
         (make_spots(GOOD, radius0=0.0), ["radius 0.0", "spot_diameter_um"]),
     ],
 )
