@@ -34,6 +34,8 @@ from scellst_ray.runs.records import LeaseInfo
 T = TypeVar("T")
 CHECKSUM = "checksum"
 RECORD_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*\.json", re.ASCII)
+# Half of a character beyond 16 bits, as JSON writes it.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # `renewed` is for people.
 LEASE_KEYS = sorted(LeaseInfo.__required_keys__ - {"renewed"})
 # Numbers that fill 64 bits without a sign: priorities of crops.
@@ -96,7 +98,7 @@ def parse_document(
     except ValueError as error:
         problem = f"it is no JSON: {error}" if content.strip() else "it is empty"
     else:
-        problem = mismatch(found, kind, needed=needed)
+        problem = mismatch(found, kind, needed=needed) or _no_text_in(content, found)
         # A slide of this name has an object here.
         if problem is None and not isinstance(found.get(CHECKSUM, {}), dict):
             checksum = found.pop(CHECKSUM)
@@ -105,6 +107,16 @@ def parse_document(
     if problem is not None:
         raise storage.DamagedFileError(uri, f"is damaged: {problem}", remedy)
     return cast("T", found)
+
+
+def _no_text_in(content: bytes, found: object) -> str | None:
+    """Return why a document cannot be written again; None if it can."""
+    if _SURROGATE.search(content):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return "a text of it has half of a character"
+    return None
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -164,7 +164,7 @@ def split_by_slide(receipts: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 def begin_run(
     uri: str,
     job: str,
-    identity: Identity,
+    identity: Identity | Mapping[str, object],
     config: Mapping[str, Any] | None = None,
     libraries: Mapping[str, str] | None = None,
 ) -> RunFolder:
@@ -221,7 +221,10 @@ def begin_run(
 
 
 def check_folder(
-    uri: str, job: str, identity: Identity, libraries: Mapping[str, str] | None = None
+    uri: str,
+    job: str,
+    identity: Identity | Mapping[str, object],
+    libraries: Mapping[str, str] | None = None,
 ) -> RunInfo | None:
     """Return the content of a folder's run.json; None if the folder holds nothing yet.
 

@@ -120,17 +120,20 @@ class StoredIdentity(TypedDict, total=False):
     init: str
 
 
-def stored_identity(job: str, identity: Identity) -> tuple[StoredIdentity, str]:
+def stored_identity(
+    job: str, identity: Identity | Mapping[str, object]
+) -> tuple[StoredIdentity, str]:
     """Return an identity as `run.json` holds it, and its digest.
 
     Args:
         job: The command.
-        identity: The settings that change its results.
+        identity: The settings that change its results, or their fields as `run.json` holds them.
 
     Returns:
         The identity with job and release, and the first 16 hex digits of its SHA-256.
     """
-    fields = {"job": job, "scellst_ray": __version__, **identity.as_json()}
+    settings = identity if isinstance(identity, Mapping) else identity.as_json()
+    fields = {"job": job, "scellst_ray": __version__, **settings}
     text = json.dumps(fields, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return cast("StoredIdentity", json.loads(text)), digest

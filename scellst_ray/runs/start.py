@@ -16,7 +16,10 @@ from scellst_ray.runs.lease import Lease, hold_lease
 
 @contextmanager
 def hold_run(
-    uri: str, job: str, identity: Identity, libraries: Mapping[str, str] | None = None
+    uri: str,
+    job: str,
+    identity: Identity | Mapping[str, object],
+    libraries: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[RunFolder, Lease]]:
     """Create or open a run folder, and hold its lease inside a `with`.
 

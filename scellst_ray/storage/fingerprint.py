@@ -82,9 +82,13 @@ def look(path: Path) -> tuple[LocalFile, ...]:
     """Return the files of a slide, or the one file, as they are now.
 
     Raises:
-        OSError: a file is missing or may not be looked at.
+        OSError: a file is missing or may not be looked at, or a folder is empty.
     """
-    return tuple(_look_up(file, name) for file, name in _files_of(path))
+    files = _files_of(path)
+    if not files:
+        message = f"{path}: an empty folder; give a file, or a folder of DICOM files"
+        raise IsADirectoryError(message)
+    return tuple(_look_up(file, name) for file, name in files)
 
 
 def is_unchanged(files: Sequence[LocalFile]) -> bool:

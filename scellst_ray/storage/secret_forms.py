@@ -76,7 +76,7 @@ _HARMLESS_KEY = re.compile(
 _NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NO_VALUES = re.compile(r"(none|null|true|false|undefined)?")
 
-_PARAMETER = re.compile(r"([?&;#,])([^?&;#,=\s/'\"<>:]{1,200})=([^?&;#,\s'\"<>]*)")
+_PARAMETER = re.compile(r"([?&;#,])([^?&;#,=\s/'\"<>:]{1,200})=([\"']?)([^?&;#,\s'\"<>]*)")
 _ASSIGNMENT = re.compile(
     r"(?<![\w./%-])([A-Za-z][\w.-]{1,63})(\\?[\"'])?[ \t]{0,8}([=:])[ \t]{0,8}(\\?[\"'])?"
 )
@@ -84,9 +84,9 @@ _VALUE_END = re.compile(r"[;,&\s\"'<>}\]]")
 # Names that need no context: outside of a URI and of JSON, `key=value` and `sig=none` say nothing.
 _STRONG_NAMES = re.compile(
     r"(aws|azure|azurestorage|gcs|google|s3|oss|cos|minio|hf|huggingface|huggingfacehub|client|"
-    r"shared|db|my)?(accountkey|secretkey|secretaccesskey|accesskeysecret|sharedaccesskey|"
+    r"shared|db|my|x|ocpapim)?(accountkey|secretkey|secretaccesskey|accesskeysecret|sharedaccesskey|"
     r"sharedaccesssignature|accesskey|privatekey|apikey|sastoken|accesstoken|authtoken|"
-    r"bearertoken|securitytoken|sessiontoken|refreshtoken|hubtoken|hftoken|clientsecret|password|"
+    r"subscriptionkey|privatetoken|bearertoken|securitytoken|sessiontoken|refreshtoken|hubtoken|hftoken|clientsecret|password|"
     r"passwd|passphrase|pwd)"
 )
 _WEAK_IN_JSON = re.compile(r"key|code|pass|session|sessionid|auth|sas|sk|ak|hmac|sig|signature|pw")
@@ -218,7 +218,7 @@ def _parameters(line: str, uris: list[_Uri]) -> Iterator[Span]:
     for match in _PARAMETER.finditer(line):
         if match.start() < done or (match[1] in ";#," and match.start() < first):
             continue
-        if has_secret_name(match[2]) and _is_value(match[3]):
+        if has_secret_name(match[2]) and _is_value(match[4]):
             # In a line that is a URI, nothing else follows.
             is_alone = bool(uris) and uris[0].start == 0
             done = len(line) if is_alone else _end(_WORD_END, line, match.end())

@@ -47,6 +47,8 @@ DAMAGED = {
     "a count as text": b'{"slide_id": "S", "status": "done", "num_cells": "5"}',
     "a huge count": b'{"slide_id": "S", "status": "done", "num_cells": 99999999999999999999}',
     "a truth as a count": b'{"slide_id": "S", "status": "done", "num_cells": true}',
+    "half a character": b'{"slide_id": "S", "status": "done", "error": "\\ud83d"}',
+    "half a character in an unknown key": b'{"slide_id": "S", "status": "done", "x": ["\\uDE00"]}',
     "another slide": b'{"slide_id": "T", "status": "done"}',
 }
 

@@ -112,6 +112,14 @@ def test_run_json_is_that_of_the_first_release(tmp_path, job, settings, digest, 
     assert info["format_version"] == 1
 
 
+@pytest.mark.parametrize("settings", [NONE, PREDICT])
+def test_the_stored_fields_stand_for_the_settings(tmp_path, settings):
+    run = begin_run(str(tmp_path / "run"), "predict", settings)
+    assert begin_run(run.uri, "predict", settings.as_json()) == run
+    with pytest.raises(ValueError, match="core_px: 960 in the folder, 5 now"):
+        begin_run(run.uri, "predict", settings.as_json() | {"core_px": 5})
+
+
 def test_every_field_decides():
     changes = {
         "segmenter": "imported",

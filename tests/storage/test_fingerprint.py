@@ -188,3 +188,11 @@ def test_what_might_be_read_for_ever_is_not_read(tmp_path, kind):
     with pytest.raises(OSError, match=r"s.svs: neither a file nor a folder"):
         of(path)
     assert node_cache.fingerprint(str(path)) is None
+
+
+def test_a_slide_that_is_an_empty_folder_is_named(tmp_path):
+    (tmp_path / "s.zarr").mkdir()
+    (tmp_path / "s.zarr/0").mkdir()
+    with pytest.raises(OSError, match=r"s.zarr: an empty folder; give a file"):
+        of(tmp_path / "s.zarr")
+    assert node_cache.fingerprint(str(tmp_path / "s.zarr")) is None

@@ -49,6 +49,11 @@ OTHERS = [
     ("https://host/a.svs#token=hunter2", "hunter2"),
     ("https://host/a.svs#a=1&access_token=hunter2", "hunter2"),
     ("https://host/a.svs;sig=hunter2", "hunter2"),
+    ('https://host/a.svs?sig="hunter2"', "hunter2"),
+    ("https://host/a.svs?a=1&token='hunter2'&b=2", "hunter2"),
+    ("curl -H 'X-Api-Key: hunter2' host/a", "hunter2"),
+    ("Ocp-Apim-Subscription-Key: hunter2", "hunter2"),
+    ("PRIVATE-TOKEN: hunter2", "hunter2"),
     ("https://host/a.svs%3Fsig%3Dhunter2", "hunter2"),
     ("host/a.svs?token=hunter2", "hunter2"),
     ("zip://a?token=hunter2::https://host/a.zip", "hunter2"),
@@ -131,6 +136,12 @@ def test_a_text_that_is_a_uri_ends_with_its_secret():
     text = "https://host/a?password=hunter2 is'mine"
     assert redact(text) == "https://host/a"
     assert "mine" not in secret_in(text)
+
+
+def test_a_quote_behind_a_parameter_ends_it():
+    text = "the address is 'https://host/a.svs?token=' and what you were sent"
+    assert secret_in(text) is None
+    assert redact(text) == "the address is 'https://host/a.svs' and what you were sent"
 
 
 @pytest.mark.parametrize("text", HARMLESS)
