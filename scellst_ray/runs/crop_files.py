@@ -171,6 +171,11 @@ class ColourSums:
     sums: list[int] = field(default_factory=lambda: [0, 0, 0])
     squares: list[int] = field(default_factory=lambda: [0, 0, 0])
 
+    @classmethod
+    def from_json(cls, stored: ColourTotals) -> Self:
+        """Return the sums that a record holds; keys of later releases are passed over."""
+        return cls(stored["num_px"], stored["sums"], stored["squares"])
+
     def add(self, crops_NHWC: NDArray[np.uint8]) -> None:
         """Add the centres of crops, the part that an encoder sees."""
         first = (crops_NHWC.shape[1] - schemas.CROP_PX) // 2

@@ -98,11 +98,12 @@ def open_store(uris: Sequence[str]) -> CropStore:
                 )
                 raise ValueError(message)
             place = file_uri(uri, index["set"], slide_id)
-            stamp = storage.TableStamp(**crops["file"]) if "file" in crops else None
+            stamp = storage.TableStamp.from_json(crops["file"]) if "file" in crops else None
             shape = (crops["num_crops"], index["row_group"])
             files[slide_id] = CropFile(slide_id, place, *shape, stamp)
             digests[slide_id] = crops["digest"]
-            colours.join(**crops["centre"])
+            centre = crops["centre"]
+            colours.join(centre["num_px"], centre["sums"], centre["squares"])
     num_crops = sum(file.num_crops for file in files.values())
     if not num_crops:
         message = f"{', '.join(uris) or 'no folder'}: no crops; give runs that found cells"
@@ -134,7 +135,7 @@ def colours_by_slide(uri: str) -> dict[str, Colours]:
     """
     slides = _index(storage.absolute(uri))["slides"]
     return {
-        slide_id: ColourSums(**crops["centre"]).mean_std()
+        slide_id: ColourSums.from_json(crops["centre"]).mean_std()
         for slide_id, crops in slides.items()
         if crops["num_crops"]
     }

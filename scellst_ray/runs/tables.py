@@ -37,11 +37,7 @@ def table_uri(run: RunFolder, name: str, slide_id: str) -> str:
 def stamp_in(record: SlideRecord, name: str) -> storage.TableStamp | None:
     """Return the stamp of a table in its record; None from earlier releases."""
     found = record.get("files", {}).get(name)
-    if found is None:
-        return None
-    return storage.TableStamp(
-        found["sha256"], found["footer_sha256"], found["bytes"], found["rows"]
-    )
+    return None if found is None else storage.TableStamp.from_json(found)
 
 
 @contextmanager
@@ -66,10 +62,8 @@ def open_table(
     slide_id = record["slide_id"]
     uri, stamp = table_uri(run, name, slide_id), stamp_in(record, name)
     try:
-        if whole and stamp is not None and storage.digest_of(uri) != stamp.sha256:
-            raise storage.DamagedFileError(
-                uri, "is not the file that was written: its digest differs"
-            )
+        if whole and stamp is not None:
+            check_digest(uri, stamp)
         with storage.open_parquet(uri, stamp) as file:
             schemas.check(file.schema_arrow, name, uri)
             problem = foreign(run, record, name, file)

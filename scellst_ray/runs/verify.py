@@ -224,7 +224,7 @@ class _Verifier:
         remedy = f"remove the folder `crops` and {AGAIN}, which cuts all crops again"
         with self._noting(self._within(uri), remedy):
             if "file" in crops:
-                stamp = storage.TableStamp(**crops["file"])
+                stamp = storage.TableStamp.from_json(crops["file"])
                 storage.read_footer(uri, stamp)
                 check_digest(uri, stamp)
                 return

@@ -61,6 +61,11 @@ class TableStamp:
     bytes: int
     rows: int
 
+    @classmethod
+    def from_json(cls, stored: StoredStamp) -> "TableStamp":
+        """Return the stamp that a record holds; keys of later releases are passed over."""
+        return cls(stored["sha256"], stored["footer_sha256"], stored["bytes"], stored["rows"])
+
     def as_json(self) -> StoredStamp:
         """Return the fields as a record holds them."""
         return {

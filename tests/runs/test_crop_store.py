@@ -98,6 +98,22 @@ def test_what_is_no_store_is_refused(run, tmp_path):
         open_store([twice])
 
 
+def test_keys_of_later_releases_are_passed_over(tmp_path):
+    uri = write_crop_run(tmp_path, {"s": 20})
+    before, colours = open_store([uri]), colours_by_slide(uri)
+    index = storage.read_json(index_uri(uri))
+    (file,) = before.files
+    slide = index["slides"]["s"]
+    slide["file"] = storage.stamp_of(Path(file.uri)).as_json() | {"of_tomorrow": 1}
+    slide["centre"] = slide["centre"] | {"of_tomorrow": [1]}
+    storage.publish_json(index_uri(uri), {k: v for k, v in index.items() if k != "checksum"})
+    after = open_store([uri])
+    np.testing.assert_array_equal([after.mean, after.std], [before.mean, before.std])
+    assert after.digest == before.digest
+    assert after.files[0].stamp == storage.stamp_of(Path(file.uri))
+    assert colours_by_slide(uri) == colours
+
+
 def test_a_file_that_changed_is_refused(tmp_path):
     store = open_store([write_crop_run(tmp_path, {"s": 20})])
     write_crop_run(tmp_path, {"s": 21})
