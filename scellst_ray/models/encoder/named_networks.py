@@ -21,7 +21,7 @@ from scellst_ray.models.encoder.backbones import new_backbone
 from scellst_ray.models.encoder.header import RESNET_DIMS, TIMM
 from scellst_ray.models.encoder.read_weights import UNREADABLE, value_problem
 
-RANDOM = re.compile(r"random:(\d+)(?::(.+))?")
+RANDOM = re.compile(r"random:([0-9]{1,18})(?::(.+))?")
 # Variable that keeps torch from running code in a file, whoever calls it.
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # Gain of a residual branch's last norm in a random network.

@@ -216,7 +216,19 @@ def test_digests(tmp_path):
     assert encoder_digest(str(tmp_path / "w")) == f"sha256:{expected}"
 
 
-@pytest.mark.parametrize("name", ["resnet", "random:", "random:x", "random:-1", "no/such.pth", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet",
+        "random:",
+        "random:x",
+        "random:-1",
+        f"random:{2**63}",
+        "random:٣",
+        "no/such.pth",
+        "",
+    ],
+)
 def test_unknown_weights_name_what_there_is(name):
     with pytest.raises(ValueError, match=r"no such file; give a file, 'imagenet' or 'random:SEED'"):
         encoder_digest(name)
