@@ -20,7 +20,7 @@ from scellst_ray.spots.anndata_file import read_pairs
 from scellst_ray.spots.files import read_json_object
 from scellst_ray.spots.hdf5 import find_part, open_hdf5
 from scellst_ray.spots.lattice import find_lattice
-from scellst_ray.spots.resolution import DISC_OF_SQUARE, has_pooled_counts
+from scellst_ray.spots.resolution import DISC_OF_SQUARE, agrees, has_pooled_counts
 from scellst_ray.storage.node_cache import hold
 
 SEGMENTATIONS = ("{}_cellvit_seg.parquet", "{}_cellvit_seg.geojson")
@@ -182,6 +182,8 @@ def _diameter_um(
         return stated_um, []
     whole_um = round(pitch_um * DISC_OF_SQUARE, 1)
     are_squares = f"its spots form squares of {pitch_um:.4g} um side by side"
+    if has_pooled_counts(technology) and stated_um and agrees(stated_um, whole_um):
+        return stated_um, []
     if has_pooled_counts(technology):
         text = (
             f"{are_squares} over which {technology} was pooled, but spot_diameter is "

@@ -64,7 +64,7 @@ def check_stated_mpp(
 
 
 def agrees(one: float, other: float) -> bool:
-    """Return whether two resolutions differ by at most 10 %."""
+    """Return whether two resolutions, or two lengths, differ by at most 10 %."""
     return abs(one - other) <= (MAX_DIFFERENCE + 1e-9) * min(one, other)
 
 

@@ -70,6 +70,8 @@ def damaged(folder, kind):
         adata.write_h5ad(path)
     elif kind == "beside the slide":
         write_h5ad(path, xy0=((9000.0, 100.0), (8000.0, 300.0)))
+    elif kind == "partly beside the slide":
+        write_h5ad(path, xy0=((100.0, 100.0), (8000.0, 300.0)))
     elif kind == "no JSON":
         path = folder / "s.geojson"
         path.write_text("no JSON")
@@ -93,7 +95,7 @@ def damaged(folder, kind):
     "kind",
     [
         *("a folder without a matrix", "a cut file", "no counts", "no places", "beside the slide"),
-        *("no JSON", "nuclei beside the slide", "no cells"),
+        *("partly beside the slide", "no JSON", "nuclei beside the slide", "no cells"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path, kind):

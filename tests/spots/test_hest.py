@@ -188,6 +188,13 @@ def test_pooled_squares_get_the_disc_of_their_area(tmp_path, technology, stated)
     assert read_spots(sample.row).radius0 == pytest.approx(22.6)
 
 
+@pytest.mark.parametrize("stated", [22.0, 22.6])
+def test_a_diameter_that_covers_its_square_is_kept(tmp_path, stated):
+    write_sample(tmp_path, metadata={"st_technology": "Xenium", "spot_diameter": stated})
+    (sample,), _ = read_hest(str(tmp_path))
+    assert (sample.row["spot_diameter_um"], sample.conflicts) == (stated, [])
+
+
 @pytest.mark.parametrize("technology", ["Visium", "Spatial Transcriptomics"])
 def test_discs_stay_discs(tmp_path, technology):
     write_sample(tmp_path, metadata={"st_technology": technology})
