@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import shapely
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 # A part below this share of the object's largest part is a crumb, which decides nothing.
 CRUMB = 0.1
@@ -132,6 +130,10 @@ def _count_groups(
         owner: Number of the object of each piece, ascending, [R].
         area: Areas of the pieces in px2, [R].
     """
+    # Every finisher loads this module, and few of them import nuclei.
+    from scipy.sparse import coo_array  # noqa: PLC0415
+    from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
+
     # A ring of one or two points, which has no polygon, has no area and is no piece.
     polygons = np.atleast_1d(shapely.polygons(shapely.linearrings(points, indices=place)))
     num_pieces = np.bincount(owner)

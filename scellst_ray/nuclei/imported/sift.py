@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 # A nucleus of a megakaryocyte or a giant tumour cell has about 1,000 um2; lymphocytes have 15.
 LARGEST_UM2, SMALLEST_UM2 = 2000.0, 1.0
@@ -99,6 +98,9 @@ def _near_pairs(
     table: pa.Table, rows: NDArray[np.int64], source: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return pairs of rows with like areas and near centroids, each the earlier one first, [Q]."""
+    # Every planner loads this module, and few of them import nuclei.
+    from scipy.spatial import cKDTree  # noqa: PLC0415
+
     area0 = table["area0"].to_numpy()[rows]
     xy0 = np.column_stack([table["x0"].to_numpy(), table["y0"].to_numpy()])[rows]
     found = [np.zeros((0, 2), np.int64)]
