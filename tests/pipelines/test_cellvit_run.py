@@ -41,7 +41,7 @@ def manifest(tmp_path_factory):
     )
     slide = write_synthetic_slide(folder / "s", config).slide
     path = folder / "manifest.csv"
-    path.write_text(f"slide_id,uri,mpp\nfine,{slide},\ncoarse,{slide},0.8\n")
+    path.write_text(f"slide_id,uri,mpp,mpp_confirmed\nfine,{slide},,\ncoarse,{slide},0.8,yes\n")
     return path
 
 

@@ -151,7 +151,7 @@ def test_extract_takes_the_segmentation_the_manifest_names(
     (tmp_path / "wrong.geojson").write_text(json.dumps(swapped))
     (tmp_path / "m.csv").write_text(
         f"slide_id,uri,segmentation\ngood,{synthetic_slide.slide},{segmentation}\n"
-        f"wrong,{synthetic_slide.slide},wrong.geojson\nnone,{synthetic_slide.slide},\n"
+        f"wrong,{synthetic_slide.slide},wrong.geojson\nwithout,{synthetic_slide.slide},\n"
     )
     config = ExtractConfig(
         manifest=str(tmp_path / "m.csv"),
@@ -166,7 +166,7 @@ def test_extract_takes_the_segmentation_the_manifest_names(
     assert {k: r["status"] for k, r in records.items()} == {
         "good": "done",
         "wrong": "failed",
-        "none": "failed",
+        "without": "failed",
     }
     assert "centroids lie outside" in records["wrong"]["error"]
     assert records["good"]["num_cells"] >= 0.95 * len(truth)
