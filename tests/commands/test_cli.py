@@ -371,6 +371,15 @@ def test_a_missing_manifest_from_a_process_that_loaded_all_commands(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def heeded_sigint():
+    """Have SIGINT raise KeyboardInterrupt, which a shell's background job would ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_sigint")
 @pytest.mark.parametrize("error", [None, RuntimeError("turned by a library"), ImportError("cut")])
 def test_ctrl_c_ends_in_two_lines(monkeypatch, capsys, error):
     def work(_):
