@@ -54,12 +54,15 @@ def test_no_items_and_errors():
 
 
 INTERRUPTED = """
+import signal
 import sys
 from scellst_ray.core.isolated import map_isolated
 from scellst_ray.core.signals import catch_sigint
 from tests.support.sleeper import sleep_long
 
 if __name__ == "__main__":
+    # A shell's background job, which tests may be, ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with catch_sigint() as interrupts:
         try:
             list(map_isolated(sleep_long, [sys.argv[1]], processes=1))
