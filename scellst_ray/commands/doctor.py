@@ -36,10 +36,10 @@ from scellst_ray.pipelines.ask_nodes import node_problems, working_nodes
 from scellst_ray.pipelines.session import ray_session
 from scellst_ray.preflight.checks import FoundSlides, Problem, find_slides
 from scellst_ray.preflight.nodes import NodeRequirements, write_probe
-from scellst_ray.preflight.slide_plans import Header, header_of, slide_row
+from scellst_ray.preflight.slide_plans import Header, header_of
 from scellst_ray.slides.manifest import PATH_COLUMNS, SlideRow, read_manifest
 from scellst_ray.stages.config import head_file
-from scellst_ray.stages.rows import Outcome
+from scellst_ray.stages.rows import Outcome, slide_row
 from scellst_ray.stages.segmenter_settings import WITHOUT_FILE
 from scellst_ray.stages.tiles import guarded
 

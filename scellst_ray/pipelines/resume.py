@@ -14,7 +14,7 @@ from scellst_ray.runs.folder import RunFolder, split_by_slide
 from scellst_ray.runs.receipt_sources import of_source
 from scellst_ray.runs.receipts_log import best_of_each_tile
 from scellst_ray.slides.manifest import SlideRow
-from scellst_ray.stages.rows import PendingSlide
+from scellst_ray.stages.rows import PendingSlide, slide_row
 from scellst_ray.stages.slide_source import present_source
 from scellst_ray.stages.tiles import CellsSpec
 
@@ -42,18 +42,12 @@ class LoggedWork:
 
 def pending_slide(slide: SlideRow, spec: CellsSpec, run: RunFolder) -> PendingSlide:
     """Return a slide as `plan_slide` takes it, without a tile that is done."""
-    segmentation = slide.columns.get("segmentation") if spec.segmenter == "imported" else None
-    return {
-        "slide_id": slide.slide_id,
-        "uri": slide.uri,
-        "mpp": slide.mpp,
-        "mpp_error": slide.mpp_error,
-        "mpp_confirmed": slide.mpp_confirmed,
-        "done_tiles": [],
-        "segmentation": segmentation,
-        "imported_uri": None if segmentation is None else run.imported_uri(slide.slide_id),
-        "source": None,
-    }
+    row = slide_row(slide)
+    if spec.segmenter != "imported":
+        row["segmentation"] = None
+    elif row["segmentation"] is not None:
+        row["imported_uri"] = run.imported_uri(slide.slide_id)
+    return row
 
 
 def read_logged_work(

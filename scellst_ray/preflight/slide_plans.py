@@ -19,7 +19,7 @@ from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.tissue import TISSUE_MPP, tissue_mask
 from scellst_ray.stages.plan_slide import check_slide, plan_slide
-from scellst_ray.stages.rows import Outcome, PendingSlide, TileRow
+from scellst_ray.stages.rows import Outcome, PendingSlide, TileRow, slide_row
 from scellst_ray.stages.tiles import CellsSpec, guarded
 from scellst_ray.storage.node_cache import hold
 
@@ -122,21 +122,6 @@ def plan_slides(
         chosen.setdefault(tile["slide_id"], []).append(tile)
     ordered = (planned[slide.slide_id] for slide in slides)
     return [replace(plan, sample=tuple(chosen.get(plan.slide_id, ()))) for plan in ordered]
-
-
-def slide_row(slide: SlideRow) -> PendingSlide:
-    """Return the row of a slide for `plan_slide`, with no tile done."""
-    return {
-        "slide_id": slide.slide_id,
-        "uri": slide.uri,
-        "mpp": slide.mpp,
-        "mpp_error": slide.mpp_error,
-        "mpp_confirmed": slide.mpp_confirmed,
-        "done_tiles": [],
-        "segmentation": slide.columns.get("segmentation"),
-        "imported_uri": None,
-        "source": None,
-    }
 
 
 def plan_one(row: PendingSlide, spec: CellsSpec, keep: int = 0) -> SlidePlan:

@@ -9,7 +9,7 @@ from scipy import sparse
 
 from scellst_ray.spots.anndata_file import read_index, read_matrix_part, read_text_column
 from scellst_ray.spots.features import select_genes
-from scellst_ray.spots.gene_names import is_ensembl
+from scellst_ray.spots.gene_names import is_ensembl, mostly_ensembl
 from scellst_ray.spots.hdf5 import find_part, names_in
 from scellst_ray.spots.matrices import first_not_count
 
@@ -150,7 +150,7 @@ def _column_of(
                     f"{uri}: var[{key!r}] has {len(values)} entries for {len(index)} features."
                 )
                 raise ValueError(message)
-            if wanted is SYMBOLS and 2 * sum(map(is_ensembl, values)) > len(values):
+            if wanted is SYMBOLS and mostly_ensembl(values):
                 continue
             value_of = dict(zip(index, values, strict=True))
             return values if index == names else [value_of.get(name, "") for name in names]

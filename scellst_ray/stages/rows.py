@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from scellst_ray.core.geometry import Frame
+from scellst_ray.slides.manifest import SlideRow
 
 Seconds = Literal[
     "seconds_plan",
@@ -102,6 +103,21 @@ class PendingSlide(TypedDict):
     segmentation: str | None
     imported_uri: str | None
     source: str | None
+
+
+def slide_row(slide: SlideRow) -> PendingSlide:
+    """Return the row of a slide for `plan_slide`, with no tile done."""
+    return {
+        "slide_id": slide.slide_id,
+        "uri": slide.uri,
+        "mpp": slide.mpp,
+        "mpp_error": slide.mpp_error,
+        "mpp_confirmed": slide.mpp_confirmed,
+        "done_tiles": [],
+        "segmentation": slide.columns.get("segmentation"),
+        "imported_uri": None,
+        "source": None,
+    }
 
 
 class AttemptedSlide(PendingSlide, Outcome):

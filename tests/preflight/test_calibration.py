@@ -8,8 +8,9 @@ import pytest
 from scellst_ray.preflight import calibration
 from scellst_ray.preflight.calibration import calibrate
 from scellst_ray.preflight.costs import DEFAULTS
-from scellst_ray.preflight.slide_plans import plan_one, slide_row
+from scellst_ray.preflight.slide_plans import plan_one
 from scellst_ray.slides.manifest import SlideRow
+from scellst_ray.stages.rows import slide_row
 
 # Read before the fixture below replaces them.
 WORKER_MODULES, COMMAND_MODULES = calibration.WORKER_MODULES, calibration.COMMAND_MODULES

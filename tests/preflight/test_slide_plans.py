@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scellst_ray.preflight.slide_plans import by_slide, header_of, plan_one, plan_slides, slide_row
+from scellst_ray.preflight.slide_plans import by_slide, header_of, plan_one, plan_slides
 from scellst_ray.slides.manifest import SlideRow
 from scellst_ray.slides.reader import Slide
 from scellst_ray.stages.plan_slide import plan_slide
+from scellst_ray.stages.rows import slide_row
 from scellst_ray.stages.tiles import box_of
 
 
