@@ -33,6 +33,8 @@ from scellst_ray.runs.records import LeaseInfo
 
 T = TypeVar("T")
 CHECKSUM = "checksum"
+# Key of an entry of slides.json: digest of the slide_ids of all entries.
+ALL_SLIDES = "all_slides"
 RECORD_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*\.json", re.ASCII)
 # Half of a character beyond 16 bits, as JSON writes it.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -120,8 +122,11 @@ def _no_text_in(content: bytes, found: object) -> str | None:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in content.items() if k != CHECKSUM}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest({key: value for key, value in content.items() if key != CHECKSUM})
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def mismatch(
@@ -258,9 +263,13 @@ def parse_lease(content: bytes, uri: str) -> LeaseInfo:
 
 
 def publish_sources(uri: str, sources: Mapping[str, Mapping[str, Any]]) -> None:
-    """Publish `slides.json`: the sources of slides, each with a checksum, by slide_id."""
+    """Publish `slides.json`: the sources of slides by slide_id.
+
+    Each entry has a checksum of itself and a digest of all slide_ids.
+    """
+    of_all = {ALL_SLIDES: _digest(sorted(sources))}
     entries = {
-        slide_id: {**source, CHECKSUM: _checksum({"slide_id": slide_id, **source})}
+        slide_id: {**source, **of_all, CHECKSUM: _checksum({"slide_id": slide_id, **source})}
         for slide_id, source in sources.items()
     }
     storage.publish_json(uri, entries)
@@ -270,7 +279,7 @@ def read_sources(uri: str, kind: type[T], remedy: str) -> dict[str, T]:
     """Read `slides.json`: the sources of slides, by slide_id; empty if there is no such file.
 
     Raises:
-        DamagedFileError: it is no such document, or an entry was changed.
+        DamagedFileError: it is no such document, or an entry was changed, added or removed.
         OSError: the file cannot be read.
     """
     try:
@@ -278,13 +287,17 @@ def read_sources(uri: str, kind: type[T], remedy: str) -> dict[str, T]:
     except FileNotFoundError:
         return {}
     found: dict[str, dict[str, Any]] = parse_document(content, dict[str, kind], uri, remedy)  # type: ignore[valid-type]
+    of_all = _digest(sorted(found))
+    problem = None
     for slide_id, source in found.items():
-        checksum = source.pop(CHECKSUM, None)  # absent from earlier releases
+        listed = source.pop(ALL_SLIDES, of_all)  # both are absent from earlier releases
+        checksum = source.pop(CHECKSUM, None)
         if checksum is not None and checksum != _checksum({"slide_id": slide_id, **source}):
-            problem = (
-                f"is damaged: the entry of slide {slide_id!r} was changed after it was written"
-            )
-            raise storage.DamagedFileError(uri, problem, remedy)
+            problem = f"the entry of slide {slide_id!r} was changed after it was written"
+        elif listed != of_all:
+            problem = problem or "an entry was added or removed after it was written"
+    if problem is not None:
+        raise storage.DamagedFileError(uri, f"is damaged: {problem}", remedy)
     return cast("dict[str, T]", found)
 
 

@@ -33,6 +33,7 @@ class Comparison:
         entries: What slides.json says from now on, by slide_id.
         problems: Why a finished slide is another one now, by slide_id.
         replaced: slide_ids of finished slides whose file holds another content now.
+        unlisted: slide_ids of finished slides that slides.json lacks.
         trusted: slide_ids that are what they were in all earlier commands. Receipts without a
             source, which earlier releases wrote, count for these alone.
     """
@@ -40,6 +41,7 @@ class Comparison:
     entries: dict[str, SlideSource] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
     trusted: set[str] = field(default_factory=set)
 
 
@@ -70,16 +72,20 @@ def accept_slides(
     if found.problems:
         raise ValueError(_refusal(run, found.problems))
     if found.replaced:
-        names = ", ".join(found.replaced[:NAMED_SLIDES])
-        more = " ..." if len(found.replaced) > NAMED_SLIDES else ""
         logger.warning(
             "%d finished slide(s) stay as they are, but their file holds another content now: "
-            "%s%s. To do one from the start, remove its record (such as %s) and run the same "
+            "%s. To do one from the start, remove its record (such as %s) and run the same "
             "command again",
             len(found.replaced),
-            names,
-            more,
+            _first_of(found.replaced),
             run.record_uri(found.replaced[0]),
+        )
+    if found.unlisted:
+        logger.warning(
+            "%s: lacked %d finished slide(s): %s. Their entries are made from the manifest",
+            uri,
+            len(found.unlisted),
+            _first_of(found.unlisted),
         )
     now = known | found.entries
     if now != known:
@@ -97,10 +103,13 @@ def _compare(
     finished = []
     for slide_id, now in slides.items():
         before, record = known.get(slide_id), records.get(slide_id)
-        if before is None:
+        if record is not None and record["status"] in FINISHED:
+            if before is None:
+                found.unlisted.append(slide_id)
+            slide = _FinishedSlide(slide_id, before or now, now, record, moved, before is not None)
+            finished.append(slide)
+        elif before is None:
             found.entries[slide_id] = now
-        elif record is not None and record["status"] in FINISHED:
-            finished.append(_FinishedSlide(slide_id, before, now, record, moved))
         else:
             found.entries[slide_id] = _note_change(before, now)
             if not found.entries[slide_id].get("changed"):
@@ -115,6 +124,11 @@ def _compare(
         elif is_replaced:
             found.replaced.append(slide.slide_id)
     return found
+
+
+def _first_of(slide_ids: Sequence[str]) -> str:
+    more = " ..." if len(slide_ids) > NAMED_SLIDES else ""
+    return ", ".join(slide_ids[:NAMED_SLIDES]) + more
 
 
 def _note_change(before: SlideSource, now: SlideSource) -> SlideSource:
@@ -133,13 +147,17 @@ _NAMES = ("named", "segmentation_named", "changed")
 
 @dataclass(frozen=True)
 class _FinishedSlide:
-    """A finished slide, as it was read and as the manifest has it now."""
+    """A finished slide, as it was read and as the manifest has it now.
+
+    If slides.json lacks it, `before` is what the manifest has now, and the record alone says more.
+    """
 
     slide_id: str
     before: SlideSource
     now: SlideSource
     record: SlideRecord
     moved: Sequence[str]
+    is_listed: bool
 
     def entry(self) -> SlideSource:
         """Return the entry for slides.json: what was read, where it is now."""
@@ -151,6 +169,8 @@ class _FinishedSlide:
 
     def problem(self) -> str | None:
         """Return why the slide is another one now; None if it is the same."""
+        if not self.is_listed:
+            return self._problem_by_record()
         mpp, own = self.now["mpp"], self.record.get("mpp")
         if mpp != self.before["mpp"] and (mpp is None or mpp != own):
             values = [f"mpp {value or 'of its file'}" for value in (self.before["mpp"], mpp)]
@@ -162,6 +182,21 @@ class _FinishedSlide:
                 values = [redact(str(entry.get(kind))) for entry in (self.before, self.now)]
                 what = "nuclei were imported" if kind == "segmentation" else "was read"
                 return f"{what} from {values[0]}, and the manifest names {values[1]} now"
+        return None
+
+    def _problem_by_record(self) -> str | None:
+        """Return why the slide is not the one of its record; None if nothing says so."""
+        mpp, own = self.now["mpp"], self.record.get("mpp")
+        if None not in (mpp, own) and mpp != own:
+            return f"was read with mpp {own}, and the manifest has mpp {mpp} now"
+        for kind in KINDS:
+            uri, source = self.now.get(kind), self._source(kind)
+            file = None if uri is None or source is None else node_cache.fingerprint(uri)
+            if file is not None and source is not None and not file.has_content_of(source):
+                return (
+                    f"was read from another {kind} than {redact(str(uri))} is now "
+                    f"({SLIDES_FILE} lacks it)"
+                )
         return None
 
     def is_replaced(self) -> bool:

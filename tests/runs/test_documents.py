@@ -181,6 +181,23 @@ def test_a_changed_entry_of_a_source_is_noticed(tmp_path, old, new):
         read_sources(uri, SlideSource, "mend it")
 
 
+def test_an_entry_that_was_removed_is_noticed(tmp_path):
+    uri = f"{tmp_path}/slides.json"
+    sources = {name: {**SOURCE, "bytes": 7} for name in ("S", "T", "all_slides")}
+    publish_sources(uri, sources)
+    assert read_sources(uri, SlideSource, "mend it") == sources
+    stored = storage.read_json(uri)
+    without_one = {name: stored[name] for name in ("S", "all_slides")}
+    for content in (without_one, {"S": stored["S"]}):
+        storage.publish_json(uri, content)
+        with pytest.raises(storage.DamagedFileError, match="an entry was added or removed"):
+            read_sources(uri, SlideSource, "mend it")
+    # Entries of earlier releases say nothing of each other.
+    del stored["S"]["all_slides"]
+    storage.publish_json(uri, {"S": stored["S"]})
+    assert read_sources(uri, SlideSource, "mend it") == {"S": sources["S"]}
+
+
 LEASE = {
     **dict.fromkeys(("token", "host", "machine", "process"), "a"),
     **dict.fromkeys(("acquired", "renewed", "expires"), "2026-03-01T12:00:00+00:00"),

@@ -6,8 +6,10 @@ import shutil
 import pytest
 
 from scellst_ray import storage
+from scellst_ray.runs.documents import publish_sources, read_sources
 from scellst_ray.runs.folder import begin_run
 from scellst_ray.runs.known_slides import accept_slides, check_moved, moved_uri
+from scellst_ray.runs.records import SlideSource
 from scellst_ray.runs.sources import sources_of
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.storage import node_cache
@@ -228,6 +230,65 @@ def test_finished_slides_on_an_object_store_cost_no_request(cohort):
         with pytest.raises(ValueError, match="slide 'a' is finished"):
             cohort.accept(f"a,{at}/b.svs,\n")
         assert objects.gets() == 0
+
+
+def without_entry(cohort, name="a", *, file_too=False):
+    """Lose the entry of a slide, as an editor may; or all of slides.json."""
+    uri = f"{cohort.run.uri}/slides.json"
+    known = read_sources(uri, SlideSource, "")
+    storage.remove_tree(uri)
+    if not file_too:
+        publish_sources(uri, {key: value for key, value in known.items() if key != name})
+
+
+@pytest.mark.parametrize("file_too", [False, True])
+@pytest.mark.parametrize("change", [None, lose, touch])
+def test_a_finished_slide_without_an_entry(cohort, caplog, change, file_too):
+    cohort.accept()
+    cohort.finish()
+    before = cohort.known()
+    without_entry(cohort, file_too=file_too)
+    if change is not None:
+        change(cohort.folder / "slides" / "a.svs")
+    cohort.accept()
+    assert "slides.json: lacked 1 finished slide(s): a. " in caplog.text
+    if change is not lose:  # else its size is not known
+        assert cohort.known() == before
+    caplog.clear()
+    cohort.accept()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("file_too", [False, True])
+@pytest.mark.parametrize(
+    ("change", "row", "words"),
+    [
+        (grow, "a,slides/a.svs,", r"was read from another uri than .*a\.svs"),
+        (replace, "a,slides/a.svs,", r"was read from another uri than .*a\.svs"),
+        (None, "a,slides/b.svs,", r"was read from another uri than .*b\.svs"),
+        (None, "a,slides/a.svs,0.25", r"was read with mpp 0\.5, and the manifest has mpp 0\.25"),
+    ],
+)
+def test_a_slide_without_an_entry_may_not_be_another_one(cohort, change, row, words, file_too):
+    cohort.accept()
+    (cohort.folder / "slides" / "b.svs").write_bytes(CONTENT[::-1])
+    cohort.finish()
+    without_entry(cohort, file_too=file_too)
+    if change is not None:
+        change(cohort.folder / "slides" / "a.svs")
+    with pytest.raises(ValueError, match=words):
+        cohort.accept(f"{row}\nb,slides/b.svs,\n")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_slide_on_a_store_without_an_entry(cohort):
+    with serving({"a.svs": b"first", "b.svs": b"other"}) as (at, _):
+        cohort.accept(f"a,{at}/a.svs,\n")
+        cohort.finish(uri=f"{at}/a.svs")
+        without_entry(cohort)
+        with pytest.raises(ValueError, match="was read from another uri"):
+            cohort.accept(f"a,{at}/b.svs,\n")
+        cohort.accept(f"a,{at}/a.svs,\n")
 
 
 def test_other_colours_than_those_of_a_finished_slide(cohort):
