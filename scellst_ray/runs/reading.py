@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -24,12 +23,18 @@ from scellst_ray.core.names import check_names
 from scellst_ray.models.mil.stored_head import (
     HEAD_FILE,
     LastLayer,
-    expression_blocks,
     read_last_layer,
-    row_groups,
     vector_matrix,
 )
 from scellst_ray.runs.documents import read_sources, warn_once
+from scellst_ray.runs.expression import (
+    CellIds,
+    Genes,
+    What,
+    iter_expression,
+    layer_of,
+    read_expression,
+)
 from scellst_ray.runs.folder import (
     RUN_FILE,
     SLIDES_FILE,
@@ -40,13 +45,6 @@ from scellst_ray.runs.folder import (
 from scellst_ray.runs.frames import frame_of, slides_frame
 from scellst_ray.runs.records import RunInfo, SlideRecord, SlideSource
 from scellst_ray.runs.tables import open_table, read_rows
-
-IDS = ("slide_id", "cell_id")
-# None means the whole panel.
-Genes = Sequence[str] | None
-# None means all cells of the slide.
-CellIds = Sequence[int] | NDArray[np.integer] | None
-What = Literal["mean", "sd"]
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class Run:
             ValueError: the slide or a column is unknown, the slide failed, or the file holds
                 another table.
         """
-        with self._open(slide_id, "CELLS", whole=columns is None) as file:
+        with self.open_table(slide_id, "CELLS", whole=columns is None) as file:
             schema = schemas.cells_schema(self.embedding_dim) if file is None else file.schema_arrow
             source = f"CELLS of slide {slide_id!r}"
             names = schema.names if columns is None else check_names(columns, schema.names, source)
@@ -188,8 +186,7 @@ class Run:
         Raises:
             ValueError: a gene is not in the panel or is named twice, or the run has no head.
         """
-        panel = self.last_layer.genes
-        return list(panel) if genes is None else check_names(genes, panel, f"{self.uri}: genes")
+        return list(layer_of(self, genes).genes)
 
     def embeddings(self, slide_id: str) -> NDArray[np.float16]:
         """Return the embeddings of a slide's cells, float16 [N, D], in the order of `cells`."""
@@ -216,20 +213,7 @@ class Run:
             ValueError: the slide, a gene or a cell is unknown, the slide failed, or the run has no
                 head.
         """
-        layer = self.last_layer.select(self._gene_index(genes))
-        wanted = None if cell_ids is None else np.unique(np.asarray(cell_ids, np.int64))
-        missing = np.zeros(0, np.int64) if wanted is None else wanted
-        with self._open(slide_id, "EXPRESSION") as file:
-            for table in () if file is None else row_groups(file, wanted):
-                missing = np.setdiff1d(missing, table["cell_id"].to_numpy(), assume_unique=True)
-                for block, values_NG in expression_blocks(table, layer, what):
-                    yield block.select(list(IDS)), values_NG
-        if len(missing):
-            message = (
-                f"slide {slide_id!r} of {self.uri} has no cell_id {missing[:5].tolist()} "
-                f"({len(missing)} unknown); take ids from run.cells({slide_id!r})"
-            )
-            raise ValueError(message)
+        yield from iter_expression(self, genes, slide_id, cell_ids, what)
 
     def expression_numpy(
         self, genes: Genes, slide_id: str, cell_ids: CellIds = None, what: What = "mean"
@@ -238,11 +222,11 @@ class Run:
 
         Arguments and errors are those of `iter_expression`. A cell may be named several times.
         """
-        return self._expression(genes, slide_id, cell_ids, what)[1]
+        return read_expression(self, genes, slide_id, cell_ids, what)[1]
 
     def expression_arrow(self, genes: Genes, slide_id: str, cell_ids: CellIds = None) -> pa.Table:
         """Return `expression_numpy` as slide_id, cell_id and one float32 column per gene."""
-        ids, values_NG = self._expression(genes, slide_id, cell_ids)
+        ids, values_NG = read_expression(self, genes, slide_id, cell_ids)
         names = self.choose_genes(genes)
         columns = {"slide_id": pa.repeat(slide_id, len(ids)), "cell_id": pa.array(ids)}
         by_gene = {g: pa.array(np.ascontiguousarray(values_NG[:, i])) for i, g in enumerate(names)}
@@ -251,33 +235,6 @@ class Run:
     def expression(self, genes: Genes, slide_id: str, cell_ids: CellIds = None) -> pl.DataFrame:
         """Return `expression_arrow` as a polars frame."""
         return frame_of(self.expression_arrow(genes, slide_id, cell_ids))
-
-    def _gene_index(self, genes: Genes) -> NDArray[np.int64]:
-        """Return the positions of the genes in the panel."""
-        place = {gene: i for i, gene in enumerate(self.last_layer.genes)}
-        return np.array([place[name] for name in self.choose_genes(genes)], np.int64)
-
-    def _expression(
-        self, genes: Genes, slide_id: str, cell_ids: CellIds, what: What = "mean"
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return cell ids [N] and expression [N, G], filled block by block."""
-        num_genes = len(self.choose_genes(genes))
-        if cell_ids is None:
-            with self._open(slide_id, "EXPRESSION") as file:
-                num_cells = 0 if file is None else file.metadata.num_rows
-        else:
-            num_cells = len(np.unique(np.asarray(cell_ids, np.int64)))
-        ids_N = np.zeros(num_cells, np.int64)
-        values_NG = np.zeros((num_cells, num_genes), np.float32)
-        start = 0
-        for table, block in self.iter_expression(genes, slide_id, cell_ids, what):
-            rows = slice(start, start + len(table))
-            ids_N[rows], values_NG[rows] = table["cell_id"].to_numpy(), block
-            start += len(table)
-        if cell_ids is None or np.array_equal(ids_N, cell_ids):
-            return ids_N, values_NG
-        order = np.searchsorted(ids_N, np.asarray(cell_ids, np.int64))
-        return ids_N[order], values_NG[order]
 
     def _record(self, slide_id: str) -> SlideRecord:
         """Return the record of a slide that did not fail."""
@@ -294,7 +251,7 @@ class Run:
         return record
 
     @contextmanager
-    def _open(
+    def open_table(
         self, slide_id: str, name: str, *, whole: bool = False
     ) -> Iterator[pq.ParquetFile | None]:
         """Open a slide's table; None if the slide has no cells. Arguments: as `open_table`."""

@@ -3,161 +3,31 @@
 import hashlib
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
-import fsspec
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import shapely
-import torch
 
 import scellst_ray
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.models.mil import stored_head
-from scellst_ray.models.mil.head import MilHead, formula_of, head_to_bytes, save_head
+from scellst_ray.models.mil.head import MilHead, head_to_bytes
 from scellst_ray.runs import compaction
 from scellst_ray.runs.documents import publish_document
 from scellst_ray.runs.folder import begin_run
 from scellst_ray.runs.reading import open_run
-from tests.support.mil_heads import spread_from_hidden
+from tests.support import written_runs
 from tests.support.run_folders import Settings
+from tests.support.written_runs import (
+    GENES,
+    add_slide,
+    make_run,
+    receipts,
+)
 
-GENES = ["EPCAM", "CD3E", "ERBB2", "COL1A1", "KRT8"]
-TILE = 1 << 20
-
-
-def vectors(values):
-    flat = pa.array(values.reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-
-
-def shard_table(slide_id, tile_ids, cells_per_tile, rng, *, embedding, hidden):
-    ids = np.concatenate([t * TILE + np.arange(cells_per_tile) for t in tile_ids])
-    xy = rng.uniform(0, 1000, (len(ids), 2)).astype(np.float32)
-    columns = {
-        "slide_id": pa.repeat(slide_id, len(ids)),
-        "cell_id": pa.array(ids),
-        "x0": xy[:, 0],
-        "y0": xy[:, 1],
-        "area_um2": rng.uniform(20, 90, len(ids)).astype(np.float32),
-        "nucleus_type": rng.choice(["epithelial", "immune"], len(ids)).tolist(),
-        "type_prob": pa.nulls(len(ids), pa.float32()),
-        "polygon": shapely.to_wkb(shapely.box(*xy.T, *(xy.T + 5))).tolist(),
-        "seam": np.zeros(len(ids), np.uint8),
-    }
-    if embedding:
-        columns["embedding"] = vectors(rng.normal(size=(len(ids), 2048)).astype(np.float16))
-    if hidden:
-        factor = rng.uniform(0, 3, (len(ids), 256 * hidden)).astype(np.float16)
-        columns["hidden"] = vectors(factor)
-    return pa.table(columns)
-
-
-def receipts(slide_id, tiles):
-    rows = [
-        {"slide_id": slide_id, "num_tiles": max(0, len(tiles)), "num_cells": 0, "mpp": 0.5}
-        | {"read_mpp": 0.5, "width0": 1000, "height0": 800, "seconds_read": 0.25}
-        | tile
-        for tile in tiles
-    ]
-    columns = {f.name: pa.array([r.get(f.name) for r in rows], f.type) for f in schemas.RECEIPTS}
-    return pa.table(columns, schema=schemas.RECEIPTS)
-
-
-def add_slide(folder, slide_id, num_tiles=6, cells_per_tile=5, bad=(), **vectors_kept):
-    """Write a slide's shards, two tiles each, and finish it; return its whole table."""
-    rng = np.random.default_rng(len(slide_id))
-    failure = {"stage": "read", "error_type": "OpenSlideError", "error": "cut off"}
-    tiles = [{"tile_id": t} | failure for t in bad]
-    parts = []
-    good = [t for t in range(num_tiles) if t not in bad]
-    for start in range(0, len(good), 2):
-        ids = good[start : start + 2]
-        table = shard_table(slide_id, ids, cells_per_tile, rng, **vectors_kept)
-        storage.publish_table(folder.shard_uri(f"{slide_id}-{start}.parquet"), table)
-        for row, tile in enumerate(ids):
-            place = {"shard": f"{slide_id}-{start}.parquet", "shard_row": row * cells_per_tile}
-            tiles.append({"tile_id": tile, "num_cells": cells_per_tile} | place)
-        parts.append(table)
-    compaction.finish_slide(folder, slide_id, receipts(slide_id, tiles))
-    return pa.concat_tables(parts) if parts else None
-
-
-def make_run(uri, head=None, *, embedding=False):
-    identity = {"store_embeddings": embedding}
-    folder = begin_run(uri, "predict" if head else "extract", Settings(identity), {})
-    if head is not None:
-        info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}
-        save_head(f"{uri}/head.safetensors", head, info | {"training_slides": [], "metrics": {}})
-    return folder
-
-
-@pytest.fixture
-def head():
-    torch.manual_seed(0)
-    return MilHead(8, len(GENES))
-
-
-@pytest.fixture(params=["{tmp}/run", "memory://reading/run"])
-def predicted(request, tmp_path, monkeypatch, head):
-    """A run with several row groups a slide, local and on a remote filesystem."""
-    monkeypatch.setattr(compaction, "ROW_GROUP", 7)
-    uri = request.param.format(tmp=tmp_path)
-    folder = make_run(uri, head)
-    table = add_slide(folder, "a", embedding=False, hidden=True)
-    yield uri, table
-    fs, path = fsspec.core.url_to_fs(uri)
-    fs.rm(path, recursive=True)
-
-
-def torch_expression(head, table, genes):
-    hidden = np.stack(table["hidden"].to_numpy())
-    with torch.no_grad():
-        values = head.from_hidden(torch.from_numpy(hidden)).numpy()
-    return values[:, [GENES.index(gene) for gene in genes]]
-
-
-def test_expression_equals_torch_for_any_genes_and_cells(predicted, head):
-    uri, table = predicted
-    run = open_run(uri)
-    assert run.genes == GENES
-    whole = torch_expression(head, table, GENES)
-    np.testing.assert_allclose(run.expression_numpy(None, "a"), whole, rtol=1e-5)
-    genes = ["KRT8", "EPCAM"]
-    ids = table["cell_id"].to_numpy()
-    some = np.random.default_rng(1).permutation(len(ids))[:11]
-    some = np.append(some, some[3])  # one is repeated, in random order
-    found = run.expression(genes, "a", ids[some])
-    assert found.columns == ["slide_id", "cell_id", *genes]
-    assert set(found.schema.values()) == {pl.String, pl.Int64, pl.Float32}
-    assert found["cell_id"].to_list() == ids[some].tolist()
-    expected = torch_expression(head, table, genes)[some]
-    np.testing.assert_allclose(found.select(genes).to_numpy(), expected, rtol=1e-5)
-    one = run.expression_numpy("KRT8", "a", ids[some])
-    np.testing.assert_allclose(one, expected[:, :1], rtol=1e-5)
-    assert run.expression(genes, "a", []).shape == (0, 4)
-
-
-def test_an_ensemble_has_a_mean_and_a_deviation_for_every_cell(tmp_path):
-    torch.manual_seed(0)
-    head = MilHead(8, len(GENES), formula=formula_of("published", "nb", ensemble=3))
-    folder = make_run(str(tmp_path / "run"), head)
-    table = add_slide(folder, "a", embedding=False, hidden=3)
-    run = open_run(folder.uri)
-    hidden = torch.from_numpy(np.stack(table["hidden"].to_numpy()))
-    assert hidden.shape[1] == 768
-    with torch.no_grad():
-        spread = spread_from_hidden(head, hidden).numpy()
-    whole = torch_expression(head, table, GENES)
-    np.testing.assert_allclose(run.expression_numpy(None, "a"), whole, rtol=1e-5)
-    ids = table["cell_id"].to_numpy()[[7, 2]]
-    found = run.expression_numpy(["KRT8", "EPCAM"], "a", ids, "sd")
-    np.testing.assert_allclose(found, spread[[7, 2]][:, [4, 0]], rtol=1e-3, atol=1e-6)
+head, predicted = written_runs.head, written_runs.predicted  # fixtures
 
 
 @pytest.mark.parametrize("change", ["another head", "a flipped bit", "cut off"])
@@ -190,55 +60,6 @@ def test_a_head_that_is_not_the_runs_is_refused(tmp_path, head, change):
         run.choose_genes()
     path.write_bytes(right)
     assert run.genes == GENES
-
-
-def test_one_network_has_no_deviation(predicted):
-    with pytest.raises(ValueError, match="this head is one network: for a deviation train"):
-        open_run(predicted[0]).expression_numpy(None, "a", None, "sd")
-
-
-def test_expression_in_blocks(predicted, head, monkeypatch):
-    uri, table = predicted
-    monkeypatch.setattr(stored_head, "BLOCK_VALUES", 3 * len(GENES))
-    blocks = list(open_run(uri).iter_expression(None, "a"))
-    sizes = [len(values) for _, values in blocks]
-    assert sizes == [3, 3, 1] * 4 + [2]  # 30 cells in row groups of 7
-    ids = pa.concat_tables([ids for ids, _ in blocks])
-    assert ids.equals(table.select(["slide_id", "cell_id"]).cast(ids.schema))
-    values = np.concatenate([values for _, values in blocks])
-    np.testing.assert_allclose(values, torch_expression(head, table, GENES), rtol=1e-5)
-
-
-def test_only_the_row_groups_needed_are_read(predicted, monkeypatch):
-    uri, table = predicted
-    read, original = [], pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile,
-        "read_row_group",
-        lambda self, group, **kwargs: read.append(group) or original(self, group, **kwargs),
-    )
-    ids = table["cell_id"].to_numpy()
-    open_run(uri).expression_numpy(None, "a", ids[[0, 1, 22]])
-    assert read == [0, 3]
-
-
-def test_memory_is_bounded_by_a_block(tmp_path, head, monkeypatch):
-    monkeypatch.setattr(compaction, "ROW_GROUP", 500)
-    monkeypatch.setattr(stored_head, "BLOCK_VALUES", 500 * len(GENES))
-    folder = make_run(str(tmp_path / "run"), head)
-    add_slide(folder, "a", num_tiles=20, cells_per_tile=800, embedding=False, hidden=True)
-    run = open_run(folder.uri)
-    whole = 16_000 * 256 * 2
-    next(run.iter_expression(None, "a"))  # imports and caches
-    start = pa.total_allocated_bytes()
-    tracemalloc.start()
-    peak = 0
-    for _, values in run.iter_expression(None, "a"):
-        peak = max(peak, pa.total_allocated_bytes() - start)
-        assert values.shape == (500, len(GENES))
-    _, numpy_peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak + numpy_peak < whole / 4
 
 
 def test_unknown_names_are_refused_with_hints(predicted):
