@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import h5py  # type: ignore[import-untyped]
+import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -49,16 +49,28 @@ class RetryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export cells of a run to one AnnData file that scanpy and squidpy open."""
+    """Export cells of a run to files that other tools open."""
 
     run: str
     """Run folder of `extract` or `predict`. The name --run may be left out."""
     out: str
-    """File to write: its name ends in .h5ad or .zarr."""
+    """File to write. Its suffix decides the format: .h5ad or .zarr for AnnData (scanpy, squidpy;
+    such a .zarr is no SpatialData store), .geojson or .geojson.gz for QuPath, .gpkg for GIS tools.
+    The last three hold outlines in level-0 px, and y points down: GIS tools draw a slide upside
+    down."""
     slides: list[str] | None = None
-    """Comma-separated slide_ids to export. By default all that have cells."""
+    """Comma-separated slide_ids to export. By default all that did not fail."""
     genes: list[str] | None = None
     """Comma-separated genes, in the order of the file's columns. By default the whole panel."""
+    per_slide: bool = False
+    """Write a file for each slide, by Ray if there are many: cells.h5ad becomes cells.P1.h5ad."""
+    picture_px: int | None = None
+    """AnnData only: longer side of each slide's picture, px; 0 for none. By default 1000 for up to
+    20 slides, and none for more."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work."""
+        check_numbers(self, {"picture_px": 0})
 
 
 @dataclass(frozen=True, kw_only=True)

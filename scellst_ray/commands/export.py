@@ -1,13 +1,94 @@
-"""The command `export`."""
+"""The command `export`: the suffix of the output decides the format."""
+
+from collections.abc import Callable
+from functools import partial
 
 from scellst_ray.commands.configs import ExportConfig
 from scellst_ray.commands.reports import line_printer
-from scellst_ray.export.anndata import write_anndata
-from scellst_ray.runs.reading import open_run
+from scellst_ray.export.anndata_file import write_anndata
+from scellst_ray.export.geojson import write_geojson
+from scellst_ray.export.geopackage import write_geopackage
+from scellst_ray.pipelines.over_slides import over_slides, values_of
+from scellst_ray.runs.reading import Run, open_run
+
+Writer = Callable[[Run, ExportConfig, str, list[str] | None], int]
 
 
 def run_export(config: ExportConfig) -> int:
-    """Run `export`; return 0."""
-    write_anndata(open_run(config.run), config.out, config.slides, config.genes)
-    line_printer()(f"wrote {config.out}")
+    """Run `export`; return 0.
+
+    Raises:
+        ValueError: slides, genes or the output cannot be used, or some slides of `--per-slide`
+            failed.
+    """
+    suffix = suffix_of(config.out)
+    run, say = open_run(config.run), line_printer()
+    if not config.per_slide:
+        count = WRITERS[suffix](run, config, config.out, config.slides)
+        say(f"wrote {config.out}: {count:,} cells")
+        return 0
+    chosen = [s for s in run.choose(config.slides) if run.records[s]["num_cells"]]
+    results = over_slides(partial(_export_slide, config), chosen)
+    for slide_id, count in values_of(results, "exported"):
+        say(f"wrote {name_of(config.out, slide_id)}: {count:,} cells")
     return 0
+
+
+def suffix_of(out: str) -> str:
+    """Return the longest known suffix of a name.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = [suffix for suffix in WRITERS if out.rstrip("/").endswith(suffix)]
+    if not found:
+        message = f"{out}: unknown format; end the name in one of {', '.join(WRITERS)}"
+        raise ValueError(message)
+    return max(found, key=len)
+
+
+def name_of(out: str, slide_id: str) -> str:
+    """Return the name of a slide's own file: `cells.h5ad` becomes `cells.P1.h5ad`."""
+    out = out.rstrip("/")
+    suffix = suffix_of(out)
+    return f"{out.removesuffix(suffix)}.{slide_id}{suffix}"
+
+
+def _export_slide(config: ExportConfig, slide_id: str) -> int:
+    """Export one slide to its own file; return its number of cells."""
+    out = name_of(config.out, slide_id)
+    return WRITERS[suffix_of(out)](open_run(config.run), config, out, [slide_id])
+
+
+def _anndata(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
+    return write_anndata(run, out, slides, config.genes, thumbnail_px=config.picture_px)
+
+
+def _geojson(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
+    chosen = run.choose(slides)
+    if len(chosen) != 1:
+        message = (
+            f"{out}: GeoJSON holds one slide, and {len(chosen)} are chosen: name one with --slides,"
+            " or give --per-slide for a file each"
+        )
+        raise ValueError(message)
+    return write_geojson(run, out, chosen[0], _genes(run, config))
+
+
+def _geopackage(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
+    return write_geopackage(run, out, run.choose(slides), _genes(run, config))
+
+
+def _genes(run: Run, config: ExportConfig) -> list[str]:
+    """Return the genes; none of a run of `extract`."""
+    has_any = config.genes is not None or run.has_expression
+    return run.choose_genes(config.genes) if has_any else []
+
+
+WRITERS: dict[str, Writer] = {
+    ".h5ad": _anndata,
+    ".zarr": _anndata,
+    ".geojson": _geojson,
+    ".geojson.gz": _geojson,
+    ".gpkg": _geopackage,
+}

@@ -151,10 +151,10 @@ COMMANDS = {
     "export": Command(
         "commands.configs:ExportConfig",
         "commands.export:run_export",
-        "Export cells of a run to one AnnData file that scanpy and squidpy open.",
+        "Export cells of a run for scanpy and squidpy (AnnData), QuPath (GeoJSON) or GIS tools.",
         RUNS,
         "scellst-ray export runs/expression --out cells.h5ad --slides P1,P2",
-        {"Flags": "run out slides genes"},
+        {"Flags": "run out slides genes per_slide picture_px"},
     ),
     "pretrain": Command(
         "commands.training_configs:PretrainConfig",

@@ -6,7 +6,7 @@ S: rows (spots); G: columns (genes).
 
 from typing import Any
 
-import h5py  # type: ignore[import-untyped]
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse

@@ -2,7 +2,7 @@
 
 import logging
 
-import h5py  # type: ignore[import-untyped]
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 

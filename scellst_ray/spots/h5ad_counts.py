@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 
-import h5py  # type: ignore[import-untyped]
+import h5py
 import numpy as np
 from scipy import sparse
 

@@ -16,7 +16,7 @@ import torch
 
 from scellst_ray import open_run, storage
 from scellst_ray.core import schemas
-from scellst_ray.export.anndata import write_anndata
+from scellst_ray.export.anndata_file import write_anndata
 from scellst_ray.models.encoder.encoder import embed_crops, load_encoder
 from scellst_ray.models.mil.head import load_head
 from scellst_ray.models.mil.stored_head import read_last_layer
@@ -120,7 +120,7 @@ def test_the_slide(archive, run):
 
 def test_export(run, expected, tmp_path):
     out = str(tmp_path / "cells.h5ad")
-    write_anndata(run, out, thumbnail_px=None)
+    write_anndata(run, out, thumbnail_px=0)
     adata = ad.read_h5ad(out)
     assert adata.obs["cell_id"].tolist() == expected["cell_id"]
     assert adata.var_names.tolist() == expected["genes"]

@@ -273,6 +273,7 @@ def half_done(cohort, name="half-done", tables=1):
 
     def die(self):
         self._log()
+        self._submit()
         while self.finishing:
             self._collect(timeout=1)
         raise DiedError

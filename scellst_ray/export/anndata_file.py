@@ -1,0 +1,214 @@
+"""AnnData files, written in blocks: the expression of a cohort is never in memory as a whole.
+
+The layout is anndata's published one, which anndata from 0.10 on reads. Names of cells have a fixed
+length in .h5ad, so that they can be compressed.
+"""
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import zarr
+from numpy.typing import NDArray
+
+from scellst_ray import storage
+from scellst_ray.export.anndata import (
+    Chosen,
+    choose,
+    expression_of,
+    obs_columns,
+    obs_names,
+    obsm_arrays,
+    uns_of,
+)
+from scellst_ray.export.pictures import THUMBNAIL_PX, Thumbnail, read_thumbnail
+from scellst_ray.runs.reading import Run
+
+# Rows and columns of a chunk of X: a gene of a million cells is read without all other genes.
+CHUNK = (16_384, 32)
+# So many slides have pictures by default.
+MOST_PICTURES = 20
+COMPRESSION = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
+
+
+def write_anndata(
+    run: Run,
+    out: str,
+    slide_ids: Sequence[str] | None = None,
+    genes: Sequence[str] | None = None,
+    *,
+    thumbnail_px: int | None = None,
+) -> int:
+    """Write cells and expression as AnnData; an existing file or store is replaced.
+
+    Memory holds some 300 bytes a cell for any number of genes.
+
+    Args:
+        run: The run.
+        out: Local path or fsspec URI ending in `.h5ad` or `.zarr`.
+        slide_ids: The slides; all that did not fail if None.
+        genes: The genes; the whole panel if None.
+        thumbnail_px: Longer side of each slide's picture, px; 0 for blank pictures; None:
+            THUMBNAIL_PX for up to MOST_PICTURES slides, else blank ones. A slide on object storage
+            is downloaded to make its picture.
+
+    Returns:
+        Number of cells.
+
+    Raises:
+        ValueError: `out` has another suffix or is a folder that is no Zarr store, or slides or
+            genes cannot be exported (see export.anndata.choose). What was there stays.
+    """
+    suffix = Path(out.rstrip("/")).suffix
+    if suffix not in {".h5ad", ".zarr"}:
+        message = f"{out}: unknown suffix {suffix!r}; end the name in .h5ad or .zarr"
+        raise ValueError(message)
+    chosen = choose(run, slide_ids, genes)
+    if thumbnail_px is None:
+        thumbnail_px = THUMBNAIL_PX if len(chosen.slide_ids) <= MOST_PICTURES else 0
+    pictures = _pictures(chosen, thumbnail_px)
+    if suffix == ".h5ad":
+        storage.publish(out, lambda path: _write_h5ad(path, chosen, pictures))
+    else:
+        _publish_zarr(out.rstrip("/"), lambda path: _write_zarr(path, chosen, pictures))
+    return len(chosen.cells)
+
+
+def _pictures(chosen: Chosen, longest_px: int) -> dict[str, Thumbnail]:
+    pictures: dict[str, Thumbnail] = {}
+    for slide_id in chosen.slide_ids if longest_px else ():
+        if chosen.run.records[slide_id].get("num_cells"):
+            picture = read_thumbnail(chosen.run, slide_id, longest_px)
+            pictures |= {} if picture is None else {slide_id: picture}
+    return pictures
+
+
+def _write_h5ad(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -> None:
+    with h5py.File(path, "w") as file:
+
+        def write_names(group: Any, names: list[str]) -> None:  # noqa: ANN401 - of either library
+            encoded = [name.encode() for name in names]
+            kind = h5py.string_dtype("utf-8", max(map(len, encoded)))
+            made = group.create_dataset("_index", data=np.array(encoded, kind), **COMPRESSION)
+            _sign(made.attrs, "string-array", "0.2.0")
+
+        _write(file, chosen, pictures, write_names, dict(COMPRESSION))
+        shape = (len(chosen.cells), len(chosen.genes))
+        how = {"chunks": _chunk(shape), **COMPRESSION} if shape[1] else {}
+        _fill(file.create_dataset("X", shape, np.float32, **how), expression_of(chosen))
+
+
+def _write_zarr(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -> None:
+    # Every reader knows Zarr format 2. anndata warns that its default will change.
+    with ad.settings.override(zarr_write_format=2), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Writing zarr v2", UserWarning)
+        warnings.filterwarnings("ignore", "Consolidated metadata", UserWarning)
+        root = zarr.open_group(path, mode="w", zarr_format=2)
+
+        def write_names(group: Any, names: list[str]) -> None:  # noqa: ANN401 - of either library
+            ad.io.write_elem(group, "_index", np.array(names, object))
+
+        _write(root, chosen, pictures, write_names, {})
+        shape = (len(chosen.cells), len(chosen.genes))
+        chunks = _chunk(shape)
+        _fill(root.create_array("X", shape=shape, dtype="f4", chunks=chunks), expression_of(chosen))
+        zarr.consolidate_metadata(path, zarr_format=2)
+
+
+def _write(
+    root: Any,  # noqa: ANN401 - a group of h5py or zarr
+    chosen: Chosen,
+    pictures: Mapping[str, Thumbnail],
+    write_names: Callable[[Any, list[str]], None],
+    compression: dict[str, Any],
+) -> None:
+    """Write all but X."""
+    _sign(root.attrs, "anndata", "0.1.0")
+    obs = root.create_group("obs")
+    columns = obs_columns(chosen)
+    _sign(obs.attrs, "dataframe", "0.2.0")
+    obs.attrs["_index"] = "_index"
+    obs.attrs["column-order"] = list(columns)
+    for name, values in columns.items():
+        ad.io.write_elem(obs, name, values, dataset_kwargs=compression)
+    write_names(obs, obs_names(chosen))
+    ad.io.write_elem(root, "var", pd.DataFrame(index=pd.Index(chosen.genes, dtype=object)))
+    ad.io.write_elem(root, "obsm", obsm_arrays(chosen), dataset_kwargs=compression)
+    # anndata takes the other settings for single values, too, which have none.
+    pictured = {key: compression[key] for key in ("compression",) if key in compression}
+    ad.io.write_elem(root, "uns", uns_of(chosen, pictures), dataset_kwargs=pictured)
+    for name in ("layers", "obsp", "varm", "varp"):
+        ad.io.write_elem(root, name, {})
+
+
+def _sign(attributes: Any, kind: str, version: str) -> None:  # noqa: ANN401 - of either library
+    attributes["encoding-type"] = kind
+    attributes["encoding-version"] = version
+
+
+def _chunk(shape: tuple[int, int]) -> tuple[int, int]:
+    return max(1, min(shape[0], CHUNK[0])), max(1, min(shape[1], CHUNK[1]))
+
+
+def _fill(matrix: Any, blocks: Iterator[NDArray[np.float32]]) -> None:  # noqa: ANN401 - of either library
+    """Fill X by whole chunks: a part of a chunk would be compressed again with the next part."""
+    _sign(matrix.attrs, "array", "0.2.0")
+    if not matrix.shape[1]:
+        return
+    waiting: list[NDArray[np.float32]] = []
+    start, count = 0, 0
+    for block in blocks:
+        waiting.append(block)
+        count += len(block)
+        while count >= CHUNK[0]:
+            whole = np.concatenate(waiting)
+            matrix[start : start + CHUNK[0]] = whole[: CHUNK[0]]
+            waiting, count, start = [whole[CHUNK[0] :]], count - CHUNK[0], start + CHUNK[0]
+    if count:
+        matrix[start : start + count] = np.concatenate(waiting)
+
+
+def _publish_zarr(out: str, write: Callable[[Path], None]) -> None:
+    """Write a Zarr store under a temporary name, then move it to `out`.
+
+    On object storage a folder cannot be renamed. There the root's metadata is uploaded last, so
+    that an incomplete store does not open.
+    """
+    marks = ("zarr.json", ".zgroup")
+    if storage.exists(out) and not any(storage.exists(storage.join(out, m)) for m in marks):
+        message = f"{out}: exists and is no Zarr store; give another name"
+        raise ValueError(message)
+    path = Path(storage.resolve(out)[1])
+    local = storage.is_local(out)
+    if local:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent if local else None))
+    try:
+        store = folder / "new"
+        write(store)
+        if not local:
+            _upload(store, out)
+            return
+        if path.exists():
+            path.rename(folder / "old")
+        store.rename(path)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _upload(store: Path, out: str) -> None:
+    """Replace the folder `out` on object storage by a local Zarr store; root metadata last."""
+    fs, path = storage.resolve(out)
+    storage.remove_tree(out)
+    files = [file for file in store.rglob("*") if file.is_file()]
+    below, root = [f for f in files if f.parent != store], [f for f in files if f.parent == store]
+    for part in (below, root):
+        targets = [storage.join(path, file.relative_to(store).as_posix()) for file in part]
+        fs.put([str(file) for file in part], targets)

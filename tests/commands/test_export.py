@@ -1,0 +1,80 @@
+"""`export` writes the format of the suffix, for all slides or a file for each."""
+
+import anndata as ad
+import pyogrio
+import pytest
+
+from scellst_ray.commands.configs import ExportConfig
+from scellst_ray.commands.export import name_of, run_export, suffix_of
+from scellst_ray.nuclei.imported.tiles import read_segmentation
+from scellst_ray.runs.reading import open_run
+from tests.support.exported_runs import add_slide, make_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path, head=True)
+
+
+def export(run, out, **more):
+    return run_export(ExportConfig(run=run.uri, out=str(out), picture_px=0, **more))
+
+
+def test_the_longest_suffix_decides():
+    assert suffix_of("a.b.geojson.gz") == ".geojson.gz"
+    assert suffix_of("cells.zarr/") == ".zarr"
+    for out in ("cells.csv", "cells", "cells.gz", "cells.h5ad.gz"):
+        with pytest.raises(ValueError, match=r"end the name in one of \.h5ad, \.zarr, \.geojson"):
+            suffix_of(out)
+    assert name_of("out/cells.geojson.gz", "P 1") == "out/cells.P 1.geojson.gz"
+    assert name_of("s3://b/cells.zarr/", "P1") == "s3://b/cells.P1.zarr"
+
+
+def test_all_slides_in_one_file(run, tmp_path, capsys):
+    for name in ("x.h5ad", "x.gpkg"):
+        assert export(run, tmp_path / name, genes=["CD3E"]) == 0
+        assert f"{name}: 70 cells" in capsys.readouterr().out
+    assert ad.read_h5ad(tmp_path / "x.h5ad").var_names.tolist() == ["CD3E"]
+    fields = pyogrio.read_info(tmp_path / "x.gpkg", layer="a")["fields"]
+    assert fields.tolist()[-1] == "CD3E"
+
+
+def test_a_file_for_each_slide(run, tmp_path, capsys):
+    assert export(run, tmp_path / "out" / "x.geojson.gz", per_slide=True) == 0
+    assert "x.b.geojson.gz: 40 cells" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["x.a.geojson.gz", "x.b.geojson.gz"]
+    assert len(read_segmentation(tmp_path / "out" / names[0], "a")) == 30
+
+
+def test_a_bad_slide_costs_no_other_one_its_file(run, tmp_path, caplog):
+    path = tmp_path / "run/cells/a.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"1 slide\(s\) were not exported: a; .*cells/a\.parquet"):
+        export(run, tmp_path / "x.h5ad", per_slide=True)
+    assert "slide a was not exported" in caplog.text
+    assert ad.read_h5ad(tmp_path / "x.b.h5ad").n_obs == 40
+    assert not (tmp_path / "x.a.h5ad").exists()
+
+
+def test_geojson_holds_one_slide(run, tmp_path):
+    with pytest.raises(ValueError, match=r"holds one slide, and 2 are chosen: .*--per-slide"):
+        export(run, tmp_path / "x.geojson")
+    assert export(run, tmp_path / "x.geojson", slides=["a"]) == 0
+
+
+def test_nuclei_without_expression_have_outlines(tmp_path):
+    run = make_run(tmp_path, head=False)
+    assert export(run, tmp_path / "x.geojson", slides=["a"]) == 0
+    with pytest.raises(ValueError, match="run predict"):
+        export(run, tmp_path / "x.geojson", slides=["a"], genes=["CD3E"])
+
+
+def test_an_empty_slide_has_no_file_of_its_own(run, tmp_path):
+    add_slide(run.folder, "c", 0, embedding=False, hidden=True)
+    assert open_run(run.uri).records["c"]["status"] == "empty"
+    assert export(run, tmp_path / "x.geojson", per_slide=True) == 0
+    assert not (tmp_path / "x.c.geojson").exists()
+    # Asked for by name it has one, without cells.
+    assert export(run, tmp_path / "c.geojson", slides=["c"]) == 0
+    assert len(read_segmentation(tmp_path / "c.geojson", "c")) == 0
