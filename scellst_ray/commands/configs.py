@@ -49,7 +49,7 @@ class RetryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export cells of a run to files that other tools open."""
+    """Export cells of a run for scanpy and squidpy (AnnData), QuPath (GeoJSON) or GIS tools."""
 
     run: str
     """Run folder of `extract` or `predict`. The name --run may be left out."""

@@ -93,6 +93,14 @@ CELL_FIELDS = [
     pa.field("type_prob", pa.float32()),
     pa.field("polygon", pa.binary(), nullable=False),
 ]
+# Box of the outline, level-0 px. Tables of earlier releases have none.
+BBOX = pa.field(
+    "bbox",
+    pa.struct(
+        [pa.field(side, pa.float32(), nullable=False) for side in ("xmin", "ymin", "xmax", "ymax")]
+    ),
+    nullable=False,
+)
 # Columns of a shard. `seam` holds bits that say how near a nucleus is to a border of its tile (see
 # nuclei/seams.py).
 SHARD_FIELDS = [*CELL_FIELDS, pa.field("seam", pa.uint8(), nullable=False)]
@@ -114,10 +122,10 @@ def vector(name: str, dim: int) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("item", pa.float16()), dim), nullable=False)
 
 
-def cells_schema(embedding_dim: int | None) -> pa.Schema:
+def cells_schema(embedding_dim: int | None, *, with_bbox: bool = True) -> pa.Schema:
     """Return the CELLS schema; without an embedding column if `embedding_dim` is None."""
     extra = [] if embedding_dim is None else [vector("embedding", embedding_dim)]
-    return pa.schema([*CELL_FIELDS, *extra])
+    return pa.schema([*CELL_FIELDS, *extra, *([BBOX] if with_bbox else [])])
 
 
 def expression_schema(hidden_dim: int = HIDDEN_DIM, *, with_distance: bool = False) -> pa.Schema:

@@ -27,6 +27,7 @@ from scellst_ray.core.version import __version__
 from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.nuclei import seams
 from scellst_ray.nuclei.imported.table import import_report
+from scellst_ray.runs.boxes import COVERING, with_boxes
 from scellst_ray.runs.documents import publish_document
 from scellst_ray.runs.domain_shift import SlideScore, limit_of_head
 from scellst_ray.runs.folder import RunFolder
@@ -39,7 +40,14 @@ GEO = {
     "version": "1.1.0",
     "primary_column": "polygon",
     # crs must be null: without the key, readers take longitude and latitude.
-    "columns": {"polygon": {"encoding": "WKB", "crs": None, "geometry_types": ["Polygon"]}},
+    "columns": {
+        "polygon": {
+            "encoding": "WKB",
+            "crs": None,
+            "geometry_types": ["Polygon"],
+            "covering": COVERING,
+        }
+    },
 }
 
 
@@ -187,8 +195,10 @@ def _write_tables(run: RunFolder, slide_id: str, cells: SlideCells) -> TableCoun
     dim = shard.field("embedding").type.list_size if "embedding" in shard.names else None
     geo = {b"geo": json.dumps(GEO).encode()}
     schema = schemas.sign_schema(schemas.cells_schema(dim), "CELLS", run.digest, geo)
-    rows = _without(resolved.dropped, cells.read(schema.names))
-    files, shift = {"CELLS": _write(run.cells_uri(slide_id), schema, rows)}, None
+    names = [name for name in schema.names if name != schemas.BBOX.name]
+    found = _without(resolved.dropped, cells.read(names))
+    files = {"CELLS": _write(run.cells_uri(slide_id), schema, map(with_boxes, found))}
+    shift = None
     if "hidden" in shard.names:
         schema = _expression_schema(run, shard)
         rows = _without(resolved.dropped, cells.read(schema.names))

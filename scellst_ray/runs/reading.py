@@ -159,9 +159,9 @@ class Run:
 
         Args:
             slide_ids: The slides, in this order; all that did not fail if None.
-            columns: The columns to read; all but vectors if None.
+            columns: The columns to read; all but vectors and boxes if None.
         """
-        names = schemas.cells_schema(None).names if columns is None else list(columns)
+        names = [f.name for f in schemas.CELL_FIELDS] if columns is None else list(columns)
         frames = [frame_of(self.cells(slide_id, names)) for slide_id in self.choose(slide_ids)]
         empty = schemas.cells_schema(self.embedding_dim).empty_table()
         return pl.concat(frames) if frames else frame_of(empty.select(names))

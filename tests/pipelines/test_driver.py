@@ -6,6 +6,7 @@ import time
 import pyarrow as pa
 import pytest
 import ray.data
+import shapely
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
@@ -45,6 +46,9 @@ def receipts(slide_id, tiles, num_tiles, shard=None, num_cells=1):
     return pa.Table.from_pylist(rows, schema=schemas.RECEIPTS)
 
 
+OUTLINE = shapely.to_wkb(shapely.box(0, 0, 2, 2))
+
+
 def write_shard(run, name, **tiles_of):
     """Write one cell for each of some tiles of some slides."""
     tiles = [tile for tiles in tiles_of.values() for tile in tiles]
@@ -57,7 +61,7 @@ def write_shard(run, name, **tiles_of):
         "area_um2": [1.0] * size,
         "nucleus_type": ["nucleus"] * size,
         "type_prob": [None] * size,
-        "polygon": [b""] * size,
+        "polygon": [OUTLINE] * size,
         "seam": [0] * size,
     }
     table = pa.table(columns, schema=pa.schema(schemas.SHARD_FIELDS))

@@ -13,6 +13,7 @@ from scellst_ray.core import schemas
 from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.runs import compaction
 from scellst_ray.runs import shards as shards_module
+from scellst_ray.runs.boxes import with_boxes
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.shards import Shards
 
@@ -65,7 +66,7 @@ def expected_cells(counts, failed=(), **columns):
     kept = {cell_id for _, cell_id in best.values()}
     rows = table.select(["seam", "cell_id"]).to_pylist()
     stays = [row["seam"] == 0 or row["cell_id"] in kept for row in rows]
-    return table.filter(pa.array(stays, pa.bool_())).drop_columns("seam")
+    return with_boxes(table.filter(pa.array(stays, pa.bool_())).drop_columns("seam"))
 
 
 def receipt(tile_id, num_tiles, count, shard=None, row=None, error=None):

@@ -1,5 +1,6 @@
 import pyarrow as pa
 import pytest
+import shapely
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
@@ -14,6 +15,8 @@ from scellst_ray.runs.shards import (
     publish_shard,
 )
 
+OUTLINE = shapely.to_wkb(shapely.Point(0, 0).buffer(4))
+
 
 def cells_of(slide_id, tile_id, count, x0=0.0):
     table = pa.table(
@@ -25,7 +28,7 @@ def cells_of(slide_id, tile_id, count, x0=0.0):
             "area_um2": [30.0] * count,
             "nucleus_type": ["nucleus"] * count,
             "type_prob": pa.nulls(count, pa.float32()),
-            "polygon": [bytes(500)] * count,
+            "polygon": [OUTLINE] * count,
             "seam": [0] * count,
         }
     )
@@ -104,7 +107,7 @@ def test_a_wrong_shard_is_named_before_anything_is_written(run, kind):
 
 def test_pages_that_no_id_lies_in_are_checked_too(run):
     """The ids are whole: the damage is found while the tables are written, in all shards."""
-    flip = lambda c: c[: (at := c.rindex(bytes(64))) + 8] + b"\1" + c[at + 9 :]  # noqa: E731
+    flip = lambda c: c[: (at := c.rindex(OUTLINE[64:128])) + 8] + b"\1" + c[at + 9 :]  # noqa: E731
     for name in ("a.parquet", "b.parquet"):
         table = cells_of("S", "ab".index(name[0]), 4)
         publish_uncompressed(run, name, table)

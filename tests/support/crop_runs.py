@@ -85,7 +85,9 @@ def write_cells(run, slide_id, xy0, types=None):
             "polygon": pa.repeat(b"", num),
         }
     )
-    signed = schemas.conform(table, schemas.cells_schema(None), "CELLS", run.digest)
+    signed = schemas.conform(
+        table, schemas.cells_schema(None, with_bbox=False), "CELLS", run.digest
+    )
     storage.publish_table(run.cells_uri(slide_id), signed)
 
 

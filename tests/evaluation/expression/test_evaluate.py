@@ -112,7 +112,7 @@ def write_run(folder, tissue, loss):
             "polygon": truth["polygon"],
         }
     )
-    schema = schemas.cells_schema(None)
+    schema = schemas.cells_schema(None, with_bbox=False)
     storage.publish_table(run.cells_uri("s2"), schemas.conform(cells, schema, "CELLS", run.digest))
     columns = {name: cells[name] for name in ("slide_id", "cell_id")}
     table = pa.table(columns | {"hidden": vectors(hidden_of(wanted))})

@@ -98,7 +98,7 @@ def test_cells(tmp_path):
         "type_prob": [None, 0.5],
         "polygon": [shapely.to_wkb(p) for p in polygons],
     }
-    schema = schemas.cells_schema(None)
+    schema = schemas.cells_schema(None, with_bbox=False)
     table = schemas.conform(pa.table(cells, schema=schema), schema, "CELLS")
     uri = str(tmp_path / "cells.parquet")
     storage.publish_table(uri, table)

@@ -57,7 +57,8 @@ def cells_table(labels, names, frame=ONE, slide_id="s"):
 
 def write_cells(uri, table, digest=""):
     storage.publish_table(
-        str(uri), schemas.conform(table, schemas.cells_schema(None), "CELLS", digest)
+        str(uri),
+        schemas.conform(table, schemas.cells_schema(None, with_bbox=False), "CELLS", digest),
     )
 
 

@@ -302,7 +302,7 @@ def _cells(tmp_path, version=None):
         }
     )
     geo = {b"geo": json.dumps(GEO).encode()}
-    schema = schemas.sign_schema(schemas.cells_schema(4), "CELLS", "digest", geo)
+    schema = schemas.sign_schema(schemas.cells_schema(4, with_bbox=False), "CELLS", "digest", geo)
     metadata = dict(schema.metadata)
     if version:
         metadata[b"scellst_ray.version"] = version
