@@ -290,11 +290,12 @@ def read_sources(uri: str, kind: type[T], remedy: str) -> dict[str, T]:
     of_all = _digest(sorted(found))
     problem = None
     for slide_id, source in found.items():
-        listed = source.pop(ALL_SLIDES, of_all)  # both are absent from earlier releases
+        listed = source.pop(ALL_SLIDES, None)  # both are absent from earlier releases
         checksum = source.pop(CHECKSUM, None)
-        if checksum is not None and checksum != _checksum({"slide_id": slide_id, **source}):
+        is_signed = checksum is not None or listed is not None
+        if is_signed and checksum != _checksum({"slide_id": slide_id, **source}):
             problem = f"the entry of slide {slide_id!r} was changed after it was written"
-        elif listed != of_all:
+        elif listed not in (None, of_all):
             problem = problem or "an entry was added or removed after it was written"
     if problem is not None:
         raise storage.DamagedFileError(uri, f"is damaged: {problem}", remedy)

@@ -169,7 +169,12 @@ def test_sources(tmp_path, content):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('"bytes": 1000', '"bytes": 1004'), ('"S":', '"T":'), ('"a.tiff"', '"e.tiff"')],
+    [
+        ('"bytes": 1000', '"bytes": 1004'),
+        ('"S":', '"T":'),
+        ('"a.tiff"', '"e.tiff"'),
+        ('"checksum": "', '"checks5m": "'),
+    ],
 )
 def test_a_changed_entry_of_a_source_is_noticed(tmp_path, old, new):
     uri = f"{tmp_path}/slides.json"
