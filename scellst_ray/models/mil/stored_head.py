@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scellst_ray import storage
+from scellst_ray.core.halves import to_float32
 from scellst_ray.models.mil.head_file import Formula, parse_head
 
 # Name of a head file in the folder of `train` and in the run of `predict`.
@@ -138,7 +139,7 @@ def expression_from_hidden(
     Returns:
         float32 [N, G].
     """
-    z_NG = hidden_NH.astype(np.float32) @ weight_GH.astype(np.float32).T
+    z_NG = to_float32(hidden_NH) @ weight_GH.astype(np.float32).T
     z_NG += bias_G.astype(np.float32)
     if beta != 1.0:
         z_NG *= np.float32(beta)
