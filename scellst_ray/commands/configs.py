@@ -74,6 +74,21 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenesConfig:
+    """Write chosen genes of a run as Parquet columns, one file a slide."""
+
+    run: str
+    """Run folder of `predict`. The name --run may be left out."""
+    genes: list[str]
+    """Comma-separated genes."""
+    out: str
+    """Folder to write <slide_id>.parquet into: slide_id, cell_id and a float32 column per gene.
+    Files that are there already are kept if they are of this run."""
+    slides: list[str] | None = None
+    """Comma-separated slide_ids. By default all that did not fail."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ManifestHestConfig:
     """Write a manifest for extract, train and predict from a folder in the HEST layout."""
 

@@ -156,6 +156,14 @@ COMMANDS = {
         "scellst-ray export runs/expression --out cells.h5ad --slides P1,P2",
         {"Flags": "run out slides genes per_slide picture_px"},
     ),
+    "genes": Command(
+        "commands.configs:GenesConfig",
+        "commands.genes:run_genes",
+        "Write chosen genes of a run as Parquet columns, one file a slide.",
+        RUNS,
+        "scellst-ray genes runs/expression --genes CD3E,EPCAM --out genes",
+        {"Flags": "run genes out slides"},
+    ),
     "pretrain": Command(
         "commands.training_configs:PretrainConfig",
         "commands.pretrain:run_pretrain",

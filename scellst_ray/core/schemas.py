@@ -138,6 +138,21 @@ def expression_schema(hidden_dim: int = HIDDEN_DIM, *, with_distance: bool = Fal
     return pa.schema([*CELL_FIELDS[:2], vector("hidden", hidden_dim), *extra])
 
 
+def last_layer_schema(hidden_dim: int = HIDDEN_DIM) -> pa.Schema:
+    """Return the LAST_LAYER schema: one row for each gene and network of a run's head."""
+    weight = pa.list_(pa.field("item", pa.float32()), hidden_dim)
+    return pa.schema(
+        [
+            pa.field("gene", pa.string(), nullable=False),
+            pa.field("member", pa.int32(), nullable=False),
+            pa.field("weight", weight, nullable=False),
+            pa.field("bias", pa.float32(), nullable=False),
+            pa.field("scale", pa.float32(), nullable=False),
+            pa.field("beta", pa.float32(), nullable=False),
+        ]
+    )
+
+
 def bags_schema(embedding_dim: int, *, with_counts: bool = False) -> pa.Schema:
     """Return the BAGS schema: one row per spot with the embeddings of its cells and its target.
 

@@ -57,7 +57,7 @@ def run_cells(
     slides: list[SlideRow],
     networks: CheckedNetworks,
     report: Report,
-    prepare: Callable[[], None] = lambda: None,
+    prepare: Callable[[RunFolder], None] = lambda _: None,
     work: WorkFunctions = OWN_WORK,
 ) -> dict[str, SlideRecord]:
     """Open the run, do the work that is missing, and return the record of every slide.
@@ -68,7 +68,7 @@ def run_cells(
         slides: The manifest.
         networks: From `check_networks`; for `predict` its identity holds the head's digest, too.
         report: Called with the progress after every change.
-        prepare: Called once this driver holds the run folder.
+        prepare: Called with the run folder once this driver holds it.
         work: The functions that do the work; simulations give their own.
     """
     config, slides = resolve_config(config), select_slides(slides, config.slides)
@@ -80,7 +80,7 @@ def run_cells(
         finished = _read_finished(run)
         trusted = accept_slides(run, sources, finished, config.moved or ())
         run.write_config(asdict(config))
-        prepare()
+        prepare(run)
         sample = _make_sample(config)
         if sample is not None:
             check_sample(run, sample)

@@ -7,12 +7,14 @@ from typing import Any
 
 from scellst_ray import storage
 from scellst_ray.models.mil.head import head_from_bytes
-from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.models.mil.stored_head import HEAD_FILE, read_last_layer
 from scellst_ray.models.weights.beside import check_beside
 from scellst_ray.models.weights.digests import is_earlier_digest
 from scellst_ray.pipelines.extract import run_cells
 from scellst_ray.pipelines.progress import Report
+from scellst_ray.runs.folder import RunFolder
 from scellst_ray.runs.identity import NetworkIdentity
+from scellst_ray.runs.last_layer import write_last_layer
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.slides.manifest import read_manifest
 from scellst_ray.stages.checked_networks import check_networks
@@ -50,15 +52,20 @@ def predict(config: PredictConfig, report: Report = lambda _: None) -> dict[str,
         raise ValueError(message)
     _warn_of_changes(config, networks.identity, info)
     identity = replace(networks.identity, head=sha256)
-    # A copy of the head lies in the run, so that readers of the run need no other file.
     kept = storage.join(storage.absolute(config.out), HEAD_FILE)
+
+    def keep_head(run: RunFolder) -> None:
+        """Copy the head into the run, so that readers of the run need no other file."""
+        storage.publish_bytes(kept, content)
+        write_last_layer(run.uri, read_last_layer(kept, sha256), run.digest)
+
     return run_cells(
         "predict",
         config,
         slides,
         replace(networks, identity=identity, head_uri=kept),
         report,
-        prepare=lambda: storage.publish_bytes(kept, content),
+        prepare=keep_head,
     )
 
 

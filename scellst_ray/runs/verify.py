@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.models.mil.stored_head import HEAD_FILE, read_last_layer
 from scellst_ray.runs.crop_files import file_uri, index_uri
 from scellst_ray.runs.documents import (
     RECORD_NAME,
@@ -39,6 +39,7 @@ from scellst_ray.runs.folder import (
     read_run_info,
     split_by_slide,
 )
+from scellst_ray.runs.last_layer import LAST_LAYER_FILE, check_last_layer
 from scellst_ray.runs.receipts_log import LOG_NAME, best_of_each_tile, read_log_file
 from scellst_ray.runs.records import CropIndex, RunInfo, SlideCrops, SlideRecord, SlideSource
 from scellst_ray.runs.shards import DamagedShardsError, Shards, SlideCells
@@ -246,6 +247,9 @@ class _Verifier:
         with self._noting(HEAD_FILE, "put a copy of the head back"):
             if storage.digest_of(uri) != expected:
                 raise storage.DamagedFileError(uri, "is not the head of this run")
+            layer = read_last_layer(uri, expected)
+            with self._noting(LAST_LAYER_FILE, f"remove it and {AGAIN}, which writes it"):
+                check_last_layer(self.uri, layer, info["digest"])
 
     def _check_shards(self, run: RunFolder, records: Mapping[str, SlideRecord]) -> None:
         """Check the shards from which unfinished slides would go on."""

@@ -5,9 +5,11 @@ import logging
 import pytest
 import torch
 
+from scellst_ray import storage
 from scellst_ray.models.mil.head import MilHead, load_head, save_head
 from scellst_ray.pipelines import predict as module
 from scellst_ray.pipelines.predict import predict
+from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.config import PredictConfig
 
 
@@ -36,7 +38,7 @@ def started(monkeypatch):
 
     def record(job, config, slides, networks, _, prepare):
         calls.append((job, config, networks.identity, networks.head_uri))
-        prepare()
+        prepare(RunFolder(storage.absolute(config.out), "d1g"))
         return {slide.slide_id: {} for slide in slides}
 
     monkeypatch.setattr(module, "run_cells", record)
