@@ -31,6 +31,7 @@ EXPRESSION = schemas.expression_schema(DIM, with_distance=True)
 TABLES = {
     "CELLS": schemas.cells_schema(DIM),
     "EXPRESSION": EXPRESSION,
+    "PROFILES": schemas.PROFILES,
     "LAST_LAYER": schemas.last_layer_schema(DIM),
     "CROPS": schemas.CROPS,
     "FAILURES": schemas.FAILURES,

@@ -104,6 +104,18 @@ BBOX = pa.field(
 # Columns of a shard. `seam` holds bits that say how near a nucleus is to a border of its tile (see
 # nuclei/seams.py).
 SHARD_FIELDS = [*CELL_FIELDS, pa.field("seam", pa.uint8(), nullable=False)]
+PROFILES = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("nucleus_type", pa.string()),
+        pa.field("gene", pa.string(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),
+        *[
+            pa.field(name, pa.float32(), nullable=False)
+            for name in ("mean", "sd", "q05", "q25", "q50", "q75", "q95")
+        ],
+    ]
+)
 # Distance from the cells that the head was trained on (runs/domain_shift.py).
 DISTANCE = pa.field("distance", pa.float16(), nullable=False)
 

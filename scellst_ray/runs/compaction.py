@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -24,13 +25,14 @@ from numpy.typing import NDArray
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.version import __version__
-from scellst_ray.models.mil.stored_head import HEAD_FILE
+from scellst_ray.models.mil.stored_head import HEAD_FILE, LastLayer, read_last_layer
 from scellst_ray.nuclei import seams
 from scellst_ray.nuclei.imported.table import import_report
 from scellst_ray.runs.boxes import COVERING, with_boxes
 from scellst_ray.runs.documents import publish_document
 from scellst_ray.runs.domain_shift import SlideScore, limit_of_head
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.profiles import Profiles, publish_profiles
 from scellst_ray.runs.receipt_sources import only_source
 from scellst_ray.runs.records import DomainShift, ImportReport, SlideRecord, SlideStatus
 from scellst_ray.runs.shards import Shards, SlideCells
@@ -201,11 +203,31 @@ def _write_tables(run: RunFolder, slide_id: str, cells: SlideCells) -> TableCoun
     shift = None
     if "hidden" in shard.names:
         schema = _expression_schema(run, shard)
-        rows = _without(resolved.dropped, cells.read(schema.names))
+        rows = _without(resolved.dropped, cells.read([*schema.names, "nucleus_type"]))
+        layer = _layer_of_run(run)
+        profiles = None if layer is None else Profiles(layer)
+        rows = rows if profiles is None else profiles.counting(rows)
         files["EXPRESSION"], shift = _write_expression(run, slide_id, schema, rows)
+        if profiles is not None:
+            table = profiles.table(slide_id, run.digest)
+            files["PROFILES"] = publish_profiles(run.profiles_uri(slide_id), table)
     num_cells = cells.num_cells - len(resolved.dropped)
     counts = (num_cells, resolved.num_doubled, resolved.num_adopted)
-    return TableCounts(tuple(files), *counts, shift, files)
+    tables = tuple(name for name in files if name != "PROFILES")
+    return TableCounts(tables, *counts, shift, files)
+
+
+def _layer_of_run(run: RunFolder) -> LastLayer | None:
+    """Return the last layer of the run's head, read once in a process; None without a head."""
+    uri = storage.join(run.uri, HEAD_FILE)
+    if not storage.exists(uri):
+        return None
+    sha256 = run.head_digest()
+    return read_last_layer(uri) if sha256 is None else _read_once(uri, sha256)
+
+
+# One SHA-256 means one content.
+_read_once = lru_cache(maxsize=4)(read_last_layer)
 
 
 def _expression_schema(run: RunFolder, shard: pa.Schema) -> pa.Schema:

@@ -168,6 +168,30 @@ class Run:
         empty = schemas.cells_schema(self.embedding_dim).empty_table()
         return pl.concat(frames) if frames else frame_of(empty.select(names))
 
+    def profiles(self, slide_ids: Iterable[str] | None = None) -> pl.DataFrame:
+        """Return PROFILES of slides: n, mean, sd and quantiles by nucleus type and gene.
+
+        Args:
+            slide_ids: The slides, in this order; all that have cells if None.
+
+        Raises:
+            ValueError: a slide is unknown, failed, or has no profiles: an earlier release finished
+                it, or it is of a run of `extract`.
+        """
+        chosen = self.choose(slide_ids)
+        tables = [schemas.PROFILES.empty_table()]
+        for slide_id in (s for s in chosen if self.records[s].get("num_cells")):
+            record = self.records[slide_id]
+            if "PROFILES" not in record.get("files", {}):
+                message = (
+                    f"slide {slide_id!r} of {self.uri} has no PROFILES: an earlier release "
+                    "finished it, or the run has no expression; compute them from run.expression()"
+                )
+                raise ValueError(message)
+            with open_table(self.folder, record, "PROFILES", whole=True) as file:
+                tables.append(read_rows(file, schemas.PROFILES.names).cast(schemas.PROFILES))
+        return frame_of(pa.concat_tables(tables))
+
     def choose(self, slide_ids: Iterable[str] | None = None) -> list[str]:
         """Return these slides, or if None all that did not fail, sorted.
 

@@ -25,10 +25,11 @@ REMEDY = (
 
 
 def table_uri(run: RunFolder, name: str, slide_id: str) -> str:
-    """Return the URI of a slide's CELLS, EXPRESSION or FAILURES."""
+    """Return the URI of a slide's CELLS, EXPRESSION, PROFILES or FAILURES."""
     uris = {
         "CELLS": run.cells_uri,
         "EXPRESSION": run.expression_uri,
+        "PROFILES": run.profiles_uri,
         "FAILURES": run.failures_uri,
     }
     return uris[name](slide_id)
@@ -49,7 +50,7 @@ def open_table(
     Args:
         run: The run.
         record: The slide's record, which names the table.
-        name: CELLS, EXPRESSION or FAILURES.
+        name: CELLS, EXPRESSION, PROFILES or FAILURES.
         whole: Whether all of it will be read: then the digest of a local file is verified first. A
             remote one would be fetched twice.
 
@@ -127,7 +128,8 @@ def foreign(run: RunFolder, record: SlideRecord, name: str, file: pq.ParquetFile
     slide_ids = slide_ids_of(file)
     if slide_ids - {record["slide_id"]}:
         return f"holds slide {sorted(slide_ids)[0]!r}, not {record['slide_id']!r}"
-    expected = record.get("num_failed_tiles" if name == "FAILURES" else "num_cells")
+    counts = {"FAILURES": record.get("num_failed_tiles"), "PROFILES": None}
+    expected = counts.get(name, record.get("num_cells"))
     rows = file.metadata.num_rows
     if expected is not None and rows != expected:
         return f"holds {rows:,} rows, and the slide's record says {expected:,}"

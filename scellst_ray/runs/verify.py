@@ -186,6 +186,8 @@ class _Verifier:
             names = [*record.get("tables", [])]
             if record.get("num_failed_tiles"):
                 names.append("FAILURES")
+            if "PROFILES" in record.get("files", {}):
+                names.append("PROFILES")
             for name in names:
                 yield partial(self._check_table, run, record, name)
 
@@ -289,7 +291,7 @@ class _Verifier:
                 continue
             patterns = {"records": RECORD_NAME, "receipts": LOG_NAME}
             is_odd = folder in patterns and not patterns[folder].fullmatch(name)
-            if folder in ("cells", "expression", "failures"):
+            if folder in ("cells", "expression", "profiles", "failures"):
                 is_odd = within not in named
             if is_odd:
                 self._note(within, "passed over", "no record names it; readers ignore it", "none")
