@@ -1,6 +1,20 @@
 # `make demo` and `make test` each work alone on a bare machine (Python >= 3.11 with pip and venv).
 PYTHON ?= python3
 VENV := .venv
+EXTRAS := dev,run,timm
+# Another Python that is named has an environment of its own, such as .venv-3.13, without torch and Ray
+# (6 GB) unless EXTRAS=dev,run,timm is given. pyenv's interpreters need not be switched on.
+ifneq ($(origin PYTHON),file)
+  override PYTHON := $(or $(shell $(PYTHON) -c '' 2>/dev/null && echo $(PYTHON) || \
+    ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/$(PYTHON) 2>/dev/null | sort -V | tail -n 1),$(PYTHON))
+  VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+  ifneq ($(VERSION),3.11)
+    VENV := .venv-$(VERSION)
+    EXTRAS := dev
+  endif
+endif
+COMMA := ,
+WHOLE := $(filter run,$(subst $(COMMA), ,$(EXTRAS)))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/codespell
@@ -11,12 +25,13 @@ LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(B
 help:
 	@echo "make demo   synthetic slides to single-cell expression, on this machine, into demo/"
 	@echo "make test   lint, then all tests but the slow; what .ci/run calls"
+	@echo "make test PYTHON=python3.13  on another Python, in .venv-3.13: all tests that need neither torch nor Ray"
 	@echo "make test-without-bfloat16  the same as on a CPU without native bfloat16"
 	@echo "make test-slow  lint, then the tests that take minutes each"
 	@echo "make lint   ruff, mypy --strict, codespell"
 	@echo "make bench  throughput end to end, against the same kernels in a bare loop"
 	@echo "make venv   only set up .venv with the pinned versions of constraints.txt"
-	@echo "make clean  remove .venv, caches and the demo"
+	@echo "make clean  remove .venv*, caches and the demo"
 
 venv: $(INSTALLED)
 
@@ -25,7 +40,7 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; say make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: venv
@@ -38,6 +53,13 @@ demo: venv
 # Each process computes in one thread: on shared cores, threads burn CPU while they wait for each other.
 test: export OMP_NUM_THREADS := 1
 test: export OMP_WAIT_POLICY := passive
+ifeq ($(WHOLE),)
+# mypy needs the packages; what lint finds does not depend on the Python that runs it.
+test: venv
+	$(BIN)/python -m pytest -m "not slow"
+else
+# So that no test is left out because torch or Ray is broken.
+test: export TESTS_NEED := torch ray
 test: venv
 	@lint=$$(mktemp); log=$$(mktemp); \
 	{ $(LINT); } >"$$lint" 2>&1 & linting=$$!; \
@@ -48,6 +70,7 @@ test: venv
 	cat "$$log" "$$lint"; rm "$$log" "$$lint"; \
 	test $$linted = 0 || echo "lint failed, see above"; \
 	exit $$((with_ray | without | linted))
+endif
 
 # torch and oneDNN leave native bfloat16 and AVX-512 unused.
 test-without-bfloat16: export ONEDNN_MAX_CPU_ISA := AVX2
@@ -64,4 +87,4 @@ bench: venv
 	$(BIN)/python benchmarks/end_to_end.py
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

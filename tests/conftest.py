@@ -11,11 +11,17 @@ import pytest
 import tifffile
 
 from scellst_ray.slides.synthetic.slide import SyntheticConfig, write_synthetic_slide
+from tests.support.absent import leave_out
 from tests.support.paths import SHARED
 from tests.support.worker_forks import forked_workers
 
 BACKGROUND = (40, 60, 80)
 DOT_SIGMA = 7.0
+
+
+def pytest_configure(config):
+    """Leave out what needs a package that is absent."""
+    leave_out(config, os.environ.get("TESTS_NEED", "").split())
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,6 @@ from scellst_ray.commands.cli import main
 from scellst_ray.commands.flags import flags_of
 from scellst_ray.commands.parse import parse
 from scellst_ray.commands.table import COMMANDS
-from scellst_ray.pipelines import session
 from tests.support.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,6 +65,7 @@ WITHOUT_FILES = ("simulate", "models", "models fetch", "demo")
 )
 def test_a_command_of_the_readme_comes_as_far_as_its_files(words, tmp_path, monkeypatch, capsys):
     """In an empty folder each ends in a line about a file that is missing."""
+    from scellst_ray.pipelines import session
 
     def refuse(*_args, **_options):
         message = "no Ray for this test"

@@ -12,6 +12,7 @@ from importlib.abc import MetaPathFinder
 from typing import Any, NoReturn
 
 from scellst_ray.commands import table
+from scellst_ray.core.extras import explain_absent
 from scellst_ray.core.logs import log_to_stderr, one_line
 from scellst_ray.core.lost_process import explain_lost_process
 from scellst_ray.core.signals import catch_sigint
@@ -75,6 +76,11 @@ def _run(argv: Sequence[str] | None) -> int:
         if command.is_light and argv is None:
             sys.meta_path.insert(0, _WithoutPandas())
         return work(_settings(command, values))
+    except ImportError as error:
+        line = explain_absent(error)
+        if line is None:
+            raise
+        return _report_error(f"{name}: {line}")
     except (ValueError, OSError) as error:
         # Errors that users can fix, such as bad input, take one line, and so do processes that a
         # host ended (see `main`). All others are bugs and keep their traceback.

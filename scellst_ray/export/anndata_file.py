@@ -107,7 +107,7 @@ def _write_h5ad(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -
 
 def _write_zarr(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -> None:
     # Every reader knows Zarr format 2. anndata warns that its default will change.
-    with ad.settings.override(zarr_write_format=2), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Writing zarr v2", UserWarning)
         warnings.filterwarnings("ignore", "Consolidated metadata", UserWarning)
         root = zarr.open_group(path, mode="w", zarr_format=2)

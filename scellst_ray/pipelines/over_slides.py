@@ -5,18 +5,16 @@ another one, and an error of one slide costs the other slides nothing.
 """
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Generic, TypeVar
-
-import ray
-from ray.exceptions import RayError
 
 from scellst_ray.core.logs import log_context, log_fields
 from scellst_ray.pipelines.ray_start import cluster_address
-from scellst_ray.pipelines.session import ray_session
 from scellst_ray.stages.rows import Outcome
 from scellst_ray.stages.tiles import guarded
 
@@ -57,19 +55,38 @@ def over_slides(
         function: What to do with one slide. For Ray it is pickled, and so is what it returns.
         slide_ids: The slides.
         memory: Bytes that one call needs; Ray runs as many at a time as nodes hold.
-        use_ray: Whether Ray calls it; None: if there are many slides, or this process belongs to
-            a cluster.
+        use_ray: Whether Ray calls it; None: if it is installed and there are many slides, or this
+            process belongs to a cluster.
 
     Yields:
         One result for each slide. An exception of a slide, or the end of its process, is its error.
     """
-    if use_ray is None:
-        joins = ray.is_initialized() or bool(cluster_address())
-        use_ray = len(slide_ids) >= NUM_FOR_RAY or (joins and len(slide_ids) > 1)
     call = partial(_call, function)
-    if not use_ray:
+    if _is_for_ray(len(slide_ids)) if use_ray is None else use_ray:
+        yield from _by_ray(call, slide_ids, memory)
+    else:
         yield from map(call, slide_ids)
-        return
+
+
+def _is_for_ray(num_slides: int) -> bool:
+    """Return whether Ray calls for this number of slides; never where Ray is not installed."""
+    spec = find_spec("ray")
+    if spec is None or spec.origin is None:
+        return False
+    loaded = sys.modules.get("ray")
+    joins = (loaded is not None and loaded.is_initialized()) or bool(cluster_address())
+    return num_slides >= NUM_FOR_RAY or (joins and num_slides > 1)
+
+
+def _by_ray(
+    call: Callable[[str], SlideResult[T]], slide_ids: Sequence[str], memory: int
+) -> Iterator[SlideResult[T]]:
+    # Imported here, as runs are read without Ray, too.
+    import ray  # noqa: PLC0415
+    from ray.exceptions import RayError  # noqa: PLC0415
+
+    from scellst_ray.pipelines.session import ray_session  # noqa: PLC0415
+
     with ray_session() as cluster:
         remote: Any = ray.remote(num_cpus=1, memory=memory, scheduling_strategy="SPREAD")(call_one)
         fitting = max(1, min(cluster.num_cpus, cluster.num_fitting(memory)))

@@ -12,15 +12,11 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
-import torch
 
 from scellst_ray import open_run, storage
 from scellst_ray.core import schemas
 from scellst_ray.export.anndata_file import write_anndata
-from scellst_ray.models.encoder.encoder import embed_crops, load_encoder
-from scellst_ray.models.mil.head import load_head
 from scellst_ray.models.mil.stored_head import read_last_layer
-from scellst_ray.pipelines.extract import extract
 from scellst_ray.pipelines.resume import read_logged_work
 from scellst_ray.runs import identity
 from scellst_ray.runs.folder import begin_run, read_config
@@ -92,6 +88,10 @@ def test_embeddings_and_expression(run, expected):
 
 
 def test_the_head(archive, run, expected):
+    import torch
+
+    from scellst_ray.models.mil.head import load_head
+
     uri = str(archive / "run" / "head.safetensors")
     head, info = load_head(uri)
     assert info["genes"] == read_last_layer(uri).genes == expected["genes"]
@@ -104,6 +104,8 @@ def test_the_head(archive, run, expected):
 
 def test_the_encoder(archive, expected):
     pytest.importorskip("timm")
+    from scellst_ray.models.encoder.encoder import embed_crops, load_encoder
+
     encoder = load_encoder(str(archive / "encoder.safetensors"))
     assert encoder.dim == expected["encoder"]["dim"]
     assert encoder.digest == expected["encoder"]["digest"]
@@ -185,6 +187,8 @@ def test_tiles_of_an_interrupted_run_count_without_a_source(archive, tmp_path):
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_an_interrupted_run_goes_on(archive, expected, tmp_path, monkeypatch):
+    from scellst_ray.pipelines.extract import extract
+
     folder, slide = tmp_path / "run", archive / "slide.tiff"
     shutil.copytree(archive / "interrupted", folder)
     # The slide has moved since.

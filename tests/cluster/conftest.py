@@ -2,12 +2,10 @@
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.pins import pins_for
 
 
 @pytest.fixture(scope="session")
 def pins():
-    """Return {canonical name: version} of constraints.txt."""
-    text = (ROOT / "constraints.txt").read_text()
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return dict(line.split("==") for line in lines)
+    """Return {canonical name: version} for the Python of the image."""
+    return pins_for("3.11")

@@ -73,6 +73,7 @@ def test_flags_take_dashes_or_underscores_and_values_stay_as_they_are(seen, word
     assert seen == [ExtractConfig(**{"manifest": "m.csv", "out": "o"} | changes)]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "words", [["--slides", "a-1,007"], ["--slides=a-1, 007"], ['--slides=["a-1","007"]']]
 )
@@ -81,11 +82,13 @@ def test_lists_of_strings(seen, words):
     assert seen[0].slides == ["a-1", "007"]
 
 
+@pytest.mark.whole
 def test_a_single_slide_and_none(seen):
     assert main([*TRAIN, "--slides", "1"]) == main([*TRAIN, "--slides=null"]) == main(TRAIN) == 0
     assert [config.slides for config in seen] == [["1"], None, None]
 
 
+@pytest.mark.whole
 def test_genes_of_training_stay_one_string(seen):
     assert main([*TRAIN, "--genes", "CD3E,HLA-A"]) == 0
     assert seen[0].genes == "CD3E,HLA-A"
@@ -109,6 +112,7 @@ def test_flags_win_over_the_file_wherever_they_stand(seen, tmp_path, place):
     assert seen == [config]
 
 
+@pytest.mark.whole
 def test_a_file_alone(seen, tmp_path):
     (tmp_path / "a.yaml").write_text("manifest: m.csv\ncells: c\nout: o\nslides: [a, '7']\n")
     assert main(["train", f"--config={tmp_path}/a.yaml"]) == 0
@@ -354,6 +358,7 @@ def test_a_missing_run_from_the_shell(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 def test_a_missing_manifest_from_a_process_that_loaded_all_commands(tmp_path):
     """None of them loads what draws: it writes to the home folder when it is imported."""
     program = (

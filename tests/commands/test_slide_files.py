@@ -114,6 +114,7 @@ def test_a_large_file_is_only_looked_up(tmp_path, monkeypatch):
     assert check(spots=path) == {"problems": [], "read": []}
 
 
+@pytest.mark.whole
 def test_doctor_names_each_and_goes_on(synthetic_slide, tmp_path, capsys):
     good = write_h5ad(tmp_path / "good.h5ad")
     lines = [
@@ -132,6 +133,7 @@ def test_doctor_names_each_and_goes_on(synthetic_slide, tmp_path, capsys):
     assert any("slide b: " in line and "spots read" in line for line in shown)
 
 
+@pytest.mark.whole
 def test_plan_notes_what_is_missing(synthetic_slide, tmp_path, capsys):
     (tmp_path / "m.csv").write_text(f"slide_id,uri,spots\na,{synthetic_slide.slide},no_such\n")
     words = ["plan", f"--manifest={tmp_path}/m.csv", "--encoder=none", "--processes=1"]

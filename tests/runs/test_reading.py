@@ -13,7 +13,6 @@ import pytest
 import scellst_ray
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.models.mil.head import MilHead, head_to_bytes
 from scellst_ray.runs import compaction
 from scellst_ray.runs.documents import publish_document
 from scellst_ray.runs.folder import begin_run
@@ -32,6 +31,8 @@ head, predicted = written_runs.head, written_runs.predicted  # fixtures
 
 @pytest.mark.parametrize("change", ["another head", "a flipped bit", "cut off"])
 def test_a_head_that_is_not_the_runs_is_refused(tmp_path, head, change):
+    from scellst_ray.models.mil.head import MilHead, head_to_bytes
+
     info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}
     right = head_to_bytes(head, info | {"training_slides": [], "metrics": {}})
     uri = str(tmp_path / "run")

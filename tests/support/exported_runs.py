@@ -5,16 +5,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import shapely
-import torch
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.runs import compaction
 from scellst_ray.runs.folder import begin_run
 from scellst_ray.runs.known_slides import accept_slides
 from scellst_ray.runs.reading import open_run
 from tests.support.run_folders import Settings
+from tests.support.stored_heads import write_head
 
 GENES = ["EPCAM", "CD3E", "ERBB2"]
 WIDTH0, HEIGHT0, MPP = 600, 400, 0.5
@@ -60,10 +59,7 @@ def make_run(tmp_path, *, head):
     identity = {"store_embeddings": not head}
     folder = begin_run(uri, "predict" if head else "extract", Settings(identity), {})
     if head:
-        torch.manual_seed(0)
-        info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}
-        info |= {"training_slides": [], "metrics": {}}
-        save_head(f"{uri}/head.safetensors", MilHead(8, len(GENES)), info)
+        write_head(f"{uri}/head.safetensors", GENES)
     slides = {}
     for slide_id, count in (("b", 40), ("a", 30)):
         add_slide(folder, slide_id, count, embedding=not head, hidden=head)

@@ -26,7 +26,6 @@ import pytest
 from tests.support import pretended_gpu
 
 CLIENT = Path(__file__).with_name("fork_worker.py")
-SETUP_WORKER = Path(find_spec("ray").origin).with_name("_private") / "workers" / "setup_worker.py"
 # The first job of every cluster. Ray's native part reads the job from the environment when it is
 # imported, so the server serves one.
 JOB = "01000000"
@@ -51,14 +50,17 @@ def forked_workers():
     from ray._private import services
 
     own = services.start_raylet
-    settings = {"TESTS_FORKED_JOB": JOB, "TESTS_SETUP_WORKER": str(SETUP_WORKER)}
+    setup_worker = (
+        Path(find_spec("ray").origin).with_name("_private") / "workers" / "setup_worker.py"
+    )
+    settings = {"TESTS_FORKED_JOB": JOB, "TESTS_SETUP_WORKER": str(setup_worker)}
     # Workers that start before there is a job would start as Ray does.
     settings["RAY_prestart_worker_first_driver"] = "0"
     # Ray Train notices every 2 s that a worker is done or has died.
     settings["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 
     def start_raylet(*args, **kwargs):
-        replaced = [str(CLIENT) if a == str(SETUP_WORKER) else a for a in args]
+        replaced = [str(CLIENT) if a == str(setup_worker) else a for a in args]
         assert replaced != list(args), "Ray passes the path of its setup_worker.py otherwise"
         with pytest.MonkeyPatch.context() as environment:
             for name, value in settings.items():

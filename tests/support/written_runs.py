@@ -5,11 +5,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import shapely
-import torch
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
-from scellst_ray.models.mil.head import MilHead, save_head
 from scellst_ray.runs import compaction
 from scellst_ray.runs.folder import begin_run
 from tests.support.run_folders import Settings
@@ -79,6 +77,8 @@ def make_run(uri, head=None, *, embedding=False):
     identity = {"store_embeddings": embedding}
     folder = begin_run(uri, "predict" if head else "extract", Settings(identity), {})
     if head is not None:
+        from scellst_ray.models.mil.head import save_head
+
         info = {"genes": GENES, "scaling": {}, "embedding_dim": 8, "encoder_digest": "e"}
         save_head(f"{uri}/head.safetensors", head, info | {"training_slides": [], "metrics": {}})
     return folder
@@ -86,6 +86,11 @@ def make_run(uri, head=None, *, embedding=False):
 
 @pytest.fixture
 def head():
+    """A network of torch; tests with it are left out where torch is not installed."""
+    import torch
+
+    from scellst_ray.models.mil.head import MilHead
+
     torch.manual_seed(0)
     return MilHead(8, len(GENES))
 
@@ -103,6 +108,8 @@ def predicted(request, tmp_path, monkeypatch, head):
 
 
 def torch_expression(head, table, genes):
+    import torch
+
     hidden = np.stack(table["hidden"].to_numpy())
     with torch.no_grad():
         values = head.from_hidden(torch.from_numpy(hidden)).numpy()
