@@ -60,9 +60,10 @@ def doctor(config: DoctorConfig) -> int:
     if config.manifest and "manifest" not in failed_checks:
         slides = read_manifest(config.manifest)
     search = find_slides(slides)
+    # First the slides: once a job has left Ray, Ray removes the job's working folder.
+    problems += _slides(console, slides, search)
     if config.ray:
         problems += _nodes(console, config, search)
-    problems += _slides(console, slides, search)
     console.print(f"{problems} problem(s)" if problems else "all well", highlight=False)
     return 1 if problems else 0
 

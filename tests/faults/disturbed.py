@@ -199,7 +199,7 @@ def undisturbed(running):
 def kill_processes(running, title):
     """Kill a process of this kind on some host, a few times, with pauses between."""
     running.until_working()
-    while running.num_faults < KILLS and running.sleep(running.random.uniform(4, 8)):
+    while running.num_faults < KILLS and running.sleep(running.random.uniform(1, 4)):
         workers = range(1, running.hosts.num + 1)
         found = [p for host in workers for p in running.hosts.titled(host, title)]
         if found:
@@ -216,7 +216,7 @@ def worker_killed(running):
 def gpu_actor_killed(running):
     """SIGKILL actors of the stage that holds a GPU."""
     running.until_working()
-    while running.num_faults < KILLS and running.sleep(running.random.uniform(4, 8)):
+    while running.num_faults < KILLS and running.sleep(running.random.uniform(1, 4)):
         if pids := gpu_actors(running.hosts):
             with suppress(ProcessLookupError):
                 os.kill(running.random.choice(pids), signal.SIGKILL)
@@ -243,7 +243,7 @@ print(json.dumps([a.pid for a in actors if a.required_resources.get("GPU")]))
 def raylet_killed(running):
     """SIGKILL the raylet of a host, which takes its workers with it, and start it again."""
     running.until_working()
-    if running.sleep(running.random.uniform(0, 5)):
+    if running.sleep(running.random.uniform(0, 3)):
         host = running.random.randrange(1, running.hosts.num + 1)
         for process in running.hosts.titled(host, RAYLET):
             process.send_signal(signal.SIGKILL)
@@ -254,7 +254,7 @@ def raylet_killed(running):
 def host_lost(running):
     """Take a host's network away and kill all that runs there, and start it again."""
     running.until_working()
-    if running.sleep(running.random.uniform(0, 5)):
+    if running.sleep(running.random.uniform(0, 3)):
         host = running.random.randrange(1, running.hosts.num + 1)
         running.hosts.cut(host)
         running.hosts.kill(host)
@@ -265,7 +265,7 @@ def host_lost(running):
 def host_lost_for_good(running):
     """Kill all that runs on a host; the run goes on without it."""
     running.until_working()
-    if running.sleep(running.random.uniform(0, 5)):
+    if running.sleep(running.random.uniform(0, 3)):
         running.hosts.kill(running.random.randrange(1, running.hosts.num + 1))
         running.num_faults += 1
 
@@ -281,7 +281,7 @@ def revive(running, host, after_s=3.0):
 def host_cut_off(running):
     """Take a host off the network for 30 s; start it again if Ray has given it up."""
     running.until_working()
-    if running.sleep(running.random.uniform(0, 5)):
+    if running.sleep(running.random.uniform(0, 3)):
         host = running.random.randrange(1, running.hosts.num + 1)
         running.hosts.cut(host)
         running.num_faults += 1
