@@ -89,6 +89,27 @@ class GenesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PseudobulkConfig:
+    """Write one row per slide: mean expression, cell types and niches, for response models."""
+
+    run: str
+    """Run folder of `predict`. The name --run may be left out."""
+    out: str
+    """File to write, .h5ad: X holds the mean of each gene over the slide's cells."""
+    manifest: str | None = None
+    """Manifest whose further columns (patient_id, response, ...) become columns of `obs`."""
+    slides: list[str] | None = None
+    """Comma-separated slide_ids. By default all that did not fail."""
+    radius_um: float = 30.0
+    """Radius of a cell's neighbourhood, um. Columns near_A_B count cells of type B around a cell of
+    type A. Larger values describe regions, smaller ones contacts."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work."""
+        check_numbers(self, {"radius_um": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ManifestHestConfig:
     """Write a manifest for extract, train and predict from a folder in the HEST layout."""
 

@@ -164,6 +164,14 @@ COMMANDS = {
         "scellst-ray genes runs/expression --genes CD3E,EPCAM --out genes",
         {"Flags": "run genes out slides"},
     ),
+    "pseudobulk": Command(
+        "commands.configs:PseudobulkConfig",
+        "commands.pseudobulk:run_pseudobulk",
+        "Write one row per slide: mean expression, cell types and niches, for response models.",
+        RUNS,
+        "scellst-ray pseudobulk runs/expression --out cohort.h5ad --manifest cohort.csv",
+        {"Flags": "run out manifest slides radius_um"},
+    ),
     "pretrain": Command(
         "commands.training_configs:PretrainConfig",
         "commands.pretrain:run_pretrain",
