@@ -169,7 +169,7 @@ COMMANDS = {
         "commands.pseudobulk:run_pseudobulk",
         "Write one row per slide: mean expression, cell types and niches, for response models.",
         RUNS,
-        "scellst-ray pseudobulk runs/expression --out cohort.h5ad --manifest cohort.csv",
+        "scellst-ray pseudobulk runs/expression --out slides.h5ad --manifest m.csv",
         {"Flags": "run out manifest slides radius_um"},
     ),
     "pretrain": Command(

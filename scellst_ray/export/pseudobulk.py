@@ -56,9 +56,8 @@ def slide_bulk(run: Run, slide_id: str, radius_um: float) -> SlideBulk:
     """
     cells = run.cells_frame([slide_id], ["x0", "y0", "nucleus_type"])
     types = cells["nucleus_type"].to_numpy()
-    xy_um = cells.select("x0", "y0").to_numpy().astype(np.float64) * known_mpp(
-        run.records[slide_id]
-    )
+    mpp = known_mpp(run.records[slide_id])
+    xy_um = cells.select("x0", "y0").to_numpy().astype(np.float64) * mpp
     trees = {str(name): cKDTree(xy_um[types == name]) for name in np.unique(types)}
     near = {}
     for around, tree in trees.items():
@@ -144,7 +143,7 @@ def _obs(bulks: Mapping[str, SlideBulk]) -> pd.DataFrame:
 
 def write_pseudobulk(adata: ad.AnnData, out: str) -> None:
     """Write the table as `.h5ad`; an existing file is replaced."""
-    storage.publish(out, lambda path: adata.write_h5ad(path))
+    storage.publish(out, adata.write_h5ad)
 
 
 def check_out(out: str) -> None:

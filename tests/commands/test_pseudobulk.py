@@ -43,7 +43,7 @@ def test_a_damaged_slide_stops_the_table(run, tmp_path):
     assert ask(run, tmp_path / "x.h5ad", slides=["b"]) == 0
 
 
-def test_what_cannot_be_used_is_refused(run, manifest, tmp_path):
+def test_what_cannot_be_used_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match=r"end the name in \.h5ad"):
         ask(run, tmp_path / "x.csv")
     (tmp_path / "m2.csv").write_text("slide_id,uri\na,a.png\n")
