@@ -12,6 +12,7 @@ EXTRAS = {
     "s3fs": "s3",
     "gcsfs": "gcs",
     "adlfs": "azure",
+    "pyogrio": "gis",
 }
 
 
@@ -28,6 +29,8 @@ def explain_absent(error: BaseException) -> str | None:
             package in an error of its own.
     """
     for cause in _causes(error):
+        if isinstance(cause, ImportError) and "pip install 'scellst-ray[" in str(cause):
+            return str(cause)
         package = (getattr(cause, "name", None) or "").partition(".")[0]
         if isinstance(cause, ModuleNotFoundError) and package in EXTRAS:
             return f"{package} is needed and not installed: {install_line(package)}"

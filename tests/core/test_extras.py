@@ -27,6 +27,15 @@ def test_an_absent_package_is_told_with_its_extra(package, monkeypatch):
     assert "\n" not in line
 
 
+def test_a_line_of_our_own_that_names_the_extra_is_kept():
+    line = f"x.gpkg: GeoPackage needs pyogrio: {install_line('pyogrio')}"
+    error = ImportError(line)
+    error.__cause__ = ModuleNotFoundError("No module named 'pyogrio'", name="pyogrio")
+    assert explain_absent(error) == line
+    # Of a package that only an extra of the future brings.
+    assert explain_absent(ImportError("pip install 'scellst-ray[new]'")).endswith("[new]'")
+
+
 def test_a_part_of_a_package_stands_for_it():
     error = ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
     assert explain_absent(error).startswith("torch is needed")
