@@ -152,7 +152,7 @@ class Running:
 
     def until_working(self):
         """Wait until workers are at tiles; return whether the run goes on."""
-        while not self.over() and not storage.list_files(storage.join(self.out, "attempts")):
+        while not self.over() and not storage.list_all(storage.join(self.out, "attempts")):
             time.sleep(0.1)
         return not self.over()
 
