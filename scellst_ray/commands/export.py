@@ -1,8 +1,10 @@
 """The command `export`: the suffix of the output decides the format."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
+from scellst_ray import storage
 from scellst_ray.commands.configs import ExportConfig
 from scellst_ray.commands.reports import line_printer
 from scellst_ray.export.anndata_file import write_anndata
@@ -23,6 +25,8 @@ def run_export(config: ExportConfig) -> int:
     """
     suffix = suffix_of(config.out)
     run, say = open_run(config.run), line_printer()
+    # Ray's workers run in other folders.
+    config = replace(config, run=storage.absolute(config.run), out=storage.absolute(config.out))
     if not config.per_slide:
         count = WRITERS[suffix](run, config, config.out, config.slides)
         say(f"wrote {config.out}: {count:,} cells")

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from scellst_ray import storage
 from scellst_ray.commands.configs import GenesConfig
 from scellst_ray.commands.reports import line_printer
 from scellst_ray.export.genes import check_folder, is_written, write_genes
@@ -15,12 +16,17 @@ def run_genes(config: GenesConfig) -> int:
     Raises:
         ValueError: slides, genes or the output cannot be used, or some slides failed.
     """
-    run, say = open_run(config.run), line_printer()
+    # Absolute, since Ray's workers run in other folders.
+    run, out, say = (
+        open_run(storage.absolute(config.run)),
+        storage.absolute(config.out),
+        line_printer(),
+    )
     genes = run.choose_genes(config.genes)
-    check_folder(run, config.out, genes)
+    check_folder(run, out, genes)
     chosen = [s for s in run.choose(config.slides) if run.records[s]["num_cells"]]
-    missing = [s for s in chosen if not is_written(run, config.out, s)]
-    results = over_slides(partial(_write, config.run, config.out, genes), missing)
+    missing = [s for s in chosen if not is_written(run, out, s)]
+    results = over_slides(partial(_write, run.uri, out, genes), missing)
     count = sum(count for _, count in values_of(results, "written"))
     kept = len(chosen) - len(missing)
     before = f", {kept} were there before" if kept else ""

@@ -3,6 +3,7 @@
 import logging
 from functools import partial
 
+from scellst_ray import storage
 from scellst_ray.commands.configs import PseudobulkConfig
 from scellst_ray.commands.reports import line_printer
 from scellst_ray.export.pseudobulk import (
@@ -28,7 +29,8 @@ def run_pseudobulk(config: PseudobulkConfig) -> int:
             nothing is written: a table without them would look whole.
     """
     check_out(config.out)
-    run, say = open_run(config.run), line_printer()
+    # Absolute, since Ray's workers run in other folders.
+    run, say = open_run(storage.absolute(config.run)), line_printer()
     run.choose_genes()  # a run without a head is refused before any work
     columns = {}
     if config.manifest is not None:
@@ -46,7 +48,7 @@ def run_pseudobulk(config: PseudobulkConfig) -> int:
     if missing:
         message = f"{config.manifest}: lacks slide {missing[0]!r} ({len(missing)} such slides)"
         raise ValueError(message)
-    results = over_slides(partial(_bulk, config.run, config.radius_um), chosen)
+    results = over_slides(partial(_bulk, run.uri, config.radius_um), chosen)
     bulks = dict(values_of(results, "summed up"))
     adata = make_pseudobulk(run, bulks, columns, config.radius_um)
     write_pseudobulk(adata, config.out)
