@@ -77,6 +77,7 @@ def test_manifests_are_refused_by_row(tmp_path, column):
     assert "row 1" not in str(raised.value)
 
 
+@pytest.mark.whole
 def test_the_command_line_says_so_and_starts_nothing(tmp_path, capsys):
     out = tmp_path / "run"
     words = ["extract", "--manifest", HOLDING[0], "--out", str(out), "--encoder", "random:0"]
@@ -91,7 +92,9 @@ def test_the_command_line_says_so_and_starts_nothing(tmp_path, capsys):
     "words",
     [
         ["status", "https://me:hun/ter2@host/run"],
-        ["doctor", "--manifest", "https://me:hun#ter2@host/m.csv"],
+        pytest.param(
+            ["doctor", "--manifest", "https://me:hun#ter2@host/m.csv"], marks=pytest.mark.whole
+        ),
         ["gc", "s3://AKIA123:hun/ter2@bucket/run", "--dry-run"],
         ["extract", "--manifst", "https://me:hun/ter2@host/m.csv"],
         ["extract", "--core-px", "https://host/a?sig=ter2"],
