@@ -150,7 +150,7 @@ def missing_files(slide: SlideRow) -> list[str]:
             try:
                 if storage.is_local(uri) or PurePosixPath(uri).suffix:
                     size_of(uri)
-                elif not storage.list_files(uri):  # a folder on object storage
+                elif not storage.list_all(uri):  # a folder on object storage
                     problems.append(f"{column}: {redact(uri)}: no such folder")
             except OSError as error:
                 problems.append(f"{column}: {error}; correct the manifest, or put the file there")

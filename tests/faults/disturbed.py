@@ -113,7 +113,7 @@ def differences(out, expected):
                 f"{slide_id}: {len(tables[0])} cells are not the {len(tables[1])} expected"
             )
     for name in ("shards", "attempts"):
-        left = storage.list_files(storage.join(str(out), name))
+        left = storage.list_all(storage.join(str(out), name))
         texts += [f"{uri} is left over" for uri in left]
     return texts
 

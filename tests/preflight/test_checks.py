@@ -4,11 +4,13 @@ import logging
 
 import pytest
 
+from scellst_ray import storage
 from scellst_ray.preflight import checks
 from scellst_ray.preflight.checks import (
     Problem,
     find_slides,
     format_problems,
+    missing_files,
     size_of,
     stop_or_warn,
 )
@@ -107,3 +109,14 @@ def test_slides_alone_stop_nothing(caplog):
     assert "- slide a: gone" in record.getMessage()
     stop_or_warn([], logger)
     assert len(caplog.records) == 1
+
+
+def test_a_folder_of_folders_on_a_store_is_there():
+    """Space Ranger's `outs` may hold folders alone."""
+    outs = "memory://checks/outs"
+    storage.publish_bytes(f"{outs}/spatial/tissue_positions.csv", b"barcode")
+    row = SlideRow("s", "memory://checks/s.svs", None, columns={"spots": outs})
+    assert missing_files(row) == []
+    absent = SlideRow("s", "memory://checks/s.svs", None, columns={"spots": f"{outs}2"})
+    assert missing_files(absent) == [f"spots: {outs}2: no such folder"]
+    storage.remove_tree("memory://checks")
