@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from scellst_ray import storage
 from scellst_ray.commands.configs import ExportConfig
@@ -28,6 +29,7 @@ def run_export(config: ExportConfig) -> int:
     # Ray's workers run in other folders.
     config = replace(config, run=storage.absolute(config.run), out=storage.absolute(config.out))
     if not config.per_slide:
+        _refuse_folder(config.out)
         count = WRITERS[suffix](run, config, config.out, config.slides)
         say(f"wrote {config.out}: {count:,} cells")
         return 0
@@ -42,9 +44,14 @@ def suffix_of(out: str) -> str:
     """Return the longest known suffix of a name.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or the name says that a SpatialData store is wanted.
     """
     found = [suffix for suffix in WRITERS if out.rstrip("/").endswith(suffix)]
+    if out.rstrip("/").endswith(".sdata.zarr"):
+        message = (
+            f"{out}: SpatialData is not written; end the name in .zarr without .sdata for AnnData"
+        )
+        raise ValueError(message)
     if not found:
         message = f"{out}: unknown format; end the name in one of {', '.join(WRITERS)}"
         raise ValueError(message)
@@ -61,7 +68,19 @@ def name_of(out: str, slide_id: str) -> str:
 def _export_slide(config: ExportConfig, slide_id: str) -> int:
     """Export one slide to its own file; return its number of cells."""
     out = name_of(config.out, slide_id)
+    _refuse_folder(out)
     return WRITERS[suffix_of(out)](open_run(config.run), config, out, [slide_id])
+
+
+def _refuse_folder(out: str) -> None:
+    """Refuse the name of a folder for a file, before the work; the Zarr writer knows its own."""
+    if (
+        suffix_of(out) != ".zarr"
+        and storage.is_local(out)
+        and Path(storage.resolve(out)[1]).is_dir()
+    ):
+        message = f"{out}: is a folder, and the export is a file; give another name"
+        raise ValueError(message)
 
 
 def _anndata(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:

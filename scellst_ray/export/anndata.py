@@ -23,16 +23,19 @@ import pandas as pd
 import polars as pl
 from numpy.typing import NDArray
 
+from scellst_ray.core.halves import to_float32
 from scellst_ray.core.logs import log_fields
 from scellst_ray.core.version import __version__
 from scellst_ray.export.cell_blocks import cell_blocks
 from scellst_ray.export.colours import colours_of
 from scellst_ray.export.pictures import Thumbnail, blank_picture
+from scellst_ray.models.mil.stored_head import vector_matrix
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import known_mpp, known_size0
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("slide_id", "cell_id", "x0", "y0", "area_um2", "nucleus_type", "type_prob")
+EMBEDDINGS_AT_ONCE = 4_096
 # What X holds, by the head's loss (FORMAT.md).
 UNITS = {
     "mse": "log1p(counts per 10,000), divided by the gene's scale on its training slide",
@@ -113,7 +116,9 @@ def to_anndata(
         obs=pd.DataFrame(obs_columns(chosen), index=pd.Index(obs_names(chosen), dtype=object)),
         var=pd.DataFrame(index=pd.Index(chosen.genes, dtype=object)),
     )
-    adata.obsm.update(obsm_arrays(chosen))
+    adata.obsm["spatial"] = positions_of(chosen)
+    if chosen.with_embeddings:
+        adata.obsm["X_embedding"] = np.concatenate(list(embeddings_of(chosen)))
     adata.uns.update(uns_of(chosen, thumbnails or {}))
     return adata
 
@@ -167,15 +172,18 @@ def _distance(chosen: Chosen) -> NDArray[np.float32] | None:
     return np.concatenate(parts).astype(np.float32)
 
 
-def obsm_arrays(chosen: Chosen) -> dict[str, NDArray[np.floating]]:
-    """Return `obsm`: positions in level-0 px, and embeddings of a run without expression."""
-    arrays: dict[str, NDArray[np.floating]] = {
-        "spatial": chosen.cells.select("x0", "y0").to_numpy().astype(np.float64)
-    }
-    if chosen.with_embeddings:
-        parts = [chosen.run.embeddings(s).astype(np.float32) for s in chosen.slide_ids]
-        arrays["X_embedding"] = np.concatenate(parts)
-    return arrays
+def positions_of(chosen: Chosen) -> NDArray[np.float64]:
+    """Return (x, y) of all cells, float64 [N, 2], level-0 px."""
+    return chosen.cells.select("x0", "y0").to_numpy().astype(np.float64)
+
+
+def embeddings_of(chosen: Chosen) -> Iterator[NDArray[np.float32]]:
+    """Yield embeddings [N, D] of all cells in their order, block by block."""
+    for slide_id in chosen.slide_ids:
+        for block in cell_blocks(chosen.run, slide_id, ["cell_id", "embedding"]):
+            vectors = vector_matrix(block.cells["embedding"])
+            for start in range(0, len(vectors), EMBEDDINGS_AT_ONCE):
+                yield to_float32(vectors[start : start + EMBEDDINGS_AT_ONCE])
 
 
 def expression_of(chosen: Chosen) -> Iterator[NDArray[np.float32]]:

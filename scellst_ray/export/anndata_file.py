@@ -22,17 +22,21 @@ from scellst_ray import storage
 from scellst_ray.export.anndata import (
     Chosen,
     choose,
+    embeddings_of,
     expression_of,
     obs_columns,
     obs_names,
-    obsm_arrays,
+    positions_of,
     uns_of,
 )
+from scellst_ray.export.hdf5_output import new_hdf5
 from scellst_ray.export.pictures import THUMBNAIL_PX, Thumbnail, read_thumbnail
 from scellst_ray.runs.reading import Run
 
 # Rows and columns of a chunk of X: a gene of a million cells is read without all other genes.
 CHUNK = (16_384, 32)
+# So many values wait at most until a row of chunks is whole: fewer rows where there are more genes.
+MOST_WAITING = 2**24
 # So many slides have pictures by default.
 MOST_PICTURES = 20
 COMPRESSION = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
@@ -48,7 +52,7 @@ def write_anndata(
 ) -> int:
     """Write cells and expression as AnnData; an existing file or store is replaced.
 
-    Memory holds some 300 bytes a cell for any number of genes.
+    Memory holds some 300 bytes a cell for any number of genes or embedding dimensions.
 
     Args:
         run: The run.
@@ -91,7 +95,7 @@ def _pictures(chosen: Chosen, longest_px: int) -> dict[str, Thumbnail]:
 
 
 def _write_h5ad(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -> None:
-    with h5py.File(path, "w") as file:
+    with new_hdf5(path) as (file, target):
 
         def write_names(group: Any, names: list[str]) -> None:  # noqa: ANN401 - of either library
             encoded = [name.encode() for name in names]
@@ -99,10 +103,13 @@ def _write_h5ad(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -
             made = group.create_dataset("_index", data=np.array(encoded, kind), **COMPRESSION)
             _sign(made.attrs, "string-array", "0.2.0")
 
+        def make_matrix(group: Any, name: str, num_columns: int) -> Any:  # noqa: ANN401
+            shape = (len(chosen.cells), num_columns)
+            how = {"chunks": _chunk(shape), **COMPRESSION} if num_columns else {}
+            return group.create_dataset(name, shape, np.float32, **how)
+
         _write(file, chosen, pictures, write_names, dict(COMPRESSION))
-        shape = (len(chosen.cells), len(chosen.genes))
-        how = {"chunks": _chunk(shape), **COMPRESSION} if shape[1] else {}
-        _fill(file.create_dataset("X", shape, np.float32, **how), expression_of(chosen))
+        _fill_all(file, chosen, make_matrix, target.check)
 
 
 def _write_zarr(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -> None:
@@ -115,10 +122,12 @@ def _write_zarr(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -
         def write_names(group: Any, names: list[str]) -> None:  # noqa: ANN401 - of either library
             ad.io.write_elem(group, "_index", np.array(names, object))
 
+        def make_matrix(group: Any, name: str, num_columns: int) -> Any:  # noqa: ANN401
+            shape = (len(chosen.cells), num_columns)
+            return group.create_array(name, shape=shape, dtype="f4", chunks=_chunk(shape))
+
         _write(root, chosen, pictures, write_names, {})
-        shape = (len(chosen.cells), len(chosen.genes))
-        chunks = _chunk(shape)
-        _fill(root.create_array("X", shape=shape, dtype="f4", chunks=chunks), expression_of(chosen))
+        _fill_all(root, chosen, make_matrix, lambda: None)
         zarr.consolidate_metadata(path, zarr_format=2)
 
 
@@ -140,7 +149,7 @@ def _write(
         ad.io.write_elem(obs, name, values, dataset_kwargs=compression)
     write_names(obs, obs_names(chosen))
     ad.io.write_elem(root, "var", pd.DataFrame(index=pd.Index(chosen.genes, dtype=object)))
-    ad.io.write_elem(root, "obsm", obsm_arrays(chosen), dataset_kwargs=compression)
+    ad.io.write_elem(root, "obsm", {"spatial": positions_of(chosen)}, dataset_kwargs=compression)
     # anndata takes the other settings for single values, too, which have none.
     pictured = {key: compression[key] for key in ("compression",) if key in compression}
     ad.io.write_elem(root, "uns", uns_of(chosen, pictures), dataset_kwargs=pictured)
@@ -154,23 +163,46 @@ def _sign(attributes: Any, kind: str, version: str) -> None:  # noqa: ANN401 - o
 
 
 def _chunk(shape: tuple[int, int]) -> tuple[int, int]:
-    return max(1, min(shape[0], CHUNK[0])), max(1, min(shape[1], CHUNK[1]))
+    rows = max(1, min(CHUNK[0], MOST_WAITING // max(1, shape[1])))
+    # With fewer rows it has more columns, so that a store does not become a heap of small files.
+    columns = CHUNK[0] * CHUNK[1] // rows
+    return max(1, min(shape[0], rows)), max(1, min(shape[1], columns))
 
 
-def _fill(matrix: Any, blocks: Iterator[NDArray[np.float32]]) -> None:  # noqa: ANN401 - of either library
+def _fill_all(
+    root: Any,  # noqa: ANN401 - a group of h5py or zarr
+    chosen: Chosen,
+    make_matrix: Callable[[Any, str, int], Any],
+    check: Callable[[], None],
+) -> None:
+    """Write X, and embeddings of a run without expression, in blocks; `check` may stop it."""
+    _fill(make_matrix(root, "X", len(chosen.genes)), expression_of(chosen), check)
+    if chosen.with_embeddings and chosen.run.embedding_dim is not None:
+        matrix = make_matrix(root["obsm"], "X_embedding", chosen.run.embedding_dim)
+        _fill(matrix, embeddings_of(chosen), check)
+
+
+def _fill(
+    matrix: Any,  # noqa: ANN401 - of h5py or zarr
+    blocks: Iterator[NDArray[np.float32]],
+    check: Callable[[], None],
+) -> None:
     """Fill X by whole chunks: a part of a chunk would be compressed again with the next part."""
     _sign(matrix.attrs, "array", "0.2.0")
     if not matrix.shape[1]:
         return
     waiting: list[NDArray[np.float32]] = []
-    start, count = 0, 0
+    start, count, rows = 0, 0, matrix.chunks[0]
     for block in blocks:
+        check()
         waiting.append(block)
         count += len(block)
-        while count >= CHUNK[0]:
-            whole = np.concatenate(waiting)
-            matrix[start : start + CHUNK[0]] = whole[: CHUNK[0]]
-            waiting, count, start = [whole[CHUNK[0] :]], count - CHUNK[0], start + CHUNK[0]
+        if count < rows:
+            continue
+        values = np.concatenate(waiting)
+        whole = count - count % rows
+        matrix[start : start + whole] = values[:whole]
+        waiting, count, start = [values[whole:].copy()], count - whole, start + whole
     if count:
         matrix[start : start + count] = np.concatenate(waiting)
 

@@ -9,6 +9,7 @@ One row per slide:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -20,6 +21,7 @@ from scipy.spatial import cKDTree
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
+from scellst_ray.export.hdf5_output import new_hdf5
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import known_mpp
 
@@ -143,7 +145,13 @@ def _obs(bulks: Mapping[str, SlideBulk]) -> pd.DataFrame:
 
 def write_pseudobulk(adata: ad.AnnData, out: str) -> None:
     """Write the table as `.h5ad`; an existing file is replaced."""
-    storage.publish(out, adata.write_h5ad)
+
+    def write(path: Path) -> None:
+        adata.strings_to_categoricals()
+        with new_hdf5(path) as (file, _):
+            ad.io.write_elem(file, "/", adata)
+
+    storage.publish(out, write)
 
 
 def check_out(out: str) -> None:

@@ -30,6 +30,24 @@ def test_the_longest_suffix_decides():
     assert name_of("s3://b/cells.zarr/", "P1") == "s3://b/cells.P1.zarr"
 
 
+def test_a_store_of_spatialdata_is_not_promised(run, tmp_path):
+    for out in ("x.sdata.zarr", "x.sdata.zarr/"):
+        with pytest.raises(ValueError, match=r"x\.sdata\.zarr/?: SpatialData is not written"):
+            export(run, f"{tmp_path}/{out}")
+    assert not (tmp_path / "x.sdata.zarr").exists()
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".geojson", ".geojson.gz", ".gpkg"])
+def test_the_name_of_a_folder_is_refused(run, tmp_path, suffix):
+    for name in ("x", "x.a"):
+        (tmp_path / f"{name}{suffix}").mkdir()
+    with pytest.raises(ValueError, match="is a folder, and the export is a file"):
+        export(run, tmp_path / f"x{suffix}", slides=["a"])
+    with pytest.raises(ValueError, match=r"1 slide\(s\) were not exported: a; .*is a folder"):
+        export(run, tmp_path / f"x{suffix}", per_slide=True)
+    assert (tmp_path / f"x.b{suffix}").is_file()
+
+
 def test_all_slides_in_one_file(run, tmp_path, capsys):
     for name in ("x.h5ad", "x.gpkg"):
         assert export(run, tmp_path / name, genes=["CD3E"]) == 0

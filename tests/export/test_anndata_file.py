@@ -113,6 +113,36 @@ def test_a_run_without_expression_exports_embeddings(tmp_path):
         to_anndata(run, genes=["EPCAM"])
 
 
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_blocks_of_any_size_join(tmp_path, monkeypatch, head, suffix):
+    """Chunks smaller than a slide, than a table's block, and of few values."""
+    run, out = make_run(tmp_path, head=head), str(tmp_path / f"x.{suffix}")
+    expected = to_anndata(run)
+    read = ad.read_h5ad if suffix == "h5ad" else ad.read_zarr
+    for chunk, waiting in (((7, 512), 2**24), ((16_384, 32), 100), ((70, 256), 1)):
+        monkeypatch.setattr(anndata_file, "CHUNK", chunk)
+        monkeypatch.setattr(anndata_file, "MOST_WAITING", waiting)
+        assert write_anndata(run, out, thumbnail_px=0) == 70
+        found = read(out)
+        np.testing.assert_array_equal(found.X, expected.X)
+        assert set(found.obsm) == set(expected.obsm)
+        for name in expected.obsm:
+            np.testing.assert_array_equal(found.obsm[name], expected.obsm[name])
+
+
+def test_embeddings_are_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+    run = make_run(tmp_path, head=False)
+    monkeypatch.setattr(anndata_file, "MOST_WAITING", 8 * 2048)
+    monkeypatch.setattr(
+        type(run), "embeddings", lambda *_: pytest.fail("all embeddings of a slide were read")
+    )
+    write_anndata(run, str(tmp_path / "x.h5ad"), thumbnail_px=0)
+    with h5py.File(tmp_path / "x.h5ad") as file:
+        made = file["obsm/X_embedding"]
+        assert (made.shape, made.chunks, made.dtype) == ((70, 2048), (8, 2048), np.float32)
+
+
 @pytest.mark.parametrize("thumbnail_px", [300, 0])
 def test_scanpy_and_squidpy_work_on_the_file(predicted, tmp_path, thumbnail_px):
     matplotlib = pytest.importorskip("matplotlib")
