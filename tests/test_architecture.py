@@ -35,15 +35,17 @@ MAY_IMPORT = {
     "stages": KNOWLEDGE | {"runs"},
     "training": GROUND | {"models", "runs"},
     "export": GROUND | {"slides", "runs", "models.mil.stored_head"},
+    "report": GROUND | {"models.mil.stored_head", "spots", "runs", "export.colours"},
     "preflight": GROUND | {"slides", "models", "runs", "stages"},
     "evaluation": KNOWLEDGE | {"runs", "stages.supervision"},
     "pipelines": GROUND | {"slides", "models", "runs", "stages", "preflight"},
     "commands": KNOWLEDGE
-    | {"runs", "stages", "training", "export", "preflight", "evaluation", "pipelines"},
+    | {"runs", "stages", "training", "export", "report", "preflight", "evaluation", "pipelines"},
 }
 MAX_FLOORS = 9
 WITHOUT_TORCH = (
     *("core/", "storage/", "slides/", "nuclei/", "spots/", "runs/", "export/"),
+    "report/",
     *("models/weights/", "models/mil/stored_head.py", "models/mil/head_file.py"),
 )
 

@@ -110,6 +110,24 @@ class PseudobulkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write a run as HTML pages: one for the cohort and one for each slide, without a network."""
+
+    run: str
+    """Run folder of `extract` or `predict`. The name --run may be left out. No slide is read."""
+    out: str
+    """Folder to write index.html and slides/<slide_id>.html into. Each page holds its pictures."""
+    genes: list[str] | None = None
+    """Comma-separated genes to show. By default the six whose variance by mean is highest."""
+    slides: list[str] | None = None
+    """Comma-separated slide_ids. By default all."""
+    manifest: str | None = None
+    """Manifest that names spots: pages show the measured spots next to the predicted cells."""
+    evaluation: str | None = None
+    """JSON file of `evaluate expression --out`: pages show accuracy and baselines."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ManifestHestConfig:
     """Write a manifest for extract, train and predict from a folder in the HEST layout."""
 

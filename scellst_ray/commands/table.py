@@ -172,6 +172,14 @@ COMMANDS = {
         "scellst-ray pseudobulk runs/expression --out slides.h5ad --manifest m.csv",
         {"Flags": "run out manifest slides radius_um"},
     ),
+    "report": Command(
+        "commands.configs:ReportConfig",
+        "commands.report:run_report",
+        "Write a run as HTML pages: one for the cohort and one for each slide, without a network.",
+        RUNS,
+        "scellst-ray report runs/expression --out report --genes CD3E,EPCAM",
+        {"Flags": "run out genes slides manifest evaluation"},
+    ),
     "pretrain": Command(
         "commands.training_configs:PretrainConfig",
         "commands.pretrain:run_pretrain",

@@ -20,6 +20,7 @@ SLIDES = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("slide_id", "uri", "mpp_error")),
         *(pa.field(name, pa.string()) for name in ("segmentation", "imported_uri", "source")),
+        pa.field("thumbnail_uri", pa.string()),
         pa.field("mpp", pa.float64()),
         pa.field("mpp_confirmed", pa.bool_()),
         pa.field("done_tiles", pa.list_(pa.int64())),

@@ -43,6 +43,7 @@ class LoggedWork:
 def pending_slide(slide: SlideRow, spec: CellsSpec, run: RunFolder) -> PendingSlide:
     """Return a slide as `plan_slide` takes it, without a tile that is done."""
     row = slide_row(slide)
+    row["thumbnail_uri"] = run.thumbnail_uri(slide.slide_id)
     if spec.segmenter != "imported":
         row["segmentation"] = None
     elif row["segmentation"] is not None:

@@ -31,6 +31,7 @@ from scellst_ray.storage.credentials import redact, refuse_credentials
 CELLS = "cells"  # CELLS of each slide
 EXPRESSION = "expression"  # EXPRESSION of each slide
 PROFILES = "profiles"  # PROFILES of each slide
+THUMBNAILS = "thumbnails"  # a picture of each slide, see thumbnails.py
 CROPS = "crops"  # sets of CROPS, see crop_files.py
 FAILURES = "failures"  # FAILURES of each slide
 RECORDS = "records"  # the record of each slide
@@ -39,7 +40,10 @@ SHARDS = "shards"  # cells of slides that are not finished
 IMPORTED = "imported"  # imported nuclei of slides that are not finished
 ATTEMPTS = "attempts"  # notes of workers on tiles they have begun
 # Sub folders whose bytes the summary counts, in its order. Notes of attempts are no data.
-DATA_FOLDERS = (CELLS, EXPRESSION, PROFILES, CROPS, FAILURES, RECORDS, RECEIPTS, SHARDS, IMPORTED)
+DATA_FOLDERS = (
+    *(CELLS, EXPRESSION, PROFILES, THUMBNAILS, CROPS, FAILURES, RECORDS, RECEIPTS, SHARDS),
+    IMPORTED,
+)
 # Files directly in the folder; the head's name is that of models/mil/stored_head.py.
 RUN_FILE, CONFIG_FILE, SLIDES_FILE = "run.json", "config.yaml", "slides.json"
 LEASE_FILE = "lease.json"
@@ -71,6 +75,10 @@ class RunFolder:
     def profiles_uri(self, slide_id: str) -> str:
         """Return the URI of a slide's PROFILES."""
         return storage.join(self.uri, PROFILES, f"{slide_id}.parquet")
+
+    def thumbnail_uri(self, slide_id: str) -> str:
+        """Return the URI of a slide's thumbnail."""
+        return storage.join(self.uri, THUMBNAILS, f"{slide_id}.jpg")
 
     def expression_uri(self, slide_id: str) -> str:
         """Return the URI of a slide's EXPRESSION."""

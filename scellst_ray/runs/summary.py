@@ -121,13 +121,14 @@ def empty_slides(state: RunState) -> list[dict[str, str]]:
     return [
         {
             "slide_id": row["slide_id"],
-            "reason": _why_empty(row["num_tiles"] or 0, is_imported=is_imported),
+            "reason": why_empty(row["num_tiles"] or 0, is_imported=is_imported),
         }
         for row in rows.iter_rows(named=True)
     ]
 
 
-def _why_empty(num_tiles: int, *, is_imported: bool) -> str:
+def why_empty(num_tiles: int, *, is_imported: bool) -> str:
+    """Return why a slide with this number of tiles has no cells."""
     if is_imported:
         return "no imported nuclei" if not num_tiles else "no imported nuclei were kept"
     return f"tissue in {num_tiles:,} tiles, but no nuclei" if num_tiles else "no tissue found"

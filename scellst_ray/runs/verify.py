@@ -34,6 +34,7 @@ from scellst_ray.runs.folder import (
     RUN_FILE,
     SLIDES_FILE,
     SOURCES_REMEDY,
+    THUMBNAILS,
     RunFolder,
     read_config,
     read_run_info,
@@ -44,6 +45,7 @@ from scellst_ray.runs.receipts_log import LOG_NAME, best_of_each_tile, read_log_
 from scellst_ray.runs.records import CropIndex, RunInfo, SlideCrops, SlideRecord, SlideSource
 from scellst_ray.runs.shards import DamagedShardsError, Shards, SlideCells
 from scellst_ray.runs.tables import check_digest, open_table, stamp_in, table_uri
+from scellst_ray.runs.thumbnails import REMEDY, read_thumbnail
 
 AGAIN = "run the same command again"
 # Files read at a time.
@@ -125,6 +127,7 @@ class _Verifier:
         records = self._read_records()
         checks: list[Callable[[], None]] = [
             *self._checks_of_tables(run, records),
+            *self._checks_of_thumbnails(run, records),
             *self._checks_of_log(run),
             *self._checks_of_crops(),
             partial(self._check_head, info),
@@ -190,6 +193,19 @@ class _Verifier:
                 names.append("PROFILES")
             for name in names:
                 yield partial(self._check_table, run, record, name)
+
+    def _checks_of_thumbnails(
+        self, run: RunFolder, records: Mapping[str, SlideRecord]
+    ) -> Iterator[Callable[[], None]]:
+        """Check the thumbnails that are there; earlier releases kept none."""
+        there = set(storage.list_files(storage.join(self.uri, THUMBNAILS)))
+        for slide_id, record in records.items():
+            if run.thumbnail_uri(slide_id) in there:
+                yield partial(self._check_thumbnail, run, record)
+
+    def _check_thumbnail(self, run: RunFolder, record: SlideRecord) -> None:
+        with self._noting(self._within(run.thumbnail_uri(record["slide_id"])), REMEDY):
+            read_thumbnail(run, record)
 
     def _check_table(self, run: RunFolder, record: SlideRecord, name: str) -> None:
         uri, stamp = table_uri(run, name, record["slide_id"]), stamp_in(record, name)
@@ -282,7 +298,7 @@ class _Verifier:
         named = {
             self._within(table_uri(RunFolder(self.uri, ""), name, slide_id))
             for slide_id, record in records.items()
-            for name in (*record.get("tables", []), "FAILURES")
+            for name in (*record.get("tables", []), *record.get("files", {}), "FAILURES")
         }
         for path in storage.sizes(self.uri):
             within = path.removeprefix(storage.resolve(self.uri)[1].rstrip("/") + "/")

@@ -6,11 +6,13 @@ import logging
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from scellst_ray import storage
 from scellst_ray.core.geometry import Frame
 from scellst_ray.nuclei.imported.table import REPORT_KEY, import_report
 from scellst_ray.nuclei.imported.tiles import check_within, publish_by_tile, read_segmentation
+from scellst_ray.runs.thumbnails import Origin, publish_thumbnail
 from scellst_ray.slides.reader import Slide
 from scellst_ray.slides.source import ChangedFileError, open_slide
 from scellst_ray.slides.tiling import (
@@ -60,11 +62,13 @@ def plan_slide(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
             nothing["width0"], nothing["height0"] = slide.width0, slide.height0
             if spec.segmenter == "imported":
                 mark, nothing["imported"], tiles = _plan_imported(slide, read_mpp, row, spec)
+                image = _overview(slide)[0] if row["thumbnail_uri"] else None
                 nothing["source"] = source_of(row, spec, opened.fingerprint, mark)
             else:
                 nothing["source"] = source_of(row, spec, opened.fingerprint, None)
-                tiles = _tiles_of_tissue(slide, read_mpp, spec)
+                tiles, image = _tiles_of_tissue(slide, read_mpp, spec)
             opened.check()
+        _keep_thumbnail(row["thumbnail_uri"], image, nothing)
         done = set(row["done_tiles"]) if row["source"] == nothing["source"] else set()
         for tile in tiles:
             if tile.tile_id not in done:
@@ -97,14 +101,32 @@ def _read_mpp(slide: Slide, spec: CellsSpec) -> float:
     return spec.read_mpp or default_read_mpp(slide.mpp)
 
 
-def _tiles_of_tissue(slide: Slide, read_mpp: float, spec: CellsSpec) -> list[Tile]:
-    mpp = max(TISSUE_MPP, slide.mpp)
-    image, frame = slide.overview(mpp)
-    mask = tissue_mask(image, mpp)
+def _overview(slide: Slide) -> tuple[NDArray[np.uint8], Frame]:
+    return slide.overview(max(TISSUE_MPP, slide.mpp))
+
+
+def _keep_thumbnail(uri: str | None, image: NDArray[np.uint8] | None, planned: TileRow) -> None:
+    """Keep a view of the whole slide for reports. Without it they lack a picture, nothing else."""
+    if uri is None or image is None:
+        return
+    ratio = max(TISSUE_MPP / planned["mpp"], 1.0)
+    about: Origin = {"slide_id": planned["slide_id"], "source": planned["source"], "ratio": ratio}
+    try:
+        publish_thumbnail(uri, image, about)
+    except OSError as error:
+        logger.warning("slide %s: its thumbnail was not kept: %s", planned["slide_id"], error)
+
+
+def _tiles_of_tissue(
+    slide: Slide, read_mpp: float, spec: CellsSpec
+) -> tuple[list[Tile], NDArray[np.uint8]]:
+    """Return the tiles that touch tissue, and the view in which it was found."""
+    image, frame = _overview(slide)
+    mask = tissue_mask(image, max(TISSUE_MPP, slide.mpp))
     if not mask.any():
         slide.check_overview(image)
     size0, ratio = (slide.width0, slide.height0), read_mpp / slide.mpp
-    return plan_tiles(size0, ratio, mask, frame, spec.core_px, spec.halo_px)
+    return plan_tiles(size0, ratio, mask, frame, spec.core_px, spec.halo_px), image
 
 
 def _plan_imported(

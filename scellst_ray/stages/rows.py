@@ -92,6 +92,7 @@ class PendingSlide(TypedDict):
         imported_uri: Folder for the imported nuclei, sorted by tile; None without imported nuclei.
         source: Source of the slide that `done_tiles` are of; if its files are others now, no tile
             is done. None: no tile is done.
+        thumbnail_uri: File for a picture of the slide; None if no run keeps it.
     """
 
     slide_id: str
@@ -103,6 +104,7 @@ class PendingSlide(TypedDict):
     segmentation: str | None
     imported_uri: str | None
     source: str | None
+    thumbnail_uri: str | None
 
 
 def slide_row(slide: SlideRow) -> PendingSlide:
@@ -117,6 +119,7 @@ def slide_row(slide: SlideRow) -> PendingSlide:
         "segmentation": slide.columns.get("segmentation"),
         "imported_uri": None,
         "source": None,
+        "thumbnail_uri": None,
     }
 
 

@@ -1,0 +1,206 @@
+"""The page of one slide: what a run holds of it, as pictures and words. No slide is read.
+
+Shape letters: N cells, G genes.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from scellst_ray.core.text import one_line
+from scellst_ray.export.colours import colours_of, rgb_of
+from scellst_ray.report.cells import SlideCells, read_cells
+from scellst_ray.report.evaluation import slide_tables
+from scellst_ray.report.galleries import galleries_of
+from scellst_ray.report.maps import Squares, limits_of, mean_map, squares_over
+from scellst_ray.report.near import WINDOW_UM, Window, draw_outlines, highest_place, read_outlines
+from scellst_ray.report.pictures import indexed, levels, photograph
+from scellst_ray.report.spots import spot_rows
+from scellst_ray.report.views import Map, Row, Scale, SlideView, Swatch, Table
+from scellst_ray.report.words import (
+    as_text,
+    describe_shift,
+    scale_bar,
+    slide_facts,
+    unit_of,
+    versions_of,
+)
+from scellst_ray.runs.reading import Run
+from scellst_ray.runs.thumbnails import read_thumbnail
+from scellst_ray.storage.credentials import redact
+
+TINY_PX, SLIDE_PX = 72, 900
+NEAR_BAR = (100 * 50 / WINDOW_UM, "50 um")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a report shall show.
+
+    Attributes:
+        genes: The genes.
+        spots_rows: Rows of the manifest that name spots, by slide_id.
+        evaluation: Content of the file of `evaluate expression`; None without one.
+    """
+
+    genes: tuple[str, ...] = ()
+    spots_rows: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None
+
+
+def view_slide(run: Run, slide_id: str, asked: Asked) -> SlideView:
+    """Return what the page of a slide shows.
+
+    A part that cannot be read becomes a line in `problems`, and costs the others nothing.
+    """
+    record = run.records[slide_id]
+    view = SlideView(slide_id, facts=slide_facts(run, record), versions=versions_of(run, record))
+    view.shift, view.is_beyond = describe_shift(record)
+    bar = scale_bar(record)
+    with noting(view, "picture of the slide"):
+        _show_slide(run, view, bar)
+    cells = None
+    with noting(view, "cells"):
+        cells = read_cells(run, slide_id)
+    if cells is None or not len(cells.cell_id_N):
+        return view
+    squares = squares_over(cells.xy0_N2, cells.size0)
+    _show_types(view, cells, squares, bar)
+    if asked.genes:
+        view.unit = unit_of(run)
+        with noting(view, "expression"):
+            values_NG = run.expression_numpy(asked.genes, slide_id)
+            cells = replace(cells, values_NG=values_NG)
+    shown = asked.genes if cells.values_NG.shape[1] else ()
+    _show_means(view, cells, shown)
+    for number, gene in enumerate(shown):
+        with noting(view, f"outlines of {gene}"):
+            view.genes.append(_gene_row(run, slide_id, cells, squares, (gene, number), bar))
+    if not shown:
+        with noting(view, "outlines"):
+            view.overview.append(_types_from_near(run, slide_id, cells, squares, view.types))
+    if shown and slide_id in asked.spots_rows:
+        with noting(view, "spots"):
+            unit = unit_of(run, short=True)
+            view.spots = spot_rows(cells, squares, list(shown), asked.spots_rows[slide_id], unit)
+    with noting(view, "crops"):
+        view.galleries = galleries_of(run, slide_id, cells, list(shown), view.notes)
+    view.accuracy = slide_tables(asked.evaluation, slide_id, list(shown))
+    return view
+
+
+@contextmanager
+def noting(view: SlideView, what: str) -> Iterator[None]:
+    """Note what keeps a part of the page from being shown."""
+    try:
+        yield
+    except (ValueError, OSError, pa.ArrowException) as error:
+        view.problems.append(f"{what}: {one_line(redact(str(error)))}")
+
+
+def _show_slide(run: Run, view: SlideView, bar: tuple[float, str] | None) -> None:
+    thumbnail = read_thumbnail(run.folder, run.records[view.slide_id])
+    if thumbnail is None:
+        view.notes.append(
+            "The run keeps no picture of this slide: an earlier release began it. To get one, "
+            "predict into a new folder."
+        )
+        return
+    picture = photograph(thumbnail.image, f"H&E of slide {view.slide_id}", SLIDE_PX)
+    view.tiny = photograph(thumbnail.image, f"slide {view.slide_id}", TINY_PX)
+    view.overview.append(Map(picture, "H&E", bar=bar))
+
+
+def _show_types(
+    view: SlideView, cells: SlideCells, squares: Squares, bar: tuple[float, str] | None
+) -> None:
+    colours = colours_of(cells.types)
+    counts = np.bincount(cells.codes_N, minlength=len(cells.types)).tolist()
+    total = sum(counts)
+    view.types = [
+        Swatch(name, colours[name], count, 100 * count / total)
+        for name, count in zip(cells.types, counts, strict=True)
+    ]
+    alt = f"map of {len(cells.types)} nucleus types on slide {view.slide_id}"
+    codes_RC = squares.commonest(cells.codes_N, len(cells.types))
+    palette = [rgb_of(colours[name]) for name in cells.types]
+    picture = indexed(squares.drawn(codes_RC), alt, palette)
+    view.overview.append(Map(picture, "Nuclei: commonest type in each square", bar=bar))
+
+
+def _show_means(view: SlideView, cells: SlideCells, genes: tuple[str, ...]) -> None:
+    """Note the mean of each gene, in all cells and in those of each type."""
+    if not genes:
+        return
+    means_G = cells.values_NG.mean(axis=0, dtype=np.float64)
+    view.means = dict(zip(genes, means_G.tolist(), strict=True))
+    rows = [["all cells", *map(as_text, means_G.tolist())]]
+    for code, name in enumerate(cells.types):
+        of_type = cells.values_NG[cells.codes_N == code].mean(axis=0, dtype=np.float64)
+        rows.append([name, *map(as_text, of_type.tolist())])
+    view.by_type = Table(["nucleus type", *genes], rows, "Mean of the cells of each type.")
+
+
+def _gene_row(
+    run: Run,
+    slide_id: str,
+    cells: SlideCells,
+    squares: Squares,
+    gene: tuple[str, int],
+    bar: tuple[float, str] | None,
+) -> Row:
+    """Return the maps of a gene: means over the slide, and outlines where it is highest."""
+    name, number = gene
+    values_N = cells.values_NG[:, number]
+    means_RC = squares.means(values_N)
+    limits = limits_of(means_RC)
+    alt = f"map of predicted {name} on slide {slide_id}"
+    window = highest_place(cells.xy0_N2, values_N, cells.mpp)
+    whole = Map(
+        mean_map(squares, means_RC, limits, alt),
+        "mean of the cells of each square",
+        _scale(limits, run),
+        bar,
+        _marked(window, cells.size0),
+    )
+    limits = limits_of(values_N)
+    rows_N = window.holds(cells.xy0_N2)
+    outlines = read_outlines(run, slide_id, rows_N)
+    alt = f"outlines of {len(rows_N)} cells, coloured by predicted {name}, on slide {slide_id}"
+    picture = draw_outlines(outlines, levels(values_N[rows_N], *limits), window, alt)
+    near = Map(picture, "each cell, where the mean is highest", _scale(limits, run), NEAR_BAR)
+    low, high = map(float, np.quantile(values_N, (0.05, 0.95)))
+    mean = as_text(float(values_N.mean()))
+    about = f"mean {mean}; nine of ten cells from {as_text(low)} to {as_text(high)}"
+    return Row(name, [whole, near], about)
+
+
+def _types_from_near(
+    run: Run, slide_id: str, cells: SlideCells, squares: Squares, types: list[Swatch]
+) -> Map:
+    """Return outlines coloured by type, where cells are densest."""
+    counts_N = np.bincount(squares.of_cell_N)[squares.of_cell_N].astype(float)
+    window = highest_place(cells.xy0_N2, counts_N, cells.mpp)
+    rows_N = window.holds(cells.xy0_N2)
+    outlines = read_outlines(run, slide_id, rows_N)
+    alt = f"outlines of {len(rows_N)} cells, coloured by type, on slide {slide_id}"
+    palette = [rgb_of(swatch.colour) for swatch in types]
+    colours_N = cells.codes_N[rows_N].astype(np.uint8)
+    picture = draw_outlines(outlines, colours_N, window, alt, palette)
+    return Map(picture, "Outlines, where cells are densest", bar=NEAR_BAR)
+
+
+def _scale(limits: tuple[float, float], run: Run) -> Scale:
+    return Scale(as_text(limits[0]), as_text(limits[1]), unit_of(run, short=True))
+
+
+def _marked(window: Window, size0: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return a window as percent of the slide's width and height."""
+    width0, height0 = size0
+    sides = (window.x0 / width0, window.y0 / height0, window.side0 / width0, window.side0 / height0)
+    x, y, w, h = (100 * side for side in sides)
+    return x, y, min(w, 100 - x), min(h, 100 - y)

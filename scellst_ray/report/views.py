@@ -1,0 +1,191 @@
+"""What the templates of a report show, as plain values."""
+
+from dataclasses import dataclass, field
+
+from scellst_ray.report.pictures import Picture
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale of a map's colours.
+
+    Attributes:
+        low: Value of the first colour, as text.
+        high: Value of the last colour, as text.
+        unit: Unit of both.
+    """
+
+    low: str
+    high: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Map:
+    """A picture with what must be said of it.
+
+    Attributes:
+        picture: The picture.
+        title: What it shows, in a few words.
+        scale: Scale of its colours; None if they are no values.
+        bar: Share of the width that a scale bar takes, in percent, and its text; None without one.
+        window: Left, top, width and height of a square to mark, in percent; None without one.
+    """
+
+    picture: Picture
+    title: str
+    scale: Scale | None = None
+    bar: tuple[float, str] | None = None
+    window: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A name with maps and words.
+
+    Attributes:
+        name: The gene, or what else is shown.
+        maps: Its maps.
+        about: What is said of it; empty: nothing.
+    """
+
+    name: str
+    maps: list[Map]
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; numbers are right-aligned.
+
+    Attributes:
+        headings: Headings of the columns.
+        rows: Cells as text.
+        about: What is said of it.
+    """
+
+    headings: list[str]
+    rows: list[list[str]]
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Swatch:
+    """A type in the legend.
+
+    Attributes:
+        name: The type.
+        colour: Its colour, '#rrggbb'.
+        count: Number of cells.
+        share: Share of the slide's cells, in percent.
+    """
+
+    name: str
+    colour: str
+    count: int
+    share: float
+
+
+@dataclass
+class SlideView:
+    """All that the page of a slide shows.
+
+    Attributes:
+        slide_id: The slide.
+        facts: Names and values for the head of the page.
+        shift: Domain shift in words; empty: nothing is known of it.
+        is_beyond: Whether the slide lies beyond the limit of domain shift.
+        overview: The slide and the map of its types.
+        types: The nucleus types.
+        genes: Maps of genes.
+        unit: Unit of expression, in words.
+        by_type: Mean expression by type; None without genes.
+        spots: Spots measured and predicted.
+        galleries: Rows of crops.
+        accuracy: Tables of an evaluation.
+        notes: What the page lacks, and why.
+        problems: What could not be read.
+        tiny: The slide for the page of the cohort; None without a thumbnail.
+        means: Mean expression of each shown gene.
+        versions: What made the results.
+    """
+
+    slide_id: str
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    shift: str = ""
+    is_beyond: bool = False
+    overview: list[Map] = field(default_factory=list)
+    types: list[Swatch] = field(default_factory=list)
+    genes: list[Row] = field(default_factory=list)
+    unit: str = ""
+    by_type: Table | None = None
+    spots: list[Row] = field(default_factory=list)
+    galleries: list[Row] = field(default_factory=list)
+    accuracy: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    tiny: Picture | None = None
+    means: dict[str, float] = field(default_factory=dict)
+    versions: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SlideLine:
+    """A slide on the page of the cohort.
+
+    Attributes:
+        slide_id: The slide.
+        status: Status of its record, or 'pending'.
+        href: Its page, relative to that of the cohort; empty without one.
+        num_cells: Number of cells.
+        shift: Score of domain shift as text; '-' where it is not known.
+        is_beyond: Whether that is beyond the limit.
+        tiny: The slide; None without a thumbnail.
+        types: The nucleus types.
+        means: Mean expression of each shown gene, as text, and how dark to show it, 0 to 1.
+        problems: What could not be read.
+    """
+
+    slide_id: str
+    status: str
+    href: str
+    num_cells: int
+    shift: str
+    is_beyond: bool
+    tiny: Picture | None
+    types: list[Swatch]
+    means: list[tuple[str, float]]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class CohortView:
+    """All that the page of the cohort shows.
+
+    Attributes:
+        name: Name of the run folder.
+        facts: Names and values for the head of the page.
+        genes: The shown genes.
+        how_chosen: How the genes were chosen.
+        unit: Unit of expression, in words.
+        lines: The slides.
+        empty: Slides without cells, each with the reason.
+        failed: Slides that failed, and tiles of partial ones, each with the reason.
+        shifts: Sentences on domain shift.
+        accuracy: Tables of an evaluation.
+        notes: What the page lacks, and why.
+        versions: What made the results.
+    """
+
+    name: str
+    facts: list[tuple[str, str]]
+    genes: list[str]
+    how_chosen: str
+    unit: str
+    lines: list[SlideLine]
+    empty: list[tuple[str, str]]
+    failed: list[tuple[str, str]]
+    shifts: list[str]
+    accuracy: list[Table]
+    notes: list[str]
+    versions: list[tuple[str, str]]
