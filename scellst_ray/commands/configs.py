@@ -168,7 +168,7 @@ class DemoConfig:
     """Run all steps on two synthetic slides and compare the prediction with the truth."""
 
     out: str = "demo"
-    """Folder to write: slides, runs, pictures and the report."""
+    """Folder to write: slides, runs, pictures, scores and the pages of a report."""
     size_um: float = 1800.0
     """Side of each slide in um, at least 500. Time grows with its square."""
     crops: int = 1024

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from scellst_ray import storage
-from scellst_ray.commands.configs import DemoConfig
+from scellst_ray.commands.configs import DemoConfig, ReportConfig
 from scellst_ray.commands.pretrain import ENCODER_FILE, pretrain_encoder
 from scellst_ray.commands.progress import shown_progress
+from scellst_ray.commands.report import run_report
 from scellst_ray.commands.reports import framed_table
 from scellst_ray.commands.train import train
 from scellst_ray.commands.training_configs import PretrainConfig, TrainConfig
@@ -93,6 +94,10 @@ def demo(config: DemoConfig) -> int:
             predict(expression, report)
     console.rule("7. against the truth")
     scores = compare(open_run(expression.out), paths[UNSEEN], out / "genes.png")
+    console.rule("8. a report: pages to look at")
+    run_report(
+        ReportConfig(run=expression.out, out=str(out / "report"), manifest=expression.manifest)
+    )
     scores["seconds"] = round(time.monotonic() - started, 1)
     storage.publish_json(str(out / "report.json"), scores)
     _show(console, scores, out)
@@ -203,6 +208,7 @@ def _show(console: Console, scores: dict[str, Any], out: Path) -> None:
     title = f"{UNSEEN}: prediction against the truth"
     console.print(framed_table(("measure", "value"), rows, title))
     for name in (
+        "report/index.html",
         "genes.png",
         "report.json",
         "encoder",

@@ -21,7 +21,7 @@ from scellst_ray.report.genes import choose_shown_genes
 from scellst_ray.report.render import INDEX, page_name, render_cohort, render_slide
 from scellst_ray.report.slide import Asked, view_slide
 from scellst_ray.runs.folder import RUN_FILE
-from scellst_ray.runs.reading import open_run
+from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.slides.manifest import read_manifest
 
 
@@ -44,7 +44,7 @@ def run_report(config: ReportConfig) -> int:
         run.choose(config.slides)
     with_page = [s for s in slide_ids if s in run.records and has_page(run.records[s])]
     asked = Asked(tuple(genes), _spots_rows(config.manifest), evaluation)
-    results = list(over_slides(partial(_write_slide, run.uri, out, asked), with_page))
+    results = list(over_slides(partial(_write_slide, run, out, asked), with_page))
     outlines = {result.slide_id: _outline(result) for result in results}
     view = view_cohort(run, slide_ids, outlines, (genes, how_chosen), evaluation)
     index = storage.join(out, INDEX)
@@ -59,8 +59,8 @@ def run_report(config: ReportConfig) -> int:
     return 0
 
 
-def _write_slide(run_uri: str, out: str, asked: Asked, slide_id: str) -> SlideOutline:
-    run = open_run(run_uri)
+def _write_slide(run: Run, out: str, asked: Asked, slide_id: str) -> SlideOutline:
+    # The run travels as it was opened: to open it again for each slide reads every record.
     view = view_slide(run, slide_id, asked)
     name = run.uri.rstrip("/").rsplit("/", 1)[-1]
     storage.publish_text(storage.join(out, page_name(slide_id)), render_slide(view, name))

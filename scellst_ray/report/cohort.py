@@ -130,12 +130,19 @@ def _shifts(records: dict[str, SlideRecord]) -> list[str]:
     if not scores:
         return []
     beyond = sum(bool(shift["beyond"]) for shift in scores)
+    is_known = any(shift["limit"] is not None for shift in scores)
     values = sorted(shift["score"] for shift in scores)
     first = (
-        f"{beyond:,} of {len(scores):,} slides lie beyond the limit of domain shift. Scores reach "
-        f"from {values[0]:.2f} to {values[-1]:.2f}; a cell like those of the training has about 1."
+        f"Domain shift: scores reach from {values[0]:.2f} to {values[-1]:.2f}; a cell like those "
+        "of the training has about 1. "
     )
-    return [first, *(line.removeprefix("warning: ") for line in domain_warnings(records))]
+    first += (
+        f"{beyond:,} of {len(scores):,} slides lie beyond the head's limit."
+        if is_known
+        else "The head states no limit, so whether a slide is far is not known."
+    )
+    lines = [line for line in domain_warnings(records) if line.startswith("warning: ")]
+    return [first, *(line.removeprefix("warning: ") for line in lines)]
 
 
 def _ranges(outlines: dict[str, SlideOutline], genes: list[str]) -> dict[str, tuple[float, float]]:

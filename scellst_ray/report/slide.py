@@ -10,21 +10,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from scellst_ray.core.text import one_line
 from scellst_ray.export.colours import colours_of, rgb_of
 from scellst_ray.report.cells import SlideCells, read_cells
 from scellst_ray.report.evaluation import slide_tables
 from scellst_ray.report.galleries import galleries_of
-from scellst_ray.report.maps import Squares, limits_of, mean_map, squares_over
+from scellst_ray.report.maps import MAP_PX, Squares, limits_of, mean_map, squares_over
 from scellst_ray.report.near import WINDOW_UM, Window, draw_outlines, highest_place, read_outlines
 from scellst_ray.report.pictures import indexed, levels, photograph
 from scellst_ray.report.spots import spot_rows
-from scellst_ray.report.views import Map, Row, Scale, SlideView, Swatch, Table
+from scellst_ray.report.views import Map, Row, SlideView, Swatch, Table
 from scellst_ray.report.words import (
     as_text,
     describe_shift,
     scale_bar,
+    scale_of,
     slide_facts,
     unit_of,
     versions_of,
@@ -33,7 +35,8 @@ from scellst_ray.runs.reading import Run
 from scellst_ray.runs.thumbnails import read_thumbnail
 from scellst_ray.storage.credentials import redact
 
-TINY_PX, SLIDE_PX = 72, 900
+# Longer sides of the slide's picture: in the cohort, beside a gene, and at the head of the page.
+TINY_PX, SMALL_PX, SLIDE_PX = 72, MAP_PX, 700
 NEAR_BAR = (100 * 50 / WINDOW_UM, "50 um")
 
 
@@ -77,9 +80,7 @@ def view_slide(run: Run, slide_id: str, asked: Asked) -> SlideView:
             cells = replace(cells, values_NG=values_NG)
     shown = asked.genes if cells.values_NG.shape[1] else ()
     _show_means(view, cells, shown)
-    for number, gene in enumerate(shown):
-        with noting(view, f"outlines of {gene}"):
-            view.genes.append(_gene_row(run, slide_id, cells, squares, (gene, number), bar))
+    _show_genes(run, view, cells, squares, shown, bar)
     if not shown:
         with noting(view, "outlines"):
             view.overview.append(_types_from_near(run, slide_id, cells, squares, view.types))
@@ -112,6 +113,7 @@ def _show_slide(run: Run, view: SlideView, bar: tuple[float, str] | None) -> Non
         return
     picture = photograph(thumbnail.image, f"H&E of slide {view.slide_id}", SLIDE_PX)
     view.tiny = photograph(thumbnail.image, f"slide {view.slide_id}", TINY_PX)
+    view.small = photograph(thumbnail.image, f"H&E of slide {view.slide_id}", SMALL_PX)
     view.overview.append(Map(picture, "H&E", bar=bar))
 
 
@@ -145,38 +147,53 @@ def _show_means(view: SlideView, cells: SlideCells, genes: tuple[str, ...]) -> N
     view.by_type = Table(["nucleus type", *genes], rows, "Mean of the cells of each type.")
 
 
-def _gene_row(
+def _show_genes(
     run: Run,
-    slide_id: str,
+    view: SlideView,
     cells: SlideCells,
     squares: Squares,
-    gene: tuple[str, int],
+    genes: tuple[str, ...],
     bar: tuple[float, str] | None,
-) -> Row:
-    """Return the maps of a gene: means over the slide, and outlines where it is highest."""
-    name, number = gene
-    values_N = cells.values_NG[:, number]
+) -> None:
+    """Show each gene: means over the slide, and outlines where it is highest."""
+    windows = [
+        highest_place(cells.xy0_N2, cells.values_NG[:, number], cells.mpp)
+        for number in range(len(genes))
+    ]
+    rows = [window.holds(cells.xy0_N2) for window in windows]
+    outlines: dict[int, NDArray[np.float64]] = {}
+    with noting(view, "outlines"):
+        every = np.unique(np.concatenate([np.zeros(0, np.int64), *rows]))
+        outlines = dict(zip(every.tolist(), read_outlines(run, view.slide_id, every), strict=True))
+    for number, (gene, window, rows_N) in enumerate(zip(genes, windows, rows, strict=True)):
+        values_N = cells.values_NG[:, number]
+        low, high = map(float, np.quantile(values_N, (0.05, 0.95)))
+        about = (
+            f"mean {as_text(float(values_N.mean()))}; nine of ten cells from {as_text(low)} to "
+            f"{as_text(high)}"
+        )
+        unit = unit_of(run, short=True)
+        whole = _whole_map(view.slide_id, squares, (gene, values_N), unit)
+        maps = [replace(whole, bar=bar, window=_marked(window, cells.size0))]
+        if outlines:
+            limits = limits_of(values_N)
+            alt = f"outlines of {len(rows_N)} cells, coloured by predicted {gene}"
+            near = [outlines[row] for row in rows_N.tolist()]
+            picture = draw_outlines(near, levels(values_N[rows_N], *limits), window, alt)
+            title = "each cell, where the mean is highest"
+            maps.append(Map(picture, title, scale_of(limits, unit), NEAR_BAR))
+        view.genes.append(Row(gene, maps, about))
+
+
+def _whole_map(
+    slide_id: str, squares: Squares, gene: tuple[str, NDArray[np.float32]], unit: str
+) -> Map:
+    name, values_N = gene
     means_RC = squares.means(values_N)
     limits = limits_of(means_RC)
     alt = f"map of predicted {name} on slide {slide_id}"
-    window = highest_place(cells.xy0_N2, values_N, cells.mpp)
-    whole = Map(
-        mean_map(squares, means_RC, limits, alt),
-        "mean of the cells of each square",
-        _scale(limits, run),
-        bar,
-        _marked(window, cells.size0),
-    )
-    limits = limits_of(values_N)
-    rows_N = window.holds(cells.xy0_N2)
-    outlines = read_outlines(run, slide_id, rows_N)
-    alt = f"outlines of {len(rows_N)} cells, coloured by predicted {name}, on slide {slide_id}"
-    picture = draw_outlines(outlines, levels(values_N[rows_N], *limits), window, alt)
-    near = Map(picture, "each cell, where the mean is highest", _scale(limits, run), NEAR_BAR)
-    low, high = map(float, np.quantile(values_N, (0.05, 0.95)))
-    mean = as_text(float(values_N.mean()))
-    about = f"mean {mean}; nine of ten cells from {as_text(low)} to {as_text(high)}"
-    return Row(name, [whole, near], about)
+    picture = mean_map(squares, means_RC, limits, alt)
+    return Map(picture, "mean of the cells of each square", scale_of(limits, unit))
 
 
 def _types_from_near(
@@ -192,10 +209,6 @@ def _types_from_near(
     colours_N = cells.codes_N[rows_N].astype(np.uint8)
     picture = draw_outlines(outlines, colours_N, window, alt, palette)
     return Map(picture, "Outlines, where cells are densest", bar=NEAR_BAR)
-
-
-def _scale(limits: tuple[float, float], run: Run) -> Scale:
-    return Scale(as_text(limits[0]), as_text(limits[1]), unit_of(run, short=True))
 
 
 def _marked(window: Window, size0: tuple[int, int]) -> tuple[float, float, float, float]:

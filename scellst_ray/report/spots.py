@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from scellst_ray.report.cells import SlideCells
 from scellst_ray.report.maps import Squares, limits_of, mean_map, spot_map
-from scellst_ray.report.views import Map, Row, Scale
-from scellst_ray.report.words import as_text
+from scellst_ray.report.views import Map, Row
+from scellst_ray.report.words import as_text, scale_of
 from scellst_ray.spots.links import link_cells
 from scellst_ray.spots.panel import log_normalise
 from scellst_ray.spots.read import read_spots
@@ -57,9 +57,9 @@ def spot_rows(
         limits = limits_of(means_RC)
         right = mean_map(squares, means_RC, limits, f"predicted {gene} in cells")
         maps = [
-            Map(left, "spots, measured", _scale(left_limits, MEASURED)),
-            Map(middle, "spots, mean of their predicted cells", _scale(middle_limits, unit)),
-            Map(right, "cells, predicted", _scale(limits, unit)),
+            Map(left, "spots, measured", scale_of(left_limits, MEASURED)),
+            Map(middle, "spots, mean of their predicted cells", scale_of(middle_limits, unit)),
+            Map(right, "cells, predicted", scale_of(limits, unit)),
         ]
         score = _pearson(measured_S[with_cells_S], predicted_S[with_cells_S])
         about = f"Pearson r over {int(with_cells_S.sum()):,} spots with cells: {as_text(score)}"
@@ -75,10 +75,6 @@ def predict_spots(cells: SlideCells, spots: Spots) -> NDArray[np.float64]:
     np.add.at(sums_SG, spot_L, cells.values_NG[links.cell_index])
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(sums_SG / links.num_cells[:, None])
-
-
-def _scale(limits: tuple[float, float], unit: str) -> Scale:
-    return Scale(as_text(limits[0]), as_text(limits[1]), unit)
 
 
 def _pearson(a_S: NDArray[np.floating], b_S: NDArray[np.floating]) -> float:

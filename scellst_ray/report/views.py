@@ -106,6 +106,7 @@ class SlideView:
         notes: What the page lacks, and why.
         problems: What could not be read.
         tiny: The slide for the page of the cohort; None without a thumbnail.
+        small: The slide, to be shown next to each gene; None without a thumbnail.
         means: Mean expression of each shown gene.
         versions: What made the results.
     """
@@ -125,6 +126,7 @@ class SlideView:
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     tiny: Picture | None = None
+    small: Picture | None = None
     means: dict[str, float] = field(default_factory=dict)
     versions: list[tuple[str, str]] = field(default_factory=list)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from scellst_ray.core.version import __version__
+from scellst_ray.report.views import Scale
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import SlideRecord
 from scellst_ray.storage.credentials import redact
@@ -24,6 +25,11 @@ def as_text(value: float | None) -> str:
     if value is None or value != value:  # noqa: PLR0124 - NaN is not itself
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def scale_of(limits: tuple[float, float], unit: str) -> Scale:
+    """Return the scale of a map's colours."""
+    return Scale(as_text(limits[0]), as_text(limits[1]), unit)
 
 
 def unit_of(run: Run, *, short: bool = False) -> str:

@@ -7,12 +7,13 @@ thumbnail is a JPEG whose comment says what it was made of, and has a digest of 
 import hashlib
 import io
 import json
-import logging
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from scellst_ray import storage
 from scellst_ray.runs.folder import RunFolder
@@ -20,11 +21,10 @@ from scellst_ray.runs.records import SlideRecord
 
 # Longer side of a thumbnail at most, px.
 LONGEST_PX = 1000
-QUALITY = 85
+QUALITY = 90
 REMEDY = "remove it: a report then shows the slide without its picture"
 # A JPEG begins with START. A segment of text begins with COMMENT and two bytes of its length.
 START, COMMENT = b"\xff\xd8", b"\xff\xfe"
-logger = logging.getLogger(__name__)
 
 
 class Thumbnail(NamedTuple):
@@ -66,10 +66,10 @@ def publish_thumbnail(uri: str, image: NDArray[np.uint8], origin: Origin) -> Non
     size = (max(1, round(width / factor)), max(1, round(height / factor)))
     small = Image.fromarray(image).resize(size, Image.Resampling.BOX)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=QUALITY)
+    small.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     rest = buffer.getvalue().removeprefix(START)
-    ratio = origin["ratio"] * width / size[0]
-    about = origin | {"ratio": ratio, "sha256": hashlib.sha256(rest).hexdigest()}
+    about = {**origin, "ratio": origin["ratio"] * width / size[0]}
+    about["sha256"] = _digest(about, rest)
     text = json.dumps(about, sort_keys=True).encode()
     segment = COMMENT + (len(text) + 2).to_bytes(2, "big") + text
     storage.publish_bytes(uri, START + segment + rest)
@@ -98,6 +98,11 @@ def read_thumbnail(run: RunFolder, record: SlideRecord) -> Thumbnail | None:
         return Thumbnail(np.asarray(image.convert("RGB")), float(about["ratio"]))
 
 
+def _digest(about: Mapping[str, object], rest: bytes) -> str:
+    """Return the digest of what a thumbnail says and of all bytes after that."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode() + rest).hexdigest()
+
+
 def _origin(content: bytes, uri: str) -> dict[str, Any]:
     """Return what a thumbnail says that it was made of.
 
@@ -105,12 +110,12 @@ def _origin(content: bytes, uri: str) -> dict[str, Any]:
         DamagedFileError: the file is not what was written.
     """
     end = 4 + int.from_bytes(content[4:6], "big")
-    try:
-        about = json.loads(content[6:end])
-        is_whole = content[:4] == START + COMMENT
-        is_whole &= about["sha256"] == hashlib.sha256(content[end:]).hexdigest()
-        if is_whole and about["slide_id"] and about["ratio"] > 0:
-            return dict(about)
-    except (ValueError, KeyError, TypeError, UnidentifiedImageError):
-        is_whole = False
-    raise storage.DamagedFileError(uri, "is damaged", REMEDY)
+    about = None
+    with suppress(ValueError, RecursionError):
+        about = json.loads(content[6:end]) if content[:4] == START + COMMENT else None
+    if not isinstance(about, dict):
+        raise storage.DamagedFileError(uri, "is damaged", REMEDY)
+    stated = about.pop("sha256", None)
+    if stated != _digest(about, content[end:]):
+        raise storage.DamagedFileError(uri, "is damaged: its digest differs", REMEDY)
+    return about

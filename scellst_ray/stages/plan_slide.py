@@ -62,13 +62,13 @@ def plan_slide(row: PendingSlide, spec: CellsSpec) -> list[TileRow]:
             nothing["width0"], nothing["height0"] = slide.width0, slide.height0
             if spec.segmenter == "imported":
                 mark, nothing["imported"], tiles = _plan_imported(slide, read_mpp, row, spec)
-                image = _overview(slide)[0] if row["thumbnail_uri"] else None
+                image = _overview(slide)[0] if row.get("thumbnail_uri") else None
                 nothing["source"] = source_of(row, spec, opened.fingerprint, mark)
             else:
                 nothing["source"] = source_of(row, spec, opened.fingerprint, None)
                 tiles, image = _tiles_of_tissue(slide, read_mpp, spec)
             opened.check()
-        _keep_thumbnail(row["thumbnail_uri"], image, nothing)
+        _keep_thumbnail(row.get("thumbnail_uri"), image, nothing)
         done = set(row["done_tiles"]) if row["source"] == nothing["source"] else set()
         for tile in tiles:
             if tile.tile_id not in done:

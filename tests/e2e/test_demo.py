@@ -26,5 +26,8 @@ def test_demo_finds_nuclei_and_expression(tmp_path, capsys):
     # Fifty spots teach less than the demo's own two hundred: its 0.5 is asked of those.
     assert report["cell_pearson"] > 0.25
     assert abs(report["cell_pearson_shuffled"]) < 0.05
+    page = (tmp_path / "report/slides/slide_b.html").read_text()
+    assert "Spots measured, cells predicted" in page
+    assert "H&amp;E" in page
     assert (tmp_path / "genes.png").stat().st_size > 20_000
     assert f"{report['cell_pearson']:.3f}" in capsys.readouterr().out

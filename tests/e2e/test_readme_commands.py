@@ -61,8 +61,14 @@ def test_the_commands_of_the_readme_run(cohort, monkeypatch, capsys):
         names.append(words[0])
     assert names == [
         *("doctor", "plan", "extract", "pretrain", "extract", "train", "predict", "export"),
-        *("genes", "pseudobulk", "export", "status", "retry", "gc", "verify"),
+        *("genes", "pseudobulk", "report", "export", "status", "retry", "gc", "verify"),
     ]
-    for name in ("cohort.h5ad", "genes/P1_A.parquet", "slides.h5ad", "P1_A.geojson.gz"):
+    for name in (
+        "cohort.h5ad",
+        "genes/P1_A.parquet",
+        "slides.h5ad",
+        "report/index.html",
+        "P1_A.geojson.gz",
+    ):
         assert (cohort / name).exists()
     assert "2 slides: 2 done" in capsys.readouterr().out

@@ -11,9 +11,11 @@ from scellst_ray.runs.compaction import finish_slide
 from scellst_ray.runs.documents import publish_document
 from scellst_ray.runs.folder import begin_run
 from scellst_ray.runs.shards import publish_shard
+from scellst_ray.runs.thumbnails import publish_thumbnail
 from scellst_ray.runs.verify import verify_run
 from tests.runs.test_shards import cells_of, receipt, receipts_of
 from tests.support.crop_runs import write_crop_run
+from tests.support.exported_runs import make_run
 
 ARCHIVES = Path(__file__).parents[1] / "archives"
 
@@ -188,3 +190,21 @@ def test_a_table_of_an_earlier_release_is_read_in_full(run):
     content = (run / "cells/S.parquet").read_bytes()
     (run / "cells/S.parquet").write_bytes(content[:30] + b"\7" + content[31:])
     assert found_in(run) == [("cells/S.parquet", "damaged")]
+
+
+def test_thumbnails_and_profiles_are_files_of_a_run(tmp_path):
+    run = make_run(tmp_path, head=True)
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    origin = {"slide_id": "a", "source": None, "ratio": 10.0}
+    publish_thumbnail(run.folder.thumbnail_uri("a"), picture, origin)
+    before = verify_run(run.uri)
+    assert before.findings == []
+    (tmp_path / "run/thumbnails/a.jpg").rename(tmp_path / "run/thumbnails/b.jpg")
+    assert found_in(run.uri) == [("thumbnails/b.jpg", "foreign")]
+    for name, damage in DAMAGES.items():
+        publish_thumbnail(run.folder.thumbnail_uri("b"), picture, origin | {"slide_id": "b"})
+        path = tmp_path / "run/thumbnails/b.jpg"
+        path.write_bytes(damage(path.read_bytes()))
+        assert found_in(run.uri) == [("thumbnails/b.jpg", "damaged")], name
+    (tmp_path / "run/thumbnails/b.jpg").unlink()
+    assert verify_run(run.uri).num_files == before.num_files - 1

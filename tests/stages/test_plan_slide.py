@@ -8,6 +8,7 @@ import pytest
 from scellst_ray.core import schemas
 from scellst_ray.runs.compaction import finish_slide
 from scellst_ray.runs.folder import RunFolder
+from scellst_ray.runs.thumbnails import read_thumbnail
 from scellst_ray.slides.reader import Slide
 from scellst_ray.stages.plan_slide import plan_slide
 from scellst_ray.stages.write import WriteShards
@@ -122,3 +123,36 @@ def test_a_slide_that_the_manifest_contradicts_fails_unless_confirmed(
         tile.get("error") is None for tile in plan_slide(row | {"mpp_confirmed": True}, cells_spec)
     )
     assert "but 0.5 um/px by the file's tags" in caplog.text
+
+
+def test_a_thumbnail_is_kept_if_a_run_wants_one(synthetic_slide, cells_spec, helpers, tmp_path):
+    run = RunFolder(str(tmp_path), "d1g")
+    row = helpers.slide_row(synthetic_slide.slide, thumbnail_uri=run.thumbnail_uri("s"))
+    tiles = plan_slide(row, cells_spec)
+    found = read_thumbnail(run, {"slide_id": "s", "source": tiles[0]["source"]})
+    with Slide(synthetic_slide.slide) as slide:
+        view, frame = slide.overview(8.0)
+        assert found.image.shape == view.shape
+        assert found.ratio == pytest.approx(frame.ratio_x)
+        assert found.image.shape[1] * found.ratio >= slide.width0
+    assert np.abs(found.image.astype(int) - view).mean() < 6
+    assert [t["tile_id"] for t in tiles] == [
+        t["tile_id"] for t in plan_slide(row | {"thumbnail_uri": None}, cells_spec)
+    ]
+
+
+def test_a_blank_slide_keeps_its_thumbnail(cells_spec, helpers, tmp_path):
+    path = helpers.write_pyramid(tmp_path / "b.tif", [np.full((40, 50, 3), 245, np.uint8)], MPP)
+    run = RunFolder(str(tmp_path), "d1g")
+    plan_slide(helpers.slide_row(path, thumbnail_uri=run.thumbnail_uri("s")), cells_spec)
+    assert read_thumbnail(run, {"slide_id": "s"}).image.mean() > 240
+
+
+def test_a_thumbnail_that_cannot_be_kept_costs_no_tile(
+    synthetic_slide, cells_spec, helpers, tmp_path, caplog
+):
+    (tmp_path / "thumbnails").write_text("in the way")
+    uri = RunFolder(str(tmp_path), "d1g").thumbnail_uri("s")
+    tiles = plan_slide(helpers.slide_row(synthetic_slide.slide, thumbnail_uri=uri), cells_spec)
+    assert tiles[0].get("error") is None
+    assert "its thumbnail was not kept" in caplog.text

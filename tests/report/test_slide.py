@@ -1,0 +1,79 @@
+"""A slide's view: each part is there, and a part that is damaged costs the others nothing."""
+
+import pytest
+
+from scellst_ray.report.slide import Asked, view_slide
+from scellst_ray.runs.reading import open_run
+from scellst_ray.slides import reader
+from tests.report.test_evaluation import EVALUATION
+from tests.support.pages import decode
+from tests.support.reported_runs import make_reported_run
+
+GENES = ("ERBB2", "CD3E")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_reported_run(tmp_path)
+
+
+def test_all_parts_without_reading_the_slide(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "Slide", None)
+    (tmp_path / "a.png").unlink()
+    view = view_slide(run, "a", Asked(GENES, {}, EVALUATION))
+    assert view.problems == []
+    assert [one.title for one in view.overview] == [
+        "H&E",
+        "Nuclei: commonest type in each square",
+    ]
+    assert [row.name for row in view.genes] == list(GENES)
+    assert all(len(row.maps) == 2 for row in view.genes)
+    assert sum(swatch.count for swatch in view.types) == 30
+    values = run.expression_numpy(GENES, "a")
+    assert list(view.means.values()) == pytest.approx(values.mean(axis=0).tolist(), rel=1e-6)
+    assert view.by_type.rows[0][0] == "all cells"
+    assert len(view.accuracy) == 2
+
+
+def test_a_run_of_extract(tmp_path):
+    run = make_reported_run(tmp_path, head=False)
+    view = view_slide(run, "a", Asked())
+    assert view.genes == []
+    assert view.problems == []
+    assert view.overview[-1].title == "Outlines, where cells are densest"
+    assert decode(view.overview[-1].picture.uri).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "left"),
+    [
+        ("thumbnails/a.jpg", "picture of the slide", {"types", "genes", "by_type"}),
+        ("expression/a.parquet", "expression", {"overview", "types"}),
+        ("cells/a.parquet", "cells", {"overview"}),
+    ],
+)
+def test_a_damaged_file_costs_its_part_alone(run, tmp_path, name, begin, left):
+    path = tmp_path / "run" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    view = view_slide(open_run(run.uri), "a", Asked(GENES))
+    assert len(view.problems) == 1
+    assert view.problems[0].startswith(f"{begin}: ")
+    assert path.name in view.problems[0]
+    assert all(getattr(view, part) for part in left)
+
+
+def test_runs_without_thumbnails_say_so(run, tmp_path):
+    (tmp_path / "run/thumbnails/a.jpg").unlink()
+    view = view_slide(run, "a", Asked(GENES))
+    assert "keeps no picture of this slide" in view.notes[0]
+    assert view.problems == []
+    assert view.small is None
+
+
+def test_spots_that_cannot_be_read_are_a_line(run):
+    rows = {"a": {"slide_id": "a", "spots": "/nowhere/x.h5ad"}}
+    view = view_slide(run, "a", Asked(GENES, rows))
+    (problem,) = view.problems
+    assert problem.startswith("spots: ")
+    assert "/nowhere/x.h5ad" in problem
+    assert len(view.genes) == 2
