@@ -76,6 +76,7 @@ def main() -> None:
             "segmentation": None,
             "imported_uri": None,
             "source": None,
+            "thumbnail_uri": None,
         }
         for number in range(options.repeat):
             out = RunFolder(str(Path(folder) / f"bare{number}"), "bench")

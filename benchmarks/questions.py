@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import shapely
@@ -27,11 +28,16 @@ from scellst_ray.core import schemas
 from scellst_ray.export.anndata_file import write_anndata
 from scellst_ray.export.genes import genes_uri, write_genes
 from scellst_ray.export.geojson import write_geojson
+from scellst_ray.report.cohort import outline_of, view_cohort
+from scellst_ray.report.genes import choose_shown_genes
+from scellst_ray.report.render import INDEX, page_name, render_cohort, render_slide
+from scellst_ray.report.slide import Asked, view_slide
 from scellst_ray.runs import compaction
 from scellst_ray.runs.folder import begin_run
 from scellst_ray.runs.known_slides import accept_slides
 from scellst_ray.runs.last_layer import write_last_layer
 from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.thumbnails import Origin, publish_thumbnail
 from tests.support.run_folders import Settings
 
 NUM_GENES, HIDDEN = 250, 256
@@ -197,6 +203,28 @@ def geojson(run: Run, folder: Path) -> dict[str, float]:
     return {"us_a_cell": 1e6 * seconds / count, "bytes_a_cell": out.stat().st_size / count}
 
 
+def report(run: Run, folder: Path) -> dict[str, float]:
+    """Write the pages of all slides in this process, with a thumbnail of each."""
+    noise = np.random.default_rng(0).normal(200, 20, (800, 1000, 3))
+    image = cv2.GaussianBlur(noise, (0, 0), 2).clip(0, 255).astype(np.uint8)
+    for slide_id in run.records:
+        origin: Origin = {"slide_id": slide_id, "source": None, "ratio": WIDTH0 / 1000}
+        publish_thumbnail(run.folder.thumbnail_uri(slide_id), image, origin)
+    started = time.process_time()
+    genes, how_chosen = choose_shown_genes(run, None)
+    outlines, largest = {}, 0
+    for slide_id in run.choose():
+        view = view_slide(run, slide_id, Asked(tuple(genes)))
+        page = render_slide(view, "run")
+        storage.publish_text(str(folder / "report" / page_name(slide_id)), page)
+        outlines[slide_id], largest = outline_of(view), max(largest, len(page))
+    view_of_all = view_cohort(run, run.choose(), outlines, (genes, how_chosen), None)
+    index = render_cohort(view_of_all)
+    storage.publish_text(str(folder / "report" / INDEX), index)
+    figures = {"cpu_seconds": time.process_time() - started, "largest_slide_mb": largest / 1e6}
+    return figures | {"cohort_mb": len(index) / 1e6}
+
+
 def _per_cell(run: Run, ask: Callable[[str], object]) -> dict[str, float]:
     """Return microseconds a cell of a first, a second and a third gene."""
     names = ("first_gene", "second_gene", "third_gene")
@@ -224,6 +252,7 @@ QUESTIONS: dict[str, Callable[[Run, Path], dict[str, float]]] = {
     "export one gene": export_one_gene,
     "export all genes": export_all_genes,
     "geojson": geojson,
+    "report": report,
 }
 
 

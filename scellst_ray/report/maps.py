@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from scellst_ray.report.pictures import BLANK, Picture, indexed, levels
 
-# Longer side of a map, px.
-MAP_PX = 400
+# Longer side of a map, px: three stand side by side.
+MAP_PX = 360
 # So many cells lie in a square on average, if the slide were evenly filled.
 CELLS_A_SQUARE = 3.0
 

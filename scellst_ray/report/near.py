@@ -47,7 +47,8 @@ def highest_place(
 ) -> Window:
     """Return the window whose cells have the highest mean.
 
-    Windows begin at multiples of half their side. One with few cells counts only if none has more.
+    Windows begin at multiples of half their side. One counts only if it has half as many cells as
+    a quarter of the windows have: it must not lie half beyond the tissue.
 
     Args:
         xy0_N2: Centroids (x, y) of at least one cell, level-0 px.
@@ -62,7 +63,8 @@ def highest_place(
         _by_four(np.bincount(numbers, weights, width * height).reshape(height, width))
         for weights in (None, values_N)
     )
-    enough = min(MIN_CELLS, int(counts.max()))
+    usual = np.quantile(counts[counts > 0], 0.75)
+    enough = min(max(MIN_CELLS, usual / 2), counts.max())
     means = np.where(counts >= enough, sums / np.maximum(counts, 1), -np.inf)
     row, column = np.unravel_index(int(means.argmax()), means.shape)
     return Window(float(column * step0), float(row * step0), 2 * step0)

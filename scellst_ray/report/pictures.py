@@ -62,10 +62,13 @@ def indexed(
 
 
 def photograph(image: NDArray[np.uint8], alt: str, longest_px: int | None = None) -> Picture:
-    """Return an RGB picture, uint8 [H, W, 3], as JPEG, made smaller if it is larger than asked."""
+    """Return an RGB picture, uint8 [H, W, 3], as JPEG, its longer side of so many px."""
     shown = Image.fromarray(image)
-    if longest_px is not None and max(shown.size) > longest_px:
-        shown.thumbnail((longest_px, longest_px), Image.Resampling.BOX)
+    if longest_px is not None and max(shown.size) != longest_px:
+        factor = longest_px / max(shown.size)
+        width, height = (max(1, round(side * factor)) for side in shown.size)
+        how = Image.Resampling.BOX if factor < 1 else Image.Resampling.BICUBIC
+        shown = shown.resize((width, height), how)
     return _coded(shown, alt, "JPEG", quality=QUALITY)
 
 

@@ -63,3 +63,12 @@ def test_outlines_are_drawn_in_the_window():
     assert pixels[round(70 * scale), round(70 * scale)].tolist() == value_colours()[9].tolist()
     assert pixels[round(50 * scale), round(70 * scale)].tolist() == list(FRAME_RGB)
     assert pixels[5, 5].tolist() == list(BLANK_RGB)
+
+
+def test_a_place_at_the_edge_of_the_tissue_does_not_count():
+    xy0 = np.random.default_rng(0).uniform(0, 4000, (8000, 2))
+    # Highest where the tissue ends, in a corner that a window would hold by a quarter.
+    values = xy0.sum(axis=1)
+    window = highest_place(xy0, values, MPP)
+    counts = len(window.holds(xy0))
+    assert counts > 0.4 * 8000 * (WINDOW_UM / MPP / 4000) ** 2

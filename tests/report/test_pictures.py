@@ -46,13 +46,15 @@ def test_colours_of_types():
     assert pixels.tolist() == [[[255, 0, 0], [0, 0, 9], list(BLANK_RGB)]]
 
 
-def test_photographs_are_made_smaller_never_larger():
+def test_photographs_get_the_size_that_is_asked():
     image = np.zeros((50, 100, 3), np.uint8)
     image[:, :50] = (200, 100, 50)
     small = photograph(image, "x", 20)
     assert (small.width, small.height) == (20, 10)
     assert np.abs(decode(small.uri)[5, 3].astype(int) - (200, 100, 50)).max() < 12
-    assert photograph(image, "x", 500).width == 100
+    large = photograph(image, "x", 500)
+    assert decode(large.uri).shape == (250, 500, 3)
+    assert photograph(image, "x").width == 100
 
 
 def test_equal_arrays_give_equal_bytes():
