@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from scellst_ray.commands import table
 from scellst_ray.core.extras import explain_absent
 from scellst_ray.core.logs import log_to_stderr, one_line
 from scellst_ray.core.lost_process import explain_lost_process
+from scellst_ray.core.quiet_stderr import QuietStderr
 from scellst_ray.core.signals import catch_sigint
 from scellst_ray.core.version import __version__
 
@@ -75,7 +77,10 @@ def _run(argv: Sequence[str] | None) -> int:
         work = command.load_work()
         if command.is_light and argv is None:
             sys.meta_path.insert(0, _WithoutPandas())
-        return work(_settings(command, values))
+        settings = _settings(command, values)
+        # Light commands start no Ray.
+        with nullcontext() if command.is_light else QuietStderr():
+            return work(settings)
     except ImportError as error:
         line = explain_absent(error)
         if line is None:

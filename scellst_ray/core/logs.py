@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 VARIABLE = "SCELLST_RAY_LOG"
 TEXT = "%(asctime)s %(levelname)s %(message)s"
@@ -131,6 +131,18 @@ def make_formatter() -> logging.Formatter:
     return JsonLines() if wanted == "json" else TextLines(TEXT)
 
 
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Handler that writes to what `sys.stderr` is at the time, so that bars stay below the lines.
+
+    Rich puts a file of its own there while it shows bars; a StreamHandler would write past it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr(level: int = logging.INFO) -> None:
     """Write log lines to stderr, unless the program has already set up logging.
 
@@ -139,8 +151,23 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     """
     root = logging.getLogger()
     if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = StderrHandler()
         handler.setFormatter(make_formatter())
         root.addHandler(handler)
         root.setLevel(level)
     logging.getLogger("scellst_ray").setLevel(level)
+
+
+def log_own_lines(level: int = logging.INFO) -> None:
+    """Write the lines of this package to stderr in its own format, though others set up logging.
+
+    Args:
+        level: Lowest level of the lines that are written.
+    """
+    logger = logging.getLogger("scellst_ray")
+    if not logger.handlers:
+        handler = StderrHandler()
+        handler.setFormatter(make_formatter())
+        logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(level)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import ray
 from ray._private import ray_constants
+from ray._private.authentication import authentication_token_setup
 from ray.data import DataContext
 
 from scellst_ray.core.signals import catch_sigterm
@@ -26,6 +27,7 @@ PLANNED_AHEAD = 8
 # after time and process; the path of a socket has at most 107 bytes.
 LONGEST_TEMP_DIR = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 NODE_LABEL = "ray.io/node-id"
+TOKEN_NOTICE = "Token authentication is enabled for this Ray cluster."  # noqa: S105 - no token
 POOL_WARNING = "The minimum number of concurrent actors"
 
 
@@ -130,6 +132,20 @@ def hide_ray_data_logs() -> None:
     Assumption: all its log lines, those of progress bars included, come from logger `ray.data`.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def hide_token_notice() -> None:
+    """Do not show that Ray's token is used, as it is by default; that it is not used is shown.
+
+    Assumption: the logger below writes it, and the line begins with TOKEN_NOTICE.
+    """
+    logger = logging.getLogger(authentication_token_setup.__name__)
+    if _is_no_token_notice not in logger.filters:
+        logger.addFilter(_is_no_token_notice)
+
+
+def _is_no_token_notice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(TOKEN_NOTICE)
 
 
 def block_bytes(tiles_per_task: int) -> int:

@@ -12,11 +12,13 @@ from scellst_ray.core.signals import clean_exit_on_sigterm
 from scellst_ray.pipelines.local_ray import start_local_ray
 from scellst_ray.pipelines.ray_internals import (
     hide_ray_data_logs,
+    hide_token_notice,
     live_nodes,
     restore_sigterm_handler,
     total_resources,
 )
 from scellst_ray.pipelines.ray_start import ExplainedStart, cluster_address
+from scellst_ray.pipelines.worker_lines import filter_worker_lines
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ def ray_session(num_cpus: int | None = None, *, dashboard: bool = False) -> Iter
         OSError: the folder for Ray's files is open to other users.
     """
     hide_ray_data_logs()
+    hide_token_notice()
     joined = ray.is_initialized()
     address = os.environ.get("RAY_ADDRESS", "") if joined else cluster_address()
     with clean_exit_on_sigterm():
         if not joined:
             with ExplainedStart(address):
                 _start_ray(address, num_cpus, dashboard=dashboard)
+            filter_worker_lines()
         restore_sigterm_handler()
         try:
             yield _describe_cluster(may_grow=bool(address))

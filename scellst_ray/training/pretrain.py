@@ -27,6 +27,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from scellst_ray import storage
+from scellst_ray.core.logs import log_own_lines
 from scellst_ray.models.encoder.encoder import load_encoder
 from scellst_ray.models.encoder.weights_file import local_weights
 from scellst_ray.models.moco.lars import new_moco_optimiser
@@ -162,9 +163,8 @@ def encoder_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 def _train_loop(loop: dict[str, Any]) -> None:
     """Run the steps of pretraining on one worker."""
-    # A worker's standard error reaches the driver. Without a handler, only warnings are written.
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("scellst_ray").setLevel(logging.INFO)
+    # A worker's standard error reaches the driver.
+    log_own_lines()
     torch.set_num_threads(loop["workers"].cpus_per_worker)
     recipe: Recipe = loop["recipe"]
     collective, device = process_group(), get_device()

@@ -14,6 +14,7 @@ from scellst_ray.core import logs
 from scellst_ray.core.logs import (
     MAX_LETTERS,
     JsonLines,
+    StderrHandler,
     TextLines,
     log_context,
     log_fields,
@@ -152,6 +153,27 @@ def test_a_process_of_its_own_logs_to_stderr(monkeypatch):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stderr)["message"] == "hello"
+
+
+def test_lines_go_to_what_stderr_is_at_the_time(monkeypatch):
+    handler = StderrHandler()
+    for text in ("one", "two"):
+        stream = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stream)
+        handler.emit(logging.makeLogRecord({"msg": text}))
+        assert stream.getvalue() == f"{text}\n"
+
+
+def test_own_lines_are_written_once_where_others_set_up_logging():
+    code = (
+        "import logging; logging.basicConfig(format='other %(message)s', level=20);"
+        "from scellst_ray.core.logs import log_own_lines; log_own_lines(); log_own_lines();"
+        "logging.getLogger('scellst_ray.x').info('ours'); logging.getLogger('y').info('theirs')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours, theirs = done.stderr.splitlines()
+    assert ours.endswith(" INFO ours")
+    assert theirs == "other theirs"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import ray
 from packaging.requirements import Requirement
+from ray._private.authentication import authentication_token_setup
 from ray.data import DataContext
 from ray.experimental import get_object_locations
 
@@ -173,3 +174,12 @@ def test_a_ray_that_forms_no_cluster_has_the_loopback_address(monkeypatch):
     with ray_internals.listen_on_loopback():
         assert ray.util.get_node_ip_address() == "127.0.0.1"
     assert ray.util.get_node_ip_address() == before
+
+
+def test_the_notice_of_a_token_is_hidden_and_its_absence_shown(caplog):
+    ray_internals.hide_token_notice()
+    ray_internals.hide_token_notice()
+    with caplog.at_level(logging.WARNING, authentication_token_setup.__name__):
+        authentication_token_setup._warn_token_auth_enabled()
+        authentication_token_setup._warn_token_auth_disabled()
+    assert {message[:32] for message in caplog.messages} == {"Token authentication is disabled"}

@@ -1,0 +1,58 @@
+"""What a process writes to descriptor 2 reaches its standard error, but for Ray's own lines."""
+
+import subprocess
+import sys
+
+import pytest
+
+from scellst_ray.core.quiet_stderr import QuietStderr
+
+CPP = "[2026-12-01 04:18:21,078 E 1 1] core_worker.cc:2465: of ray"
+WRITE = f"os.write(2, b'{CPP}\\nof C\\n'); print('of python', file=sys.stderr)"
+
+
+def run(body):
+    """Run Python code in a `with`; return exit code and standard error."""
+    code = (
+        "import os, signal, sys\nfrom scellst_ray.core.quiet_stderr import QuietStderr\n"
+        f"with QuietStderr():\n    {WRITE}\n    {body}\nos.write(2, b'after\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("body", ["pass", "os.environ['X'] = 'y'"])
+def test_ray_is_quiet_in_a_healthy_process(body):
+    code, text = run(body)
+    assert code == 0
+    assert sorted(text.splitlines()[:2]) == ["of C", "of python"]
+    assert text.splitlines()[2:] == ["after"]
+
+
+@pytest.mark.parametrize(
+    "body", ["raise ValueError('bad')", "raise KeyboardInterrupt", "sys.exit(3)"]
+)
+def test_ray_is_quiet_where_one_line_tells_the_error(body):
+    code, text = run(body)
+    assert code != 0
+    assert CPP not in text
+    assert "of C" in text
+
+
+@pytest.mark.parametrize(
+    "body", ["raise RuntimeError('bug')", "os._exit(7)", "os.kill(os.getpid(), signal.SIGKILL)"]
+)
+def test_a_crash_shows_all(body):
+    code, text = run(body)
+    assert code != 0
+    assert text.count(CPP) == 1
+    assert "of C" in text
+    assert ("RuntimeError: bug" in text) == ("RuntimeError" in body)
+
+
+def test_a_captured_stderr_is_left_alone(capsys):
+    before = sys.stderr
+    with QuietStderr():
+        assert sys.stderr is before
+        print("seen", file=sys.stderr)
+    assert capsys.readouterr().err == "seen\n"
