@@ -19,12 +19,15 @@ from scellst_ray import storage
 from scellst_ray.core.version import __version__
 from scellst_ray.export.cell_blocks import CellBlock, cell_blocks
 from scellst_ray.export.colours import colours_of, rgb_of
+from scellst_ray.export.free_names import free_names
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import known_mpp
 
 COLUMNS = ("cell_id", "area_um2", "nucleus_type", "type_prob", "polygon")
 # Namespace of the ids of detections: the same cell of the same run has the same id in every export.
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "scellst_ray")
+# Measurements that are no genes.
+TAKEN = ("area_um2", "type_prob", "distance")
 # Significant digits of measurements.
 DIGITS = 5
 GZIP_LEVEL = 6
@@ -122,7 +125,8 @@ def measurements(block: CellBlock, genes: Sequence[str]) -> Iterator[dict[str, f
     }
     if block.distance_N is not None:
         columns["distance"] = block.distance_N.tolist()
-    columns |= {gene: block.values_NG[:, i].tolist() for i, gene in enumerate(genes)}
+    names = free_names(genes, TAKEN, is_cased=True)
+    columns |= {name: block.values_NG[:, i].tolist() for i, name in enumerate(names)}
     columns = {
         name: values for name, values in columns.items() if any(v is not None for v in values)
     }

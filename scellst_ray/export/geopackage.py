@@ -12,13 +12,19 @@ import pyarrow as pa
 
 from scellst_ray import storage
 from scellst_ray.export.cell_blocks import CellBlock, cell_blocks
+from scellst_ray.export.free_names import free_names
 from scellst_ray.runs.reading import Run
 
 COLUMNS = ("slide_id", "cell_id", "area_um2", "nucleus_type", "type_prob", "polygon")
+# Names that no gene may have: GeoPackage numbers the rows by a column of its own.
+TAKEN = (*COLUMNS, "distance", "fid")
 
 
 def write_geopackage(run: Run, out: str, slide_ids: Sequence[str], genes: Sequence[str]) -> int:
     """Write the cells of slides, a layer for each slide; return their number.
+
+    SQLite does not regard case: of the genes CD3E and Cd3e, or the slides s1 and S1, the second
+    gets `_2` after its name, as has a gene with the name of another column.
 
     Args:
         run: The run.
@@ -41,14 +47,15 @@ def write_geopackage(run: Run, out: str, slide_ids: Sequence[str], genes: Sequen
         nonlocal count
         file = path.with_name(f"{path.name}.gpkg")  # GDAL warns of other suffixes
         try:
-            for slide_id in slide_ids:
+            layers = free_names(slide_ids, is_cased=False)
+            for slide_id, layer in zip(slide_ids, layers, strict=True):
                 for number, block in enumerate(cell_blocks(run, slide_id, COLUMNS, genes)):
                     with warnings.catch_warnings():
                         warnings.filterwarnings("ignore", "'crs' was not provided", UserWarning)
                         pyogrio.write_arrow(
                             _layer(block, genes),
                             str(file),
-                            layer=slide_id,
+                            layer=layer,
                             driver="GPKG",
                             geometry_name="polygon",
                             geometry_type="Polygon",
@@ -68,7 +75,7 @@ def _layer(block: CellBlock, genes: Sequence[str]) -> pa.Table:
     table = block.cells
     if block.distance_N is not None:
         table = table.append_column("distance", pa.array(block.distance_N.astype("float32")))
-    for number, gene in enumerate(genes):
-        table = table.append_column(gene, pa.array(block.values_NG[:, number].copy()))
+    for number, name in enumerate(free_names(genes, TAKEN, is_cased=False)):
+        table = table.append_column(name, pa.array(block.values_NG[:, number].copy()))
     # Metadata of GeoParquet would be taken for that of GeoArrow.
     return table.replace_schema_metadata()

@@ -76,6 +76,20 @@ def test_numbers_that_are_none_are_texts(predicted, tmp_path):
     assert '"EPCAM":"NaN"' in text
 
 
+def test_a_gene_with_the_name_of_another_measurement(tmp_path, monkeypatch):
+    genes = ["area_um2", "CD3E", "Cd3e"]
+    monkeypatch.setattr(exported_runs, "GENES", genes)
+    run = make_run(tmp_path, head=True)
+    write_geojson(run, str(tmp_path / "x.geojson"), "a", genes)
+    features = read_features(tmp_path / "x.geojson")["features"]
+    measured = [feature["properties"]["measurements"] for feature in features]
+    assert list(measured[0]) == ["area_um2", "area_um2_2", "CD3E", "Cd3e"]
+    found = [[m["area_um2_2"], m["CD3E"], m["Cd3e"]] for m in measured]
+    np.testing.assert_allclose(found, run.expression_numpy(genes, "a"), rtol=1e-4)
+    areas = run.cells("a")["area_um2"].to_numpy()
+    np.testing.assert_allclose([m["area_um2"] for m in measured], areas, rtol=1e-4)
+
+
 def test_a_run_without_expression(tmp_path):
     run = make_run(tmp_path, head=False)
     assert write_geojson(run, str(tmp_path / "x.geojson"), "a", []) == 30
