@@ -38,9 +38,11 @@ MAY_IMPORT = {
     "report": GROUND | {"models.mil.stored_head", "spots", "runs", "export.colours"},
     "preflight": GROUND | {"slides", "models", "runs", "stages"},
     "evaluation": KNOWLEDGE | {"runs", "stages.supervision"},
+    "annotation": KNOWLEDGE | {"runs"},
     "pipelines": GROUND | {"slides", "models", "runs", "stages", "preflight"},
     "commands": KNOWLEDGE
-    | {"runs", "stages", "training", "export", "report", "preflight", "evaluation", "pipelines"},
+    | {"runs", "stages", "training", "export", "report", "annotation", "preflight", "evaluation"}
+    | {"pipelines"},
 }
 MAX_FLOORS = 9
 WITHOUT_TORCH = (

@@ -1,0 +1,1 @@
+"""Cell types and markers from predicted expression: the paper's downstream analysis."""
