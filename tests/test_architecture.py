@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "report": GROUND | {"models.mil.stored_head", "spots", "runs", "export.colours"},
     "preflight": GROUND | {"slides", "models", "runs", "stages"},
     "evaluation": KNOWLEDGE | {"runs", "stages.supervision"},
-    "annotation": KNOWLEDGE | {"runs"},
+    "annotation": KNOWLEDGE | {"runs", "export.cell_blocks"},
     "pipelines": GROUND | {"slides", "models", "runs", "stages", "preflight"},
     "commands": KNOWLEDGE
     | {"runs", "stages", "training", "export", "report", "annotation", "preflight", "evaluation"}

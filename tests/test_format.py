@@ -22,6 +22,7 @@ from scellst_ray.runs.records import (
     SlideRecord,
     SlideSource,
 )
+from scellst_ray.runs.scores import ScoredSlide, ScoredType, ScoresInfo
 from scellst_ray.slides.manifest import read_manifest
 
 TEXT = (Path(scellst_ray.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
@@ -32,6 +33,7 @@ TABLES = {
     "CELLS": schemas.cells_schema(DIM),
     "EXPRESSION": EXPRESSION,
     "PROFILES": schemas.PROFILES,
+    "SCORES": schemas.scores_schema(["score_T_cells", "score_tumour"]),
     "LAST_LAYER": schemas.last_layer_schema(DIM),
     "CROPS": schemas.CROPS,
     "FAILURES": schemas.FAILURES,
@@ -45,6 +47,7 @@ DOCUMENTS = {
     "`lease.json`": LeaseInfo,
     "`crops.json`": CropIndex,
     "a record": SlideRecord,
+    "`scores.json`": ScoresInfo,
 }
 
 
@@ -111,6 +114,9 @@ def test_nested_examples():
     assert set(example_after("Example of `run.json`:")["identity"]) <= keys_of(StoredIdentity)[1]
     (source,) = example_after("Example of `slides.json`:").values()
     assert keys_of(SlideSource)[0] <= set(source) <= keys_of(SlideSource)[1]
+    scores = example_after("Example of `scores.json`:")
+    for found, kind in ((scores["types"], ScoredType), (scores["slides"].values(), ScoredSlide)):
+        assert all(set(each) == keys_of(kind)[1] for each in found)
     (crops,) = example_after("Example of `crops.json`:")["slides"].values()
     assert set(crops) == keys_of(SlideCrops)[1]
 

@@ -32,6 +32,18 @@ class Moments:
         """Variance over N - 1 [G], as scanpy takes it; 0 for a single cell."""
         return self.squares_G / max(1, self.num_cells - 1)
 
+    def without(self, part: "Moments") -> "Moments":
+        """Return the moments of the cells that are not in a part of these."""
+        num_cells = self.num_cells - part.num_cells
+        if num_cells == 0:
+            zeros_G = np.zeros_like(self.mean_G)
+            return Moments(0, zeros_G, zeros_G)
+        # As differences from the mean of all, so that large means cost no digits.
+        step_G = (self.mean_G - part.mean_G) * (part.num_cells / num_cells)
+        between_G = part.num_cells * np.square(part.mean_G - self.mean_G)
+        squares_G = self.squares_G - part.squares_G - between_G - num_cells * np.square(step_G)
+        return Moments(num_cells, self.mean_G + step_G, np.maximum(squares_G, 0))
+
 
 def block_moments(values_NG: NDArray[np.floating]) -> Moments:
     """Return the moments of a block of cells, computed in float64."""

@@ -110,6 +110,38 @@ class PseudobulkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnnotateConfig:
+    """Score every cell of a run for cell types by their marker genes; the run keeps the scores."""
+
+    run: str
+    """Run folder of `predict`. The name --run may be left out. Its `scores` folder is written."""
+    markers: str | None = None
+    """File of marker genes: CSV, .xlsx, JSON or YAML. A table has one column of genes for each
+    type, or the columns type and gene."""
+    reference: str | None = None
+    """Single-cell reference, .h5ad, to take markers from instead: log-normalised expression or
+    counts. It is read in blocks."""
+    reference_key: str = "cell_type"
+    """Column of the reference's obs that names the type of each cell."""
+    markers_per_type: int = 20
+    """Number of markers of each type of a reference: the genes of highest t, by a t-test with
+    overestimated variance."""
+    panel_markers: bool = False
+    """Choose the markers of a reference among the run's genes. By default they are chosen among all
+    genes, and those that the run lacks are left out."""
+    scale: bool = True
+    """Scale genes to mean 0 and variance 1 before scoring, as sCellST's paper does. Otherwise genes
+    of high expression weigh more."""
+
+    def __post_init__(self) -> None:
+        """Refuse no markers, two sources of markers, and numbers that cannot work."""
+        check_numbers(self, {"markers_per_type": 1})
+        if (self.markers is None) == (self.reference is None):
+            message = "give either --markers FILE or --reference REF.h5ad"
+            raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Write a run as HTML pages: one for the cohort and one for each slide, without a network."""
 

@@ -172,6 +172,17 @@ COMMANDS = {
         "scellst-ray pseudobulk runs/expression --out slides.h5ad --manifest m.csv",
         {"Flags": "run out manifest slides radius_um"},
     ),
+    "annotate": Command(
+        "commands.configs:AnnotateConfig",
+        "commands.annotate:run_annotate",
+        "Score every cell of a run for cell types by their marker genes; the run keeps the scores.",
+        RUNS,
+        "scellst-ray annotate runs/expression --markers markers.csv",
+        {
+            "Input": "run markers reference reference_key markers_per_type panel_markers",
+            "Scores": "scale",
+        },
+    ),
     "report": Command(
         "commands.configs:ReportConfig",
         "commands.report:run_report",

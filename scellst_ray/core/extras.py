@@ -13,6 +13,7 @@ EXTRAS = {
     "gcsfs": "gcs",
     "adlfs": "azure",
     "pyogrio": "gis",
+    "openpyxl": "excel",
 }
 
 

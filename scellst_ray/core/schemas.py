@@ -4,7 +4,7 @@
 metadata. `check` refuses a stored table of another name, or of a version newer than this release.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
@@ -163,6 +163,12 @@ def last_layer_schema(hidden_dim: int = HIDDEN_DIM) -> pa.Schema:
             pa.field("beta", pa.float32(), nullable=False),
         ]
     )
+
+
+def scores_schema(columns: Sequence[str]) -> pa.Schema:
+    """Return the SCORES schema, with a column of scores for each type; null: not scored."""
+    scores = [pa.field(name, pa.float32()) for name in columns]
+    return pa.schema([*CELL_FIELDS[:2], pa.field("best_type", pa.string()), *scores])
 
 
 def bags_schema(embedding_dim: int, *, with_counts: bool = False) -> pa.Schema:

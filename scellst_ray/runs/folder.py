@@ -31,6 +31,7 @@ from scellst_ray.storage.credentials import redact, refuse_credentials
 CELLS = "cells"  # CELLS of each slide
 EXPRESSION = "expression"  # EXPRESSION of each slide
 PROFILES = "profiles"  # PROFILES of each slide
+SCORES = "scores"  # SCORES of each slide, see scores.py
 THUMBNAILS = "thumbnails"  # a picture of each slide, see thumbnails.py
 CROPS = "crops"  # sets of CROPS, see crop_files.py
 FAILURES = "failures"  # FAILURES of each slide
@@ -41,8 +42,8 @@ IMPORTED = "imported"  # imported nuclei of slides that are not finished
 ATTEMPTS = "attempts"  # notes of workers on tiles they have begun
 # Sub folders whose bytes the summary counts, in its order. Notes of attempts are no data.
 DATA_FOLDERS = (
-    *(CELLS, EXPRESSION, PROFILES, THUMBNAILS, CROPS, FAILURES, RECORDS, RECEIPTS, SHARDS),
-    IMPORTED,
+    *(CELLS, EXPRESSION, PROFILES, SCORES, THUMBNAILS, CROPS, FAILURES, RECORDS, RECEIPTS),
+    *(SHARDS, IMPORTED),
 )
 # Files directly in the folder; the head's name is that of models/mil/stored_head.py.
 RUN_FILE, CONFIG_FILE, SLIDES_FILE = "run.json", "config.yaml", "slides.json"

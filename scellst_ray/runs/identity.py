@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, TypedDict, cast
 
+from scellst_ray import storage
 from scellst_ray.core.version import __version__
 from scellst_ray.models.weights.digests import is_earlier_digest
 
@@ -149,3 +150,14 @@ def is_earlier_form(found: Mapping[str, object], wanted: Mapping[str, object]) -
     keys = {key for key in {*found, *wanted} if found.get(key) != wanted.get(key)}
     weights = keys <= {"encoder", "init"}
     return weights and all(is_earlier_digest(found.get(key), wanted.get(key)) for key in keys)
+
+
+def check_identity(uri: str, identity: object, digest: str) -> None:
+    """Refuse a run.json whose digest is not that of its identity.
+
+    Raises:
+        DamagedFileError: a part of it was changed.
+    """
+    text = json.dumps(identity, sort_keys=True)
+    if hashlib.sha256(text.encode()).hexdigest()[:16] != digest:
+        raise storage.DamagedFileError(uri, "is damaged: its digest is not that of `identity`")

@@ -4,13 +4,12 @@ Memory is bounded by one row group for each of a few files at a time. Nothing is
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,9 +39,18 @@ from scellst_ray.runs.folder import (
     read_run_info,
     split_by_slide,
 )
+from scellst_ray.runs.identity import check_identity
 from scellst_ray.runs.last_layer import LAST_LAYER_FILE, check_last_layer
 from scellst_ray.runs.receipts_log import LOG_NAME, best_of_each_tile, read_log_file
 from scellst_ray.runs.records import CropIndex, RunInfo, SlideCrops, SlideRecord, SlideSource
+from scellst_ray.runs.scores import AGAIN as SCORES_AGAIN
+from scellst_ray.runs.scores import (
+    ScoresInfo,
+    check_scores,
+    read_scores_info,
+    scores_info_uri,
+    scores_uri,
+)
 from scellst_ray.runs.shards import DamagedShardsError, Shards, SlideCells
 from scellst_ray.runs.tables import check_digest, open_table, stamp_in, table_uri
 from scellst_ray.runs.thumbnails import REMEDY, read_thumbnail
@@ -113,12 +121,15 @@ class _Verifier:
 
     def __init__(self, run_uri: str) -> None:
         self.uri, self.found = run_uri, Verification()
+        self.scores: ScoresInfo | None = None
 
     def verify(self) -> None:
         whole: list[RunInfo] = []
         with self._noting(RUN_FILE, "put a copy of it back"):
             whole.append(read_run_info(storage.join(self.uri, RUN_FILE)))
-            _check_identity(storage.join(self.uri, RUN_FILE), whole[0])
+            if "identity" in whole[0]:
+                uri = storage.join(self.uri, RUN_FILE)
+                check_identity(uri, whole[0]["identity"], whole[0]["digest"])
         self._check_documents()
         if not whole:  # nothing says to which run the tables must belong
             return
@@ -128,6 +139,7 @@ class _Verifier:
         checks: list[Callable[[], None]] = [
             *self._checks_of_tables(run, records),
             *self._checks_of_thumbnails(run, records),
+            *self._checks_of_scores(run, records),
             *self._checks_of_log(run),
             *self._checks_of_crops(),
             partial(self._check_head, info),
@@ -206,6 +218,23 @@ class _Verifier:
     def _check_thumbnail(self, run: RunFolder, record: SlideRecord) -> None:
         with self._noting(self._within(run.thumbnail_uri(record["slide_id"])), REMEDY):
             read_thumbnail(run, record)
+
+    def _checks_of_scores(
+        self, run: RunFolder, records: Mapping[str, SlideRecord]
+    ) -> Iterator[Callable[[], None]]:
+        """Check the scores of `annotate`, if the run has any."""
+        uri = scores_info_uri(self.uri)
+        if not storage.exists(uri):
+            return
+        with self._noting(self._within(uri), SCORES_AGAIN):
+            self.scores = read_scores_info(self.uri)
+        for slide_id in [] if self.scores is None else self.scores["slides"]:
+            if slide_id in records:
+                yield partial(self._check_scores, run, records[slide_id])
+
+    def _check_scores(self, run: RunFolder, record: SlideRecord) -> None:
+        with self._noting(self._within(scores_uri(self.uri, record["slide_id"])), SCORES_AGAIN):
+            check_scores(run, record, cast("ScoresInfo", self.scores), whole=True)
 
     def _check_table(self, run: RunFolder, record: SlideRecord, name: str) -> None:
         uri, stamp = table_uri(run, name, record["slide_id"]), stamp_in(record, name)
@@ -300,6 +329,9 @@ class _Verifier:
             for slide_id, record in records.items()
             for name in (*record.get("tables", []), *record.get("files", {}), "FAILURES")
         }
+        if self.scores is not None:
+            scored = [scores_uri(self.uri, slide_id) for slide_id in self.scores["slides"]]
+            named |= {self._within(uri) for uri in (*scored, scores_info_uri(self.uri))}
         for path in storage.sizes(self.uri):
             within = path.removeprefix(storage.resolve(self.uri)[1].rstrip("/") + "/")
             folder, _, name = within.partition("/")
@@ -307,22 +339,10 @@ class _Verifier:
                 continue
             patterns = {"records": RECORD_NAME, "receipts": LOG_NAME}
             is_odd = folder in patterns and not patterns[folder].fullmatch(name)
-            if folder in ("cells", "expression", "profiles", "failures"):
+            if folder in ("cells", "expression", "profiles", "failures", "scores"):
                 is_odd = within not in named
             if is_odd:
                 self._note(within, "passed over", "no record names it; readers ignore it", "none")
 
     def _within(self, uri: str) -> str:
         return uri.removeprefix(f"{self.uri}/")
-
-
-def _check_identity(uri: str, info: RunInfo) -> None:
-    """Refuse a run.json whose digest is not that of its identity.
-
-    Raises:
-        DamagedFileError: a part of it was changed.
-    """
-    if "identity" in info:
-        text = json.dumps(info["identity"], sort_keys=True)
-        if hashlib.sha256(text.encode()).hexdigest()[:16] != info["digest"]:
-            raise storage.DamagedFileError(uri, "is damaged: its digest is not that of `identity`")

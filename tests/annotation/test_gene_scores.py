@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import scanpy as sc
 
-from scellst_ray.annotation.gene_scores import control_genes, make_scorer
+from scellst_ray.annotation.gene_scores import choose_bins, control_genes, make_scorer
 from scellst_ray.annotation.moments import block_moments
 
 
@@ -39,8 +39,35 @@ def test_order_of_cells_changes_nothing():
     np.testing.assert_allclose(first, second, atol=1e-9)
 
 
-def test_small_panels_are_refused():
-    with pytest.raises(ValueError, match="at least 13"):
-        control_genes(np.arange(12.0), [0])
-    with pytest.raises(ValueError, match="no control gene"):
-        control_genes(np.arange(20.0), list(range(20)))
+@pytest.mark.parametrize("num_genes", [5, 24, 35])
+def test_small_panels_get_fewer_bins_by_the_rules_of_scanpy(num_genes):
+    x = unit(60, num_genes, seed=num_genes)
+    moments = block_moments(x)
+    sets = {"a": [1, 2], "b": [0]}
+    scorer = make_scorer(moments, sets, scale=False)
+    assert 1 < scorer.num_bins < 25
+    for column, members in enumerate(sets.values()):
+        adata = ad.AnnData(x.copy())
+        sc.tl.score_genes(adata, [str(i) for i in members], n_bins=scorer.num_bins)
+        np.testing.assert_allclose(scorer.score(x)[:, column], adata.obs["score"], atol=1e-12)
+
+
+def test_the_least_panels_are_compared_with_all_other_genes():
+    sets = {"low": [0], "high": [1]}
+    scorer = make_scorer(block_moments(np.array([[1, 5], [0, 6]])), sets, scale=False)
+    assert scorer.num_bins == 1
+    assert [controls.tolist() for controls in scorer.controls] == [[1], [0]]
+
+
+def test_markers_that_are_the_whole_panel_are_refused():
+    with pytest.raises(ValueError, match="type 'all': its 20 genes leave none"):
+        choose_bins(np.arange(20.0), {"one": [3], "all": list(range(20))})
+
+
+def test_unscaled_scores_equal_scanpys():
+    x = np.random.default_rng(3).gamma(2, 1, (90, 130))
+    moments, members = block_moments(x), [4, 9, 77]
+    adata = ad.AnnData(x.copy())
+    sc.tl.score_genes(adata, [str(i) for i in members])
+    got = make_scorer(moments, {"set": members}, scale=False).score(x)[:, 0]
+    np.testing.assert_allclose(got, adata.obs["score"], atol=1e-12)

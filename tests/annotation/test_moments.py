@@ -40,3 +40,14 @@ def test_too_few_cells_are_refused():
         t_test(block_moments(values()[:1]), block_moments(values()[1:]))
     with pytest.raises(ValueError, match="no moments"):
         merge_moments([])
+
+
+def test_the_rest_of_some_cells():
+    x = 1e6 + values()
+    whole = block_moments(x)
+    rest = whole.without(block_moments(x[:70]))
+    expected = block_moments(x[70:])
+    assert rest.num_cells == 230
+    np.testing.assert_allclose(rest.mean_G, expected.mean_G, rtol=1e-12)
+    np.testing.assert_allclose(rest.squares_G, expected.squares_G, rtol=1e-6)
+    assert whole.without(whole).num_cells == 0

@@ -22,7 +22,7 @@ from tests.support.pins import LINES, PYTHONS, pins_for
 
 JOBS = (
     *("extract", "pretrain", "train", "crossvalidate", "predict", "export", "demo", "doctor"),
-    *("plan", "retry", "genes", "pseudobulk"),
+    *("plan", "retry", "genes", "pseudobulk", "annotate"),
 )
 EXAMPLES = ("extract", "pretrain", "train", "crossvalidate", "predict")
 

@@ -46,6 +46,7 @@ def cohort(tmp_path_factory):
     header = "slide_id,uri,mpp,spots,spot_positions"
     for name in ("cohort.csv", "spots.csv"):
         (folder / name).write_text("\n".join([header, *lines]) + "\n")
+    (folder / "markers.csv").write_text("T cells,tumour\nCD3E,ERBB2\n")
     return folder
 
 
@@ -61,12 +62,13 @@ def test_the_commands_of_the_readme_run(cohort, monkeypatch, capsys):
         names.append(words[0])
     assert names == [
         *("doctor", "plan", "extract", "pretrain", "extract", "train", "predict", "export"),
-        *("genes", "pseudobulk", "report", "export", "status", "retry", "gc", "verify"),
+        *("genes", "pseudobulk", "annotate", "report", "export", "status", "retry", "gc", "verify"),
     ]
     for name in (
         "cohort.h5ad",
         "genes/P1_A.parquet",
         "slides.h5ad",
+        "runs/cohort/scores/P1_A.parquet",
         "report/index.html",
         "P1_A.geojson.gz",
     ):
