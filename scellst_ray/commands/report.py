@@ -22,6 +22,7 @@ from scellst_ray.report.render import INDEX, page_name, render_cohort, render_sl
 from scellst_ray.report.slide import Asked, view_slide
 from scellst_ray.runs.folder import RUN_FILE
 from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.scores import ScoresInfo, read_scores_info
 from scellst_ray.slides.manifest import read_manifest
 
 
@@ -43,10 +44,11 @@ def run_report(config: ReportConfig) -> int:
     if config.slides is not None:
         run.choose(config.slides)
     with_page = [s for s in slide_ids if s in run.records and has_page(run.records[s])]
-    asked = Asked(tuple(genes), _spots_rows(config.manifest), evaluation)
+    scores = _scores_info(run)
+    asked = Asked(tuple(genes), _spots_rows(config.manifest), evaluation, scores)
     results = list(over_slides(partial(_write_slide, run, out, asked), with_page))
     outlines = {result.slide_id: _outline(result) for result in results}
-    view = view_cohort(run, slide_ids, outlines, (genes, how_chosen), evaluation)
+    view = view_cohort(run, slide_ids, outlines, (genes, how_chosen), evaluation, scores)
     index = storage.join(out, INDEX)
     storage.publish_text(index, render_cohort(view))
     dict(values_of(_failing_only(results), "reported"))
@@ -76,6 +78,14 @@ def _failing_only(
     results: list[SlideResult[SlideOutline]],
 ) -> Iterator[SlideResult[SlideOutline]]:
     return (result for result in results if result.error is not None)
+
+
+def _scores_info(run: Run) -> ScoresInfo | None:
+    """Return what the run says of its scores; None without scores."""
+    try:
+        return read_scores_info(run.uri)
+    except storage.DamagedFileError:
+        return None  # the page of each slide says so
 
 
 def _spots_rows(manifest: str | None) -> Mapping[str, dict[str, Any]]:

@@ -4,14 +4,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from scellst_ray.export.colours import colours_of
+from scellst_ray.report.distributions import Distributions, add_up
 from scellst_ray.report.evaluation import cohort_tables
 from scellst_ray.report.pictures import Picture
 from scellst_ray.report.render import page_link
-from scellst_ray.report.views import CohortView, SlideLine, SlideView, Swatch
-from scellst_ray.report.words import as_text, names_in_short, unit_of, versions_of
+from scellst_ray.report.ridges import draw_ridges
+from scellst_ray.report.scored import Pairs, agreement_table
+from scellst_ray.report.views import CohortView, Ridges, SlideLine, SlideView, Swatch, Table
+from scellst_ray.report.words import as_text, describe_scores, names_in_short, unit_of, versions_of
 from scellst_ray.runs.domain_shift import domain_warnings
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import SlideRecord
+from scellst_ray.runs.scores import ScoresInfo
 from scellst_ray.runs.summary import why_empty
 from scellst_ray.storage.credentials import redact
 
@@ -28,17 +33,22 @@ class SlideOutline:
         types: The nucleus types.
         means: Mean expression of each shown gene.
         problems: What could not be read.
+        distributions: Distributions of the shown genes; None without them.
+        pairs: Number of cells by nucleus type and best type.
     """
 
     tiny: Picture | None = None
     types: list[Swatch] = field(default_factory=list)
     means: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    distributions: Distributions | None = None
+    pairs: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 def outline_of(view: SlideView) -> SlideOutline:
     """Return what the page of a cohort needs of a slide's page."""
-    return SlideOutline(view.tiny, view.types, view.means, view.problems)
+    parts = (view.tiny, view.types, view.means, view.problems, view.distributions, view.pairs)
+    return SlideOutline(*parts)
 
 
 def has_page(record: SlideRecord) -> bool:
@@ -52,6 +62,7 @@ def view_cohort(
     outlines: dict[str, SlideOutline],
     genes: tuple[list[str], str],
     evaluation: dict[str, Any] | None,
+    scores: ScoresInfo | None = None,
 ) -> CohortView:
     """Return what the page of a cohort shows.
 
@@ -61,6 +72,7 @@ def view_cohort(
         outlines: Those of the slides that have a page.
         genes: The shown genes, and how they were chosen.
         evaluation: Content of the file of `evaluate expression`; None without one.
+        scores: Content of the run's `scores.json`; None without one.
     """
     records = {s: run.records[s] for s in slide_ids if s in run.records}
     scale = _ranges(outlines, genes[0])
@@ -92,7 +104,24 @@ def view_cohort(
         accuracy=cohort_tables(evaluation),
         notes=notes,
         versions=[*versions_of(run), *_releases(records)],
+        ridges=_ridges(outlines),
+        scored=describe_scores(scores),
+        agreement=_agreement(outlines),
     )
+
+
+def _agreement(outlines: dict[str, SlideOutline]) -> Table | None:
+    """Return the cells of all slides by nucleus type and best type."""
+    pairs: Pairs = Counter()
+    for outline in outlines.values():
+        pairs.update(outline.pairs)
+    return agreement_table(pairs) if pairs else None
+
+
+def _ridges(outlines: dict[str, SlideOutline]) -> list[Ridges]:
+    """Return the distributions of the shown genes over the cells of all slides."""
+    found = add_up([o.distributions for o in outlines.values() if o.distributions is not None])
+    return draw_ridges(found, colours_of([] if found is None else found.by_type))
 
 
 def _facts(

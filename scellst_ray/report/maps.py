@@ -37,17 +37,24 @@ class Squares:
     size_px: tuple[int, int]
 
     def means(self, values_N: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return the mean of the cells of each square, float64 [R, C]; NaN without cells."""
+        """Return the mean of the cells of each square, float64 [R, C]; NaN without finite cells."""
         length = self.shape[0] * self.shape[1]
-        counts = np.bincount(self.of_cell_N, minlength=length)
-        sums = np.bincount(self.of_cell_N, weights=values_N, minlength=length)
+        known_N = np.isfinite(values_N)
+        of_cell_N, values_N = self.of_cell_N[known_N], values_N[known_N]
+        counts = np.bincount(of_cell_N, minlength=length)
+        sums = np.bincount(of_cell_N, weights=values_N, minlength=length)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(sums / counts).reshape(self.shape)
 
     def commonest(self, codes_N: NDArray[np.integer], num: int) -> NDArray[np.uint8]:
-        """Return the commonest code of each square, uint8 [R, C]; BLANK without cells."""
+        """Return the commonest code of each square, uint8 [R, C]; BLANK without cells.
+
+        Cells of negative codes do not count.
+        """
         length = self.shape[0] * self.shape[1]
-        counts = np.bincount(self.of_cell_N * num + codes_N, minlength=length * num)
+        known_N = codes_N >= 0
+        numbers_N = self.of_cell_N[known_N] * num + codes_N[known_N]
+        counts = np.bincount(numbers_N, minlength=length * num)
         table = counts.reshape(length, num)
         found = np.where(table.any(axis=1), table.argmax(axis=1), BLANK)
         return found.astype(np.uint8).reshape(self.shape)

@@ -15,11 +15,19 @@ from numpy.typing import NDArray
 from scellst_ray.core.text import one_line
 from scellst_ray.export.colours import colours_of, rgb_of
 from scellst_ray.report.cells import SlideCells, read_cells
+from scellst_ray.report.distributions import count_values
 from scellst_ray.report.evaluation import slide_tables
-from scellst_ray.report.galleries import galleries_of
+from scellst_ray.report.galleries import (
+    galleries_of,
+    probabilities_of,
+    rank_genes,
+    rank_types,
+)
 from scellst_ray.report.maps import MAP_PX, Squares, limits_of, mean_map, squares_over
 from scellst_ray.report.near import WINDOW_UM, Window, draw_outlines, highest_place, read_outlines
 from scellst_ray.report.pictures import indexed, levels, photograph
+from scellst_ray.report.ridges import draw_ridges
+from scellst_ray.report.scored import pairs_of, rank_scores, read_scored, view_scored
 from scellst_ray.report.spots import spot_rows
 from scellst_ray.report.views import Map, Row, SlideView, Swatch, Table
 from scellst_ray.report.words import (
@@ -32,6 +40,7 @@ from scellst_ray.report.words import (
     versions_of,
 )
 from scellst_ray.runs.reading import Run
+from scellst_ray.runs.scores import ScoresInfo
 from scellst_ray.runs.thumbnails import read_thumbnail
 from scellst_ray.storage.credentials import redact
 
@@ -48,11 +57,13 @@ class Asked:
         genes: The genes.
         spots_rows: Rows of the manifest that name spots, by slide_id.
         evaluation: Content of the file of `evaluate expression`; None without one.
+        scores: Content of the run's `scores.json`; None without one.
     """
 
     genes: tuple[str, ...] = ()
     spots_rows: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
+    scores: ScoresInfo | None = None
 
 
 def view_slide(run: Run, slide_id: str, asked: Asked) -> SlideView:
@@ -84,12 +95,23 @@ def view_slide(run: Run, slide_id: str, asked: Asked) -> SlideView:
     if not shown:
         with noting(view, "outlines"):
             view.overview.append(_types_from_near(run, slide_id, cells, squares, view.types))
+    scored = None
+    with noting(view, "scores"):
+        scored = read_scored(run, slide_id, cells, asked.scores)
+    if scored is not None:
+        view.scored = view_scored(slide_id, cells, squares, scored, shown, bar)
+        view.pairs = pairs_of(cells, scored)
     if shown and slide_id in asked.spots_rows:
         with noting(view, "spots"):
             unit = unit_of(run, short=True)
             view.spots = spot_rows(cells, squares, list(shown), asked.spots_rows[slide_id], unit)
     with noting(view, "crops"):
-        view.galleries = galleries_of(run, slide_id, cells, list(shown), view.notes)
+        rankings = rank_genes(cells, list(shown))
+        if scored is None:
+            rankings += rank_types(cells, probabilities_of(run, slide_id))
+        else:
+            rankings += rank_scores(scored)
+        view.galleries = galleries_of(run, slide_id, cells, rankings, view.notes)
     view.accuracy = slide_tables(asked.evaluation, slide_id, list(shown))
     return view
 
@@ -135,7 +157,7 @@ def _show_types(
 
 
 def _show_means(view: SlideView, cells: SlideCells, genes: tuple[str, ...]) -> None:
-    """Note the mean of each gene, in all cells and in those of each type."""
+    """Show mean and distribution of each gene, in the cells of each type."""
     if not genes:
         return
     means_G = cells.values_NG.mean(axis=0, dtype=np.float64)
@@ -145,6 +167,8 @@ def _show_means(view: SlideView, cells: SlideCells, genes: tuple[str, ...]) -> N
         of_type = cells.values_NG[cells.codes_N == code].mean(axis=0, dtype=np.float64)
         rows.append([name, *map(as_text, of_type.tolist())])
     view.by_type = Table(["nucleus type", *genes], rows, "Mean of the cells of each type.")
+    view.distributions = count_values(genes, cells.values_NG, cells.types, cells.codes_N)
+    view.ridges = draw_ridges(view.distributions, {t.name: t.colour for t in view.types})
 
 
 def _show_genes(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from scellst_ray.report.distributions import Distributions
 from scellst_ray.report.pictures import Picture
 
 
@@ -70,6 +71,44 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Ridge:
+    """How a gene is distributed over the cells of a type.
+
+    Attributes:
+        name: The type.
+        colour: Its colour, '#rrggbb'.
+        points: Outline of the distribution, as points of an SVG polygon.
+        mark: Where the median lies, px from the left.
+        median: The median as text.
+        about: All of it in words.
+    """
+
+    name: str
+    colour: str
+    points: str
+    mark: float
+    median: str
+    about: str
+
+
+@dataclass(frozen=True)
+class Ridges:
+    """How a gene is distributed over the cells of each type, from its lowest to its highest value.
+
+    Attributes:
+        gene: The gene.
+        low: Lowest value of all types, as text.
+        high: Highest value of all types, as text.
+        ridges: One for each type.
+    """
+
+    gene: str
+    low: str
+    high: str
+    ridges: list[Ridge]
+
+
+@dataclass(frozen=True)
 class Swatch:
     """A type in the legend.
 
@@ -86,6 +125,29 @@ class Swatch:
     share: float
 
 
+@dataclass(frozen=True)
+class ScoredView:
+    """Cell types from expression on a slide.
+
+    Attributes:
+        types: The best types of its cells.
+        overview: Map of them.
+        scores: Maps of the scores.
+        agreement: Cells by nucleus type and best type.
+        ridges: Distributions of the genes by best type.
+        not_shown: Types that have no map, as they are best in few cells.
+        about: How cells were scored, in words.
+    """
+
+    types: list[Swatch]
+    overview: Row
+    scores: Row
+    agreement: Table
+    ridges: list[Ridges]
+    not_shown: list[str]
+    about: str
+
+
 @dataclass
 class SlideView:
     """All that the page of a slide shows.
@@ -100,6 +162,9 @@ class SlideView:
         genes: Maps of genes.
         unit: Unit of expression, in words.
         by_type: Mean expression by type; None without genes.
+        ridges: Distributions of the genes by type.
+        scored: Cell types from expression; None without scores.
+        pairs: Number of cells by nucleus type and best type.
         spots: Spots measured and predicted.
         galleries: Rows of crops.
         accuracy: Tables of an evaluation.
@@ -108,6 +173,7 @@ class SlideView:
         tiny: The slide for the page of the cohort; None without a thumbnail.
         small: The slide, to be shown next to each gene; None without a thumbnail.
         means: Mean expression of each shown gene.
+        distributions: Distributions of these genes; None without them.
         versions: What made the results.
     """
 
@@ -120,6 +186,9 @@ class SlideView:
     genes: list[Row] = field(default_factory=list)
     unit: str = ""
     by_type: Table | None = None
+    ridges: list[Ridges] = field(default_factory=list)
+    scored: ScoredView | None = None
+    pairs: dict[tuple[str, str], int] = field(default_factory=dict)
     spots: list[Row] = field(default_factory=list)
     galleries: list[Row] = field(default_factory=list)
     accuracy: list[Table] = field(default_factory=list)
@@ -128,6 +197,7 @@ class SlideView:
     tiny: Picture | None = None
     small: Picture | None = None
     means: dict[str, float] = field(default_factory=dict)
+    distributions: Distributions | None = None
     versions: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -177,6 +247,9 @@ class CohortView:
         accuracy: Tables of an evaluation.
         notes: What the page lacks, and why.
         versions: What made the results.
+        ridges: Distributions of the genes by type, over all slides.
+        scored: How cells were scored for types, in words; empty without scores.
+        agreement: Cells by nucleus type and best type; None without scores.
     """
 
     name: str
@@ -191,3 +264,6 @@ class CohortView:
     accuracy: list[Table]
     notes: list[str]
     versions: list[tuple[str, str]]
+    ridges: list[Ridges]
+    scored: str = ""
+    agreement: Table | None = None

@@ -6,6 +6,7 @@ from scellst_ray.core.version import __version__
 from scellst_ray.report.views import Scale
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import SlideRecord
+from scellst_ray.runs.scores import ScoresInfo
 from scellst_ray.storage.credentials import redact
 
 # Lengths that a scale bar may have, um.
@@ -100,6 +101,18 @@ def versions_of(run: Run, record: SlideRecord | None = None) -> list[tuple[str, 
     ]
     found += sorted(run.info.get("libraries", {}).items())
     return found
+
+
+def describe_scores(info: ScoresInfo | None) -> str:
+    """Return where scores of types come from and how they are computed, in words."""
+    if info is None:
+        return ""
+    lacking = sum(bool(each["missing"]) for each in info["types"])
+    text = f"{len(info['types'])} types by {info.get('source', 'markers')}. "
+    text += f"Score: {info['formula']}."
+    if lacking:
+        text += f" Of {lacking} of them the run's panel lacks some markers."
+    return text
 
 
 def scale_bar(record: SlideRecord) -> tuple[float, str] | None:

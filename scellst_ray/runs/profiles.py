@@ -41,7 +41,7 @@ class ProfileTotals:
         block_mean_G = values_NG.mean(axis=0, dtype=np.float64)
         block_m2_G = ((values_NG - block_mean_G) ** 2).sum(axis=0)
         self._merge(len(values_NG), block_mean_G, block_m2_G)
-        self.histogram_GB += _histograms(values_NG)
+        self.histogram_GB += histograms(values_NG)
 
     def add_totals(self, other: "ProfileTotals") -> None:
         """Add the cells of other totals."""
@@ -66,7 +66,7 @@ class ProfileTotals:
         return {name: values.astype(np.float32) for name, values in found.items()}
 
 
-def _histograms(values_NG: NDArray[np.float32]) -> NDArray[np.int64]:
+def histograms(values_NG: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the histogram of each gene, int64 [G, NUM_BINS]."""
     num_genes = values_NG.shape[1]
     bins_NG = np.ascontiguousarray(values_NG).view(np.int32) >> DROPPED_BITS
@@ -78,8 +78,14 @@ def _histograms(values_NG: NDArray[np.float32]) -> NDArray[np.int64]:
 
 def _middles() -> NDArray[np.float64]:
     """Return the middle of each bin."""
-    edges = (np.arange(FIRST_BIN, LAST_BIN + 2, dtype=np.int32) << DROPPED_BITS).view(np.float32)
-    return (edges[:-1].astype(np.float64) + edges[1:]) / 2
+    edges = bin_edges()
+    return (edges[:-1] + edges[1:]) / 2
+
+
+def bin_edges() -> NDArray[np.float64]:
+    """Return where bins begin, and where the last one ends, float64 [NUM_BINS + 1]."""
+    edges = np.arange(FIRST_BIN, LAST_BIN + 2, dtype=np.int32) << DROPPED_BITS
+    return edges.view(np.float32).astype(np.float64)
 
 
 class Profiles:

@@ -12,6 +12,7 @@ from scellst_ray.pipelines.over_slides import NUM_FOR_RAY
 from tests.support.exported_runs import add_slide
 from tests.support.pages import check_page
 from tests.support.reported_runs import make_reported_run, write_spots
+from tests.support.scored_runs import random_scores, write_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
@@ -48,6 +49,25 @@ def test_spots_of_a_manifest(run, tmp_path):
     assert "Spots measured, cells predicted" in page.text
     assert "measured EPCAM in 20 spots" in page.pictures()
     assert "Spots measured" not in (tmp_path / "out/slides/b.html").read_text()
+
+
+def test_types_from_expression(run, tmp_path):
+    write_scores(run, random_scores(run, ["T cell", "<b>tumour"], "ab"))
+    report(run, tmp_path / "out")
+    index = check_page((tmp_path / "out/index.html").read_text())
+    assert "2 types by markers of m.csv. Score: mean of the markers." in index.text
+    page = check_page((tmp_path / "out/slides/a.html").read_text())
+    assert "Cell types from expression" in page.text
+    assert "map of the score of <b>tumour on a" in page.pictures()
+    assert "Cell types" not in (tmp_path / "out/slides/p.html").read_text()
+
+
+def test_damaged_scores_cost_their_part_alone(run, tmp_path):
+    write_scores(run, random_scores(run, ["T cell", "tumour"], "ab"))
+    (tmp_path / "run/scores/scores.json").write_text("{")
+    with pytest.raises(ValueError, match=r"3 slide\(s\) lack a part: .*: scores: .*scores\.json"):
+        report(run, tmp_path / "out")
+    assert len(pages_in(tmp_path / "out")) == 4
 
 
 def test_some_slides(run, tmp_path):

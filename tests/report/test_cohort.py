@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 
 from scellst_ray.report import cohort
 from scellst_ray.report.cohort import SlideOutline, has_page, outline_of, say_problems, view_cohort
 from scellst_ray.report.slide import Asked, view_slide
+from scellst_ray.report.words import as_text
 from tests.support.reported_runs import make_reported_run
+from tests.support.scored_runs import random_scores, write_scores
 
 GENES = (["CD3E"], "chosen")
 
@@ -38,6 +41,22 @@ def test_the_highest_mean_is_darkest(run):
     depths = [line.means[0][1] for line in view(run).lines if line.href]
     assert min(depths) == 0
     assert max(depths) == 1
+
+
+def test_distributions_are_those_of_all_cells(run):
+    (drawn,) = view(run).ridges
+    values = np.concatenate([run.expression_numpy(["CD3E"], s)[:, 0] for s in "abp"])
+    assert (drawn.low, drawn.high) == (as_text(values.min()), as_text(values.max()))
+    types = {t.name for s in "abp" for t in view_slide(run, s, Asked()).types}
+    assert {ridge.name for ridge in drawn.ridges} == types
+    assert view(run, genes=([], "")).ridges == []
+
+
+def test_agreement_of_all_slides(run):
+    scored = write_scores(run, random_scores(run, ["T cell", "tumour"], "ab"))
+    found = view(scored)
+    assert found.agreement.rows[-1][:2] == ["all cells", "70"]
+    assert view(run, ("p",)).agreement is None
 
 
 def test_one_slide_has_no_scale(run):

@@ -49,6 +49,17 @@ def test_the_commonest_type_of_a_square():
     assert (found == BLANK).sum() == found.size - 2
 
 
+def test_cells_without_a_value_or_type_do_not_count():
+    xy0 = np.array([[10.0, 10.0], [11.0, 10.0], [12.0, 11.0], [1500.0, 900.0]])
+    squares = squares_over(xy0, SIZE0)
+    means = squares.means(np.array([1.0, np.nan, 3.0, np.nan]))
+    assert means[0, 0] == 2
+    assert np.isfinite(means).sum() == 1
+    found = squares.commonest(np.array([-1, 0, -1, -1]), 3)
+    assert found[0, 0] == 0
+    assert (found != BLANK).sum() == 1
+
+
 def test_a_map_shows_high_where_values_are_high():
     xy0 = cells(5000)
     squares = squares_over(xy0, SIZE0)

@@ -5,7 +5,7 @@ import pytest
 from scellst_ray.report.cohort import SlideOutline, view_cohort
 from scellst_ray.report.render import page_link, page_name, render_cohort, render_slide
 from scellst_ray.report.slide import Asked, view_slide
-from scellst_ray.report.views import Row, SlideView, Swatch, Table
+from scellst_ray.report.views import Ridge, Ridges, Row, SlideView, Swatch, Table
 from tests.report.test_cohort import view as cohort_of
 from tests.support.pages import check_page
 from tests.support.reported_runs import ODD, make_reported_run
@@ -22,12 +22,14 @@ def test_the_page_of_a_slide(run):
     assert "Predicted expression" in page.text
     assert len(page.pictures()) == 6
     assert "H&E of slide a" in page.pictures()
+    assert "Distributions by nucleus type" in page.text
+    assert page.source.count("<svg") == 2 * 3
 
 
 def test_the_page_of_a_cohort(run):
     page = check_page(render_cohort(cohort_of(run)))
     assert page.links == ["slides/a.html", "slides/b.html", "slides/p.html"]
-    for title in ("Slides without cells", "Failures", "Versions"):
+    for title in ("Distributions by nucleus type", "Slides without cells", "Failures", "Versions"):
         assert title in page.text
     assert f"/data/{ODD}.svs: no such file" in page.text
 
@@ -37,6 +39,7 @@ def test_markup_in_names_is_text(run):
     odd.types = [Swatch(ODD, "#000000", 1, 100.0)]
     odd.by_type = Table([ODD], [[ODD]], ODD)
     odd.genes = [Row(ODD, [], ODD)]
+    odd.ridges = [Ridges(ODD, ODD, ODD, [Ridge(ODD, "#000000", "0,0 1,1", 0.0, ODD, ODD)])]
     page = check_page(render_slide(odd, ODD))
     assert "<b>" not in page.source
     assert page.text.count("<b>") >= 10

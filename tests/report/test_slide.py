@@ -6,8 +6,10 @@ from scellst_ray.report.slide import Asked, view_slide
 from scellst_ray.runs.reading import open_run
 from scellst_ray.slides import reader
 from tests.report.test_evaluation import EVALUATION
+from tests.support.crop_runs import write_crop_run
 from tests.support.pages import decode
 from tests.support.reported_runs import make_reported_run
+from tests.support.scored_runs import random_scores, write_scores
 
 GENES = ("ERBB2", "CD3E")
 
@@ -32,7 +34,30 @@ def test_all_parts_without_reading_the_slide(run, tmp_path, monkeypatch):
     values = run.expression_numpy(GENES, "a")
     assert list(view.means.values()) == pytest.approx(values.mean(axis=0).tolist(), rel=1e-6)
     assert view.by_type.rows[0][0] == "all cells"
+    assert [drawn.gene for drawn in view.ridges] == list(GENES)
+    assert [ridge.name for ridge in view.ridges[0].ridges] == [t.name for t in view.types]
     assert len(view.accuracy) == 2
+
+
+def test_galleries_of_genes_and_types(run):
+    write_crop_run(run.uri, {"a": 30})
+    view = view_slide(run, "a", Asked(GENES))
+    assert [row.name for row in view.galleries] == [*GENES, *(t.name for t in view.types)]
+    assert view.galleries[0].maps[0].title == "30 highest ERBB2, of 30 cells with crops"
+    assert view.notes == []
+
+
+def test_types_from_expression(run):
+    write_crop_run(run.uri, {"a": 30})
+    scored = write_scores(run, random_scores(run, ["T cell", "tumour"]))
+    view = view_slide(scored, "a", Asked(GENES))
+    assert view.problems == []
+    assert {swatch.name for swatch in view.scored.types} == {"T cell", "tumour"}
+    assert sum(view.pairs.values()) == 30
+    assert [drawn.gene for drawn in view.scored.ridges] == list(GENES)
+    names = [f"score of {swatch.name}" for swatch in view.scored.types]
+    assert [row.name for row in view.galleries] == [*GENES, *names]
+    assert "markers of m.csv" in view.scored.about
 
 
 def test_a_run_of_extract(tmp_path):
@@ -50,9 +75,12 @@ def test_a_run_of_extract(tmp_path):
         ("thumbnails/a.jpg", "picture of the slide", {"types", "genes", "by_type"}),
         ("expression/a.parquet", "expression", {"overview", "types"}),
         ("cells/a.parquet", "cells", {"overview"}),
+        ("scores/a.parquet", "scores", {"overview", "types", "genes", "by_type"}),
+        ("scores/scores.json", "scores", {"overview", "types", "genes", "by_type"}),
     ],
 )
 def test_a_damaged_file_costs_its_part_alone(run, tmp_path, name, begin, left):
+    write_scores(run, random_scores(run, ["T cell", "tumour"]))
     path = tmp_path / "run" / name
     path.write_bytes(path.read_bytes()[:-9])
     view = view_slide(open_run(run.uri), "a", Asked(GENES))

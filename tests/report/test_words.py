@@ -2,6 +2,7 @@ import pytest
 
 from scellst_ray.report.words import (
     as_text,
+    describe_scores,
     describe_shift,
     names_in_short,
     scale_bar,
@@ -74,3 +75,14 @@ def test_facts_of_a_slide(tmp_path):
 def test_names_in_short():
     assert names_in_short("abc") == "a, b, c"
     assert names_in_short("abc", 2) == "a, b ..."
+
+
+def test_scores_in_words():
+    assert describe_scores(None) == ""
+    types = [{"name": "a", "missing": []}, {"name": "b", "missing": ["X"]}]
+    text = describe_scores({"types": types, "formula": "a mean", "source": "markers of m.csv"})
+    assert text == (
+        "2 types by markers of m.csv. Score: a mean. Of 1 of them the run's panel lacks some "
+        "markers."
+    )
+    assert describe_scores({"types": types[:1], "formula": "f"}) == "1 types by markers. Score: f."
