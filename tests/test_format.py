@@ -22,7 +22,7 @@ from scellst_ray.runs.records import (
     SlideRecord,
     SlideSource,
 )
-from scellst_ray.runs.scores import ScoredSlide, ScoredType, ScoresInfo
+from scellst_ray.runs.scores import ScoredSlide, ScoredType, ScoresInfo, StoredAccuracy
 from scellst_ray.slides.manifest import read_manifest
 
 TEXT = (Path(scellst_ray.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
@@ -34,6 +34,8 @@ TABLES = {
     "EXPRESSION": EXPRESSION,
     "PROFILES": schemas.PROFILES,
     "SCORES": schemas.scores_schema(["score_T_cells", "score_tumour"]),
+    "DIFFERENTIAL_GENES": schemas.DIFFERENTIAL_GENES,
+    "AGREEMENT": schemas.AGREEMENT,
     "LAST_LAYER": schemas.last_layer_schema(DIM),
     "CROPS": schemas.CROPS,
     "FAILURES": schemas.FAILURES,
@@ -115,6 +117,7 @@ def test_nested_examples():
     (source,) = example_after("Example of `slides.json`:").values()
     assert keys_of(SlideSource)[0] <= set(source) <= keys_of(SlideSource)[1]
     scores = example_after("Example of `scores.json`:")
+    assert set(scores["agreement"]) == keys_of(StoredAccuracy)[1]
     for found, kind in ((scores["types"], ScoredType), (scores["slides"].values(), ScoredSlide)):
         assert all(set(each) == keys_of(kind)[1] for each in found)
     (crops,) = example_after("Example of `crops.json`:")["slides"].values()

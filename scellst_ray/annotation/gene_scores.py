@@ -119,7 +119,7 @@ def make_scorer(
     offset_T = np.zeros(len(sets))
     if scale:
         sd_G = np.sqrt(moments.variance_G)
-        sd_G[sd_G == 0] = 1
+        sd_G[moments.is_constant_G] = 1
         weight_GT /= sd_G[:, None]
         offset_T = -(moments.mean_G @ weight_GT)
     return Scorer(tuple(sets), num_bins, tuple(all_controls), weight_GT, offset_T)

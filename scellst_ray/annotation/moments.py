@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 FloatArray = NDArray[np.float64]
+# Deviations that are rounding errors, as a share of the mean.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Moments:
     def variance_G(self) -> FloatArray:
         """Variance over N - 1 [G], as scanpy takes it; 0 for a single cell."""
         return self.squares_G / max(1, self.num_cells - 1)
+
+    @property
+    def is_constant_G(self) -> NDArray[np.bool_]:
+        """Return which genes vary by no more than rounding errors, [G]."""
+        return np.asarray(np.sqrt(self.variance_G) <= ROUNDING * np.abs(self.mean_G))
 
     def without(self, part: "Moments") -> "Moments":
         """Return the moments of the cells that are not in a part of these."""
@@ -102,4 +109,7 @@ def t_test(
             num_rest,
             equal_var=False,
         )
-    return np.where(np.isnan(t_G), 0.0, t_G), np.where(np.isnan(p_G), 1.0, p_G)
+    is_same_G = np.abs(group.mean_G - rest.mean_G) <= ROUNDING * np.abs(rest.mean_G)
+    is_same_G &= group.is_constant_G & rest.is_constant_G
+    is_same_G |= np.isnan(t_G)
+    return np.where(is_same_G, 0.0, t_G), np.where(is_same_G, 1.0, p_G)

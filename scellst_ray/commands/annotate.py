@@ -9,7 +9,17 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
+import pyarrow as pa
+
 from scellst_ray import storage
+from scellst_ray.annotation.agreement import (
+    accuracy,
+    agreement_table,
+    parse_type_map,
+    same_names,
+    shares,
+)
+from scellst_ray.annotation.differential import comparable_types, differential_genes
 from scellst_ray.annotation.gene_scores import CONTROLS_PER_BIN, NUM_BINS, Scorer, make_scorer
 from scellst_ray.annotation.markers import PanelSets, find_in_panel, read_markers
 from scellst_ray.annotation.moments import Moments, merge_moments
@@ -17,7 +27,8 @@ from scellst_ray.annotation.normalised import TARGET_TOTAL, merge_types, slide_m
 from scellst_ray.annotation.reference import read_reference, top_markers
 from scellst_ray.annotation.score_slide import Counts, Plan, score_slide
 from scellst_ray.commands.configs import AnnotateConfig
-from scellst_ray.commands.reports import Say, line_printer
+from scellst_ray.commands.reports import Say, line_printer, plain_table
+from scellst_ray.core.names import check_names
 from scellst_ray.core.version import __version__
 from scellst_ray.export.free_names import free_names
 from scellst_ray.pipelines.over_slides import SlideResult, over_slides, values_of
@@ -30,14 +41,18 @@ from scellst_ray.runs.scores import (
     ScoredSlide,
     ScoresInfo,
     check_scores,
+    check_table,
     column_of,
     expression_of,
     read_scores_info,
     scores_info_uri,
+    table_uri,
 )
 from scellst_ray.storage.credentials import redact
 
 T = TypeVar("T")
+# More types than this make lines too long to print.
+MOST_COLUMNS = 12
 logger = logging.getLogger(__name__)
 
 
@@ -53,12 +68,14 @@ def run_annotate(config: AnnotateConfig) -> int:
     sets, source = _marker_sets(config, run.choose_genes())
     for line in sets.lines():
         logger.warning("%s", line)
+    type_map = parse_type_map(config.type_map or (), list(sets.present))
     with hold_lease(run.uri):
         run = open_run(run.uri)
         slide_ids = _slides_to_score(run)
         stored = read_scores_info(run.uri)
         if stored is not None and _is_done(run, stored, _digest(run, slide_ids, sets, config)):
             say(f"{config.run}: all {len(slide_ids)} slide(s) have these scores already")
+            _compare(run, stored, type_map, say)
             return 0
         if stored is not None:
             # Scores of two calls must never be taken for those of one.
@@ -66,16 +83,27 @@ def run_annotate(config: AnnotateConfig) -> int:
         moments, failed = _collect(
             over_slides(partial(_moments, run.folder, run.info), slide_ids), "read"
         )
-        whole = merge_moments(list(merge_types(list(moments.values())).values()))
-        scorer = _scorer(run, whole, sets, config)
+        by_type = merge_types(list(moments.values()))
+        check_names(sorted(set(type_map.values())), list(by_type), "type_map: nucleus types")
+        scorer = _scorer(run, merge_moments(list(by_type.values())), sets, config)
         columns = tuple(free_names([column_of(t) for t in scorer.names], is_cased=False))
         plan = Plan(scorer, columns, _digest(run, list(moments), sets, config))
         work = partial(_score, run.folder, run.info, plan)
         found, failed_now = _collect(over_slides(work, list(moments)), "scored")
+        counts = {slide_id: of_slide for slide_id, (_, of_slide) in found.items()}
         info = _info(run, plan, sets, {s: slide for s, (slide, _) in found.items()}, config)
         info["source"] = source
+        info["tables"] = {
+            name: _publish(run, name, table)
+            for name, table in (
+                ("DIFFERENTIAL_GENES", differential_genes(by_type, run.genes, run.folder.digest)),
+                ("AGREEMENT", agreement_table(counts, run.folder.digest)),
+            )
+        }
         publish_document(scores_info_uri(run.uri), info)
-    _say_counts(say, config.run, [counts for _, counts in found.values()], scorer.names)
+        _say_scores(say, config.run, info, counts)
+        _say_left_out(by_type)
+        _compare(run, info, type_map, say)
     if failed or failed_now:
         raise ValueError(failed or failed_now)
     return 0
@@ -127,11 +155,13 @@ def _digest(run: Run, slide_ids: Sequence[str], sets: PanelSets, config: Annotat
 
 def _is_done(run: Run, stored: ScoresInfo, digest: str) -> bool:
     """Return whether all scores are there and whole."""
-    if stored["digest"] != digest:
+    if stored["digest"] != digest or "tables" not in stored:
         return False
     try:
         for slide_id in stored["slides"]:
             check_scores(run.folder, run.records[slide_id], stored)
+        for name in stored.get("tables", {}):
+            check_table(run.folder, run.records, name, stored)
     except (storage.DamagedFileError, FileNotFoundError) as error:
         logger.warning("%s", error)
         return False
@@ -209,14 +239,59 @@ def _info(
     }
 
 
-def _say_counts(say: Say, run: str, counts: Sequence[Counts], names: Sequence[str]) -> None:
-    total: Counts = Counter()
-    for each in counts:
-        total.update(each)
+def _publish(run: Run, name: str, table: pa.Table) -> storage.StoredStamp:
+    """Publish a table of all slides; return the stamp of its file."""
+    uri = table_uri(run.uri, name)
+    stamp = storage.publish_stamped(uri, table.schema, lambda writer: writer.write_table(table))
+    return stamp.as_json()
+
+
+def _compare(run: Run, info: ScoresInfo, type_map: Mapping[str, str], say: Say) -> None:
+    """Compare best types with nucleus types; `scores.json` keeps the result.
+
+    Args:
+        run: The run.
+        info: Content of `scores.json`.
+        type_map: Nucleus type of each scored type; if empty, that of the same name.
+        say: Prints a line.
+    """
+    table = storage.read_table(table_uri(run.uri, "AGREEMENT"))
+    names = [each["name"] for each in info["types"]]
+    nuclei = sorted(set(table["nucleus_type"].to_pylist()))
+    check_names(sorted(set(type_map.values())), nuclei, "type_map: nucleus types")
+    if len(names) <= MOST_COLUMNS:
+        for line in plain_table(["nucleus type", "cells", *names], shares(table, names)):
+            say(line)
+    found = accuracy(table, type_map or same_names(names, nuclei))
+    before = info.pop("agreement", None)
+    if found is not None:
+        info["agreement"] = found.as_json()
+        say(
+            f"agreement with nucleus types: balanced accuracy {found.balanced:.3f} over "
+            f"{len(found.recall)} types (chance {found.chance:.3f}), {found.num_cells:,} cells"
+        )
+    if info.get("agreement") != before:
+        publish_document(scores_info_uri(run.uri), info)
+
+
+def _say_left_out(by_type: Mapping[str, Moments]) -> None:
+    left_out = sorted(set(by_type) - set(comparable_types(by_type)))
+    if len(by_type) == 1:
+        logger.warning(
+            "all nuclei are of one type, %r: there are no differential genes of nucleus types. "
+            "The segmenter cellvit gives types",
+            left_out[0],
+        )
+    elif left_out:
+        logger.warning("too few cells for differential genes of type(s) %s", ", ".join(left_out))
+
+
+def _say_scores(say: Say, run: str, info: ScoresInfo, counts: Mapping[str, Counts]) -> None:
     best = Counter[str | None]()
-    for (_, name), number in total.items():
-        best[name] += number
-    cells = best.total()
+    for of_slide in counts.values():
+        for (_, name), number in of_slide.items():
+            best[name] += number
+    cells, names = best.total(), [each["name"] for each in info["types"]]
     say(f"{run}: scored {cells:,} cells of {len(counts)} slide(s) for {len(names)} type(s)")
     for name in names:
         say(f"  {name}: best in {best[name]:,} cells ({best[name] / max(1, cells):.1%})")

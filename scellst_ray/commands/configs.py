@@ -132,6 +132,9 @@ class AnnotateConfig:
     scale: bool = True
     """Scale genes to mean 0 and variance 1 before scoring, as sCellST's paper does. Otherwise genes
     of high expression weigh more."""
+    type_map: list[str] | None = None
+    """Comma-separated TYPE=NUCLEUS_TYPE, such as T=Inflammatory,B=Inflammatory: nucleus types of
+    the segmenter that scored types belong to, to compare them. By default those of one name."""
 
     def __post_init__(self) -> None:
         """Refuse no markers, two sources of markers, and numbers that cannot work."""

@@ -180,7 +180,7 @@ COMMANDS = {
         "scellst-ray annotate runs/expression --markers markers.csv",
         {
             "Input": "run markers reference reference_key markers_per_type panel_markers",
-            "Scores": "scale",
+            "Scores": "scale type_map",
         },
     ),
     "report": Command(

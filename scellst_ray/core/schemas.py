@@ -116,6 +116,28 @@ PROFILES = pa.schema(
         ],
     ]
 )
+DIFFERENTIAL_GENES = pa.schema(
+    [
+        pa.field("nucleus_type", pa.string(), nullable=False),
+        pa.field("gene", pa.string(), nullable=False),
+        pa.field("num_cells", pa.int64(), nullable=False),
+        *[
+            pa.field(name, pa.float64(), nullable=False)
+            for name in (
+                *("scores", "logfoldchanges", "pvals", "pvals_adj"),
+                *("mean", "mean_rest", "log2_ratio"),
+            )
+        ],
+    ]
+)
+AGREEMENT = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("nucleus_type", pa.string(), nullable=False),
+        pa.field("best_type", pa.string()),
+        pa.field("n", pa.int64(), nullable=False),
+    ]
+)
 # Distance from the cells that the head was trained on (runs/domain_shift.py).
 DISTANCE = pa.field("distance", pa.float16(), nullable=False)
 

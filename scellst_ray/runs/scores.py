@@ -5,7 +5,8 @@ EXPRESSION. If that has changed since, the table is refused.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NotRequired, TypedDict
 
 import pyarrow as pa
@@ -20,6 +21,8 @@ from scellst_ray.runs.records import SlideRecord
 from scellst_ray.runs.tables import check_digest, stamp_in
 
 SCORES_FILE = "scores.json"
+# Folder of the tables of all slides. No slide's table can have a name in it.
+COHORT = "cohort"
 AGAIN = "run `scellst-ray annotate` again"
 # Keys of the metadata of a table: what was scored (`digest` of scores.json), and the EXPRESSION.
 SCORED, EXPRESSION = b"scellst_ray.scores", b"scellst_ray.expression"
@@ -60,6 +63,24 @@ class ScoredSlide(TypedDict):
     file: storage.StoredStamp
 
 
+class StoredAccuracy(TypedDict):
+    """Agreement of best types with nucleus types.
+
+    Attributes:
+        type_map: Nucleus type that each scored type belongs to.
+        recall: By nucleus type, share of its cells whose best type belongs to it.
+        balanced_accuracy: Mean of the recalls.
+        chance: The same of labels drawn evenly from these nucleus types.
+        num_cells: Number of cells of these nucleus types.
+    """
+
+    type_map: dict[str, str]
+    recall: dict[str, float]
+    balanced_accuracy: float
+    chance: float
+    num_cells: int
+
+
 class ScoresInfo(TypedDict):
     """Content of `scores/scores.json`.
 
@@ -71,6 +92,8 @@ class ScoresInfo(TypedDict):
         num_bins: Number of bins in which control genes were chosen.
         types: The types, in the order of their columns.
         slides: The slides, by slide_id.
+        tables: Stamps of the tables of all slides, by name; absent if there are none.
+        agreement: How far best types agree with nucleus types; absent if they were not compared.
         source: Where the markers come from, in words.
         scellst_ray: Release.
         finished: UTC time.
@@ -83,6 +106,8 @@ class ScoresInfo(TypedDict):
     num_bins: int
     types: list[ScoredType]
     slides: dict[str, ScoredSlide]
+    tables: NotRequired[dict[str, storage.StoredStamp]]
+    agreement: NotRequired[StoredAccuracy]
     source: NotRequired[str]
     scellst_ray: NotRequired[str]
     finished: NotRequired[str]
@@ -172,6 +197,48 @@ def read_scores(
     return storage.read_table(uri, columns=names, stamp=stamp)
 
 
+def read_differential_genes(run: Run) -> pa.Table | None:
+    """Return DIFFERENTIAL_GENES of a run; None if it has no scores. Errors as `read_scores`."""
+    return _read_table(run, "DIFFERENTIAL_GENES")
+
+
+def read_agreement(run: Run) -> pa.Table | None:
+    """Return AGREEMENT of a run; None if it has no scores. Errors as `read_scores`."""
+    return _read_table(run, "AGREEMENT")
+
+
+def _read_table(run: Run, name: str) -> pa.Table | None:
+    info = read_scores_info(run.uri)
+    if info is None or name not in info.get("tables", {}):
+        return None
+    check_table(run.folder, run.records, name, info)
+    return storage.read_table(table_uri(run.uri, name))
+
+
+def table_uri(run_uri: str, name: str) -> str:
+    """Return the URI of a table of all slides: DIFFERENTIAL_GENES or AGREEMENT."""
+    return storage.join(run_uri, SCORES, COHORT, f"{name.lower()}.parquet")
+
+
+def files_of(run_uri: str, info: ScoresInfo) -> list[str]:
+    """Return the URIs of all files of the scores of a run."""
+    slides = [scores_uri(run_uri, slide_id) for slide_id in info["slides"]]
+    tables = [table_uri(run_uri, name) for name in info.get("tables", {})]
+    return [scores_info_uri(run_uri), *slides, *tables]
+
+
+def checks_of_scores(
+    run: RunFolder, records: Mapping[str, SlideRecord], info: ScoresInfo
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield each table that `scores.json` names, and the function that checks all of it."""
+    for slide_id in info["slides"]:
+        if slide_id in records:
+            check = partial(check_scores, run, records[slide_id], info, whole=True)
+            yield scores_uri(run.uri, slide_id), check
+    for name in info.get("tables", {}):
+        yield table_uri(run.uri, name), partial(check_table, run, records, name, info, whole=True)
+
+
 def check_scores(
     run: RunFolder, record: SlideRecord, info: ScoresInfo, *, whole: bool = False
 ) -> None:
@@ -191,16 +258,50 @@ def check_scores(
     slide_id = record["slide_id"]
     uri, slide = scores_uri(run.uri, slide_id), info["slides"][slide_id]
     if slide["expression"] != expression_of(record):
-        problem = f"is stale: the EXPRESSION of slide {slide_id!r} has changed since"
-        raise storage.DamagedFileError(uri, problem, AGAIN)
+        raise storage.DamagedFileError(uri, _stale(slide_id), AGAIN)
+    _check_file(run, uri, "SCORES", _stamp(info, slide_id), whole=whole)
+
+
+def check_table(
+    run: RunFolder,
+    records: Mapping[str, SlideRecord],
+    name: str,
+    info: ScoresInfo,
+    *,
+    whole: bool = False,
+) -> None:
+    """Check a table of all slides; arguments and errors as `check_scores`.
+
+    Args:
+        run: The run.
+        records: Records of the run's slides.
+        name: DIFFERENTIAL_GENES or AGREEMENT.
+        info: Content of `scores.json`.
+        whole: Whether all of the file is read and compared with its digest.
+    """
+    uri = table_uri(run.uri, name)
+    for slide_id, slide in info["slides"].items():
+        if slide_id in records and slide["expression"] != expression_of(records[slide_id]):
+            raise storage.DamagedFileError(uri, _stale(slide_id), AGAIN)
+    stamp = storage.TableStamp.from_json(info["tables"][name])
+    _check_file(run, uri, name, stamp, whole=whole)
+
+
+def _stale(slide_id: str) -> str:
+    return f"is stale: the EXPRESSION of slide {slide_id!r} has changed since"
+
+
+def _check_file(
+    run: RunFolder, uri: str, name: str, stamp: storage.TableStamp, *, whole: bool
+) -> None:
     try:
-        with storage.open_parquet(uri, _stamp(info, slide_id)) as file:
-            schemas.check(file.schema_arrow, "SCORES", uri)
+        with storage.open_parquet(uri, stamp) as file:
+            schemas.check(file.schema_arrow, name, uri)
             metadata = file.schema_arrow.metadata
         if metadata[b"scellst_ray.run_digest"].decode() != run.digest:
             raise storage.DamagedFileError(uri, "belongs to another run")
         if whole:
-            check_digest(uri, _stamp(info, slide_id))
+            check_digest(uri, stamp)
     except FileNotFoundError as error:
         message = f"{uri}: is absent, and {SCORES_FILE} names it; {AGAIN}"
         raise FileNotFoundError(message) from error

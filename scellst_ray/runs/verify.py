@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,10 +46,10 @@ from scellst_ray.runs.records import CropIndex, RunInfo, SlideCrops, SlideRecord
 from scellst_ray.runs.scores import AGAIN as SCORES_AGAIN
 from scellst_ray.runs.scores import (
     ScoresInfo,
-    check_scores,
+    checks_of_scores,
+    files_of,
     read_scores_info,
     scores_info_uri,
-    scores_uri,
 )
 from scellst_ray.runs.shards import DamagedShardsError, Shards, SlideCells
 from scellst_ray.runs.tables import check_digest, open_table, stamp_in, table_uri
@@ -228,13 +228,13 @@ class _Verifier:
             return
         with self._noting(self._within(uri), SCORES_AGAIN):
             self.scores = read_scores_info(self.uri)
-        for slide_id in [] if self.scores is None else self.scores["slides"]:
-            if slide_id in records:
-                yield partial(self._check_scores, run, records[slide_id])
+        if self.scores is not None:
+            for table, check in checks_of_scores(run, records, self.scores):
+                yield partial(self._run_check, table, check)
 
-    def _check_scores(self, run: RunFolder, record: SlideRecord) -> None:
-        with self._noting(self._within(scores_uri(self.uri, record["slide_id"])), SCORES_AGAIN):
-            check_scores(run, record, cast("ScoresInfo", self.scores), whole=True)
+    def _run_check(self, uri: str, check: Callable[[], None]) -> None:
+        with self._noting(self._within(uri), SCORES_AGAIN):
+            check()
 
     def _check_table(self, run: RunFolder, record: SlideRecord, name: str) -> None:
         uri, stamp = table_uri(run, name, record["slide_id"]), stamp_in(record, name)
@@ -330,8 +330,7 @@ class _Verifier:
             for name in (*record.get("tables", []), *record.get("files", {}), "FAILURES")
         }
         if self.scores is not None:
-            scored = [scores_uri(self.uri, slide_id) for slide_id in self.scores["slides"]]
-            named |= {self._within(uri) for uri in (*scored, scores_info_uri(self.uri))}
+            named |= set(map(self._within, files_of(self.uri, self.scores)))
         for path in storage.sizes(self.uri):
             within = path.removeprefix(storage.resolve(self.uri)[1].rstrip("/") + "/")
             folder, _, name = within.partition("/")

@@ -4,7 +4,7 @@ import pytest
 import scanpy as sc
 
 from scellst_ray.annotation.gene_scores import choose_bins, control_genes, make_scorer
-from scellst_ray.annotation.moments import block_moments
+from scellst_ray.annotation.moments import block_moments, merge_moments
 
 
 def unit(num_cells, num_genes, seed):
@@ -71,3 +71,11 @@ def test_unscaled_scores_equal_scanpys():
     sc.tl.score_genes(adata, [str(i) for i in members])
     got = make_scorer(moments, {"set": members}, scale=False).score(x)[:, 0]
     np.testing.assert_allclose(got, adata.obs["score"], atol=1e-12)
+
+
+def test_a_gene_that_never_varies_adds_nothing_but_its_mean():
+    x = np.random.default_rng(4).gamma(2, 1, (200, 60))
+    x[:, 5] = 0.1  # whose mean and deviations are rounded
+    parts = [block_moments(part) for part in np.split(x, [3, 70])]
+    found = make_scorer(merge_moments(parts), {"a": [5, 6]}).score(x)
+    assert np.abs(found).max() < 10

@@ -16,7 +16,12 @@ from scellst_ray.commands.configs import AnnotateConfig
 from scellst_ray.pipelines.over_slides import NUM_FOR_RAY
 from scellst_ray.runs.leftovers import sweep
 from scellst_ray.runs.reading import open_run
-from scellst_ray.runs.scores import read_scores, read_scores_info
+from scellst_ray.runs.scores import (
+    read_agreement,
+    read_differential_genes,
+    read_scores,
+    read_scores_info,
+)
 from tests.support import exported_runs
 from tests.support.exported_runs import add_slide, make_run
 
@@ -104,6 +109,66 @@ def test_a_damaged_slide_costs_no_other_one(run, tmp_path):
     assert list(read_scores_info(run.uri)["slides"]) == ["b"]
     path.write_bytes(content)
     assert list(read_scores_info(ask(run).uri)["slides"]) == ["a", "b"]
+
+
+def test_differential_genes_and_agreement_are_of_all_cells(run, capsys):
+    run = ask(run, type_map=["B=immune", "T cell=immune", "t_cell=stroma"])
+    slides = run.choose()
+    adata = ad.AnnData(np.concatenate([run.expression_numpy(None, s) for s in slides]))
+    adata.var_names = GENES
+    adata.obs["type"] = run.cells_frame(slides, ["nucleus_type"])["nucleus_type"].to_list()
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.tl.rank_genes_groups(adata, "type", method="t-test")
+    found = read_differential_genes(run).to_pandas()
+    for name, own in found.groupby("nucleus_type"):
+        theirs = sc.get.rank_genes_groups_df(adata, name).set_index("names").loc[own["gene"]]
+        for column in ("scores", "pvals", "pvals_adj"):
+            np.testing.assert_allclose(own[column], theirs[column], rtol=1e-3, atol=1e-4)
+        finite = np.isfinite(theirs["logfoldchanges"].to_numpy())
+        np.testing.assert_allclose(
+            own["logfoldchanges"][finite], theirs["logfoldchanges"][finite], rtol=1e-3, atol=1e-2
+        )
+    assert set(found["nucleus_type"]) == {"Neoplastic", "immune", "stroma"}
+    agreement = read_agreement(run).to_pandas()
+    assert agreement["n"].sum() == 70
+    expected = {}
+    for nucleus, types in (("immune", ["B", "T cell"]), ("stroma", ["t_cell"])):
+        of = agreement[agreement["nucleus_type"] == nucleus]
+        expected[nucleus] = of["n"][of["best_type"].isin(types)].sum() / of["n"].sum()
+    stored = read_scores_info(run.uri)["agreement"]
+    assert stored["recall"] == expected
+    balanced = sum(expected.values()) / 2
+    assert stored["balanced_accuracy"] == pytest.approx(balanced)
+    said = capsys.readouterr().out
+    assert f"balanced accuracy {balanced:.3f} over 2 types (chance 0.500)" in said
+    # Another map needs no new scores.
+    ask(run, type_map=["B=Neoplastic", "t_cell=stroma"])
+    assert "have these scores already" in capsys.readouterr().out
+    assert set(read_scores_info(run.uri)["agreement"]["recall"]) == {"Neoplastic", "stroma"}
+    ask(run)
+    assert "agreement" not in read_scores_info(run.uri)
+    with pytest.raises(ValueError, match=r"type_map: nucleus types.*'imune'.*'immune'"):
+        ask(run, type_map=["B=imune"])
+
+
+def test_nuclei_of_one_type_have_no_differential_genes(run, monkeypatch, caplog):
+    monkeypatch.setattr(exported_runs, "TYPES", ["nucleus"])
+    for slide_id, count in (("a", 30), ("b", 40)):
+        add_slide(run.folder, slide_id, count, embedding=False, hidden=True)
+    run = ask(open_run(run.uri))
+    assert len(read_differential_genes(run)) == 0
+    assert "all nuclei are of one type, 'nucleus'" in caplog.text
+
+
+def test_a_cell_that_is_not_finite_has_no_scores(run, monkeypatch, capsys):
+    monkeypatch.setattr(exported_runs, "NAN_CELLS", [3])
+    add_slide(run.folder, "a", 30, embedding=False, hidden=True)
+    run = ask(open_run(run.uri))
+    table = read_scores(run, "a")
+    assert [i for i, best in enumerate(table["best_type"].to_pylist()) if best is None] == [3]
+    assert table["score_B"].null_count == 1
+    assert read_scores_info(run.uri)["slides"]["a"]["num_unscored"] == 1
+    assert "1 cells have no scores" in capsys.readouterr().out
 
 
 def test_gc_leaves_scores_and_takes_what_a_crash_left(run):

@@ -8,7 +8,15 @@ from scellst_ray.commands.annotate import run_annotate
 from scellst_ray.commands.configs import AnnotateConfig
 from scellst_ray.runs.documents import publish_document
 from scellst_ray.runs.reading import open_run
-from scellst_ray.runs.scores import column_of, read_scores, read_scores_info, score_types
+from scellst_ray.runs.scores import (
+    column_of,
+    read_agreement,
+    read_differential_genes,
+    read_scores,
+    read_scores_info,
+    score_types,
+    table_uri,
+)
 from scellst_ray.runs.verify import verify_run
 from tests.support.exported_runs import add_slide, make_run
 
@@ -46,6 +54,8 @@ def test_a_run_without_scores(tmp_path):
     for run in (make_run(tmp_path, head=True), open_run(ARCHIVE)):
         assert score_types(run) == ()
         assert read_scores_info(run.uri) is None
+        assert read_agreement(run) is None
+        assert read_differential_genes(run) is None
         assert read_scores(run, run.choose()[0]) is None
 
 
@@ -60,8 +70,25 @@ def test_a_stale_table_is_refused(scored):
     with pytest.raises(ValueError, match=r"a\.parquet: is stale: .*annotate` again"):
         read_scores(run, "a")
     assert len(read_scores(run, "b")) == 40
+    for read in (read_agreement, read_differential_genes):
+        with pytest.raises(ValueError, match="slide 'a' has changed since"):
+            read(run)
     assert [(f.path, f.kind) for f in verify_run(run.uri).problems] == [
-        ("scores/a.parquet", "foreign")
+        ("scores/a.parquet", "foreign"),
+        ("scores/cohort/agreement.parquet", "foreign"),
+        ("scores/cohort/differential_genes.parquet", "foreign"),
+    ]
+
+
+def test_tables_of_all_slides(scored):
+    assert sum(read_agreement(scored)["n"].to_pylist()) == 70
+    assert len(read_differential_genes(scored)) == 9  # 3 types x 3 genes
+    path = Path(table_uri(scored.uri, "AGREEMENT"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(storage.DamagedFileError, match="annotate` again"):
+        read_agreement(scored)
+    assert [(f.path, f.kind) for f in verify_run(scored.uri).problems] == [
+        ("scores/cohort/agreement.parquet", "damaged")
     ]
 
 

@@ -16,6 +16,9 @@ from tests.support.run_folders import Settings
 from tests.support.stored_heads import write_head
 
 GENES = ["EPCAM", "CD3E", "ERBB2"]
+TYPES = ["Neoplastic", "immune", "stroma"]
+# Rows of cells whose hidden factor is NaN.
+NAN_CELLS: list[int] = []
 WIDTH0, HEIGHT0, MPP = 600, 400, 0.5
 
 
@@ -33,7 +36,7 @@ def add_slide(folder, slide_id, count, *, embedding, hidden, missing_tiles=0):
         "x0": xy[:, 0],
         "y0": xy[:, 1],
         "area_um2": rng.uniform(20, 90, count).astype(np.float32),
-        "nucleus_type": rng.choice(["Neoplastic", "immune", "stroma"], count).tolist(),
+        "nucleus_type": rng.choice(TYPES, count).tolist(),
         "type_prob": pa.nulls(count, pa.float32()),
         "polygon": shapely.to_wkb(shapely.box(*xy.T, *(xy.T + 5))).tolist(),
         "seam": np.zeros(count, np.uint8),
@@ -41,7 +44,9 @@ def add_slide(folder, slide_id, count, *, embedding, hidden, missing_tiles=0):
     if embedding:
         columns["embedding"] = vectors(rng.normal(size=(count, 2048)).astype(np.float16))
     if hidden:
-        columns["hidden"] = vectors(rng.uniform(0, 3, (count, 256)).astype(np.float16))
+        hidden_NH = rng.uniform(0, 3, (count, 256)).astype(np.float16)
+        hidden_NH[NAN_CELLS] = np.nan
+        columns["hidden"] = vectors(hidden_NH)
     storage.publish_table(folder.shard_uri(f"{slide_id}.parquet"), pa.table(columns))
     tile = {"slide_id": slide_id, "num_tiles": 1 + missing_tiles, "num_cells": 0, "mpp": MPP}
     tile |= {"width0": WIDTH0, "height0": HEIGHT0}
