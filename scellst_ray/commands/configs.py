@@ -160,6 +160,9 @@ class ReportConfig:
     """Manifest that names spots: pages show the measured spots next to the predicted cells."""
     evaluation: str | None = None
     """JSON file of `evaluate expression --out`: pages show accuracy and baselines."""
+    beside: str | None = None
+    """Folder of another run of the same slides, such as with another segmenter: pages show both
+    side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)

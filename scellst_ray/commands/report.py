@@ -45,10 +45,11 @@ def run_report(config: ReportConfig) -> int:
         run.choose(config.slides)
     with_page = [s for s in slide_ids if s in run.records and has_page(run.records[s])]
     scores = _scores_info(run)
-    asked = Asked(tuple(genes), _spots_rows(config.manifest), evaluation, scores)
+    beside = None if config.beside is None else _other_run(run, config.beside)
+    asked = Asked(tuple(genes), _spots_rows(config.manifest), evaluation, scores, beside)
     results = list(over_slides(partial(_write_slide, run, out, asked), with_page))
     outlines = {result.slide_id: _outline(result) for result in results}
-    view = view_cohort(run, slide_ids, outlines, (genes, how_chosen), evaluation, scores)
+    view = view_cohort(run, slide_ids, outlines, (genes, how_chosen), evaluation, scores, beside)
     index = storage.join(out, INDEX)
     storage.publish_text(index, render_cohort(view))
     dict(values_of(_failing_only(results), "reported"))
@@ -78,6 +79,23 @@ def _failing_only(
     results: list[SlideResult[SlideOutline]],
 ) -> Iterator[SlideResult[SlideOutline]]:
     return (result for result in results if result.error is not None)
+
+
+def _other_run(run: Run, uri: str) -> Run:
+    """Open the run to be shown beside another one.
+
+    Raises:
+        ValueError: it is the same run, or both share no slide.
+        FileNotFoundError: there is no run.
+    """
+    other = open_run(storage.absolute(uri))
+    if other.uri == run.uri:
+        message = f"--beside {uri}: is the run itself; give another run of the same slides"
+        raise ValueError(message)
+    if not set(run.records) & set(other.records):
+        message = f"--beside {uri}: shares no slide_id with {run.uri}; give a run of its slides"
+        raise ValueError(message)
+    return other
 
 
 def _scores_info(run: Run) -> ScoresInfo | None:

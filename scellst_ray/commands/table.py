@@ -189,7 +189,7 @@ COMMANDS = {
         "Write a run as HTML pages: one for the cohort and one for each slide, without a network.",
         RUNS,
         "scellst-ray report runs/expression --out report --genes CD3E,EPCAM",
-        {"Flags": "run out genes slides manifest evaluation"},
+        {"Flags": "run out genes slides manifest evaluation beside"},
     ),
     "pretrain": Command(
         "commands.training_configs:PretrainConfig",

@@ -1,17 +1,27 @@
 """The page of a cohort: all slides of a run, those without results with the reason."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from scellst_ray.export.colours import colours_of
+from scellst_ray.report.beside_page import run_name, view_cohort_beside
+from scellst_ray.report.compared import SlideBeside
 from scellst_ray.report.distributions import Distributions, add_up
 from scellst_ray.report.evaluation import cohort_tables
 from scellst_ray.report.pictures import Picture
 from scellst_ray.report.render import page_link
 from scellst_ray.report.ridges import draw_ridges
 from scellst_ray.report.scored import Pairs, agreement_table
-from scellst_ray.report.views import CohortView, Ridges, SlideLine, SlideView, Swatch, Table
+from scellst_ray.report.views import (
+    BesideView,
+    CohortView,
+    Ridges,
+    SlideLine,
+    SlideView,
+    Swatch,
+    Table,
+)
 from scellst_ray.report.words import as_text, describe_scores, names_in_short, unit_of, versions_of
 from scellst_ray.runs.domain_shift import domain_warnings
 from scellst_ray.runs.reading import Run
@@ -35,6 +45,7 @@ class SlideOutline:
         problems: What could not be read.
         distributions: Distributions of the shown genes; None without them.
         pairs: Number of cells by nucleus type and best type.
+        compared: What this run and another one say of the slide; None if that is not known.
     """
 
     tiny: Picture | None = None
@@ -43,12 +54,12 @@ class SlideOutline:
     problems: list[str] = field(default_factory=list)
     distributions: Distributions | None = None
     pairs: dict[tuple[str, str], int] = field(default_factory=dict)
+    compared: SlideBeside | None = None
 
 
 def outline_of(view: SlideView) -> SlideOutline:
     """Return what the page of a cohort needs of a slide's page."""
-    parts = (view.tiny, view.types, view.means, view.problems, view.distributions, view.pairs)
-    return SlideOutline(*parts)
+    return SlideOutline(**{each.name: getattr(view, each.name) for each in fields(SlideOutline)})
 
 
 def has_page(record: SlideRecord) -> bool:
@@ -63,6 +74,7 @@ def view_cohort(
     genes: tuple[list[str], str],
     evaluation: dict[str, Any] | None,
     scores: ScoresInfo | None = None,
+    beside: Run | None = None,
 ) -> CohortView:
     """Return what the page of a cohort shows.
 
@@ -73,6 +85,7 @@ def view_cohort(
         genes: The shown genes, and how they were chosen.
         evaluation: Content of the file of `evaluate expression`; None without one.
         scores: Content of the run's `scores.json`; None without one.
+        beside: Another run of the slides; None without one.
     """
     records = {s: run.records[s] for s in slide_ids if s in run.records}
     scale = _ranges(outlines, genes[0])
@@ -92,7 +105,7 @@ def view_cohort(
     if outlines and not any(outline.tiny for outline in outlines.values()):
         notes.append("The run keeps no pictures of its slides: an earlier release began it.")
     return CohortView(
-        name=redact(run.uri).rstrip("/").rsplit("/", 1)[-1],
+        name=run_name(run),
         facts=_facts(run, slide_ids, records),
         genes=genes[0],
         how_chosen=genes[1],
@@ -107,7 +120,16 @@ def view_cohort(
         ridges=_ridges(outlines),
         scored=describe_scores(scores),
         agreement=_agreement(outlines),
+        beside=None if beside is None else _beside(run, beside, slide_ids, outlines),
     )
+
+
+def _beside(
+    run: Run, other: Run, slide_ids: list[str], outlines: dict[str, SlideOutline]
+) -> BesideView:
+    found = {s: outlines[s].compared for s in slide_ids if s in outlines}
+    known = {slide_id: each for slide_id, each in found.items() if each is not None}
+    return view_cohort_beside(run, other, slide_ids, known)
 
 
 def _agreement(outlines: dict[str, SlideOutline]) -> Table | None:

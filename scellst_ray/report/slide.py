@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from scellst_ray.core.text import one_line
 from scellst_ray.export.colours import colours_of, rgb_of
+from scellst_ray.report.beside import Side
+from scellst_ray.report.beside_page import view_beside
 from scellst_ray.report.cells import SlideCells, read_cells
 from scellst_ray.report.distributions import count_values
 from scellst_ray.report.evaluation import slide_tables
@@ -58,12 +60,14 @@ class Asked:
         spots_rows: Rows of the manifest that name spots, by slide_id.
         evaluation: Content of the file of `evaluate expression`; None without one.
         scores: Content of the run's `scores.json`; None without one.
+        beside: Another run of the slides, to be shown beside this one.
     """
 
     genes: tuple[str, ...] = ()
     spots_rows: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
     scores: ScoresInfo | None = None
+    beside: Run | None = None
 
 
 def view_slide(run: Run, slide_id: str, asked: Asked) -> SlideView:
@@ -101,6 +105,10 @@ def view_slide(run: Run, slide_id: str, asked: Asked) -> SlideView:
     if scored is not None:
         view.scored = view_scored(slide_id, cells, squares, scored, shown, bar)
         view.pairs = pairs_of(cells, scored)
+    if asked.beside is not None:
+        with noting(view, "the other run"):
+            side = Side(run, cells, scored)
+            view.beside, view.compared = view_beside(side, asked.beside, slide_id, shown)
     if shown and slide_id in asked.spots_rows:
         with noting(view, "spots"):
             unit = unit_of(run, short=True)

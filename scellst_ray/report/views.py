@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from scellst_ray.report.compared import SlideBeside
 from scellst_ray.report.distributions import Distributions
 from scellst_ray.report.pictures import Picture
 
@@ -148,6 +149,23 @@ class ScoredView:
     about: str
 
 
+@dataclass(frozen=True)
+class BesideView:
+    """Two runs side by side.
+
+    Attributes:
+        name: Name of the other run's folder.
+        notes: What only one of both has, and why something cannot be compared.
+        tables: What both say.
+        maps: Each gene in both.
+    """
+
+    name: str
+    notes: list[str]
+    tables: list[Table] = field(default_factory=list)
+    maps: list[Row] = field(default_factory=list)
+
+
 @dataclass
 class SlideView:
     """All that the page of a slide shows.
@@ -165,6 +183,8 @@ class SlideView:
         ridges: Distributions of the genes by type.
         scored: Cell types from expression; None without scores.
         pairs: Number of cells by nucleus type and best type.
+        beside: Another run of the slide; None without one.
+        compared: What both runs say; None if that is not known.
         spots: Spots measured and predicted.
         galleries: Rows of crops.
         accuracy: Tables of an evaluation.
@@ -189,6 +209,8 @@ class SlideView:
     ridges: list[Ridges] = field(default_factory=list)
     scored: ScoredView | None = None
     pairs: dict[tuple[str, str], int] = field(default_factory=dict)
+    beside: BesideView | None = None
+    compared: SlideBeside | None = None
     spots: list[Row] = field(default_factory=list)
     galleries: list[Row] = field(default_factory=list)
     accuracy: list[Table] = field(default_factory=list)
@@ -250,6 +272,7 @@ class CohortView:
         ridges: Distributions of the genes by type, over all slides.
         scored: How cells were scored for types, in words; empty without scores.
         agreement: Cells by nucleus type and best type; None without scores.
+        beside: Another run of the slides; None without one.
     """
 
     name: str
@@ -267,3 +290,4 @@ class CohortView:
     ridges: list[Ridges]
     scored: str = ""
     agreement: Table | None = None
+    beside: BesideView | None = None

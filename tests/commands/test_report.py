@@ -11,6 +11,7 @@ from scellst_ray.commands.report import run_report
 from scellst_ray.pipelines.over_slides import NUM_FOR_RAY
 from tests.support.exported_runs import add_slide
 from tests.support.pages import check_page
+from tests.support.paired_runs import make_other_run
 from tests.support.reported_runs import make_reported_run, write_spots
 from tests.support.scored_runs import random_scores, write_scores
 
@@ -68,6 +69,41 @@ def test_damaged_scores_cost_their_part_alone(run, tmp_path):
     with pytest.raises(ValueError, match=r"3 slide\(s\) lack a part: .*: scores: .*scores\.json"):
         report(run, tmp_path / "out")
     assert len(pages_in(tmp_path / "out")) == 4
+
+
+@pytest.mark.usefixtures("run")
+def test_another_run_beside(tmp_path, monkeypatch):
+    make_other_run(tmp_path, {"a": 90, "b": 35, "z": 4})
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        run_report(ReportConfig(run="run", out=name, beside="other"))
+    assert pages_in("one") == pages_in("two")
+    index = check_page(Path("one/index.html").read_text())
+    assert "Beside other" in index.text
+    assert "Slides of the other run alone: z." in index.text
+    page = check_page(Path("one/slides/a.html").read_text())
+    assert {"CD3E in this run", "CD3E in the other run"} - set(page.pictures()) == set()
+    assert "Nothing to compare" in Path("one/slides/p.html").read_text()
+
+
+def test_a_run_that_cannot_stand_beside(run, tmp_path):
+    other = make_other_run(tmp_path, {"z": 4})
+    with pytest.raises(ValueError, match="is the run itself"):
+        report(run, tmp_path / "out", beside=f"{run.uri}/")
+    with pytest.raises(ValueError, match="shares no slide_id"):
+        report(run, tmp_path / "out", beside=other.uri)
+    with pytest.raises(FileNotFoundError, match="no run of scellst_ray"):
+        report(run, tmp_path / "out", beside=str(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_table_of_the_other_run(run, tmp_path):
+    other = make_other_run(tmp_path, {"a": 90, "b": 35})
+    path = tmp_path / "other/expression/a.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"a; the first: the other run: .*other/expression/a"):
+        report(run, tmp_path / "out", beside=other.uri)
+    assert "Beside other" in (tmp_path / "out/slides/b.html").read_text()
 
 
 def test_some_slides(run, tmp_path):

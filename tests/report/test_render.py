@@ -5,7 +5,7 @@ import pytest
 from scellst_ray.report.cohort import SlideOutline, view_cohort
 from scellst_ray.report.render import page_link, page_name, render_cohort, render_slide
 from scellst_ray.report.slide import Asked, view_slide
-from scellst_ray.report.views import Ridge, Ridges, Row, SlideView, Swatch, Table
+from scellst_ray.report.views import BesideView, Ridge, Ridges, Row, SlideView, Swatch, Table
 from tests.report.test_cohort import view as cohort_of
 from tests.support.pages import check_page
 from tests.support.reported_runs import ODD, make_reported_run
@@ -39,6 +39,7 @@ def test_markup_in_names_is_text(run):
     odd.types = [Swatch(ODD, "#000000", 1, 100.0)]
     odd.by_type = Table([ODD], [[ODD]], ODD)
     odd.genes = [Row(ODD, [], ODD)]
+    odd.beside = BesideView(ODD, [ODD], [odd.by_type], odd.genes)
     odd.ridges = [Ridges(ODD, ODD, ODD, [Ridge(ODD, "#000000", "0,0 1,1", 0.0, ODD, ODD)])]
     page = check_page(render_slide(odd, ODD))
     assert "<b>" not in page.source
