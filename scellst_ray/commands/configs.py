@@ -49,15 +49,16 @@ class RetryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export cells of a run for scanpy and squidpy (AnnData), QuPath (GeoJSON) or GIS tools."""
+    """Export cells of a run: AnnData, SpatialData, QuPath (GeoJSON), GIS tools, Xenium Explorer."""
 
     run: str
     """Run folder of `extract` or `predict`. The name --run may be left out."""
     out: str
-    """File to write. Its suffix decides the format: .h5ad or .zarr for AnnData (scanpy, squidpy;
-    such a .zarr is no SpatialData store), .geojson or .geojson.gz for QuPath, .gpkg for GIS tools.
-    The last three hold outlines in level-0 px, and y points down: GIS tools draw a slide upside
-    down."""
+    """File or folder to write. Its suffix decides the format: .h5ad or .zarr for AnnData (scanpy,
+    squidpy; such a .zarr is no SpatialData store), .sdata.zarr for SpatialData (extra spatialdata),
+    .geojson or .geojson.gz for QuPath, .gpkg for GIS tools (extra gis), .explorer for Xenium
+    Explorer (extra explorer; expression times 100, in whole numbers). GeoJSON and .gpkg hold
+    outlines in level-0 px, and y points down: GIS tools draw a slide upside down."""
     slides: list[str] | None = None
     """Comma-separated slide_ids to export. By default all that did not fail."""
     genes: list[str] | None = None
@@ -67,10 +68,14 @@ class ExportConfig:
     picture_px: int | None = None
     """AnnData only: longer side of each slide's picture, px; 0 for none. By default 1000 for up to
     20 slides, and none for more."""
+    picture_mpp: float | None = None
+    """SpatialData and Xenium Explorer only: um per px of each slide's picture, rounded to a whole
+    number of level-0 px; 0 for none (Xenium Explorer: a white one). By default 1, but in
+    SpatialData of more than 20 slides none."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
-        check_numbers(self, {"picture_px": 0})
+        check_numbers(self, {"picture_px": 0, "picture_mpp": 0})
 
 
 @dataclass(frozen=True, kw_only=True)

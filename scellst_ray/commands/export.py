@@ -9,8 +9,10 @@ from scellst_ray import storage
 from scellst_ray.commands.configs import ExportConfig
 from scellst_ray.commands.reports import line_printer
 from scellst_ray.export.anndata_file import write_anndata
+from scellst_ray.export.explorer import write_explorer
 from scellst_ray.export.geojson import write_geojson
 from scellst_ray.export.geopackage import write_geopackage
+from scellst_ray.export.spatialdata_store import write_spatialdata
 from scellst_ray.pipelines.over_slides import over_slides, values_of
 from scellst_ray.runs.reading import Run, open_run
 
@@ -44,14 +46,9 @@ def suffix_of(out: str) -> str:
     """Return the longest known suffix of a name.
 
     Raises:
-        ValueError: it has none, or the name says that a SpatialData store is wanted.
+        ValueError: it has none.
     """
     found = [suffix for suffix in WRITERS if out.rstrip("/").endswith(suffix)]
-    if out.rstrip("/").endswith(".sdata.zarr"):
-        message = (
-            f"{out}: SpatialData is not written; end the name in .zarr without .sdata for AnnData"
-        )
-        raise ValueError(message)
     if not found:
         message = f"{out}: unknown format; end the name in one of {', '.join(WRITERS)}"
         raise ValueError(message)
@@ -73,9 +70,9 @@ def _export_slide(config: ExportConfig, slide_id: str) -> int:
 
 
 def _refuse_folder(out: str) -> None:
-    """Refuse the name of a folder for a file, before the work; the Zarr writer knows its own."""
+    """Refuse the name of a folder for a file, before the work; other writers know their own."""
     if (
-        suffix_of(out) != ".zarr"
+        suffix_of(out) not in FOLDERS
         and storage.is_local(out)
         and Path(storage.resolve(out)[1]).is_dir()
     ):
@@ -88,18 +85,32 @@ def _anndata(run: Run, config: ExportConfig, out: str, slides: list[str] | None)
 
 
 def _geojson(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
-    chosen = run.choose(slides)
-    if len(chosen) != 1:
-        message = (
-            f"{out}: GeoJSON holds one slide, and {len(chosen)} are chosen: name one with --slides,"
-            " or give --per-slide for a file each"
-        )
-        raise ValueError(message)
-    return write_geojson(run, out, chosen[0], _genes(run, config))
+    return write_geojson(run, out, _one_slide(run, out, slides, "GeoJSON"), _genes(run, config))
 
 
 def _geopackage(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
     return write_geopackage(run, out, run.choose(slides), _genes(run, config))
+
+
+def _spatialdata(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
+    return write_spatialdata(run, out, slides, config.genes, picture_mpp=config.picture_mpp)
+
+
+def _explorer(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
+    slide_id = _one_slide(run, out, slides, "a folder for Xenium Explorer")
+    return write_explorer(run, out, slide_id, config.genes, picture_mpp=config.picture_mpp)
+
+
+def _one_slide(run: Run, out: str, slides: list[str] | None, what: str) -> str:
+    """Return the only slide that is chosen."""
+    chosen = run.choose(slides)
+    if len(chosen) != 1:
+        message = (
+            f"{out}: {what} holds one slide, and {len(chosen)} are chosen: name one with --slides,"
+            " or give --per-slide for a file each"
+        )
+        raise ValueError(message)
+    return chosen[0]
 
 
 def _genes(run: Run, config: ExportConfig) -> list[str]:
@@ -111,7 +122,10 @@ def _genes(run: Run, config: ExportConfig) -> list[str]:
 WRITERS: dict[str, Writer] = {
     ".h5ad": _anndata,
     ".zarr": _anndata,
+    ".sdata.zarr": _spatialdata,
     ".geojson": _geojson,
     ".geojson.gz": _geojson,
     ".gpkg": _geopackage,
+    ".explorer": _explorer,
 }
+FOLDERS = (".zarr", ".sdata.zarr", ".explorer")

@@ -14,6 +14,8 @@ EXTRAS = {
     "adlfs": "azure",
     "pyogrio": "gis",
     "openpyxl": "excel",
+    "spatialdata": "spatialdata",
+    "sopa": "explorer",
 }
 
 

@@ -204,23 +204,25 @@ def expression_of(chosen: Chosen) -> Iterator[NDArray[np.float32]]:
 
 
 def uns_of(chosen: Chosen, thumbnails: Mapping[str, Thumbnail]) -> dict[str, Any]:
-    """Return `uns`: one spatial library per slide, colours, and what the numbers are of."""
+    """Return `uns`: one spatial library per slide, and `notes_of`."""
     run = chosen.run
     libraries = {
         str(slide_id): _library(run, str(slide_id), part, thumbnails.get(str(slide_id)))
         for (slide_id,), part in chosen.cells.group_by("slide_id", maintain_order=True)
     }
+    return {"spatial": libraries} | notes_of(chosen)
+
+
+def notes_of(chosen: Chosen) -> dict[str, Any]:
+    """Return the part of `uns` that says what the numbers are of, and the colours of types."""
+    run = chosen.run
     source = {"version": __version__, "run_digest": run.folder.digest}
     units = {"area_unit": "um2", "spatial_unit": "level-0 px"}
     if chosen.genes:
         units["X_unit"] = UNITS[run.last_layer.formula.loss]
     types = chosen.cells["nucleus_type"].unique().sort().to_list()
     colours = list(colours_of(types).values())
-    return {
-        "spatial": libraries,
-        "scellst_ray": source | units,
-        "cell_type_colors": np.array(colours, object),
-    }
+    return {"scellst_ray": source | units, "cell_type_colors": np.array(colours, object)}
 
 
 def _library(

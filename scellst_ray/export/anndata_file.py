@@ -4,7 +4,6 @@ The layout is anndata's published one, which anndata from 0.10 on reads. Names o
 length in .h5ad, so that they can be compressed.
 """
 
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,9 @@ from scellst_ray.export.anndata import (
     positions_of,
     uns_of,
 )
+from scellst_ray.export.cell_blocks import in_rows
 from scellst_ray.export.hdf5_output import new_hdf5
+from scellst_ray.export.local_store import ZARR, publish_store
 from scellst_ray.export.pictures import THUMBNAIL_PX, Thumbnail, read_thumbnail
 from scellst_ray.runs.reading import Run
 
@@ -191,20 +192,11 @@ def _fill(
     _sign(matrix.attrs, "array", "0.2.0")
     if not matrix.shape[1]:
         return
-    waiting: list[NDArray[np.float32]] = []
-    start, count, rows = 0, 0, matrix.chunks[0]
-    for block in blocks:
+    start = 0
+    for block in in_rows(blocks, matrix.chunks[0]):
         check()
-        waiting.append(block)
-        count += len(block)
-        if count < rows:
-            continue
-        values = np.concatenate(waiting)
-        whole = count - count % rows
-        matrix[start : start + whole] = values[:whole]
-        waiting, count, start = [values[whole:].copy()], count - whole, start + whole
-    if count:
-        matrix[start : start + count] = np.concatenate(waiting)
+        matrix[start : start + len(block)] = block
+        start += len(block)
 
 
 def _publish_zarr(out: str, write: Callable[[Path], None]) -> None:
@@ -213,26 +205,16 @@ def _publish_zarr(out: str, write: Callable[[Path], None]) -> None:
     On object storage a folder cannot be renamed. There the root's metadata is uploaded last, so
     that an incomplete store does not open.
     """
-    marks = ("zarr.json", ".zgroup")
-    if storage.exists(out) and not any(storage.exists(storage.join(out, m)) for m in marks):
+    if storage.is_local(out):
+        publish_store(out, ZARR, write)
+        return
+    if storage.exists(out) and not any(storage.exists(storage.join(out, m)) for m in ZARR.marks):
         message = f"{out}: exists and is no Zarr store; give another name"
         raise ValueError(message)
-    path = Path(storage.resolve(out)[1])
-    local = storage.is_local(out)
-    if local:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent if local else None))
-    try:
-        store = folder / "new"
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "new"
         write(store)
-        if not local:
-            _upload(store, out)
-            return
-        if path.exists():
-            path.rename(folder / "old")
-        store.rename(path)
-    finally:
-        shutil.rmtree(folder)
+        _upload(store, out)
 
 
 def _upload(store: Path, out: str) -> None:

@@ -92,3 +92,19 @@ def _other_cells(run: Run, slide_id: str) -> str:
         f"{run.uri}: CELLS and EXPRESSION of slide {slide_id!r} have different cells. The slide is "
         "being written, or files were exchanged: export when the run has ended"
     )
+
+
+def in_rows(blocks: Iterator[NDArray[np.float32]], rows: int) -> Iterator[NDArray[np.float32]]:
+    """Yield the same rows in blocks of `rows` rows; the last one may have fewer."""
+    waiting: list[NDArray[np.float32]] = []
+    count = 0
+    for block in blocks:
+        waiting.append(block)
+        count += len(block)
+        if count >= rows:
+            values = np.concatenate(waiting)
+            whole = count // rows * rows
+            yield from np.split(values[:whole], whole // rows)
+            waiting, count = [values[whole:].copy()], count - whole
+    if count:
+        yield np.concatenate(waiting)

@@ -165,7 +165,7 @@ class Slide:
             (RGB uint8 [H, W, 3], its frame).
         """
         ratio = mpp / self.mpp
-        step = ratio / self._pixels.downsamples[self._level_for(ratio)]
+        step = self.step(mpp)
         width, height = math.ceil(self.width0 / ratio), math.ceil(self.height0 / ratio)
         rows = max(1, int(STRIP_PIXELS / (width * step * step)))
         strips = [
@@ -173,6 +173,15 @@ class Slide:
             for row in range(0, height, rows)
         ]
         return np.concatenate(strips), Frame(0.0, 0.0, ratio, ratio)
+
+    def step(self, mpp: float) -> float:
+        """Return how many px of the file's best level one px of a result spans, along one axis.
+
+        Args:
+            mpp: um per px to return.
+        """
+        ratio = mpp / self.mpp
+        return ratio / self._pixels.downsamples[self._level_for(ratio)]
 
     def _resample(
         self, left: int, top: int, width: int, height: int, ratio: float

@@ -23,18 +23,20 @@ def export(run, out, **more):
 def test_the_longest_suffix_decides():
     assert suffix_of("a.b.geojson.gz") == ".geojson.gz"
     assert suffix_of("cells.zarr/") == ".zarr"
+    assert suffix_of("out.d/cells.sdata.zarr/") == ".sdata.zarr"
     for out in ("cells.csv", "cells", "cells.gz", "cells.h5ad.gz"):
-        with pytest.raises(ValueError, match=r"end the name in one of \.h5ad, \.zarr, \.geojson"):
+        with pytest.raises(ValueError, match=r"end the name in one of \.h5ad, \.zarr, \.sdata"):
             suffix_of(out)
     assert name_of("out/cells.geojson.gz", "P 1") == "out/cells.P 1.geojson.gz"
     assert name_of("s3://b/cells.zarr/", "P1") == "s3://b/cells.P1.zarr"
+    assert name_of("cells.sdata.zarr", "P1") == "cells.P1.sdata.zarr"
 
 
-def test_a_store_of_spatialdata_is_not_promised(run, tmp_path):
-    for out in ("x.sdata.zarr", "x.sdata.zarr/"):
-        with pytest.raises(ValueError, match=r"x\.sdata\.zarr/?: SpatialData is not written"):
-            export(run, f"{tmp_path}/{out}")
-    assert not (tmp_path / "x.sdata.zarr").exists()
+def test_the_suffix_tells_two_kinds_of_zarr_stores_apart(run, tmp_path):
+    for name in ("x.zarr", "x.sdata.zarr"):
+        assert export(run, f"{tmp_path}/{name}/", slides=["a"], picture_mpp=0) == 0
+    assert (tmp_path / "x.zarr/X").is_dir()
+    assert (tmp_path / "x.sdata.zarr/tables/table/X").is_dir()
 
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".geojson", ".geojson.gz", ".gpkg"])
@@ -65,6 +67,20 @@ def test_a_file_for_each_slide(run, tmp_path, capsys):
     assert len(read_segmentation(tmp_path / "out" / names[0], "a")) == 30
 
 
+def test_spatialdata_of_all_slides_or_each(run, tmp_path, capsys):
+    assert export(run, tmp_path / "x.sdata.zarr", genes=["CD3E"], picture_mpp=0.5) == 0
+    assert "x.sdata.zarr: 70 cells" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "x.sdata.zarr").glob("*/*")}
+    assert names >= {"a_he", "b_he", "a_cells", "b_cells", "table"}
+    assert export(run, tmp_path / "y.sdata.zarr", per_slide=True, picture_mpp=0) == 0
+    for slide_id in ("a", "b"):
+        store = tmp_path / f"y.{slide_id}.sdata.zarr"
+        assert {path.name for path in store.glob("*/*")} >= {"cells", "table"}
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="picture_mpp"):
+            export(run, tmp_path / "x.sdata.zarr", picture_mpp=wrong)
+
+
 def test_a_bad_slide_costs_no_other_one_its_file(run, tmp_path, caplog):
     path = tmp_path / "run/cells/a.parquet"
     path.write_bytes(path.read_bytes()[:-9])
@@ -75,9 +91,13 @@ def test_a_bad_slide_costs_no_other_one_its_file(run, tmp_path, caplog):
     assert not (tmp_path / "x.a.h5ad").exists()
 
 
-def test_geojson_holds_one_slide(run, tmp_path):
+@pytest.mark.parametrize("suffix", [".geojson", ".explorer"])
+def test_some_formats_hold_one_slide(run, tmp_path, suffix):
     with pytest.raises(ValueError, match=r"holds one slide, and 2 are chosen: .*--per-slide"):
-        export(run, tmp_path / "x.geojson")
+        export(run, tmp_path / f"x{suffix}")
+
+
+def test_geojson_of_a_slide(run, tmp_path):
     assert export(run, tmp_path / "x.geojson", slides=["a"]) == 0
 
 

@@ -62,7 +62,8 @@ def test_the_commands_of_the_readme_run(cohort, monkeypatch, capsys):
         names.append(words[0])
     assert names == [
         *("doctor", "plan", "extract", "pretrain", "extract", "train", "predict", "export"),
-        *("genes", "pseudobulk", "annotate", "report", "export", "status", "retry", "gc", "verify"),
+        *("genes", "pseudobulk", "annotate", "report", "export", "export", "status", "retry", "gc"),
+        "verify",
     ]
     for name in (
         "cohort.h5ad",
@@ -71,6 +72,7 @@ def test_the_commands_of_the_readme_run(cohort, monkeypatch, capsys):
         "runs/cohort/scores/P1_A.parquet",
         "report/index.html",
         "P1_A.geojson.gz",
+        "P1_A.sdata.zarr",
     ):
         assert (cohort / name).exists()
     assert "2 slides: 2 done" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from scellst_ray import storage
-from scellst_ray.export.cell_blocks import cell_blocks
+from scellst_ray.export.cell_blocks import cell_blocks, in_rows
 from scellst_ray.models.mil import stored_head
 from scellst_ray.runs import compaction
 from scellst_ray.runs.reading import open_run
@@ -64,3 +64,13 @@ def test_a_run_without_expression_has_blocks_of_cells(tmp_path):
     assert sum(len(b.cells) for b in cell_blocks(run, "b", ["cell_id"])) == 40
     with pytest.raises(ValueError, match="run predict"):
         list(cell_blocks(run, "b", ["cell_id"], ["EPCAM"]))
+
+
+@pytest.mark.parametrize("sizes", [[], [3], [4, 4], [1, 9, 2], [12], [5, 0, 7]])
+def test_in_rows(sizes):
+    rows = np.arange(sum(sizes) * 2).reshape(-1, 2)
+    blocks = np.split(rows, np.cumsum(sizes)[:-1]) if sizes else []
+    found = list(in_rows(iter(blocks), 4))
+    assert all(len(block) == 4 for block in found[:-1])
+    assert all(0 < len(block) <= 4 for block in found)
+    np.testing.assert_array_equal(np.concatenate([*found, rows[:0]]), rows)
