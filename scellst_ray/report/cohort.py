@@ -7,6 +7,7 @@ from typing import Any
 from scellst_ray.export.colours import colours_of
 from scellst_ray.report.beside_page import run_name, view_cohort_beside
 from scellst_ray.report.compared import SlideBeside
+from scellst_ray.report.differential import differential_table
 from scellst_ray.report.distributions import Distributions, add_up
 from scellst_ray.report.evaluation import cohort_tables
 from scellst_ray.report.pictures import Picture
@@ -104,6 +105,8 @@ def view_cohort(
     notes = []
     if outlines and not any(outline.tiny for outline in outlines.values()):
         notes.append("The run keeps no pictures of its slides: an earlier release began it.")
+    differential, problem = differential_table(run, scores)
+    notes += [problem] if problem else []
     return CohortView(
         name=run_name(run),
         facts=_facts(run, slide_ids, records),
@@ -119,6 +122,7 @@ def view_cohort(
         versions=[*versions_of(run), *_releases(records)],
         ridges=_ridges(outlines),
         scored=describe_scores(scores),
+        differential=differential,
         agreement=_agreement(outlines),
         beside=None if beside is None else _beside(run, beside, slide_ids, outlines),
     )

@@ -273,6 +273,7 @@ class CohortView:
         scored: How cells were scored for types, in words; empty without scores.
         agreement: Cells by nucleus type and best type; None without scores.
         beside: Another run of the slides; None without one.
+        differential: Top genes of each nucleus type; None without them.
     """
 
     name: str
@@ -291,3 +292,4 @@ class CohortView:
     scored: str = ""
     agreement: Table | None = None
     beside: BesideView | None = None
+    differential: Table | None = None

@@ -112,6 +112,13 @@ def describe_scores(info: ScoresInfo | None) -> str:
     text += f"Score: {info['formula']}."
     if lacking:
         text += f" Of {lacking} of them the run's panel lacks some markers."
+    if agreement := info.get("agreement"):
+        recalls = (f"{name} {share:.2f}" for name, share in sorted(agreement["recall"].items()))
+        text += (
+            f" Over all slides, balanced accuracy against nucleus types is "
+            f"{agreement['balanced_accuracy']:.2f} (chance {agreement['chance']:.2f}), with recall "
+            f"{', '.join(recalls)}."
+        )
     return text
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scellst_ray.commands.configs import ReportConfig
+from scellst_ray.commands.annotate import run_annotate
+from scellst_ray.commands.configs import AnnotateConfig, ReportConfig
 from scellst_ray.commands.report import run_report
 from scellst_ray.pipelines.over_slides import NUM_FOR_RAY
 from tests.support.exported_runs import add_slide
@@ -61,6 +62,16 @@ def test_types_from_expression(run, tmp_path):
     assert "Cell types from expression" in page.text
     assert "map of the score of <b>tumour on a" in page.pictures()
     assert "Cell types" not in (tmp_path / "out/slides/p.html").read_text()
+
+
+def test_what_annotate_has_found(run, tmp_path):
+    markers = tmp_path / "m.csv"
+    markers.write_text("type,gene\nimmune,CD3E\nNeoplastic,ERBB2\n")
+    run_annotate(AnnotateConfig(run=run.uri, markers=str(markers)))
+    report(run, tmp_path / "out")
+    index = check_page((tmp_path / "out/index.html").read_text())
+    assert "Differential genes of nucleus types" in index.text
+    assert "balanced accuracy against nucleus types is " in index.text
 
 
 def test_damaged_scores_cost_their_part_alone(run, tmp_path):

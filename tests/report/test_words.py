@@ -86,3 +86,6 @@ def test_scores_in_words():
         "markers."
     )
     assert describe_scores({"types": types[:1], "formula": "f"}) == "1 types by markers. Score: f."
+    agreement = {"balanced_accuracy": 0.712, "chance": 0.5, "recall": {"b": 0.9, "a": 0.524}}
+    text = describe_scores({"types": types[:1], "formula": "f", "agreement": agreement})
+    assert text.endswith("nucleus types is 0.71 (chance 0.50), with recall a 0.52, b 0.90.")
