@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -33,6 +34,8 @@ class QuietStderr:
 
     def __enter__(self) -> None:
         """Start the filter."""
+        if sys.stderr is None:  # it was closed, and Ray does not start without one
+            sys.stderr = Path(os.devnull).open("w", encoding="utf-8")
         stderr = sys.__stderr__
         if stderr is None or sys.stderr is not stderr or stderr.fileno() != STDERR:
             return
@@ -63,9 +66,10 @@ class QuietStderr:
         """Put standard error back in its place, and wait until the filter has written all."""
         if self.stderr is None:
             return
-        if error is None or isinstance(error, _TOLD) or explain_lost_process(error) is not None:
-            os.write(STDERR, ray_lines.END)
-        sys.stderr.flush()
+        is_told = error is None or isinstance(error, _TOLD) or explain_lost_process(error)
+        with suppress(OSError):  # the filter was ended from outside, or the terminal is gone
+            os.write(STDERR, ray_lines.END if is_told else ray_lines.CRASH)
+            sys.stderr.flush()
         sys.stderr = self.stderr
         os.dup2(self.terminal, STDERR)
         _await(self.filter)
@@ -88,9 +92,6 @@ def _start_filter(terminal: int) -> subprocess.Popen[bytes]:
 
 
 def _await(lines: subprocess.Popen[bytes]) -> None:
-    """Wait for the filter; end it if another process keeps its pipe open."""
-    try:
+    """Wait for the filter; let it go on if a child of this process keeps its pipe open."""
+    with suppress(subprocess.TimeoutExpired):
         lines.wait(END_S)
-    except subprocess.TimeoutExpired:
-        lines.kill()
-        lines.wait()

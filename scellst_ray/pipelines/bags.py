@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
-import ray.data
 from ray.data import ActorPoolStrategy
 
-from scellst_ray.pipelines.ray_internals import hide_progress_bars
+from scellst_ray.pipelines.ray_internals import dataset_of, hide_progress_bars
 from scellst_ray.runs.folder import RunFolder
 from scellst_ray.stages.bags import RESULT, make_bags
 from scellst_ray.stages.supervision import DEFAULT_RULES, Rules, TrainingSlide
@@ -52,7 +51,7 @@ def build_bags(
     hide_progress_bars()
     by_id = {slide.row.slide_id: slide for slide in slides}
     names = [pa.table({"slide_id": [slide.row.slide_id]}) for slide in slides]
-    results = ray.data.from_arrow(names).map_batches(
+    results = dataset_of(names).map_batches(
         _Bags,
         fn_constructor_kwargs={
             "slides": by_id,

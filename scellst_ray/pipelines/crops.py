@@ -22,14 +22,13 @@ from typing import cast
 import cv2
 import numpy as np
 import pyarrow as pa
-import ray.data
 from ray.data import ActorPoolStrategy
 
 from scellst_ray import storage
 from scellst_ray.core import schemas
 from scellst_ray.core.logs import log_fields
 from scellst_ray.pipelines import attempts
-from scellst_ray.pipelines.ray_internals import configure_slide_pass
+from scellst_ray.pipelines.ray_internals import configure_slide_pass, dataset_of
 from scellst_ray.pipelines.receipts import Resources
 from scellst_ray.pipelines.session import Cluster
 from scellst_ray.runs.crop_files import (
@@ -193,7 +192,7 @@ def _find_cutoff(
     failed: dict[str, CropRecord] = {}
     cutoff = Cutoff(crops.sample.total)
     if rows and sum(min(r["num_cells"], most) for r in cells.values()) > crops.sample.total:
-        candidates_of_slides = ray.data.from_arrow([_make_table(row) for row in rows]).map_batches(
+        candidates_of_slides = dataset_of([_make_table(row) for row in rows]).map_batches(
             partial(_candidates, run=crops.run, sample=crops.sample),
             batch_size=1,
             batch_format="pyarrow",
@@ -247,7 +246,7 @@ def _cut_crops(
     memory = int(resources.memory_gb * 2**30)
     most = min(cluster.num_cpus, cluster.num_fitting(memory), len(rows))
     logger.info("crops of %d slides, up to %d", len(rows), crops.sample.total)
-    results = ray.data.from_arrow([_make_table(row) for row in rows]).map_batches(
+    results = dataset_of([_make_table(row) for row in rows]).map_batches(
         CutCrops,
         fn_constructor_kwargs={
             "crops": crops,

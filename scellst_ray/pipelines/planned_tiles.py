@@ -11,7 +11,7 @@ from ray.data import ActorPoolStrategy
 from scellst_ray.core.logs import log_to_stderr
 from scellst_ray.pipelines import attempts
 from scellst_ray.pipelines.packing import PADDING, stamp_queued
-from scellst_ray.pipelines.ray_internals import padding_bytes
+from scellst_ray.pipelines.ray_internals import dataset_of, padding_bytes
 from scellst_ray.stages.rows import AttemptedSlide, PendingSlide, TileRow
 from scellst_ray.stages.tiles import PLANNED, CellsSpec
 
@@ -44,7 +44,7 @@ def plan_dataset(
         elsewhere: Ray's label selector of the nodes that may be used; None: all.
     """
     slides = [_make_slide_table(part) for part in _split_slides(rows, planners)]
-    return ray.data.from_arrow(slides).map_batches(
+    return dataset_of(slides).map_batches(
         PlanTiles,
         fn_constructor_kwargs=how,
         batch_size=None,

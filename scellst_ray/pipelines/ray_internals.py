@@ -6,10 +6,11 @@ and pyproject.toml bounds the version of Ray: raise that bound only with these t
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import pyarrow as pa
 import ray
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
@@ -146,6 +147,17 @@ def hide_token_notice() -> None:
 
 def _is_no_token_notice(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(TOKEN_NOTICE)
+
+
+def dataset_of(tables: Iterable[pa.Table]) -> ray.data.Dataset:
+    """Return a dataset with one block a table.
+
+    `ray.data.from_arrow` would start a task for each table, to count its rows.
+
+    Assumption: `from_blocks` does all in this process. Ray keeps it for developers.
+    """
+    dataset: ray.data.Dataset = ray.data.from_blocks(list(tables))
+    return dataset
 
 
 def block_bytes(tiles_per_task: int) -> int:

@@ -2,7 +2,9 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ray._private import ray_logging
@@ -14,7 +16,8 @@ from scellst_ray.core.ray_lines import is_of_ray
 HANDLER = "ray_print_logs"
 # Lines of this package, which say themselves what they are about: text or JSON (core/logs.py).
 _OURS = re.compile(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ |\{"time": ')
-_STDERR = 2
+# In lines of a raylet that tell what it did.
+INFO = ":info_message:"
 
 Lines = dict[str, Any]
 Show = Callable[[Lines, bool], None]
@@ -35,27 +38,33 @@ def filter_worker_lines() -> None:
         dispatcher.add_handler(HANDLER, lambda batch: show_lines(batch, _print))
 
 
-def _print(batch: Lines, ignore_prefix: bool) -> None:  # noqa: FBT001 - as Ray's
-    ray_worker.print_to_stdstream(batch, ignore_prefix=ignore_prefix)
+def _print(batch: Lines, is_ours: bool) -> None:  # noqa: FBT001 - as `Show`
+    if is_ours:
+        # Ray would take lines that differ in numbers for one: those of slides S1 and S2.
+        print("\n".join(batch["lines"]), file=sys.stderr if batch["is_err"] else sys.stdout)
+    else:
+        ray_worker.print_to_stdstream(batch, ignore_prefix=False)
 
 
 def show_lines(batch: Lines, show: Show) -> None:
     """Show lines of one process: ours as they are, others after its name, Ray's own hardly ever.
 
-    Ray's own lines go to descriptor 2, where `QuietStderr` holds them back until a crash. Those of
-    a raylet are shown, since they tell of lack of memory, and the warnings of an autoscaler.
+    Ray's own lines go to standard error, where `QuietStderr` holds them back until a crash. Shown
+    are those of a raylet that tell of lack of memory, not of objects that moved to the disk, and
+    warnings of an autoscaler.
 
     Args:
         batch: What Ray's log monitor found: pid, lines and more.
-        show: Prints such a batch; the flag leaves out the name of the process.
+        show: Prints such a batch; the flag says that the lines are ours.
     """
     pid, kept = batch.get("pid"), []
     for line in batch["lines"]:
         if pid == "autoscaler" and not ("Error:" in line or "Warning:" in line):
             continue
-        if pid not in ("autoscaler", "raylet") and is_of_ray(line):
+        is_told = pid == "autoscaler" or (pid == "raylet" and INFO not in line)
+        if not is_told and is_of_ray(line):
             name = batch.get("actor_name") or batch.get("task_name") or "Ray"
-            os.write(_STDERR, f"({name} pid={pid}) {line}\n".encode())
+            _hold(f"({name} pid={pid}) {line}\n")
             continue
         kept.append(line)
     start = 0
@@ -64,6 +73,13 @@ def show_lines(batch: Lines, show: Show) -> None:
         if stop == len(kept) or _is_ours(kept[stop]) != is_ours:
             show(batch | {"lines": kept[start:stop]}, is_ours)
             start = stop
+
+
+def _hold(line: str) -> None:
+    """Write a line past `sys.stderr`, to where this process's C++ code writes."""
+    if sys.__stderr__ is not None:
+        with suppress(OSError, ValueError):  # it is closed, or nobody reads it any more
+            os.write(sys.__stderr__.fileno(), line.encode(errors="replace"))
 
 
 def _is_ours(line: str) -> bool:

@@ -29,6 +29,7 @@ from scellst_ray.models.mil.bags import BagSet
 from scellst_ray.models.mil.fit import Fit, FitConfig, FitResult, fit_head, new_head
 from scellst_ray.models.mil.head import MilHead
 from scellst_ray.training.bag_files import load_split
+from scellst_ray.training.known_address import fit_trainer
 
 RESULT = "fit.pt"
 # Storing the state takes at most this share of the time; epochs that were not stored are repeated.
@@ -91,7 +92,7 @@ def fit(
         "result": storage.join(storage_path, name, RESULT),
     }
     try:
-        _trainer(loop, workers, storage_path, name).fit()
+        fit_trainer(_trainer(loop, workers, storage_path, name))
         state = _load(loop["result"])
     finally:
         storage.remove_tree(storage.join(storage_path, name))

@@ -36,6 +36,7 @@ from scellst_ray.models.moco.network import Moco
 from scellst_ray.models.moco.step import process_group
 from scellst_ray.models.moco.sync_norm import convert
 from scellst_ray.runs.crop_store import open_store
+from scellst_ray.training.known_address import fit_trainer
 from scellst_ray.training.moco_loop import Recipe, Step, crop_order, run_steps
 from scellst_ray.training.pretrain_log import PretrainLog, open_board
 
@@ -112,7 +113,7 @@ def pretrain(
         "keep": keep,
         "each_step": each_step,
     }
-    result = TorchTrainer(
+    trainer = TorchTrainer(
         _train_loop,
         train_loop_config=loop,
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
@@ -123,7 +124,8 @@ def pretrain(
             | ({"GPU": 1} if workers.use_gpu else {}),
         ),
         run_config=_run_config(workers, keep),
-    ).fit()
+    )
+    result = fit_trainer(trainer)
     best = min(result.best_checkpoints or [], key=lambda pair: pair[1]["loss"], default=None)
     if best is None:
         message = (

@@ -50,6 +50,47 @@ def test_a_crash_shows_all(body):
     assert ("RuntimeError: bug" in text) == ("RuntimeError" in body)
 
 
+def test_a_filter_that_was_killed_costs_nothing():
+    body = "quiet.filter.kill(); quiet.filter.wait(); print('still', file=sys.stderr)"
+    code = (
+        "import sys\nfrom scellst_ray.core.quiet_stderr import QuietStderr\n"
+        f"quiet = QuietStderr()\nwith quiet:\n    {body}\nprint('after', file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "still\nafter\n")
+
+
+@pytest.mark.parametrize(("end", "is_shown"), [("pass", False), ("raise RuntimeError", True)])
+def test_a_child_that_lives_on_loses_no_line(end, is_shown):
+    child = "import sys; sys.stdin.read(); print('of child', file=sys.stderr)"
+    code = (
+        "import os, subprocess, sys\nfrom scellst_ray.core import quiet_stderr\n"
+        "quiet_stderr.END_S = 0.2\n"
+        f"with quiet_stderr.QuietStderr():\n    os.write(2, b'{CPP}\\n')\n"
+        f"    subprocess.Popen([sys.executable, '-c', {child!r}])\n    {end}"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.wait(20)
+        _, text = process.communicate()  # closes standard input, so that the child ends
+    assert text.endswith("of child\n")
+    assert (CPP in text) == is_shown
+
+
+def test_a_closed_standard_error_is_opened_for_ray():
+    code = (
+        "import faulthandler, sys\nfrom scellst_ray.core.quiet_stderr import QuietStderr\n"
+        "with QuietStderr():\n    faulthandler.enable()\n    print(sys.stderr.name)"
+    )
+    command = f'"{sys.executable}" -c "{code}" 2>&-'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "/dev/null\n")
+
+
 def test_a_captured_stderr_is_left_alone(capsys):
     before = sys.stderr
     with QuietStderr():

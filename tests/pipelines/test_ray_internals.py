@@ -13,7 +13,7 @@ import pytest
 import ray
 from packaging.requirements import Requirement
 from ray._private.authentication import authentication_token_setup
-from ray.data import DataContext
+from ray.data import DataContext, read_api
 from ray.experimental import get_object_locations
 
 from scellst_ray.core.signals import clean_exit_on_sigterm
@@ -183,3 +183,12 @@ def test_the_notice_of_a_token_is_hidden_and_its_absence_shown(caplog):
         authentication_token_setup._warn_token_auth_enabled()
         authentication_token_setup._warn_token_auth_disabled()
     assert {message[:32] for message in caplog.messages} == {"Token authentication is disabled"}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_dataset_has_a_block_a_table_and_starts_no_task(monkeypatch):
+    monkeypatch.setattr(read_api, "cached_remote_fn", lambda *_: pytest.fail("starts a task"))
+    tables = [pa.table({"slide_id": ["S1"]}), pa.table({"slide_id": ["S2", "S3"]})]
+    dataset = ray_internals.dataset_of(iter(tables))
+    assert dataset.num_blocks() == 2
+    assert [row["slide_id"] for row in dataset.take_all()] == ["S1", "S2", "S3"]

@@ -42,6 +42,8 @@ def test_our_lines_have_no_prefix_and_others_keep_it(held):
     ("pid", "lines", "expected"),
     [
         ("raylet", [CPP], [([CPP], False)]),
+        ("raylet", [CPP.replace("of ray", ":info_message:Spilled 9 MiB")], []),
+        ("raylet", ["Traceback"], [(["Traceback"], False)]),
         ("gcs_server", [CPP], []),
         (
             "autoscaler",
@@ -68,3 +70,17 @@ def test_the_handler_of_ray_is_replaced_once(monkeypatch, capsys):
     dispatcher.emit({"pid": os.getpid(), "ip": "x", "is_err": True, "lines": [OURS]})
     assert [name for name, _ in dispatcher.handlers] == [HANDLER]
     assert capsys.readouterr().err.replace("\x1b[0m", "") == f"{OURS}\n"
+
+
+def test_our_lines_are_no_repetitions(capsys):
+    lines = [OURS.replace("slide a", f"slide S{number}") for number in range(3)]
+    for pid, line in enumerate(lines):
+        batch = {"pid": pid, "ip": "x", "is_err": True, "lines": [line]}
+        show_lines(batch, worker_lines._print)
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_without_standard_error_lines_of_ray_write_into_no_other_file(monkeypatch, held):
+    monkeypatch.setattr(worker_lines.sys, "__stderr__", None)
+    assert shown({"pid": 7, "is_err": True, "lines": [CPP, OURS]}) == [([OURS], True)]
+    assert held == []
