@@ -5,6 +5,7 @@ One row per slide:
 - `X`: mean expression over the slide's cells; `layers["sd"]`: its standard deviation.
 - `obs`: number of cells, composition (`share_<type>`), niches (`near_<a>_<b>`: how many cells of
   type b lie within the radius around a cell of type a, on average), and the manifest's columns.
+  '/' becomes '_' in their names, for AnnData.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from scipy.spatial import cKDTree
 
 from scellst_ray import storage
 from scellst_ray.core.version import __version__
+from scellst_ray.export.free_names import free_names
 from scellst_ray.export.hdf5_output import new_hdf5
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import known_mpp
@@ -106,6 +108,7 @@ def make_pseudobulk(
         raise ValueError(message)
     obs = _obs(bulks)
     further = pd.DataFrame([dict(columns.get(s, {})) for s in bulks], index=obs.index)
+    further.columns = pd.Index(_column_names(list(further)), dtype=object)
     doubled = sorted(set(further) & set(obs))
     if doubled:
         message = f"the manifest's columns {', '.join(doubled)} have names of pseudobulk's own"
@@ -133,14 +136,26 @@ def make_pseudobulk(
 def _obs(bulks: Mapping[str, SlideBulk]) -> pd.DataFrame:
     """Return our columns: a type that a slide has not counts 0 there."""
     types = sorted({name for bulk in bulks.values() for name in bulk.counts})
-    rows = []
-    for bulk in bulks.values():
-        row: dict[str, float] = {"num_cells": bulk.num_cells}
-        row |= {f"share_{t}": bulk.counts.get(t, 0) / bulk.num_cells for t in types}
-        pairs = ((a, b) for a in types for b in types)
-        row |= {f"near_{a}_{b}": bulk.near.get((a, b), 0.0) for a, b in pairs}
-        rows.append(row)
-    return pd.DataFrame(rows, index=pd.Index(list(bulks), dtype=object, name="slide_id"))
+    pairs = [(a, b) for a in types for b in types]
+    names = ["num_cells", *[f"share_{t}" for t in types], *[f"near_{a}_{b}" for a, b in pairs]]
+    rows = [
+        [
+            bulk.num_cells,
+            *[bulk.counts.get(t, 0) / bulk.num_cells for t in types],
+            *[bulk.near.get(pair, 0.0) for pair in pairs],
+        ]
+        for bulk in bulks.values()
+    ]
+    index = pd.Index(list(bulks), dtype=object, name="slide_id")
+    return pd.DataFrame(rows, index=index, columns=_column_names(names))
+
+
+def _column_names(names: Sequence[str]) -> list[str]:
+    """Return names that AnnData takes, all different: it takes '/' for a folder in the file."""
+    # Names without '/' come first, so that they stay as they are.
+    order = sorted(range(len(names)), key=lambda place: "/" in names[place])
+    free = free_names([names[place].replace("/", "_") for place in order], is_cased=True)
+    return [name for _, name in sorted(zip(order, free, strict=True))]
 
 
 def write_pseudobulk(adata: ad.AnnData, out: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 
 import anndata as ad
 import numpy as np
@@ -66,6 +67,36 @@ def test_the_table_of_slides(predicted, tmp_path):
         make_pseudobulk(predicted, bulks, {"a": {"num_cells": 1}}, RADIUS_UM)
     with pytest.raises(ValueError, match="no slide has cells"):
         make_pseudobulk(predicted, {}, {}, RADIUS_UM)
+
+
+@pytest.mark.parametrize(
+    ("types", "names"),
+    [
+        (["T/NK", "B"], ["share_B", "share_T_NK", "near_B_B", "near_B_T_NK", "near_T_NK_T_NK"]),
+        (["T/NK", "T_NK"], ["share_T_NK", "share_T_NK_2", "near_T_NK_T_NK_4"]),
+        (["/", "a/b/c"], ["share__", "share_a_b_c", "near____", "near_a_b_c__"]),
+        (["a", "a_a"], ["share_a", "share_a_a", "near_a_a_a", "near_a_a_a_2"]),
+    ],
+)
+def test_names_of_types_may_hold_slashes(predicted, tmp_path, types, names):
+    near = {(a, b): 10.0 * i + j for i, a in enumerate(types) for j, b in enumerate(types)}
+    bulk = slide_bulk(predicted, "a", RADIUS_UM)
+    counts = dict(zip(types, (10, 20), strict=True))
+    bulk = dataclasses.replace(bulk, counts=counts, near=near)
+    columns = {"a": {"grade 1/2": "x", "grade 1_2": "y", "T/N": 3}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = make_pseudobulk(predicted, {"a": bulk}, columns, RADIUS_UM)
+        write_pseudobulk(made, str(tmp_path / "x.h5ad"))
+    found = ad.read_h5ad(tmp_path / "x.h5ad").obs
+    assert set(names) <= set(found)
+    assert not [name for name in found if "/" in name]
+    # Types are in the order of the alphabet, and no value is lost.
+    order = sorted(types)
+    expected = [30, *[counts[t] / 30 for t in order], *[near[a, b] for a in order for b in order]]
+    assert found.iloc[0, :7].tolist() == pytest.approx(expected)
+    assert list(found)[7:] == ["grade 1_2_2", "grade 1_2", "T_N"]
+    assert found.iloc[0, 7:].tolist() == ["x", "y", 3]
 
 
 def test_the_example_in_docs_finds_a_response_in_patients_left_out(tmp_path, monkeypatch):
