@@ -68,6 +68,9 @@ class ExportConfig:
     picture_px: int | None = None
     """AnnData only: longer side of each slide's picture, px; 0 for none. By default 1000 for up to
     20 slides, and none for more."""
+    outlines: bool = False
+    """AnnData only: add an image of the cells' outlines, as large as the picture, for squidpy's
+    spatial_segment. The picture then has 1 um per px, and at most 8,000 px, by default."""
     picture_mpp: float | None = None
     """SpatialData and Xenium Explorer only: um per px of each slide's picture, rounded to a whole
     number of level-0 px; 0 for none (Xenium Explorer: a white one). By default 1, but in

@@ -81,7 +81,14 @@ def _refuse_folder(out: str) -> None:
 
 
 def _anndata(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
-    return write_anndata(run, out, slides, config.genes, thumbnail_px=config.picture_px)
+    return write_anndata(
+        run,
+        out,
+        slides,
+        config.genes,
+        picture_px=config.picture_px,
+        outlines=config.outlines,
+    )
 
 
 def _geojson(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:

@@ -13,7 +13,7 @@ export/anndata_file.py writes the same to a file, in blocks.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,11 @@ from scellst_ray.core.logs import log_fields
 from scellst_ray.core.version import __version__
 from scellst_ray.export.cell_blocks import cell_blocks
 from scellst_ray.export.colours import colours_of
-from scellst_ray.export.pictures import Thumbnail, blank_picture
+from scellst_ray.export.pictures import SlideImages, images_of
 from scellst_ray.models.mil.stored_head import vector_matrix
 from scellst_ray.runs.reading import Run
-from scellst_ray.runs.records import known_mpp, known_size0
+from scellst_ray.runs.records import known_mpp
+from scellst_ray.runs.thumbnails import Thumbnail
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("slide_id", "cell_id", "x0", "y0", "area_um2", "nucleus_type", "type_prob")
@@ -105,7 +106,7 @@ def to_anndata(
         run: The run.
         slide_ids: The slides, in this order; all that did not fail if None.
         genes: The genes, in this order; the whole panel if None.
-        thumbnails: Pictures by slide_id (see read_thumbnail). Slides without one get a white one.
+        thumbnails: Pictures by slide_id (see export.pictures). Slides without one get a white one.
 
     Raises:
         ValueError: see `choose`.
@@ -119,7 +120,9 @@ def to_anndata(
     adata.obsm["spatial"] = positions_of(chosen)
     if chosen.with_embeddings:
         adata.obsm["X_embedding"] = np.concatenate(list(embeddings_of(chosen)))
-    adata.uns.update(uns_of(chosen, thumbnails or {}))
+    given = thumbnails or {}
+    libraries = dict(libraries_of(chosen, lambda s: images_of(run.records[s], given.get(s))))
+    adata.uns.update({"spatial": libraries} | notes_of(chosen))
     return adata
 
 
@@ -203,14 +206,19 @@ def expression_of(chosen: Chosen) -> Iterator[NDArray[np.float32]]:
             start = end
 
 
-def uns_of(chosen: Chosen, thumbnails: Mapping[str, Thumbnail]) -> dict[str, Any]:
-    """Return `uns`: one spatial library per slide, and `notes_of`."""
-    run = chosen.run
-    libraries = {
-        str(slide_id): _library(run, str(slide_id), part, thumbnails.get(str(slide_id)))
-        for (slide_id,), part in chosen.cells.group_by("slide_id", maintain_order=True)
-    }
-    return {"spatial": libraries} | notes_of(chosen)
+def outline_ids(chosen: Chosen) -> NDArray[np.int32]:
+    """Return the number of each cell in the image of outlines of its slide, from 1."""
+    numbers = pl.int_range(1, pl.len() + 1, dtype=pl.Int32).over("slide_id")
+    return chosen.cells.select(numbers).to_series().to_numpy()
+
+
+def libraries_of(
+    chosen: Chosen, images_of_slide: Callable[[str], SlideImages]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the slide_id and the entry in `uns["spatial"]` of each slide with cells."""
+    for (slide_id,), part in chosen.cells.group_by("slide_id", maintain_order=True):
+        name = str(slide_id)
+        yield name, _library(chosen.run, name, part, images_of_slide(name))
 
 
 def notes_of(chosen: Chosen) -> dict[str, Any]:
@@ -225,22 +233,20 @@ def notes_of(chosen: Chosen) -> dict[str, Any]:
     return {"scellst_ray": source | units, "cell_type_colors": np.array(colours, object)}
 
 
-def _library(
-    run: Run, slide_id: str, cells: pl.DataFrame, thumbnail: Thumbnail | None
-) -> dict[str, Any]:
+def _library(run: Run, slide_id: str, cells: pl.DataFrame, images: SlideImages) -> dict[str, Any]:
     """Return a slide's entry in `uns["spatial"]`."""
     record = run.records[slide_id]
-    picture = thumbnail or blank_picture(*known_size0(record))
+    labels = {} if images.labels is None else {"segmentation": images.labels}
     diameter_um = 2 * np.sqrt(cells["area_um2"].to_numpy() / np.pi)
     return {
-        "images": {"hires": picture.image},
+        "images": {"hires": images.picture.image} | labels,
         "scalefactors": {
-            "tissue_hires_scalef": 1 / picture.ratio,
+            "tissue_hires_scalef": 1 / images.picture.ratio,
             "spot_diameter_fullres": float(diameter_um.mean() / known_mpp(record)),
         },
         "metadata": {
             "source_image_path": str(run.sources[slide_id]["uri"]),
             "mpp": known_mpp(record),
-            "picture": "slide" if thumbnail else "blank",
+            "picture": "blank" if images.is_blank else "slide",
         },
     }

@@ -6,7 +6,7 @@ length in .h5ad, so that they can be compressed.
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,17 @@ from scellst_ray.export.anndata import (
     choose,
     embeddings_of,
     expression_of,
+    libraries_of,
+    notes_of,
     obs_columns,
     obs_names,
+    outline_ids,
     positions_of,
-    uns_of,
 )
 from scellst_ray.export.cell_blocks import in_rows
 from scellst_ray.export.hdf5_output import new_hdf5
 from scellst_ray.export.local_store import ZARR, publish_store
-from scellst_ray.export.pictures import THUMBNAIL_PX, Thumbnail, read_thumbnail
+from scellst_ray.export.pictures import Pictures
 from scellst_ray.runs.reading import Run
 
 # Rows and columns of a chunk of X: a gene of a million cells is read without all other genes.
@@ -49,7 +51,8 @@ def write_anndata(
     slide_ids: Sequence[str] | None = None,
     genes: Sequence[str] | None = None,
     *,
-    thumbnail_px: int | None = None,
+    picture_px: int | None = None,
+    outlines: bool = False,
 ) -> int:
     """Write cells and expression as AnnData; an existing file or store is replaced.
 
@@ -60,9 +63,11 @@ def write_anndata(
         out: Local path or fsspec URI ending in `.h5ad` or `.zarr`.
         slide_ids: The slides; all that did not fail if None.
         genes: The genes; the whole panel if None.
-        thumbnail_px: Longer side of each slide's picture, px; 0 for blank pictures; None:
-            THUMBNAIL_PX for up to MOST_PICTURES slides, else blank ones. A slide on object storage
-            is downloaded to make its picture.
+        picture_px: Longer side of each slide's picture, px; 0 for blank pictures; None:
+            1,000 for up to MOST_PICTURES slides, else blank ones. A slide is read only
+            where the run keeps no thumbnail of so many px.
+        outlines: Whether to add a picture of the outlines, as large as that of the slide, and the
+            column `outline_id`. By default pictures then have 1 um per px, and at most 8,000 px.
 
     Returns:
         Number of cells.
@@ -76,9 +81,9 @@ def write_anndata(
         message = f"{out}: unknown suffix {suffix!r}; end the name in .h5ad or .zarr"
         raise ValueError(message)
     chosen = choose(run, slide_ids, genes)
-    if thumbnail_px is None:
-        thumbnail_px = THUMBNAIL_PX if len(chosen.slide_ids) <= MOST_PICTURES else 0
-    pictures = _pictures(chosen, thumbnail_px)
+    if picture_px is None and len(chosen.slide_ids) > MOST_PICTURES and not outlines:
+        picture_px = 0
+    pictures = Pictures(run, picture_px, outlines=outlines)
     if suffix == ".h5ad":
         storage.publish(out, lambda path: _write_h5ad(path, chosen, pictures))
     else:
@@ -86,16 +91,7 @@ def write_anndata(
     return len(chosen.cells)
 
 
-def _pictures(chosen: Chosen, longest_px: int) -> dict[str, Thumbnail]:
-    pictures: dict[str, Thumbnail] = {}
-    for slide_id in chosen.slide_ids if longest_px else ():
-        if chosen.run.records[slide_id].get("num_cells"):
-            picture = read_thumbnail(chosen.run, slide_id, longest_px)
-            pictures |= {} if picture is None else {slide_id: picture}
-    return pictures
-
-
-def _write_h5ad(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -> None:
+def _write_h5ad(path: Path, chosen: Chosen, pictures: Pictures) -> None:
     with new_hdf5(path) as (file, target):
 
         def write_names(group: Any, names: list[str]) -> None:  # noqa: ANN401 - of either library
@@ -113,7 +109,7 @@ def _write_h5ad(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -
         _fill_all(file, chosen, make_matrix, target.check)
 
 
-def _write_zarr(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -> None:
+def _write_zarr(path: Path, chosen: Chosen, pictures: Pictures) -> None:
     # Every reader knows Zarr format 2. anndata warns that its default will change.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Writing zarr v2", UserWarning)
@@ -135,7 +131,7 @@ def _write_zarr(path: Path, chosen: Chosen, pictures: Mapping[str, Thumbnail]) -
 def _write(
     root: Any,  # noqa: ANN401 - a group of h5py or zarr
     chosen: Chosen,
-    pictures: Mapping[str, Thumbnail],
+    pictures: Pictures,
     write_names: Callable[[Any, list[str]], None],
     compression: dict[str, Any],
 ) -> None:
@@ -143,6 +139,8 @@ def _write(
     _sign(root.attrs, "anndata", "0.1.0")
     obs = root.create_group("obs")
     columns = obs_columns(chosen)
+    if pictures.outlines:
+        columns["outline_id"] = outline_ids(chosen)
     _sign(obs.attrs, "dataframe", "0.2.0")
     obs.attrs["_index"] = "_index"
     obs.attrs["column-order"] = list(columns)
@@ -153,7 +151,10 @@ def _write(
     ad.io.write_elem(root, "obsm", {"spatial": positions_of(chosen)}, dataset_kwargs=compression)
     # anndata takes the other settings for single values, too, which have none.
     pictured = {key: compression[key] for key in ("compression",) if key in compression}
-    ad.io.write_elem(root, "uns", uns_of(chosen, pictures), dataset_kwargs=pictured)
+    ad.io.write_elem(root, "uns", notes_of(chosen) | {"spatial": {}})
+    # Slide by slide, since pictures may be large.
+    for slide_id, library in libraries_of(chosen, pictures.of):
+        ad.io.write_elem(root["uns"]["spatial"], slide_id, library, dataset_kwargs=pictured)
     for name in ("layers", "obsp", "varm", "varp"):
         ad.io.write_elem(root, name, {})
 

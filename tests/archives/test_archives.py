@@ -122,7 +122,7 @@ def test_the_slide(archive, run):
 
 def test_export(run, expected, tmp_path):
     out = str(tmp_path / "cells.h5ad")
-    write_anndata(run, out, thumbnail_px=0)
+    write_anndata(run, out, picture_px=0)
     adata = ad.read_h5ad(out)
     assert adata.obs["cell_id"].tolist() == expected["cell_id"]
     assert adata.var_names.tolist() == expected["genes"]
