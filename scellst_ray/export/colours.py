@@ -10,7 +10,10 @@ COLOURS = {
     "dead": "#feff00",
     "epithelial": "#ff9f44",
 }
-SPARE_COLOURS = ("#1f77b4", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f")
+SPARE_COLOURS = (
+    *("#1f77b4", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"),
+    *("#393b79", "#637939", "#843c39", "#9edae5", "#f7b6d2", "#dbdb8d"),
+)
 
 
 def colours_of(types: Iterable[str]) -> dict[str, str]:

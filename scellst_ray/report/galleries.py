@@ -105,6 +105,8 @@ def galleries_of(
     for ranking, (count, order) in zip(rankings, chosen, strict=True):
         parts = zip(ranking.titles, (order[:NUM_SHOWN], order[::-1][:NUM_SHOWN]), strict=True)
         about = f"of {count:,} cells with crops"
+        if len(ids) < file.num_crops:
+            about += f", drawn from {file.num_crops:,}"
         maps = [
             _sheet([images[crop] for crop in part.tolist()], f"{len(part)} {title}, {about}")
             for title, part in parts

@@ -10,6 +10,7 @@ from scellst_ray.commands.annotate import run_annotate
 from scellst_ray.commands.configs import AnnotateConfig, ReportConfig
 from scellst_ray.commands.report import run_report
 from scellst_ray.pipelines.over_slides import NUM_FOR_RAY
+from tests.support.crop_runs import write_crop_run
 from tests.support.exported_runs import add_slide
 from tests.support.pages import check_page
 from tests.support.paired_runs import make_other_run
@@ -172,7 +173,10 @@ def test_workers_of_ray_write_the_same(run, tmp_path, local_ray, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_chromium_shows_the_pages_without_a_complaint(run, tmp_path):
-    report(run, tmp_path / "out")
+    run = write_scores(run, random_scores(run, ["T cell", "tumour"], "ab"))
+    write_crop_run(run.uri, {"a": 30})
+    other = make_other_run(tmp_path, {"a": 90, "b": 35})
+    report(run, tmp_path / "out", beside=other.uri)
     for name in ("index.html", "slides/a.html"):
         flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
         flags += " --disable-background-networking --disable-component-update --disable-sync"

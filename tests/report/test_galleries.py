@@ -78,7 +78,7 @@ def test_the_first_row_groups_of_a_large_slide(run, monkeypatch):
     write_crop_run(run.uri, {"c": 200})
     cells = with_values(run, "c", "EPCAM")
     (row,) = galleries_of(run, "c", cells, rank_genes(cells, ["EPCAM"]), [])
-    assert row.maps[0].title == "100 highest EPCAM, of 128 cells with crops"
+    assert row.maps[0].title == "100 highest EPCAM, of 128 cells with crops, drawn from 200"
     assert max(numbers_in(row.maps[0])) < 128
 
 
