@@ -71,6 +71,8 @@ class ExportConfig:
     outlines: bool = False
     """AnnData only: add an image of the cells' outlines, as large as the picture, for squidpy's
     spatial_segment. The picture then has 1 um per px, and at most 8,000 px, by default."""
+    evaluation: str | None = None
+    """AnnData and SpatialData only: file of `evaluate expression`, for accuracy by gene in var."""
     picture_mpp: float | None = None
     """SpatialData and Xenium Explorer only: um per px of each slide's picture, rounded to a whole
     number of level-0 px; 0 for none (Xenium Explorer: a white one). By default 1, but in

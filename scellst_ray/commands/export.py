@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from scellst_ray import storage
 from scellst_ray.commands.configs import ExportConfig
@@ -14,6 +15,7 @@ from scellst_ray.export.geojson import write_geojson
 from scellst_ray.export.geopackage import write_geopackage
 from scellst_ray.export.spatialdata_store import write_spatialdata
 from scellst_ray.pipelines.over_slides import over_slides, values_of
+from scellst_ray.report.evaluation import read_evaluation
 from scellst_ray.runs.reading import Run, open_run
 
 Writer = Callable[[Run, ExportConfig, str, list[str] | None], int]
@@ -27,9 +29,9 @@ def run_export(config: ExportConfig) -> int:
             failed.
     """
     suffix = suffix_of(config.out)
+    _check_evaluation(config.evaluation, suffix)
     run, say = open_run(config.run), line_printer()
-    # Ray's workers run in other folders.
-    config = replace(config, run=storage.absolute(config.run), out=storage.absolute(config.out))
+    config = _with_absolute_paths(config)
     if not config.per_slide:
         _refuse_folder(config.out)
         count = WRITERS[suffix](run, config, config.out, config.slides)
@@ -40,6 +42,25 @@ def run_export(config: ExportConfig) -> int:
     for slide_id, count in values_of(results, "exported"):
         say(f"wrote {name_of(config.out, slide_id)}: {count:,} cells")
     return 0
+
+
+def _check_evaluation(uri: str | None, suffix: str) -> None:
+    """Refuse an evaluation that cannot be used, before the work."""
+    if uri is not None and suffix not in WITH_ACCURACY:
+        message = (
+            f"--evaluation {uri}: {suffix} has no place for accuracy; leave it out, or write one "
+            f"of {', '.join(WITH_ACCURACY)}"
+        )
+        raise ValueError(message)
+    if uri is not None:
+        read_evaluation(uri)
+
+
+def _with_absolute_paths(config: ExportConfig) -> ExportConfig:
+    """Return the same settings for Ray's workers, which run in other folders."""
+    evaluation = None if config.evaluation is None else storage.absolute(config.evaluation)
+    run, out = storage.absolute(config.run), storage.absolute(config.out)
+    return replace(config, run=run, out=out, evaluation=evaluation)
 
 
 def suffix_of(out: str) -> str:
@@ -88,7 +109,12 @@ def _anndata(run: Run, config: ExportConfig, out: str, slides: list[str] | None)
         config.genes,
         picture_px=config.picture_px,
         outlines=config.outlines,
+        evaluation=_evaluation(config),
     )
+
+
+def _evaluation(config: ExportConfig) -> dict[str, Any] | None:
+    return None if config.evaluation is None else read_evaluation(config.evaluation)
 
 
 def _geojson(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
@@ -100,7 +126,14 @@ def _geopackage(run: Run, config: ExportConfig, out: str, slides: list[str] | No
 
 
 def _spatialdata(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
-    return write_spatialdata(run, out, slides, config.genes, picture_mpp=config.picture_mpp)
+    return write_spatialdata(
+        run,
+        out,
+        slides,
+        config.genes,
+        picture_mpp=config.picture_mpp,
+        evaluation=_evaluation(config),
+    )
 
 
 def _explorer(run: Run, config: ExportConfig, out: str, slides: list[str] | None) -> int:
@@ -135,4 +168,5 @@ WRITERS: dict[str, Writer] = {
     ".gpkg": _geopackage,
     ".explorer": _explorer,
 }
+WITH_ACCURACY = (".h5ad", ".zarr", ".sdata.zarr")
 FOLDERS = (".zarr", ".sdata.zarr", ".explorer")

@@ -2,8 +2,8 @@
 
 The table has one row per cell.
 
-- `obs`: cell_id, region, cell_type, area (um2), slide_id, x_um and y_um; type_prob and distance
-  where the run has them.
+- `obs`: cell_id, region, cell_type, area (um2), slide_id, x_um and y_um; type_prob, distance,
+  best_type and scores where the run has them.
 - `obsm["spatial"]`: (x, y) in level-0 px.
 - `uns["spatial"]`: one library per slide, named after it.
 - `X`: expression of the chosen genes. A run of `extract` has no genes; its embeddings are in
@@ -14,7 +14,7 @@ export/anndata_file.py writes the same to a file, in blocks.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anndata as ad
@@ -26,9 +26,11 @@ from numpy.typing import NDArray
 from scellst_ray.core.halves import to_float32
 from scellst_ray.core.logs import log_fields
 from scellst_ray.core.version import __version__
+from scellst_ray.export.accuracy import accuracy_of
 from scellst_ray.export.cell_blocks import cell_blocks
 from scellst_ray.export.colours import colours_of
 from scellst_ray.export.pictures import SlideImages, images_of
+from scellst_ray.export.scored import BEST_TYPE, CellScores
 from scellst_ray.models.mil.stored_head import vector_matrix
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import known_mpp
@@ -55,6 +57,7 @@ class Chosen:
         genes: The genes, in order; none for a run without expression.
         cells: `COLUMNS` of all cells, slide after slide.
         with_embeddings: Whether the run has embeddings and no expression.
+        accuracy: Measured scores of the genes, by name, see `accuracy_of`.
     """
 
     run: Run
@@ -62,10 +65,14 @@ class Chosen:
     genes: list[str]
     cells: pl.DataFrame
     with_embeddings: bool
+    accuracy: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 def choose(
-    run: Run, slide_ids: Sequence[str] | None = None, genes: Sequence[str] | None = None
+    run: Run,
+    slide_ids: Sequence[str] | None = None,
+    genes: Sequence[str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> Chosen:
     """Choose slides and genes for an export, and read their cells.
 
@@ -73,10 +80,11 @@ def choose(
         run: The run.
         slide_ids: The slides, in this order; all that did not fail if None.
         genes: The genes, in this order; the whole panel if None.
+        evaluation: Content of the file of `evaluate expression`; None: without accuracy.
 
     Raises:
         ValueError: a slide or gene is unknown, a slide failed, genes are named but the run has no
-            expression, or there are no cells.
+            expression, there are no cells, or the evaluation is of other genes.
     """
     chosen = run.choose(slide_ids)
     cells = run.cells_frame(chosen, COLUMNS)
@@ -90,7 +98,8 @@ def choose(
     wants_genes = genes is not None or run.has_expression
     names = run.choose_genes(genes) if wants_genes else []
     with_embeddings = not wants_genes and run.embedding_dim is not None
-    return Chosen(run, chosen, names, cells, with_embeddings)
+    accuracy = {} if evaluation is None else accuracy_of(evaluation, names)
+    return Chosen(run, chosen, names, cells, with_embeddings, accuracy)
 
 
 def to_anndata(
@@ -115,7 +124,7 @@ def to_anndata(
     adata = ad.AnnData(
         X=np.concatenate(list(expression_of(chosen))),
         obs=pd.DataFrame(obs_columns(chosen), index=pd.Index(obs_names(chosen), dtype=object)),
-        var=pd.DataFrame(index=pd.Index(chosen.genes, dtype=object)),
+        var=var_frame(chosen),
     )
     adata.obsm["spatial"] = positions_of(chosen)
     if chosen.with_embeddings:
@@ -155,11 +164,31 @@ def obs_columns(chosen: Chosen) -> dict[str, NDArray[Any] | pd.Categorical]:
     distance = _distance(chosen) if chosen.genes else None
     if distance is not None:
         columns["distance"] = distance
-    return columns
+    return columns | _score_columns(chosen)
+
+
+def _score_columns(chosen: Chosen) -> dict[str, NDArray[Any] | pd.Categorical]:
+    """Return the best type and the scores of all cells; none if no slide has them."""
+    scores = CellScores(chosen.run)
+    parts: list[pl.DataFrame] = []
+    has_any = False
+    for (slide_id,), part in chosen.cells.group_by("slide_id", maintain_order=True):
+        table = scores.of(str(slide_id)) if scores.columns else None
+        has_any |= table is not None
+        if table is None:
+            columns = {BEST_TYPE: pl.String} | dict.fromkeys(scores.columns, pl.Float32)
+            table = pl.DataFrame(schema=columns).clear(len(part)).to_arrow()
+        parts.append(pl.DataFrame(table))
+    if not has_any:
+        return {}
+    every = pl.concat(parts)
+    best = every[BEST_TYPE]
+    columns = {BEST_TYPE: _categorical(best, best.drop_nulls().unique().sort())}
+    return columns | {name: every[name].fill_null(np.nan).to_numpy() for name in scores.columns}
 
 
 def _categorical(values: pl.Series, categories: pl.Series) -> pd.Categorical:
-    codes = values.cast(pl.Enum(categories)).to_physical().to_numpy()
+    codes = values.cast(pl.Enum(categories)).to_physical().cast(pl.Int32).fill_null(-1).to_numpy()
     return pd.Categorical.from_codes(codes, categories.to_list())
 
 
@@ -173,6 +202,11 @@ def _distance(chosen: Chosen) -> NDArray[np.float32] | None:
             if file is not None:
                 parts.append(file.read(["distance"])["distance"].to_numpy())
     return np.concatenate(parts).astype(np.float32)
+
+
+def var_frame(chosen: Chosen) -> pd.DataFrame:
+    """Return `var`: a row for each gene, with its measured accuracy where that is known."""
+    return pd.DataFrame(dict(chosen.accuracy), index=pd.Index(chosen.genes, dtype=object))
 
 
 def positions_of(chosen: Chosen) -> NDArray[np.float64]:

@@ -6,14 +6,13 @@ length in .h5ad, so that they can be compressed.
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import h5py
 import numpy as np
-import pandas as pd
 import zarr
 from numpy.typing import NDArray
 
@@ -29,6 +28,7 @@ from scellst_ray.export.anndata import (
     obs_names,
     outline_ids,
     positions_of,
+    var_frame,
 )
 from scellst_ray.export.cell_blocks import in_rows
 from scellst_ray.export.hdf5_output import new_hdf5
@@ -53,6 +53,7 @@ def write_anndata(
     *,
     picture_px: int | None = None,
     outlines: bool = False,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> int:
     """Write cells and expression as AnnData; an existing file or store is replaced.
 
@@ -68,6 +69,7 @@ def write_anndata(
             where the run keeps no thumbnail of so many px.
         outlines: Whether to add a picture of the outlines, as large as that of the slide, and the
             column `outline_id`. By default pictures then have 1 um per px, and at most 8,000 px.
+        evaluation: Content of the file of `evaluate expression`, for `var`; None: without it.
 
     Returns:
         Number of cells.
@@ -80,7 +82,7 @@ def write_anndata(
     if suffix not in {".h5ad", ".zarr"}:
         message = f"{out}: unknown suffix {suffix!r}; end the name in .h5ad or .zarr"
         raise ValueError(message)
-    chosen = choose(run, slide_ids, genes)
+    chosen = choose(run, slide_ids, genes, evaluation)
     if picture_px is None and len(chosen.slide_ids) > MOST_PICTURES and not outlines:
         picture_px = 0
     pictures = Pictures(run, picture_px, outlines=outlines)
@@ -147,7 +149,7 @@ def _write(
     for name, values in columns.items():
         ad.io.write_elem(obs, name, values, dataset_kwargs=compression)
     write_names(obs, obs_names(chosen))
-    ad.io.write_elem(root, "var", pd.DataFrame(index=pd.Index(chosen.genes, dtype=object)))
+    ad.io.write_elem(root, "var", var_frame(chosen))
     ad.io.write_elem(root, "obsm", {"spatial": positions_of(chosen)}, dataset_kwargs=compression)
     # anndata takes the other settings for single values, too, which have none.
     pictured = {key: compression[key] for key in ("compression",) if key in compression}

@@ -1,7 +1,7 @@
 """Cells of a slide with their expression, in blocks of bounded memory: what every export writes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -21,15 +21,21 @@ class CellBlock:
         cells: The chosen columns of CELLS.
         values_NG: Expression, float32 [N, G]; [N, 0] without genes.
         distance_N: Distance from the training cells, float16 [N]; None if the run has none.
+        scores: Scores of the cells; None: not given.
     """
 
     cells: pa.Table
     values_NG: NDArray[np.float32]
     distance_N: NDArray[np.float16] | None
+    scores: pa.Table | None = None
 
 
 def cell_blocks(
-    run: Run, slide_id: str, columns: Sequence[str], genes: Sequence[str] = ()
+    run: Run,
+    slide_id: str,
+    columns: Sequence[str],
+    genes: Sequence[str] = (),
+    scores: pa.Table | None = None,
 ) -> Iterator[CellBlock]:
     """Yield the cells of a slide by ascending cell_id, a row group or less at a time.
 
@@ -38,10 +44,22 @@ def cell_blocks(
         slide_id: The slide.
         columns: Columns of CELLS. `cell_id` must be one of them.
         genes: The genes, in this order; none: expression is not read, and neither is `distance`.
+        scores: A row for each cell of the slide, see `scored.CellScores`.
 
     Raises:
         ValueError: the slide failed, or its tables are damaged or of different cells.
     """
+    start = 0
+    for block in _blocks(run, slide_id, columns, genes):
+        part = None if scores is None else scores.slice(start, len(block.cells))
+        yield replace(block, scores=part)
+        start += len(block.cells)
+
+
+def _blocks(
+    run: Run, slide_id: str, columns: Sequence[str], genes: Sequence[str]
+) -> Iterator[CellBlock]:
+    """Yield the blocks without scores."""
     with run.open_table(slide_id, "CELLS") as file:
         if file is None:
             return

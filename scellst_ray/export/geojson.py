@@ -20,6 +20,7 @@ from scellst_ray.core.version import __version__
 from scellst_ray.export.cell_blocks import CellBlock, cell_blocks
 from scellst_ray.export.colours import colours_of, rgb_of
 from scellst_ray.export.free_names import free_names
+from scellst_ray.export.scored import BEST_TYPE, CellScores
 from scellst_ray.runs.reading import Run
 from scellst_ray.runs.records import known_mpp
 
@@ -36,8 +37,9 @@ GZIP_LEVEL = 6
 def write_geojson(run: Run, out: str, slide_id: str, genes: Sequence[str]) -> int:
     """Write the cells of a slide as GeoJSON; return their number.
 
-    Each cell is a detection with its outline, class and measurements: `area_um2`, `type_prob` and
-    `distance` where the run has them, and a number for each gene. Equal runs give equal bytes.
+    Each cell is a detection with its outline, class and measurements: `area_um2`, `type_prob`,
+    `distance` and scores where the run has them, and a number for each gene. The best type stands
+    in its metadata. Equal runs give equal bytes.
 
     Args:
         run: The run.
@@ -85,15 +87,18 @@ def _head(run: Run, slide_id: str) -> str:
 
 def _features(run: Run, slide_id: str, genes: Sequence[str]) -> Iterator[dict[str, Any]]:
     classes: dict[str, dict[str, Any]] = {}
-    for block in cell_blocks(run, slide_id, COLUMNS, genes):
+    scores = CellScores(run).of(slide_id)
+    for block in cell_blocks(run, slide_id, COLUMNS, genes, scores):
         names = block.cells["nucleus_type"].to_pylist()
         if not classes.keys() >= set(names):
             colours = colours_of([*classes, *sorted(set(names) - classes.keys())])
             classes = {n: {"name": n, "color": rgb_of(c)} for n, c in colours.items()}
         outlines = _outlines(block.cells["polygon"])
         ids = block.cells["cell_id"].to_pylist()
-        rows = zip(ids, names, outlines, measurements(block, genes), strict=True)
-        for cell_id, name, outline, measured in rows:
+        best = [None] * len(ids) if block.scores is None else block.scores[BEST_TYPE].to_pylist()
+        rows = zip(ids, names, best, outlines, measurements(block, genes), strict=True)
+        for cell_id, name, best_type, outline, measured in rows:
+            metadata = {} if best_type is None else {"metadata": {BEST_TYPE: best_type}}
             yield {
                 "type": "Feature",
                 "id": str(uuid.uuid5(NAMESPACE, f"{run.folder.digest}/{slide_id}/{cell_id}")),
@@ -103,6 +108,7 @@ def _features(run: Run, slide_id: str, genes: Sequence[str]) -> Iterator[dict[st
                     "name": str(cell_id),
                     "classification": classes[name],
                     "measurements": measured,
+                    **metadata,
                 },
             }
 
@@ -125,7 +131,9 @@ def measurements(block: CellBlock, genes: Sequence[str]) -> Iterator[dict[str, f
     }
     if block.distance_N is not None:
         columns["distance"] = block.distance_N.tolist()
-    names = free_names(genes, TAKEN, is_cased=True)
+    if block.scores is not None:
+        columns |= {c: block.scores[c].to_pylist() for c in block.scores.column_names[1:]}
+    names = free_names(genes, (*TAKEN, *columns), is_cased=True)
     columns |= {name: block.values_NG[:, i].tolist() for i, name in enumerate(names)}
     columns = {
         name: values for name, values in columns.items() if any(v is not None for v in values)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from scellst_ray import storage
 from scellst_ray.export.cell_blocks import CellBlock, cell_blocks
 from scellst_ray.export.free_names import free_names
+from scellst_ray.export.scored import CellScores
 from scellst_ray.runs.reading import Run
 
 COLUMNS = ("slide_id", "cell_id", "area_um2", "nucleus_type", "type_prob", "polygon")
@@ -48,8 +49,10 @@ def write_geopackage(run: Run, out: str, slide_ids: Sequence[str], genes: Sequen
         file = path.with_name(f"{path.name}.gpkg")  # GDAL warns of other suffixes
         try:
             layers = free_names(slide_ids, is_cased=False)
+            scores = CellScores(run)
             for slide_id, layer in zip(slide_ids, layers, strict=True):
-                for number, block in enumerate(cell_blocks(run, slide_id, COLUMNS, genes)):
+                blocks = cell_blocks(run, slide_id, COLUMNS, genes, scores.of(slide_id))
+                for number, block in enumerate(blocks):
                     with warnings.catch_warnings():
                         warnings.filterwarnings("ignore", "'crs' was not provided", UserWarning)
                         pyogrio.write_arrow(
@@ -75,7 +78,14 @@ def _layer(block: CellBlock, genes: Sequence[str]) -> pa.Table:
     table = block.cells
     if block.distance_N is not None:
         table = table.append_column("distance", pa.array(block.distance_N.astype("float32")))
-    for number, name in enumerate(free_names(genes, TAKEN, is_cased=False)):
+    scores = (
+        {}
+        if block.scores is None
+        else dict(zip(block.scores.column_names, block.scores.columns, strict=True))
+    )
+    for name, values in scores.items():
+        table = table.append_column(name, values)
+    for number, name in enumerate(free_names(genes, (*TAKEN, *scores), is_cased=False)):
         table = table.append_column(name, pa.array(block.values_NG[:, number].copy()))
     # Metadata of GeoParquet would be taken for that of GeoArrow.
     return table.replace_schema_metadata()

@@ -13,7 +13,14 @@ import numpy as np
 import pandas as pd
 import shapely
 
-from scellst_ray.export.anndata import Chosen, notes_of, obs_columns, obs_names, positions_of
+from scellst_ray.export.anndata import (
+    Chosen,
+    notes_of,
+    obs_columns,
+    obs_names,
+    positions_of,
+    var_frame,
+)
 from scellst_ray.export.slide_picture import Level
 from scellst_ray.runs.reading import Run
 
@@ -124,7 +131,7 @@ def table_element(chosen: Chosen, shapes: Mapping[str, str]) -> ad.AnnData:
 
     obs = pd.DataFrame(obs_columns(chosen), index=pd.Index(obs_names(chosen), dtype=object))
     obs[REGION] = obs["slide_id"].cat.rename_categories(dict(shapes))
-    table = ad.AnnData(obs=obs, var=pd.DataFrame(index=pd.Index(chosen.genes, dtype=object)))
+    table = ad.AnnData(obs=obs, var=var_frame(chosen))
     table.obsm["spatial"] = positions_of(chosen)
     # Pictures are elements of their own.
     table.uns.update(notes_of(chosen))

@@ -45,6 +45,7 @@ def write_spatialdata(
     genes: Sequence[str] | None = None,
     *,
     picture_mpp: float | None = None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> int:
     """Write slides as a SpatialData store; an existing store is replaced.
 
@@ -55,6 +56,7 @@ def write_spatialdata(
         genes: The genes; the whole panel if None.
         picture_mpp: um per px of the pictures, rounded to a whole number of level-0 px; 0 for no
             pictures; None: PICTURE_MPP for up to MOST_PICTURES slides, else none.
+        evaluation: Content of the file of `evaluate expression`, for `var`; None: without it.
 
     Returns:
         Number of cells.
@@ -70,7 +72,7 @@ def write_spatialdata(
     except ImportError as error:
         message = f"{out}: SpatialData needs spatialdata: pip install 'scellst-ray[spatialdata]'"
         raise ImportError(message) from error
-    chosen = choose(run, slide_ids, genes)
+    chosen = choose(run, slide_ids, genes, evaluation)
     if picture_mpp is None:
         picture_mpp = PICTURE_MPP if len(chosen.slide_ids) <= MOST_PICTURES else 0
     publish_store(out, ZARR, lambda path: _write(path, chosen, picture_mpp))

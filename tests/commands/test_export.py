@@ -1,5 +1,7 @@
 """`export` writes the format of the suffix, for all slides or a file for each."""
 
+import json
+
 import anndata as ad
 import pyogrio
 import pytest
@@ -116,3 +118,22 @@ def test_an_empty_slide_has_no_file_of_its_own(run, tmp_path):
     # Asked for by name it has one, without cells.
     assert export(run, tmp_path / "c.geojson", slides=["c"]) == 0
     assert len(read_segmentation(tmp_path / "c.geojson", "c")) == 0
+
+
+def test_accuracy_of_genes(run, tmp_path):
+    by_gene = {"gene": ["CD3E"], "ours": {"pcc": [0.5]}}
+    evaluation = {"slides": {"z": {"spots": {"models": {}, "by_gene": by_gene}}}}
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps(evaluation))
+    for name in ("x.h5ad", "x.sdata.zarr"):
+        assert export(run, tmp_path / name, evaluation=str(file), picture_mpp=0) == 0
+    var = ad.read_h5ad(tmp_path / "x.h5ad").var
+    assert var["pcc_spots"].dropna().to_dict() == {"CD3E": 0.5}
+    assert list(ad.read_zarr(tmp_path / "x.sdata.zarr/tables/table").var) == ["pcc_spots"]
+    with pytest.raises(ValueError, match=r"s\.json: \.geojson has no place for accuracy"):
+        export(run, tmp_path / "x.geojson", evaluation=str(file), slides=["a"])
+    with pytest.raises(FileNotFoundError, match=r"t\.json: no such file"):
+        export(run, tmp_path / "y.h5ad", evaluation=str(tmp_path / "t.json"))
+    with pytest.raises(ValueError, match="no score of the exported genes"):
+        export(run, tmp_path / "y.h5ad", evaluation=str(file), genes=["EPCAM"])
+    assert not (tmp_path / "y.h5ad").exists()
