@@ -1,5 +1,6 @@
 """The page of a cohort: all slides of a run, those without results with the reason."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -204,7 +205,8 @@ def _ranges(outlines: dict[str, SlideOutline], genes: list[str]) -> dict[str, tu
     """Return the lowest and highest mean of each gene."""
     found = {}
     for gene in genes:
-        values = [o.means[gene] for o in outlines.values() if gene in o.means]
+        values = [o.means.get(gene, math.nan) for o in outlines.values()]
+        values = [value for value in values if math.isfinite(value)]
         found[gene] = (min(values, default=0.0), max(values, default=0.0))
     return found
 
@@ -218,8 +220,8 @@ def _line(
     outline = outline or SlideOutline()
     means = []
     for gene, (low, high) in scale.items():
-        value = outline.means.get(gene)
-        depth = 0.0 if value is None or high <= low else (value - low) / (high - low)
+        value = outline.means.get(gene, math.nan)
+        depth = (value - low) / (high - low) if math.isfinite(value) and high > low else 0.0
         means.append((as_text(value), round(depth, 3)))
     shift = None if record is None else record.get("domain_shift")
     return SlideLine(

@@ -168,15 +168,28 @@ def _show_means(view: SlideView, cells: SlideCells, genes: tuple[str, ...]) -> N
     """Show mean and distribution of each gene, in the cells of each type."""
     if not genes:
         return
-    means_G = cells.values_NG.mean(axis=0, dtype=np.float64)
+    known_N = np.isfinite(cells.values_NG).all(axis=1)
+    if not known_N.all():
+        count = int((~known_N).sum())
+        view.notes.append(
+            f"Cells whose expression is not finite, and counts in no mean: {count:,}."
+        )
+    values_NG, codes_N = cells.values_NG[known_N], cells.codes_N[known_N]
+    means_G = _mean(values_NG)
     view.means = dict(zip(genes, means_G.tolist(), strict=True))
     rows = [["all cells", *map(as_text, means_G.tolist())]]
     for code, name in enumerate(cells.types):
-        of_type = cells.values_NG[cells.codes_N == code].mean(axis=0, dtype=np.float64)
-        rows.append([name, *map(as_text, of_type.tolist())])
+        rows.append([name, *map(as_text, _mean(values_NG[codes_N == code]).tolist())])
     view.by_type = Table(["nucleus type", *genes], rows, "Mean of the cells of each type.")
     view.distributions = count_values(genes, cells.values_NG, cells.types, cells.codes_N)
     view.ridges = draw_ridges(view.distributions, {t.name: t.colour for t in view.types})
+
+
+def _mean(values_NG: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the mean of each gene, [G]; NaN without cells."""
+    if not len(values_NG):
+        return np.full(values_NG.shape[1], np.nan)
+    return np.asarray(values_NG.mean(axis=0, dtype=np.float64))
 
 
 def _show_genes(
@@ -189,7 +202,7 @@ def _show_genes(
 ) -> None:
     """Show each gene: means over the slide, and outlines where it is highest."""
     windows = [
-        highest_place(cells.xy0_N2, cells.values_NG[:, number], cells.mpp)
+        highest_place(cells.xy0_N2, np.nan_to_num(cells.values_NG[:, number]), cells.mpp)
         for number in range(len(genes))
     ]
     rows = [window.holds(cells.xy0_N2) for window in windows]
@@ -199,9 +212,10 @@ def _show_genes(
         outlines = dict(zip(every.tolist(), read_outlines(run, view.slide_id, every), strict=True))
     for number, (gene, window, rows_N) in enumerate(zip(genes, windows, rows, strict=True)):
         values_N = cells.values_NG[:, number]
-        low, high = map(float, np.quantile(values_N, (0.05, 0.95)))
+        finite = values_N[np.isfinite(values_N)]
+        low, high = np.quantile(finite, (0.05, 0.95)).tolist() if len(finite) else (np.nan,) * 2
         about = (
-            f"mean {as_text(float(values_N.mean()))}; nine of ten cells from {as_text(low)} to "
+            f"mean {as_text(view.means[gene])}; nine of ten cells from {as_text(low)} to "
             f"{as_text(high)}"
         )
         unit = unit_of(run, short=True)

@@ -59,6 +59,13 @@ def test_agreement_of_all_slides(run):
     assert view(run, ("p",)).agreement is None
 
 
+def test_a_mean_that_is_not_known_has_no_colour(run):
+    means = {"b": SlideOutline(means={"CD3E": float("nan")}), "p": SlideOutline()}
+    lines = {line.slide_id: line.means[0] for line in view(run, **means).lines}
+    assert lines["b"] == lines["p"] == ("-", 0.0)
+    assert lines["a"][0] != "-"
+
+
 def test_one_slide_has_no_scale(run):
     assert view(run, ("a",)).lines[0].means[0][1] == 0
 

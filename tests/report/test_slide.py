@@ -1,5 +1,6 @@
 """A slide's view: each part is there, and a part that is damaged costs the others nothing."""
 
+import numpy as np
 import pytest
 
 from scellst_ray.report.slide import Asked, view_slide
@@ -105,3 +106,19 @@ def test_spots_that_cannot_be_read_are_a_line(run):
     assert problem.startswith("spots: ")
     assert "/nowhere/x.h5ad" in problem
     assert len(view.genes) == 2
+
+
+@pytest.mark.parametrize("count", [1, 29, 30])
+def test_cells_without_finite_expression_count_in_no_mean(run, monkeypatch, count):
+    values = run.expression_numpy(GENES, "a")
+    values[:count] = np.nan
+    monkeypatch.setattr(type(run), "expression_numpy", lambda *_: values)
+    view = view_slide(run, "a", Asked(GENES))
+    assert f"is not finite, and counts in no mean: {count}." in view.notes[0]
+    assert view.problems == []
+    if count < 30:
+        expected = values[count:].mean(axis=0, dtype=float).tolist()
+        assert list(view.means.values()) == pytest.approx(expected, rel=1e-6)
+    else:
+        assert view.by_type.rows[0] == ["all cells", "-", "-"]
+        assert view.ridges == []
