@@ -26,6 +26,7 @@ from scellst_ray.runs.domain_shift import domain_of_bags
 from scellst_ray.runs.folder import RunFolder, open_embedded_run
 from scellst_ray.runs.lease import hold_lease
 from scellst_ray.slides.manifest import read_manifest
+from scellst_ray.spots.gene_ids import gene_ids
 from scellst_ray.stages.bags import choose_panel, provenance
 from scellst_ray.stages.supervision import training_slides
 from scellst_ray.training.fit_mil import Workers, fit
@@ -46,6 +47,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     rules = config.rules()
     chosen = choose_panel(slides, config.genes, run, rules)
     panel = chosen.genes
+    ids = gene_ids(panel, [str(slide.row.columns["spots"]) for slide in slides])
     say(f"panel of {len(panel)} genes: {', '.join(panel[:6])}{' ...' if len(panel) > 6 else ''}")
     with hold_lease(out) as lease:
         _check_no_head(out)  # again, now that no other driver can write one
@@ -65,6 +67,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
             )
         info = {
             "genes": panel,
+            "gene_ids": ids,
             "scaling": {slide_id: row["scale"] for slide_id, row in bags.items()},
             "embedding_dim": len(head.mean_D),
             "formula": asdict(head.formula),

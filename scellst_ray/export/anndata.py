@@ -205,8 +205,14 @@ def _distance(chosen: Chosen) -> NDArray[np.float32] | None:
 
 
 def var_frame(chosen: Chosen) -> pd.DataFrame:
-    """Return `var`: a row for each gene, with its measured accuracy where that is known."""
-    return pd.DataFrame(dict(chosen.accuracy), index=pd.Index(chosen.genes, dtype=object))
+    """Return `var`: a row for each gene, with its Ensembl id and measured accuracy if known."""
+    columns: dict[str, Any] = dict(chosen.accuracy)
+    stated = chosen.run.last_layer.info.get("gene_ids") if chosen.genes else None
+    panel = chosen.run.last_layer.genes if stated else []
+    if isinstance(stated, list) and len(stated) == len(panel) and any(stated):
+        known = dict(zip(panel, stated, strict=True))
+        columns = {"gene_ids": [str(known[gene] or "") for gene in chosen.genes]} | columns
+    return pd.DataFrame(columns, index=pd.Index(chosen.genes, dtype=object))
 
 
 def positions_of(chosen: Chosen) -> NDArray[np.float64]:

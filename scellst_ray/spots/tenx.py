@@ -43,6 +43,24 @@ def read_matrix(
     return _read_h5(fs, path) if path.endswith(".h5") else _read_mex(fs, path)
 
 
+def read_features(fs: fsspec.AbstractFileSystem, path: str) -> list[tuple[str, str]]:
+    """Return the id and the symbol of each feature of a matrix; none if it holds no ids.
+
+    Args:
+        fs: File system of the matrix.
+        path: Path of an HDF5 file or of a MEX folder, as for `read_matrix`.
+    """
+    if not path.endswith(".h5"):
+        columns = _read_columns(fs, _find_mex(fs, path, ("features.tsv", "genes.tsv")))
+        return list(zip(columns[0], columns[1], strict=True)) if len(columns) > 1 else []
+    with open_hdf5(io.BytesIO(read_bytes(fs, path)), path) as file:
+        parts = [find_part(file, f"matrix/features/{name}", path) for name in ("id", "name")]
+        if any(part is None for part in parts):
+            return []
+        ids, names = (read_strings_of(part, f"{path}: matrix/features") for part in parts)
+    return list(zip(ids, names, strict=True)) if len(ids) == len(names) else []
+
+
 def find_file(fs: fsspec.AbstractFileSystem, root: str, names: Iterable[str]) -> str:
     """Return the path of the first of the names that exists in the folder.
 

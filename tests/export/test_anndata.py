@@ -54,3 +54,17 @@ def test_what_cannot_be_exported_is_refused(predicted):
         to_anndata(predicted, genes=["ERBB3"])
     with pytest.raises(ValueError, match="have no cells; choose slides"):
         to_anndata(predicted, [])
+
+
+def test_ids_of_genes_that_the_head_knows(predicted):
+    assert "gene_ids" not in to_anndata(predicted).var
+    layer = predicted.last_layer
+    layer.info["gene_ids"] = ["ENSG1", None, "ENSG3"]
+    assert to_anndata(predicted).var["gene_ids"].to_dict() == {
+        "EPCAM": "ENSG1",
+        "CD3E": "",
+        "ERBB2": "ENSG3",
+    }
+    assert to_anndata(predicted, genes=["ERBB2"]).var["gene_ids"].tolist() == ["ENSG3"]
+    layer.info["gene_ids"] = ["ENSG1"]
+    assert "gene_ids" not in to_anndata(predicted).var
