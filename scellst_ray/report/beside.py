@@ -134,7 +134,9 @@ def _pair(
 
 
 def pearson(a: NDArray[np.floating], b: NDArray[np.floating]) -> float | None:
-    """Return Pearson's r; None for fewer than 3 pairs, or where one side does not vary."""
+    """Return Pearson's r; None for fewer than 3 finite pairs, or where one side does not vary."""
+    known = np.isfinite(a) & np.isfinite(b)
+    a, b = a[known], b[known]
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])

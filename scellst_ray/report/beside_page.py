@@ -95,7 +95,8 @@ def view_cohort_beside(
         found: What both say, by slide_id.
     """
     notes = []
-    lacking = [f"{s} ({why})" for s in slide_ids if (why := _why_not(other, s))]
+    with_cells = [s for s in slide_ids if s in run.records and run.records[s]["num_cells"]]
+    lacking = [f"{s} ({why})" for s in with_cells if (why := _why_not(other, s))]
     if lacking:
         notes.append(f"Slides of this run alone: {names_in_short(lacking)}.")
     foreign = [s for s in sorted(other.records) if s not in run.records]

@@ -1,5 +1,6 @@
 """Two runs side by side, as tables: one slide, and all slides that both have."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -111,17 +112,17 @@ def _sums(parts: Sequence[Mapping[str, Counts]]) -> dict[str, Counts]:
 def _pooled(slides: Sequence[SlideBeside], gene: str) -> PairOfMeans:
     """Return the means of a gene over the cells of all slides, and the median of r."""
     having = [each for each in slides if gene in each.genes]
-    one, other = (
-        float(
-            np.average(
-                [each.genes[gene].means[side] for each in having],
-                weights=[each.num_cells[side] for each in having],
-            )
-        )
-        for side in (0, 1)
-    )
+    one, other = (_pooled_mean(having, gene, side) for side in (0, 1))
     known = [r for each in having if (r := each.genes[gene].r) is not None]
     return PairOfMeans((one, other), float(np.median(known)) if known else None)
+
+
+def _pooled_mean(slides: Sequence[SlideBeside], gene: str, side: int) -> float:
+    """Return the mean of a gene over the cells of the slides where it is known; else NaN."""
+    found = [(each.genes[gene].means[side], each.num_cells[side]) for each in slides]
+    known = [(mean, count) for mean, count in found if math.isfinite(mean)]
+    total = sum(count for _, count in known)
+    return sum(mean * count for mean, count in known) / total if total else math.nan
 
 
 def _mean_r(pairs: Iterable[PairOfMeans]) -> str:

@@ -101,3 +101,5 @@ def test_pearson_that_is_not_known():
     assert pearson(values, 2 * values) == pytest.approx(1)
     assert pearson(values, np.ones(5)) is None
     assert pearson(values[:2], values[:2]) is None
+    assert pearson(np.array([0, 1, 2, np.nan, 3]), 3 * values) == pytest.approx(0.983, abs=1e-3)
+    assert pearson(np.full(5, np.nan), values) is None

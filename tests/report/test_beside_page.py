@@ -8,6 +8,7 @@ from scellst_ray.report.cells import read_cells
 from tests.support.exported_runs import GENES, make_run
 from tests.support.pages import decode
 from tests.support.paired_runs import make_other_run
+from tests.support.reported_runs import make_reported_run
 from tests.support.scored_runs import random_scores, write_scores
 
 
@@ -83,3 +84,10 @@ def test_scores_of_one_run_alone(run, tmp_path):
 
 def test_names(run):
     assert run_name(run) == "run"
+
+
+def test_slides_without_cells_are_not_of_this_run_alone(tmp_path):
+    run = make_reported_run(tmp_path)
+    notes = view_cohort_beside(run, make_other_run(tmp_path, {"a": 5}), [*"abefp", "w"], {}).notes
+    missing = "the other run has not this slide, or has not finished it"
+    assert notes[0] == f"Slides of this run alone: b ({missing}), p ({missing})."

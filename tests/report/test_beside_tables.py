@@ -56,3 +56,13 @@ def test_means_over_slides_weigh_cells(rs, median):
     expected = 100 / 110 if len(rs) == 2 else 0.0
     assert float(row[1]) == pytest.approx(expected, abs=1e-3)
     assert row[2:] == ["1", median]
+
+
+def test_slides_of_unknown_means_do_not_count():
+    nan = float("nan")
+    slides = {
+        "a": SlideBeside((10, 5), {}, {"G": PairOfMeans((nan, 1.0), None)}),
+        "b": SlideBeside((30, 5), {}, {"G": PairOfMeans((2.0, nan), None)}),
+    }
+    assert tables_of(cohort_beside(slides))["gene"].rows == [["G", "2", "1", "-"]]
+    assert tables_of(cohort_beside({"b": slides["b"]}))["gene"].rows == [["G", "2", "-", "-"]]
