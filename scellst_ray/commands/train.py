@@ -47,7 +47,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     rules = config.rules()
     chosen = choose_panel(slides, config.genes, run, rules)
     panel = chosen.genes
-    ids = gene_ids(panel, [str(slide.row.columns["spots"]) for slide in slides])
+    ensembl_ids = gene_ids(panel, [str(slide.row.columns["spots"]) for slide in slides])
     say(f"panel of {len(panel)} genes: {', '.join(panel[:6])}{' ...' if len(panel) > 6 else ''}")
     with hold_lease(out) as lease:
         _check_no_head(out)  # again, now that no other driver can write one
@@ -67,7 +67,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
             )
         info = {
             "genes": panel,
-            "gene_ids": ids,
+            "gene_ids": ensembl_ids,
             "scaling": {slide_id: row["scale"] for slide_id, row in bags.items()},
             "embedding_dim": len(head.mean_D),
             "formula": asdict(head.formula),
