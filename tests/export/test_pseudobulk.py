@@ -85,7 +85,7 @@ def test_names_of_types_may_hold_slashes(predicted, tmp_path, types, names):
     bulk = dataclasses.replace(bulk, counts=counts, near=near)
     columns = {"a": {"grade 1/2": "x", "grade 1_2": "y", "T/N": 3}}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", FutureWarning)
         made = make_pseudobulk(predicted, {"a": bulk}, columns, RADIUS_UM)
         write_pseudobulk(made, str(tmp_path / "x.h5ad"))
     found = ad.read_h5ad(tmp_path / "x.h5ad").obs

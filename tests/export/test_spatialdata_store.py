@@ -119,7 +119,8 @@ def test_a_bounding_box_holds_what_cx_holds(one, box):
             max_coordinate=[x1 * factor, y1 * factor],
             target_coordinate_system=system,
         )
-        assert ([] if found is None else found.index.tolist()) == expected
+        # spatialdata 0.8 gives them in another order.
+        assert ([] if found is None else sorted(found.index.tolist())) == expected
     assert expected or box[0] == 250
 
 
