@@ -33,12 +33,39 @@ def read_evaluation(uri: str) -> dict[str, Any]:
     except ValueError as error:
         message = f"{uri}: no JSON ({error}); give the --out of `scellst-ray evaluate expression`"
         raise ValueError(message) from error
-    is_ours = isinstance(found, dict) and isinstance(found.get("slides"), dict)
-    parts = [p for levels in found["slides"].values() for p in levels.values()] if is_ours else []
-    if not is_ours or not all(isinstance(p, dict) and "models" in p for p in parts):
+    slides = found.get("slides") if isinstance(found, dict) else None
+    if not isinstance(slides, dict) or not all(map(_is_sound, slides.values())):
         message = f"{uri}: holds no scores; give the --out of `scellst-ray evaluate expression`"
         raise ValueError(message)
     return dict(found)
+
+
+def _is_sound(levels: object) -> bool:
+    """Return whether the levels of a slide are as `evaluate expression` writes them."""
+    if not isinstance(levels, dict):
+        return False
+    return all(
+        isinstance(part, dict)
+        and isinstance(part.get("models"), dict)
+        and _are_by_gene(part.get("by_gene", {}))
+        for part in levels.values()
+    )
+
+
+def _are_by_gene(by_gene: object) -> bool:
+    """Return whether each metric of each model has one number or None for each gene."""
+    if not isinstance(by_gene, dict):
+        return False
+    genes, scores = by_gene.get("gene", []), [v for k, v in by_gene.items() if k != "gene"]
+    if not isinstance(genes, list) or not all(isinstance(gene, str) for gene in genes):
+        return False
+    return all(isinstance(model, dict) for model in scores) and all(
+        isinstance(values, list)
+        and len(values) == len(genes)
+        and all(each is None or type(each) in {int, float} for each in values)
+        for model in scores
+        for values in model.values()
+    )
 
 
 def slide_tables(evaluation: dict[str, Any] | None, slide_id: str, genes: list[str]) -> list[Table]:

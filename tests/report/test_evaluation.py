@@ -50,7 +50,11 @@ def test_the_means_over_slides():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"slides": []}', '{"slides": {"a": {"spots": 3}}}']
+    "text",
+    [
+        *("", "[]", "{}", '{"slides": []}', '{"slides": {"a": 3}}'),
+        *('{"slides": {"a": {"spots": 3}}}', '{"slides": {"a": {"spots": {"models": 1}}}}'),
+    ],
 )
 def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
@@ -63,3 +67,22 @@ def test_a_file_is_read(tmp_path):
     assert read_evaluation(str(tmp_path / "s.json")) == EVALUATION
     with pytest.raises(FileNotFoundError, match="no such file; give the --out"):
         read_evaluation(str(tmp_path / "t.json"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"gene": "G1"}, {"gene": [1, 2]}, {"gene": ["G1"]}, {"ours": None}, {"ours": {"pcc": 1}}),
+        *({"ours": {"pcc": [0.1]}}, {"ours": {"rmse": ["a", 0.1]}}),
+    ],
+)
+def test_damaged_scores_by_gene_are_refused(tmp_path, damage):
+    by_gene = {"gene": ["G1", "G2"], "ours": {"pcc": [0.1, None]}}
+    for change, is_sound in (({}, True), (damage, False)):
+        part = {"models": {}, "by_gene": by_gene | change}
+        (tmp_path / "s.json").write_text(json.dumps({"slides": {"a": {"spots": part}}}))
+        if is_sound:
+            assert read_evaluation(str(tmp_path / "s.json"))["slides"]["a"]["spots"] == part
+            continue
+        with pytest.raises(ValueError, match=r"s\.json: holds no scores; give the --out"):
+            read_evaluation(str(tmp_path / "s.json"))
