@@ -3,18 +3,18 @@
 Shape letters: N cells, K crops.
 """
 
-import io
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from scellst_ray import storage
+from scellst_ray.core.schemas import STORED_CROP_PX
 from scellst_ray.report.cells import SlideCells
 from scellst_ray.report.pictures import photograph
 from scellst_ray.report.views import Map, Row
-from scellst_ray.runs.crop_files import index_uri
+from scellst_ray.runs.crop_files import decode_into, index_uri
 from scellst_ray.runs.crop_store import CropFile, CropFiles, image_bytes, open_store
 from scellst_ray.runs.reading import Run
 
@@ -148,9 +148,10 @@ def _sheet(images: list[NDArray[np.uint8]], what: str) -> Map:
     across, step = min(COLUMNS, len(images)), SIDE_PX + GAP_PX
     down = -(-len(images) // COLUMNS)
     sheet = np.full((down * step - GAP_PX, across * step - GAP_PX, 3), 255, np.uint8)
-    for number, image in enumerate(images):
+    crops = np.empty((len(images), STORED_CROP_PX, STORED_CROP_PX, 3), np.uint8)
+    decode_into(images, crops)
+    for number, crop in enumerate(crops):
         top, left = step * (number // COLUMNS), step * (number % COLUMNS)
-        crop = Image.open(io.BytesIO(image.tobytes())).convert("RGB")
-        shown = crop.resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
-        sheet[top : top + SIDE_PX, left : left + SIDE_PX] = np.asarray(shown)
+        shown = cv2.resize(crop, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA)
+        sheet[top : top + SIDE_PX, left : left + SIDE_PX] = shown
     return Map(photograph(sheet, f"crops of cells: {what}"), what)
