@@ -129,7 +129,8 @@ def test_accuracy_of_genes(run, tmp_path):
         assert export(run, tmp_path / name, evaluation=str(file), picture_mpp=0) == 0
     var = ad.read_h5ad(tmp_path / "x.h5ad").var
     assert var["pcc_spots"].dropna().to_dict() == {"CD3E": 0.5}
-    assert list(ad.read_zarr(tmp_path / "x.sdata.zarr/tables/table").var) == ["pcc_spots"]
+    table = ad.read_zarr(tmp_path / "x.sdata.zarr/tables/table")
+    assert list(table.var) == ["pcc_spots", "num_slides_spots"]
     with pytest.raises(ValueError, match=r"s\.json: \.geojson has no place for accuracy"):
         export(run, tmp_path / "x.geojson", evaluation=str(file), slides=["a"])
     with pytest.raises(FileNotFoundError, match=r"t\.json: no such file"):

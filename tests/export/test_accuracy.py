@@ -27,6 +27,8 @@ def test_means_over_slides():
         "pcc_spots": [np.nan, 0.25, 0.625],
         "scc_spots": [np.nan, 0.2, 0.1],
         "pcc_cells": [np.nan, 0.25, np.nan],
+        "num_slides_spots": [0, 2, 2],
+        "num_slides_cells": [0, 1, 0],
     }
     assert found.keys() == expected.keys()
     for name, values in expected.items():
