@@ -34,7 +34,7 @@ def choose_shown_genes(run: Run, genes: list[str] | None) -> tuple[list[str], st
     # Counts vary more where they are high; so a gene's variance is taken by its mean.
     spread_G = var_G / np.maximum(mean_G, 1e-6)
     order = np.argsort(-spread_G, kind="stable")[:NUM_GENES]
-    about = f"those whose variance by mean is highest, from the {source} of {num_slides:,} slides"
+    about = f"those whose variance by mean is highest, from the {source} of {num_slides:,} slide(s)"
     return [run.genes[i] for i in order], about
 
 

@@ -19,7 +19,7 @@ def by_spread(run):
 def test_the_most_variable_genes_come_first(run):
     genes, how = choose_shown_genes(run, None)
     assert genes == by_spread(run)
-    assert "PROFILES of 2 slides" in how
+    assert "PROFILES of 2 slide(s)" in how
 
 
 def test_runs_without_profiles_are_looked_at_cell_by_cell(run):
@@ -27,12 +27,12 @@ def test_runs_without_profiles_are_looked_at_cell_by_cell(run):
         del record["files"]["PROFILES"]
     genes, how = choose_shown_genes(run, None)
     assert genes == by_spread(run)
-    assert "cells of 2 slides" in how
+    assert "cells of 2 slide(s)" in how
 
 
 def test_damaged_profiles_are_left_to_the_other_slides(run, tmp_path):
     (tmp_path / "run/profiles/a.parquet").write_bytes(b"PAR1")
-    assert "PROFILES of 1 slides" in choose_shown_genes(run, None)[1]
+    assert "PROFILES of 1 slide(s)" in choose_shown_genes(run, None)[1]
 
 
 def test_no_slide_can_be_read(run, tmp_path):
