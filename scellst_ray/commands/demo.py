@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
 from scellst_ray import storage
-from scellst_ray.commands.configs import DemoConfig, ReportConfig
+from scellst_ray.commands.annotate import run_annotate
+from scellst_ray.commands.configs import AnnotateConfig, DemoConfig, ReportConfig
 from scellst_ray.commands.pretrain import ENCODER_FILE, pretrain_encoder
 from scellst_ray.commands.progress import shown_progress
 from scellst_ray.commands.report import run_report
@@ -21,14 +23,22 @@ from scellst_ray.commands.train import train
 from scellst_ray.commands.training_configs import PretrainConfig, TrainConfig
 from scellst_ray.evaluation.expression.metrics import pearson_by_column
 from scellst_ray.evaluation.maps import gene_map
-from scellst_ray.evaluation.synthetic_truth import Matching, cell_correlation, match_nuclei
+from scellst_ray.evaluation.synthetic_truth import (
+    Matching,
+    balanced_accuracy,
+    cell_correlation,
+    match_nuclei,
+)
 from scellst_ray.models.mil.stored_head import HEAD_FILE
 from scellst_ray.pipelines.extract import extract
 from scellst_ray.pipelines.predict import predict
 from scellst_ray.pipelines.session import ray_session
 from scellst_ray.runs.reading import Run, open_run
+from scellst_ray.runs.scores import read_scores, score_types
 from scellst_ray.slides.reader import Slide
+from scellst_ray.slides.synthetic.expression import draw_programme
 from scellst_ray.slides.synthetic.slide import (
+    NUCLEUS_TYPES,
     SyntheticConfig,
     SyntheticPaths,
     write_synthetic_slide,
@@ -92,9 +102,8 @@ def demo(config: DemoConfig) -> int:
         )
         with shown_progress() as report:
             predict(expression, report)
-    console.rule("7. against the truth")
-    scores = compare(open_run(expression.out), paths[UNSEEN], out / "genes.png")
-    console.rule("8. a report: pages to look at")
+    scores = _score(expression.out, paths[UNSEEN], out, console)
+    console.rule("9. a report: pages to look at")
     run_report(
         ReportConfig(run=expression.out, out=str(out / "report"), manifest=expression.manifest)
     )
@@ -134,12 +143,31 @@ def _pretrain_encoder(out: Path, num_crops: int, console: Console) -> str:
     return str(out / "encoder" / ENCODER_FILE)
 
 
+def _score(predicted: str, paths: SyntheticPaths, out: Path, console: Console) -> dict[str, Any]:
+    """Score cells for types, and compare all with the truth; return what `compare` returns."""
+    console.rule("7. cell types from predicted genes")
+    markers = _write_markers(out, open_run(predicted).genes)
+    run_annotate(AnnotateConfig(run=predicted, markers=markers))
+    console.rule("8. against the truth")
+    return compare(open_run(predicted), paths, out / "genes.png")
+
+
+def _write_markers(out: Path, panel: list[str]) -> str:
+    """Write the genes of the panel that mark each type of nucleus; return the file."""
+    programme = draw_programme(SyntheticConfig.num_genes, SyntheticConfig.programme_seed)
+    roles = dict(zip(programme.gene_names, programme.roles, strict=True))
+    sets = {name: [gene for gene in panel if roles[gene] == name] for name in NUCLEUS_TYPES}
+    file = str(out / "markers.json")
+    storage.publish_json(file, {name: genes for name, genes in sets.items() if genes})
+    return file
+
+
 def compare(run: Run, paths: SyntheticPaths, picture: Path) -> dict[str, Any]:
     """Compare a prediction with the truth of its synthetic slide, and draw a gene map.
 
     Returns:
         Precision and recall of nuclei; mean Pearson r over genes for cells (and with the truth
-        shuffled over cells) and for spots.
+        shuffled over cells) and for spots; balanced accuracy of types, and of chance.
     """
     genes = run.genes
     cells = run.cells(UNSEEN)
@@ -166,15 +194,32 @@ def compare(run: Run, paths: SyntheticPaths, picture: Path) -> dict[str, Any]:
     sums_SG = np.add.reduceat(predicted_NG[bags.cell_index], bags.offsets[:-1], axis=0)
     measured_SG = log_normalise(spots.counts)[filled][:, [spots.genes.index(g) for g in genes]]
     by_spot = pearson_by_column(sums_SG / bags.num_cells[:, None], measured_SG)
-    best = int(np.nanargmax(by_gene))
+    clearest = int(np.nanargmax(by_gene))
     true_xy0 = np.column_stack([truth["x0"].to_numpy(), truth["y0"].to_numpy()])
-    true_values = log_normalise(expected_NG)[:, columns[best]]
+    true_values = log_normalise(expected_NG)[:, columns[clearest]]
     panels = [
-        (f"{genes[best]} predicted, r = {by_gene[best]:.2f}", xy0, predicted_NG[:, best]),
-        (f"{genes[best]} true", true_xy0, true_values),
+        (
+            f"{genes[clearest]} predicted, r = {by_gene[clearest]:.2f}",
+            xy0,
+            predicted_NG[:, clearest],
+        ),
+        (f"{genes[clearest]} true", true_xy0, true_values),
     ]
     gene_map(picture, panels, size0, mpp, image)
-    return _report(matching, genes, by_gene, shuffled, by_spot)
+    types = _compare_types(run, matching, truth)
+    return _report(matching, genes, by_gene, shuffled, by_spot) | types
+
+
+def _compare_types(run: Run, matching: Matching, truth: pa.Table) -> dict[str, float]:
+    """Return the balanced accuracy of the best types of matched nuclei, and that of chance."""
+    best = read_scores(run, UNSEEN, ["best_type"])
+    assert best is not None
+    found = best["best_type"].take(pa.array(matching.found)).to_pylist()
+    true = truth["nucleus_type"].take(pa.array(matching.true)).to_pylist()
+    return {
+        "type_balanced_accuracy": balanced_accuracy(found, true),
+        "type_chance": 1 / len(score_types(run)),
+    }
 
 
 def _report(
@@ -203,6 +248,10 @@ def _show(console: Console, scores: dict[str, Any], out: Path) -> None:
         ("cell-level Pearson r, mean over genes", f"{scores['cell_pearson']:.3f}"),
         ("the same, truth shuffled over cells", f"{scores['cell_pearson_shuffled']:.3f}"),
         ("spot-level Pearson r, mean over genes", f"{scores['spot_pearson']:.3f}"),
+        (
+            "types of cells by markers, balanced accuracy (chance)",
+            f"{scores['type_balanced_accuracy']:.3f} ({scores['type_chance']:.3f})",
+        ),
         ("seconds", f"{scores['seconds']}"),
     ]
     title = f"{UNSEEN}: prediction against the truth"

@@ -3,6 +3,7 @@
 Nuclei are compared one to one, expression cell by cell.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,3 +87,16 @@ def cell_correlation(
     if seed is not None:
         truth_NP = np.random.default_rng(seed).permutation(truth_NP)
     return pearson_by_column(predicted_NP, truth_NP)
+
+
+def balanced_accuracy(found: Sequence[str | None], true: Sequence[str]) -> float:
+    """Return the mean over true types of the share of their cells that were given this type.
+
+    Args:
+        found: Type that each cell was given; None counts as wrong.
+        true: Its true type.
+    """
+    right: dict[str, list[bool]] = {}
+    for given, type_ in zip(found, true, strict=True):
+        right.setdefault(type_, []).append(given == type_)
+    return float(np.mean([np.mean(each) for each in right.values()]))

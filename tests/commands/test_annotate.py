@@ -1,6 +1,7 @@
 """`annotate` scores all slides, goes on from those that are there, and refuses bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import anndata as ad
@@ -22,6 +23,7 @@ from scellst_ray.runs.scores import (
     read_scores,
     read_scores_info,
 )
+from scellst_ray.runs.verify import verify_run
 from tests.support import exported_runs
 from tests.support.exported_runs import add_slide, make_run
 
@@ -208,6 +210,18 @@ def test_workers_of_ray_find_what_is_named_from_here(run, tmp_path, local_ray, m
     monkeypatch.chdir(tmp_path)
     assert run_annotate(AnnotateConfig(run="run", markers="m.csv")) == 0
     assert len(read_scores_info(run.uri)["slides"]) == NUM_FOR_RAY + 2
+
+
+def test_a_run_of_the_first_release(tmp_path):
+    uri = shutil.copytree(Path(__file__).parents[1] / "archives/v1/run", tmp_path / "run")
+    (tmp_path / "m.csv").write_text("tumour,immune\nERBB2,PTPRC\n")
+    config = AnnotateConfig(run=str(uri), markers=str(tmp_path / "m.csv"))
+    assert run_annotate(config) == run_annotate(config) == 0
+    run = open_run(uri)
+    assert len(read_scores(run, "unseen")) == run.records["unseen"]["num_cells"] == 41
+    finished = run.records["unseen"]["finished"]
+    assert read_scores_info(run.uri)["slides"]["unseen"]["expression"] == finished
+    assert verify_run(run.uri).problems == []
 
 
 def error_of(words, capsys):

@@ -26,6 +26,7 @@ def test_demo_finds_nuclei_and_expression(tmp_path, capsys):
     # Fifty spots teach less than the demo's own two hundred: its 0.5 is asked of those.
     assert report["cell_pearson"] > 0.25
     assert abs(report["cell_pearson_shuffled"]) < 0.05
+    assert report["type_balanced_accuracy"] > 1.5 * report["type_chance"]
     page = (tmp_path / "report/slides/slide_b.html").read_text()
     assert "Spots measured, cells predicted" in page
     assert "H&amp;E" in page

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import shapely
 
-from scellst_ray.evaluation.synthetic_truth import cell_correlation, match_nuclei
+from scellst_ray.evaluation.synthetic_truth import balanced_accuracy, cell_correlation, match_nuclei
 from scellst_ray.spots.panel import log_normalise
 
 
@@ -91,3 +91,10 @@ def test_correlation_of_the_truth_is_one_and_of_a_shuffled_truth_about_zero():
     for column, gene in enumerate(panel):
         r = np.corrcoef(noisy_NP[:, column], by_hand[:, gene])[0, 1]
         assert cell_correlation(noisy_NP, expected_NG, panel)[column] == pytest.approx(r, rel=1e-4)
+
+
+def test_balanced_accuracy_counts_every_type_alike():
+    true = ["a"] * 8 + ["b"] * 2
+    assert balanced_accuracy(["a"] * 10, true) == 0.5
+    assert balanced_accuracy([*["a"] * 6, "b", None, "b", "b"], true) == (6 / 8 + 1) / 2
+    assert balanced_accuracy(true, true) == 1
