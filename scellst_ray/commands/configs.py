@@ -49,7 +49,7 @@ class RetryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export cells of a run: AnnData, SpatialData, QuPath (GeoJSON), GIS tools, Xenium Explorer."""
+    """Export cells to AnnData, SpatialData, QuPath (GeoJSON), GIS tools or Xenium Explorer."""
 
     run: str
     """Run folder of `extract` or `predict`. The name --run may be left out."""

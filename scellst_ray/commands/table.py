@@ -151,10 +151,13 @@ COMMANDS = {
     "export": Command(
         "commands.configs:ExportConfig",
         "commands.export:run_export",
-        "Export cells of a run for scanpy and squidpy (AnnData), QuPath (GeoJSON) or GIS tools.",
+        "Export cells to AnnData, SpatialData, QuPath (GeoJSON), GIS tools or Xenium Explorer.",
         RUNS,
         "scellst-ray export runs/expression --out cells.h5ad --slides P1,P2",
-        {"Flags": "run out slides genes per_slide picture_px"},
+        {
+            "Flags": "run out slides genes per_slide",
+            "What further goes in": "evaluation picture_px outlines picture_mpp",
+        },
     ),
     "genes": Command(
         "commands.configs:GenesConfig",
