@@ -58,15 +58,15 @@ def add_slide(folder, slide_id, count, *, embedding, hidden, missing_tiles=0):
     compaction.finish_slide(folder, slide_id, pa.table(receipts, schema=schemas.RECEIPTS))
 
 
-def make_run(tmp_path, *, head):
-    """A run of slides b (40 cells) and a (30), with their images."""
+def make_run(tmp_path, *, head, names=("b", "a")):
+    """A run of slides b (40 cells) and a (30), with their images; or of these names."""
     uri = str(tmp_path / "run")
     identity = {"store_embeddings": not head}
     folder = begin_run(uri, "predict" if head else "extract", Settings(identity), {})
     if head:
         write_head(f"{uri}/head.safetensors", GENES)
     slides = {}
-    for slide_id, count in (("b", 40), ("a", 30)):
+    for slide_id, count in zip(names, (40, 30), strict=True):
         add_slide(folder, slide_id, count, embedding=not head, hidden=head)
         image = np.full((HEIGHT0, WIDTH0, 3), (200, 120, 180), np.uint8)
         image[:, WIDTH0 // 2 :] = (90, 60, 140)
