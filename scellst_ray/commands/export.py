@@ -30,15 +30,15 @@ def run_export(config: ExportConfig) -> int:
     """
     suffix = suffix_of(config.out)
     _check_evaluation(config.evaluation, suffix)
-    run, say = open_run(config.run), line_printer()
     config = _with_absolute_paths(config)
+    run, say = open_run(config.run), line_printer()
     if not config.per_slide:
         _refuse_folder(config.out)
         count = WRITERS[suffix](run, config, config.out, config.slides)
         say(f"wrote {config.out}: {count:,} cells")
         return 0
     chosen = [s for s in run.choose(config.slides) if run.records[s]["num_cells"]]
-    results = over_slides(partial(_export_slide, config), chosen)
+    results = over_slides(partial(_export_slide, run, config), chosen)
     for slide_id, count in values_of(results, "exported"):
         say(f"wrote {name_of(config.out, slide_id)}: {count:,} cells")
     return 0
@@ -83,11 +83,11 @@ def name_of(out: str, slide_id: str) -> str:
     return f"{out.removesuffix(suffix)}.{slide_id}{suffix}"
 
 
-def _export_slide(config: ExportConfig, slide_id: str) -> int:
+def _export_slide(run: Run, config: ExportConfig, slide_id: str) -> int:
     """Export one slide to its own file; return its number of cells."""
     out = name_of(config.out, slide_id)
     _refuse_folder(out)
-    return WRITERS[suffix_of(out)](open_run(config.run), config, out, [slide_id])
+    return WRITERS[suffix_of(out)](run, config, out, [slide_id])
 
 
 def _refuse_folder(out: str) -> None:

@@ -7,7 +7,7 @@ from scellst_ray.commands.configs import GenesConfig
 from scellst_ray.commands.reports import line_printer
 from scellst_ray.export.genes import check_folder, is_written, write_genes
 from scellst_ray.pipelines.over_slides import over_slides, values_of
-from scellst_ray.runs.reading import open_run
+from scellst_ray.runs.reading import Run, open_run
 
 
 def run_genes(config: GenesConfig) -> int:
@@ -26,7 +26,7 @@ def run_genes(config: GenesConfig) -> int:
     check_folder(run, out, genes)
     chosen = [s for s in run.choose(config.slides) if run.records[s]["num_cells"]]
     missing = [s for s in chosen if not is_written(run, out, s)]
-    results = over_slides(partial(_write, run.uri, out, genes), missing)
+    results = over_slides(partial(_write, run, out, genes), missing)
     count = sum(count for _, count in values_of(results, "written"))
     kept = len(chosen) - len(missing)
     before = f", {kept} were there before" if kept else ""
@@ -34,5 +34,5 @@ def run_genes(config: GenesConfig) -> int:
     return 0
 
 
-def _write(run: str, out: str, genes: list[str], slide_id: str) -> int:
-    return write_genes(open_run(run), out, slide_id, genes)
+def _write(run: Run, out: str, genes: list[str], slide_id: str) -> int:
+    return write_genes(run, out, slide_id, genes)

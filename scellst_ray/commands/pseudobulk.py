@@ -15,7 +15,7 @@ from scellst_ray.export.pseudobulk import (
     write_pseudobulk,
 )
 from scellst_ray.pipelines.over_slides import over_slides, values_of
-from scellst_ray.runs.reading import open_run
+from scellst_ray.runs.reading import Run, open_run
 from scellst_ray.slides.manifest import PATH_COLUMNS, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def run_pseudobulk(config: PseudobulkConfig) -> int:
     if missing:
         message = f"{config.manifest}: lacks slide {missing[0]!r} ({len(missing)} such slides)"
         raise ValueError(message)
-    results = over_slides(partial(_bulk, run.uri, config.radius_um), chosen)
+    results = over_slides(partial(_bulk, run, config.radius_um), chosen)
     bulks = dict(values_of(results, "summed up"))
     adata = make_pseudobulk(run, bulks, columns, config.radius_um)
     write_pseudobulk(adata, config.out)
@@ -56,5 +56,5 @@ def run_pseudobulk(config: PseudobulkConfig) -> int:
     return 0
 
 
-def _bulk(run: str, radius_um: float, slide_id: str) -> SlideBulk:
-    return slide_bulk(open_run(run), slide_id, radius_um)
+def _bulk(run: Run, radius_um: float, slide_id: str) -> SlideBulk:
+    return slide_bulk(run, slide_id, radius_um)

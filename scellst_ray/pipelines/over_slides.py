@@ -25,6 +25,8 @@ MEMORY = 1 << 30
 # Slides submitted at a time for each CPU. Their results wait until those before them are taken.
 IN_FLIGHT = 4
 logger = logging.getLogger(__name__)
+# What this worker calls, and Ray's reference to it.
+_functions: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def over_slides(
     """Call a function with each slide_id; yield results in the order of the slides.
 
     Args:
-        function: What to do with one slide. For Ray it is pickled, and so is what it returns.
+        function: What to do with one slide. For Ray it is pickled, and so is what it returns. Each
+            worker reads it once, so it may hold a run with all its records.
         slide_ids: The slides.
         memory: Bytes that one call needs; Ray runs as many at a time as nodes hold.
         use_ray: Whether Ray calls it; None: if it is installed and there are many slides, or this
@@ -96,7 +99,7 @@ def _by_ray(
         while waiting or running:
             while waiting and len(running) < IN_FLIGHT * fitting:
                 slide_id = waiting.popleft()
-                running.append((slide_id, remote.remote(shared, slide_id)))
+                running.append((slide_id, remote.remote([shared], slide_id)))
             slide_id, result = running.popleft()
             try:
                 yield ray.get(result)
@@ -105,9 +108,19 @@ def _by_ray(
                 yield SlideResult(slide_id, error=f"{type(error).__name__}: {message}")
 
 
-def call_one(call: Callable[[str], SlideResult[T]], slide_id: str) -> SlideResult[T]:
-    """Call a function of one slide. Ray gives it a name of its own."""
-    return call(slide_id)
+def call_one(shared: list[Any], slide_id: str) -> SlideResult[Any]:
+    """Call a function of one slide. Ray gives it a name of its own.
+
+    Args:
+        shared: Ray's reference to the function, in a list: so it is not read for every slide.
+        slide_id: The slide.
+    """
+    if _functions.get("reference") != shared[0]:
+        import ray  # noqa: PLC0415
+
+        _functions.update(reference=shared[0], call=ray.get(shared[0]))
+    result: SlideResult[Any] = _functions["call"](slide_id)
+    return result
 
 
 def _call(function: Callable[[str], T], slide_id: str) -> SlideResult[T]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import uuid
 
 import pytest
 
@@ -25,6 +26,24 @@ def dies(slide_id):
     return slide_id
 
 
+class Noted:
+    """A function with data: a file is made each time that it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, slide_id):
+        return slide_id, os.getpid()
+
+    def __reduce__(self):
+        return unpickled, (self.folder,)
+
+
+def unpickled(folder):
+    (folder / uuid.uuid4().hex).touch()
+    return Noted(folder)
+
+
 EXPECTED = [SlideResult(slide_id, int(slide_id[1:])) for slide_id in SLIDES]
 EXPECTED[3] = SlideResult("s3", error="s3: its table is damaged")
 EXPECTED[4] = SlideResult("s4", error="KeyError: 's4'")
@@ -43,6 +62,17 @@ def test_ray_gives_the_same_in_the_same_order(local_ray):
     found = list(over_slides(dies, SLIDES[:3]))
     assert [result.value for result in found] == ["s0", None, "s2"]
     assert "WorkerCrashedError" in found[1].error
+
+
+@pytest.mark.ray
+def test_each_worker_reads_the_function_once(local_ray, tmp_path):
+    del local_ray
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        values = [result.value for result in over_slides(Noted(folder), SLIDES)]
+        assert [slide_id for slide_id, _ in values] == SLIDES
+        assert len(list(folder.iterdir())) == len({pid for _, pid in values}) < len(SLIDES)
 
 
 def test_few_slides_start_no_ray(monkeypatch):
